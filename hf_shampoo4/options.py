@@ -1,0 +1,224 @@
+"""Every option of the optimizer: its name, default, meaning and allowed values, in one place.
+
+The same names are used in Python (`Shampoo4bit(..., block_size=512)`), on the command line
+(`--optim_args "block_size=512"`) and in YAML.  Precedence: explicit option > YAML file (`config=`) > preset >
+default.  This module imports neither torch nor transformers, so a bad option is refused before anything is loaded.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+CONFIG_ENV = "HF_SHAMPOO4_CONFIG"
+
+
+@dataclass(frozen=True)
+class Options:
+    """What one parameter group does; stored key by key in `optimizer.param_groups`."""
+
+    algorithm: Literal["shampoo", "elementwise"] = "shampoo"
+    """`shampoo`: Kronecker preconditioner per matrix; `elementwise`: the base optimizer alone."""
+    factor: Literal["eigen", "direct"] = "eigen"
+    """What is kept of a Kronecker factor: its eigenvectors and eigenvalues, or the matrix itself."""
+    bits: Literal[4, 8, 32] = 4
+    """Bits of a stored factor entry (32: float32, no quantisation)."""
+    moments: Literal["fp32", "bf16", "4bit"] = "4bit"
+    """Storage of the first and second moment."""
+    block_size: int = 1024
+    """Largest order of a factor: a larger side of a matrix is cut into equal blocks."""
+    quant_block: int = 64
+    """Entries of a factor's column that share one scale."""
+    codebook: Literal["linear2", "dynamic"] = "linear2"
+    """Levels that a factor's entries are rounded to."""
+    stats_every: int = 10
+    """T1: steps between two updates of the factors."""
+    roots_every: int = 50
+    """T2: steps between two computations of the inverse roots."""
+    factor_beta: float = 0.95
+    """Decay of the factors' moving average, per update."""
+    damping: float = 1e-6
+    """Added to a factor before its root, times its largest eigenvalue."""
+    rectify_stats: int = 1
+    """t1: Bjorck steps on the decoded eigenvectors before a factor update."""
+    rectify_roots: int = 4
+    """t2: Bjorck steps on the decoded eigenvectors before an inverse root."""
+    root: Literal["eigh"] = "eigh"
+    """How the inverse root of a `direct` factor is computed (an `eigen` factor has its eigenbasis at hand)."""
+    graft: Literal["norm", "block", "none"] = "norm"
+    """Give the preconditioned gradient the gradient's norm: over the parameter, over each block, or not."""
+    matrix_view: Literal["auto", "flatten", "batch"] = "auto"
+    """How a tensor of 3 or more dimensions is a matrix: (d0, d1*d2*...), or d0 matrices each (d1, d2)."""
+    row_splits: tuple[int, ...] = ()
+    """Sizes along dim 0 of matrices fused into one parameter (q, k, v); blocks never straddle them."""
+    stochastic_rounding: bool = False
+    """Round bfloat16 parameters stochastically when they are written back."""
+    seed: int = 0
+    """Seed of stochastic rounding; the noise depends on seed, step and position alone."""
+
+    def __post_init__(self) -> None:
+        for name in ("block_size", "quant_block", "stats_every", "roots_every"):
+            _require(name, getattr(self, name), getattr(self, name) >= 1, "an integer >= 1")
+        for name in ("rectify_stats", "rectify_roots", "seed"):
+            _require(name, getattr(self, name), getattr(self, name) >= 0, "an integer >= 0")
+        _require("factor_beta", self.factor_beta, 0.0 <= self.factor_beta < 1.0, "a number in [0, 1)")
+        _require("damping", self.damping, 0.0 < self.damping < 1.0, "a number in (0, 1)")
+        _require("row_splits", self.row_splits, all(n >= 1 for n in self.row_splits), "positive sizes")
+
+    @classmethod
+    def of(cls, group: Mapping[str, Any]) -> Options:
+        """The options stored in a parameter group (other keys of the group are ignored)."""
+        return cls(**{name: group[name] for name in NAMES})
+
+
+NAMES: tuple[str, ...] = tuple(f.name for f in dataclasses.fields(Options))
+_TYPES: dict[str, Any] = get_type_hints(Options)
+
+# What a checkpoint cannot change: the shapes and the meaning of the state depend on these.
+STRUCTURAL: tuple[str, ...] = (
+    "algorithm", "factor", "bits", "moments", "block_size", "quant_block", "codebook", "matrix_view", "row_splits",
+)  # fmt: skip
+
+PRESETS: dict[str, dict[str, Any]] = {
+    # 2405.18144, LLM runs: T1 = T2 = 200, t1 = 1, t2 = 4, order <= 1200 (LLaMA-350M), first-order states in 16 bits.
+    "paper_eigen": {
+        "factor": "eigen", "bits": 4, "block_size": 1200, "quant_block": 64, "codebook": "linear2",
+        "stats_every": 200, "roots_every": 200, "factor_beta": 0.95, "damping": 1e-6,
+        "rectify_stats": 1, "rectify_roots": 4, "graft": "norm", "moments": "bf16",
+    },
+    # The 32-bit Shampoo that the paper compares with, at the same intervals and orders.
+    "shampoo32": {
+        "factor": "direct", "bits": 32, "block_size": 1200, "stats_every": 200, "roots_every": 200,
+        "factor_beta": 0.95, "damping": 1e-6, "graft": "norm", "moments": "bf16",
+    },
+}  # fmt: skip
+
+
+class OptionError(ValueError):
+    """An option that does not exist or has a value that is not allowed; the message says what is."""
+
+
+def resolve(given: Mapping[str, Any], *, preset: str | None = None, config: str | None = None) -> dict[str, Any]:
+    """Cast and check options, laid over a YAML file's, laid over a preset's.
+
+    Args:
+        given: option name -> value; text is cast to the option's type.  May hold `preset` and `config` too.
+        preset: a name of `PRESETS`.
+        config: path of a YAML file with options at its top level.
+
+    Returns:
+        The options that were set by any of the three, cast; nothing for those left at their default.
+
+    Raises:
+        OptionError: unknown name, wrong type, value out of range, unknown preset, missing or malformed file.
+    """
+    given = dict(given)
+    config = given.pop("config", config)
+    explicit_preset = given.pop("preset", preset)
+    from_file = _read_config(config) if config else {}
+    if "config" in from_file:
+        raise OptionError(f"{config}: an options file cannot name another one (key 'config')")
+    file_preset = from_file.pop("preset", None)
+    preset = explicit_preset if explicit_preset is not None else file_preset
+    if preset is not None and preset not in PRESETS:
+        raise OptionError(f"unknown preset {preset!r}; valid presets: {', '.join(sorted(PRESETS))}")
+    merged: dict[str, Any] = dict(PRESETS[preset]) if preset is not None else {}
+    for source in (from_file, given):
+        merged.update({name: _cast(name, value) for name, value in source.items()})
+    Options(**merged)  # range checks, before any training time is spent
+    return merged
+
+
+def parse_optim_args(text: str | Mapping[str, str] | None) -> dict[str, Any]:
+    """Options of `--optim_args "key=value,key=value"`; `config=` and $HF_SHAMPOO4_CONFIG name a YAML file.
+
+    Lists are separated by `;` (the comma separates options).
+
+    Raises:
+        OptionError: an item that is not `key=value`, or anything `resolve` refuses.
+    """
+    items = _split_items(text) if isinstance(text, str) else dict(text or {})
+    items.setdefault("config", os.environ.get(CONFIG_ENV, ""))
+    return resolve({key: value for key, value in items.items() if value != "" or key != "config"})
+
+
+def _split_items(text: str) -> dict[str, str]:
+    items: dict[str, str] = {}
+    for item in filter(None, (part.strip() for part in text.split(","))):
+        key, equals, value = item.partition("=")
+        if not equals:
+            raise OptionError(f"optim_args item {item!r} is not key=value (lists use ';', e.g. row_splits=64;32;32)")
+        items[key.strip()] = value.strip()
+    return items
+
+
+def _read_config(path: str) -> dict[str, Any]:
+    import yaml
+
+    try:
+        content = yaml.safe_load(Path(path).expanduser().read_text())
+    except OSError as error:
+        raise OptionError(f"options file {path!r} cannot be read: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise OptionError(f"options file {path!r} is not valid YAML: {error}") from error
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise OptionError(f"options file {path!r} must map option names to values, not {type(content).__name__}")
+    return {str(key): value for key, value in content.items()}
+
+
+def _cast(name: str, value: Any) -> Any:
+    """`value` as option `name`'s type; text comes from a command line, other types from Python or YAML."""
+    if name not in _TYPES:
+        close = difflib.get_close_matches(name, NAMES, n=1)
+        hint = f" (did you mean {close[0]!r}?)" if close else ""
+        raise OptionError(f"unknown option {name!r}{hint}; valid options: {', '.join((*NAMES, 'preset', 'config'))}")
+    kind = _TYPES[name]
+    if get_origin(kind) is Literal:
+        for allowed in get_args(kind):
+            if value == allowed or (isinstance(value, str) and value == str(allowed)):
+                return allowed
+        _require(name, value, False, "one of " + ", ".join(str(a) for a in get_args(kind)))
+    caster = {bool: _as_bool, int: _as_int, float: _as_float}.get(kind, _as_sizes)
+    try:
+        return caster(value)
+    except (TypeError, ValueError):
+        expected = {bool: "true or false", int: "an integer", float: "a number"}.get(kind, "sizes such as 64;32;32")
+        _require(name, value, False, expected)
+
+
+def _as_bool(value: Any) -> bool:
+    table = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
+    if isinstance(value, bool):
+        return value
+    if str(value).lower() not in table:
+        raise ValueError
+    return table[str(value).lower()]
+
+
+def _as_int(value: Union[str, int, float]) -> int:
+    if isinstance(value, bool) or (isinstance(value, float) and not value.is_integer()):
+        raise ValueError
+    return int(value)
+
+
+def _as_float(value: Union[str, int, float]) -> float:
+    if isinstance(value, bool):
+        raise ValueError
+    return float(value)
+
+
+def _as_sizes(value: Any) -> tuple[int, ...]:
+    parts = [part for part in value.split(";") if part.strip()] if isinstance(value, str) else value
+    return tuple(_as_int(part) for part in parts)
+
+
+def _require(name: str, value: Any, holds: bool, allowed: str) -> None:
+    if not holds:
+        raise OptionError(f"option {name}={value!r} is not allowed: it must be {allowed}")
