@@ -1,0 +1,160 @@
+"""One side of a Kronecker preconditioner: its statistic, how that is kept, and its inverse root.
+
+A factor is a frozen description, like a storage; its state is a nested dict of buffers.  Three verbs:
+
+    factor.update(state, gram)    # A <- beta A + (1 - beta) gram            every T1 steps
+    factor.refresh(state)         # root <- (A + eps max(lambda) I)^-1/4     every T2 steps
+    factor.root(state)            # (B, k, k), read at every step
+
+`update` and `refresh` return bool (B,): blocks whose new value was not finite and which kept their last good one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from .matrix import bjorck, finite_blocks, or_identity, power_qr, root_by_eigh, symmetric_power
+from .options import Options
+from .storage import SMALL, Blockwise, Buffers, Dense, OffDiagonal, Storage
+
+State = dict[str, Buffers]
+
+EXPONENT = -0.25  # two sides, each to the -1/4 (Shampoo, 1802.09568)
+
+
+class Factor(Protocol):
+    """What every factor offers."""
+
+    def storages(self) -> dict[str, Storage]:
+        """Name -> storage of each tensor it keeps."""
+
+    def initialise(self, state: State) -> None:
+        """Write the state before the first update: A = eps I, root = I."""
+
+    def update(self, state: State, gram: Tensor) -> Tensor:
+        """Blend a statistic (B, k, k) into the factor."""
+
+    def refresh(self, state: State) -> Tensor:
+        """Recompute the inverse root."""
+
+    def root(self, state: State) -> Tensor:
+        """The inverse root, (B, k, k)."""
+
+
+@dataclass(frozen=True)
+class Eigen:
+    """Eigenvectors, quantised down their columns, and float32 eigenvalues (2405.18144, algorithms 1 and 2)."""
+
+    basis: Storage
+    eigenvalues: Dense
+    inverse_root: Storage
+    beta: float
+    damping: float
+    rectify_stats: int
+    rectify_roots: int
+
+    def storages(self) -> dict[str, Storage]:
+        return {"basis": self.basis, "eigenvalues": self.eigenvalues, "root": self.inverse_root}
+
+    def initialise(self, state: State) -> None:
+        eye = _identity(state["root"], self.eigenvalues.shape[0])
+        self.basis.write(state["basis"], eye)
+        self.inverse_root.write(state["root"], eye)
+        state["eigenvalues"]["dense"].fill_(self.damping)
+
+    def update(self, state: State, gram: Tensor) -> Tensor:
+        # V = bjorck(D(U));  A = beta V diag(lambda) V^T + (1 - beta) M
+        v = bjorck(self.basis.read(state["basis"]), self.rectify_stats)
+        old = self.eigenvalues.read(state["eigenvalues"])
+        a = torch.baddbmm(gram, v * old.unsqueeze(-2), v.mT, beta=1 - self.beta, alpha=self.beta)
+        # U' = qr(A V).Q;  lambda' = diag(U'^T A U')
+        good = finite_blocks(a)
+        u, new = power_qr(or_identity(a, good), v)
+        good &= finite_blocks(u, new)
+        _write_good(self.basis, state["basis"], u, good)
+        _write_good(self.eigenvalues, state["eigenvalues"], new, good)
+        return ~good
+
+    def refresh(self, state: State) -> Tensor:
+        # root = V diag((lambda + eps max(lambda))^-1/4) V^T,  V = bjorck(D(U))
+        v = bjorck(self.basis.read(state["basis"]), self.rectify_roots)
+        root = symmetric_power(v, self.eigenvalues.read(state["eigenvalues"]), EXPONENT, self.damping)
+        good = finite_blocks(root)
+        _write_good(self.inverse_root, state["root"], root, good)
+        return ~good
+
+    def root(self, state: State) -> Tensor:
+        return self.inverse_root.read(state["root"])
+
+
+@dataclass(frozen=True)
+class Direct:
+    """The factor itself: 32-bit Shampoo when dense, the naive low-bit baseline when quantised."""
+
+    order: int
+    matrix: Storage
+    inverse_root: Storage
+    beta: float
+    damping: float
+
+    def storages(self) -> dict[str, Storage]:
+        return {"matrix": self.matrix, "root": self.inverse_root}
+
+    def initialise(self, state: State) -> None:
+        eye = _identity(state["root"], self.order)
+        self.matrix.write(state["matrix"], self.damping * eye)
+        self.inverse_root.write(state["root"], eye)
+
+    def update(self, state: State, gram: Tensor) -> Tensor:
+        # A <- beta A + (1 - beta) M
+        a = torch.lerp(gram, self.matrix.read(state["matrix"]), self.beta)
+        good = finite_blocks(a)
+        _write_good(self.matrix, state["matrix"], a, good)
+        return ~good
+
+    def refresh(self, state: State) -> Tensor:
+        root = root_by_eigh(self.matrix.read(state["matrix"]), EXPONENT, self.damping)
+        good = finite_blocks(root)
+        _write_good(self.inverse_root, state["root"], root, good)
+        return ~good
+
+    def root(self, state: State) -> Tensor:
+        return self.inverse_root.read(state["root"])
+
+
+def make_factor(order: int, options: Options) -> Factor:
+    """The factor that the options name, for a side of `order` rows; float32 where it is too small to quantise."""
+    shape = (order, order)
+    bits = options.bits if order * order >= SMALL else 32
+    rest = Blockwise(shape, options.codebook, bits, options.quant_block, columns=True)
+    off_diagonal: Storage = OffDiagonal(rest) if bits < 32 else Dense(shape)
+    if options.factor == "direct":
+        return Direct(order, off_diagonal, off_diagonal, options.factor_beta, options.damping)
+    return Eigen(
+        basis=rest if bits < 32 else Dense(shape),
+        eigenvalues=Dense((order,)),
+        inverse_root=off_diagonal,
+        beta=options.factor_beta,
+        damping=options.damping,
+        rectify_stats=options.rectify_stats if bits < 32 else 0,
+        rectify_roots=options.rectify_roots if bits < 32 else 0,
+    )
+
+
+def _identity(buffers: Buffers, order: int) -> Tensor:
+    """(B, order, order), B and device as the buffers have them."""
+    like = next(iter(buffers.values()))
+    return torch.eye(order, device=like.device).expand(like.shape[0], order, order)
+
+
+def _write_good(storage: Storage, buffers: Buffers, x: Tensor, good: Tensor) -> None:
+    """Store the good blocks of x; the others keep what they have, bit for bit."""
+    kept = {name: buffer.clone() for name, buffer in buffers.items()}
+    storage.write(buffers, x)
+    for name, buffer in buffers.items():
+        mask = good.view(-1, *[1] * (buffer.dim() - 1))
+        buffer.copy_(torch.where(mask, buffer, kept[name]))
