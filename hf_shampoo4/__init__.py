@@ -1,0 +1,41 @@
+"""Shampoo-class optimizers with 4-bit state, behind one flag of the Hugging Face Trainer.
+
+    import hf_shampoo4 as s4
+    s4.register()                                     # --optim shampoo4bit, --optim adamw4bit
+    s4.Shampoo4bit(s4.param_groups(model), lr=1e-3)   # or the optimizer by hand
+
+Names are looked up on first use, so that `import hf_shampoo4` imports neither torch nor transformers.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .integrations.callback import Shampoo4bitCallback
+    from .integrations.groups import param_groups
+    from .integrations.trainer import register, trainer_kwargs
+    from .optimizer import Shampoo4bit
+    from .options import OptionError
+
+_HOMES = {
+    "OptionError": ".options",
+    "Shampoo4bit": ".optimizer",
+    "Shampoo4bitCallback": ".integrations.callback",
+    "param_groups": ".integrations.groups",
+    "register": ".integrations.trainer",
+    "trainer_kwargs": ".integrations.trainer",
+}
+
+__all__ = ["OptionError", "Shampoo4bit", "Shampoo4bitCallback", "param_groups", "register", "trainer_kwargs"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name], __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOMES})

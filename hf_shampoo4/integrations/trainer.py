@@ -1,0 +1,173 @@
+"""`--optim shampoo4bit` in the Hugging Face Trainer, and the way without any patching.
+
+Imports neither torch nor transformers until a training starts.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+from ..options import parse_optim_args, resolve
+from .hooks import after_import
+
+if TYPE_CHECKING:
+    from torch import nn
+
+# --optim NAME -> the options it stands for; --optim_args win over them
+OPTIMS: dict[str, dict[str, Any]] = {
+    "shampoo4bit": {},
+    "adamw4bit": {"algorithm": "elementwise", "moments": "4bit"},
+}
+
+
+def register() -> None:
+    """Add the names of `OPTIMS` to `--optim` of the Hugging Face Trainer; calling it again changes nothing.
+
+    Call it before `TrainingArguments` are made, before or after transformers is imported.  Touched are the enum
+    `OptimizerNames`, the static method `Trainer.get_optimizer_cls_and_kwargs` and the list `DEFAULT_CALLBACKS`.
+    """
+    after_import("transformers.training_args", _extend_optimizer_names)
+    after_import("transformers.trainer", _extend_trainer)
+
+
+def trainer_kwargs(model: nn.Module, args: Any, **options: Any) -> dict[str, Any]:
+    """What to pass to a Trainer instead of `--optim`: `Trainer(model, args, **trainer_kwargs(model, args))`.
+
+    Nothing of transformers is changed.  `callbacks=[hf_shampoo4.Shampoo4bitCallback]` adds the report; trackers see
+    its numbers only if it runs before them: `trainer.callback_handler.callbacks.insert(0, Shampoo4bitCallback())`.
+
+    Args:
+        model: the model that the Trainer gets, LoRA adapters already added.
+        args: TrainingArguments; read are learning_rate, adam_beta1, adam_beta2, adam_epsilon, weight_decay and
+            optim_target_modules.
+        options: options of the optimizer, `preset` and `config` among them.
+
+    Returns:
+        `{"optimizer_cls_and_kwargs": (Shampoo4bit, kwargs)}`, for one Trainer: it empties the kwargs.
+
+    Raises:
+        OptionError: an option that does not exist or has a value that is not allowed.
+        NotImplementedError: the parameters would be sharded (FSDP, DeepSpeed, tensor parallelism).
+    """
+    return {"optimizer_cls_and_kwargs": _optimizer_cls_and_kwargs(args, model, resolve(options))}
+
+
+def check_args(args: Any) -> None:
+    """Refuse TrainingArguments that ask for one of our optimizers in a way that cannot work.
+
+    Raises:
+        OptionError: an item of `optim_args` that is not `key=value`, unknown, or not allowed.
+        NotImplementedError: the parameters would be sharded.
+    """
+    if args.optim in OPTIMS:
+        parse_optim_args(args.optim_args)
+        _refuse_sharding(args)
+
+
+def _optimizer_cls_and_kwargs(args: Any, model: nn.Module | None, options: dict[str, Any]) -> tuple[Any, dict]:
+    _refuse_sharding(args, model)
+    from ..optimizer import Shampoo4bit
+
+    kwargs = {
+        "lr": args.learning_rate,
+        "betas": (args.adam_beta1, args.adam_beta2),
+        "eps": args.adam_epsilon,
+        "weight_decay": args.weight_decay,
+        **options,
+    }
+    if model is not None:
+        from .groups import param_groups
+
+        kwargs["params"] = param_groups(model, args.weight_decay, _target_rule(args.optim_target_modules, model))
+    return Shampoo4bit, kwargs
+
+
+def _target_rule(targets: str | list[str] | None, model: nn.Module) -> Callable[[str, nn.Module], bool] | None:
+    """`optim_target_modules` as transformers reads it for GaLore: modules to precondition; the rest is elementwise."""
+    if not targets:
+        return None
+    from torch import nn
+    from transformers.pytorch_utils import Conv1D
+    from transformers.trainer_utils import check_target_module_exists
+
+    def is_target(name: str, module: nn.Module) -> bool:
+        if isinstance(targets, str) and targets.replace("_", "-") == "all-linear":
+            return isinstance(module, (nn.Linear, Conv1D))
+        return bool(check_target_module_exists(targets, name))
+
+    if not any(is_target(name, module) for name, module in model.named_modules()):
+        example = next((name for name, module in model.named_modules() if isinstance(module, nn.Linear)), "")
+        raise ValueError(
+            f"optim_target_modules={targets!r} matches no module of the model; it must be 'all-linear', a regular "
+            f"expression that matches a whole module name, or a list of parts of names (one name here: {example!r})"
+        )
+    return is_target
+
+
+def _refuse_sharding(args: Any, model: nn.Module | None = None) -> None:
+    mode = ""
+    if args.deepspeed or getattr(args, "deepspeed_plugin", None) is not None:
+        mode = "DeepSpeed"
+    elif args.fsdp or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("true", "1"):
+        mode = "FSDP"
+    elif model is not None and any(hasattr(parameter, "device_mesh") for parameter in model.parameters()):
+        mode = "tensor parallelism"
+    if mode:
+        raise NotImplementedError(
+            f"{mode} is not supported by hf_shampoo4 yet: it needs whole parameters, on one device or with plain data "
+            "parallelism (torchrun, accelerate launch --multi_gpu).  Train without it, or choose another --optim, "
+            "such as adamw_torch."
+        )
+
+
+def _extend_trainer(module: ModuleType) -> None:
+    """Answer for our names in the public static method that every Trainer, old or new, asks for its optimizer.
+
+    The table of handlers behind it is private, and reached only after transformers' own parser of optim_args, which
+    deletes spaces and says "not enough values to unpack" where options.py can say what is wrong.
+    """
+    from .callback import Shampoo4bitCallback
+
+    if Shampoo4bitCallback not in module.DEFAULT_CALLBACKS:
+        module.DEFAULT_CALLBACKS.append(Shampoo4bitCallback)  # trackers come after it, and log what it adds
+    original = module.Trainer.get_optimizer_cls_and_kwargs
+    if getattr(original, "knows_hf_shampoo4", False):
+        return
+
+    def get_optimizer_cls_and_kwargs(args: Any, model: Any = None) -> tuple[Any, Any]:
+        if args.optim not in OPTIMS:
+            return original(args, model)
+        return _optimizer_cls_and_kwargs(args, model, {**OPTIMS[args.optim], **parse_optim_args(args.optim_args)})
+
+    get_optimizer_cls_and_kwargs.knows_hf_shampoo4 = True  # type: ignore[attr-defined]
+    module.Trainer.get_optimizer_cls_and_kwargs = staticmethod(get_optimizer_cls_and_kwargs)
+
+
+def _extend_optimizer_names(module: ModuleType) -> None:
+    for value in OPTIMS:
+        if value not in module.OptimizerNames._value2member_map_:
+            _add_member(module.OptimizerNames, value)
+
+
+def _add_member(names: Any, value: str) -> None:
+    """One more member of a str-mixin Enum, as EnumMeta would have made it."""
+    name = value.upper()
+    member = str.__new__(names, value)
+    member._name_, member._value_, member.__objclass__, member._sort_order_ = name, value, names, len(names)
+    # Pickle asks the instance: saved arguments must load in a process that has not called register().
+    member.__reduce_ex__ = lambda protocol: (_restore_member, (value,))
+    setattr(names, name, member)  # before the maps: EnumMeta refuses to set a name that it knows
+    names._member_names_.append(name)
+    names._member_map_[name] = names._value2member_map_[value] = member
+    if hasattr(names, "_hashable_values_"):  # Python >= 3.12: `"shampoo4bit" in OptimizerNames`
+        names._hashable_values_.append(value)
+
+
+def _restore_member(value: str) -> Any:
+    register()
+    from transformers.training_args import OptimizerNames
+
+    return OptimizerNames(value)
