@@ -1,0 +1,53 @@
+"""The command `hf-shampoo4`: one line per subcommand here, its work in the module that the line names.
+
+Nothing heavy is imported before the subcommand is known, so `--help` is instant.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+from typing import Optional
+
+from hf_shampoo4.options import OptionError
+
+# name -> (module whose `main(arguments)` does it, what it does)
+COMMANDS = {
+    "demo": ("hf_shampoo4.demo", "pretrain a small LLaMA with AdamW and with shampoo4bit, and compare them"),
+    "train": ("hf_shampoo4.train", "pretrain by a YAML configuration: CONFIG [--key value ...]"),
+}
+
+
+def main(arguments: Optional[Sequence[str]] = None) -> int:
+    """Run a subcommand.
+
+    Args:
+        arguments: the command line without the program's name; default `sys.argv`.
+
+    Returns:
+        The exit status: 0, or 2 for bad input, which is answered in one line instead of a traceback.
+    """
+    items = list(sys.argv[1:] if arguments is None else arguments)
+    chosen = _overview().parse_args(items[:1] or ["--help"])
+    try:
+        importlib.import_module(COMMANDS[chosen.command][0]).main(items[1:])
+    except (OptionError, FileNotFoundError, FileExistsError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _overview() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="hf-shampoo4", description="Second-order pretraining in the memory of 8-bit AdamW."
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, (_, summary) in COMMANDS.items():
+        commands.add_parser(name, help=summary, add_help=False)
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

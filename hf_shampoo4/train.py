@@ -1,0 +1,424 @@
+"""Pretraining on the Hugging Face Trainer: `parse` a configuration, `run` it.
+
+`hf-shampoo4 train`, `scripts/pretrain_llama.py`, `scripts/pretrain_gpt.py` and `hf-shampoo4 demo` are this one path.
+A configuration is flat: the fields of `ModelArguments`, `DataArguments`, `RunArguments` and
+`transformers.TrainingArguments` side by side, from a YAML file, with `--key value` overrides.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import math
+import re
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Optional, Union
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    HfArgumentParser,
+    PreTrainedConfig,
+    PreTrainedModel,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    set_seed,
+)
+from transformers.trainer_utils import get_last_checkpoint
+
+import hf_shampoo4
+from hf_shampoo4.data import ConfigError, DataArguments, TextData, collate, load_text
+
+DEFAULT_CONFIG = "stdlib_tiny"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass
+class ModelArguments:
+    """Which model, and how it differs from its configuration file."""
+
+    model: str = field(
+        default="llama_tiny",
+        metadata={"help": "A preset of configs/models, a config.json, a folder or a hub name; '' with `model_type`."},
+    )
+    model_type: Optional[str] = field(
+        default=None, metadata={"help": "With model='': a transformers model type at its defaults, e.g. gpt2."}
+    )
+    model_overrides: str = field(
+        default="", metadata={"help": "Changes of the configuration: 'hidden_size=128,num_hidden_layers=4'."}
+    )
+    init_from_pretrained: bool = field(
+        default=False, metadata={"help": "Load the weights of `model` (a folder or hub name) instead of drawing them."}
+    )
+    dtype: str = field(default="float32", metadata={"help": f"Type of the parameters: {', '.join(DTYPES)}."})
+    attn_implementation: Optional[str] = field(default=None, metadata={"help": "eager, sdpa, flash_attention_2, ..."})
+    tie_word_embeddings: Optional[bool] = field(default=None, metadata={"help": "One matrix for embedding and head."})
+
+    def __post_init__(self) -> None:
+        if self.dtype not in DTYPES:
+            raise ConfigError(f"dtype={self.dtype!r} is not allowed: it must be one of {', '.join(DTYPES)}")
+
+
+@dataclass
+class RunArguments:
+    """What `TrainingArguments` does not say."""
+
+    overwrite_output_dir: bool = field(
+        default=False, metadata={"help": "Train into a folder that is not empty; its old checkpoints are deleted."}
+    )
+    total_batch_size: Optional[int] = field(
+        default=None,
+        metadata={"help": "Sequences of an optimizer step over all processes; sets gradient_accumulation_steps."},
+    )
+
+
+@dataclass
+class RunConfig:
+    """A checked configuration."""
+
+    model: ModelArguments
+    data: DataArguments
+    run: RunArguments
+    training: TrainingArguments
+
+
+@dataclass
+class Result:
+    """What a run leaves behind besides its folder."""
+
+    metrics: dict[str, Any]
+    """Final numbers, as in `all_results.json`."""
+    history: list[dict[str, Any]]
+    """The Trainer's log: losses, learning rates and evaluations by step."""
+    trainer: Trainer
+
+
+ARGUMENT_TYPES = (ModelArguments, DataArguments, RunArguments, TrainingArguments)
+
+
+# ---------------------------------------------------------------------------------------------------- configuration
+
+
+def config_root() -> Path:
+    """The folder of shipped configurations: inside an installed package, beside it in a checkout."""
+    package = Path(hf_shampoo4.__file__).parent
+    installed = package / "configs"
+    return installed if installed.is_dir() else package.parent / "configs"
+
+
+def read_config(path: Union[str, Path]) -> dict[str, Any]:
+    """A YAML file's settings; a bare name is looked up among the shipped `configs/train`.
+
+    Raises:
+        ConfigError: no such file, not YAML, or not a mapping.
+    """
+    import yaml
+
+    shipped = config_root() / "train"
+    candidates = (Path(path).expanduser(), shipped / f"{path}.yaml", shipped / path)
+    found = next((candidate for candidate in candidates if candidate.is_file()), None)
+    if found is None:
+        names = ", ".join(sorted(file.stem for file in shipped.glob("*.yaml")))
+        raise ConfigError(f"config {str(path)!r} does not exist; allowed: a YAML file, or one of {names}")
+    try:
+        content = yaml.safe_load(found.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"config {str(path)!r} is not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"config {str(path)!r} must map settings to values, not {type(content).__name__}")
+    return content
+
+
+def parse(config: Union[str, Path, Mapping[str, Any], None] = None, overrides: Sequence[str] = ()) -> RunConfig:
+    """Settings of a file (or a mapping) with command-line overrides over them, cast and checked.
+
+    Args:
+        config: YAML file, shipped configuration name, or mapping of settings.
+        overrides: `--key value` or `--key=value` items; they win.
+
+    Returns:
+        The four groups of arguments.
+
+    Raises:
+        ConfigError: missing or unreadable file, unknown setting, wrong type, inconsistent values.
+        OptionError: an `optim_args` item that the optimizer refuses.
+    """
+    hf_shampoo4.register()
+    settings = dict(config) if isinstance(config, Mapping) else read_config(config) if config is not None else {}
+    arguments = [*_as_arguments(settings), *overrides]
+    given = _check_names(arguments)
+    if not torch.accelerator.is_available():
+        arguments += [] if "use_cpu" in given else ["--use_cpu", "true"]
+    parser = HfArgumentParser(ARGUMENT_TYPES, allow_abbrev=False, add_help=False)
+    parser.error = _refuse  # type: ignore[method-assign]  # argparse would print its usage and exit
+    try:
+        parsed = parser.parse_args_into_dataclasses(args=arguments, look_for_args_file=False)
+    except ValueError as error:
+        raise error if isinstance(error, ConfigError) else ConfigError(str(error)) from error
+    checked = RunConfig(*parsed)
+    _set_accumulation(checked)
+    return checked
+
+
+def _as_arguments(settings: Mapping[str, Any]) -> list[str]:
+    """Settings as command-line items, so that a file and the command line are cast by the same rules."""
+    items: list[str] = []
+    for key, value in settings.items():
+        if value is None:
+            continue
+        if isinstance(value, list):
+            items += [f"--{key}", *map(str, value)]
+        elif isinstance(value, Mapping):
+            items += [f"--{key}={json.dumps(value)}"]
+        else:
+            items += [f"--{key}={value}"]
+    return items
+
+
+def _check_names(arguments: Sequence[str]) -> set[str]:
+    """The names given; an unknown one is answered with the closest known ones."""
+    known = [f.name for kind in ARGUMENT_TYPES for f in dataclasses.fields(kind) if f.init]
+    given = [item[2:].partition("=")[0].replace("-", "_") for item in arguments if item.startswith("--")]
+    for name in given:
+        if name not in known and name.removeprefix("no_") not in known:
+            close = difflib.get_close_matches(name, known, n=3)
+            own = [f.name for kind in ARGUMENT_TYPES[:3] for f in dataclasses.fields(kind)]
+            hint = f"did you mean {' or '.join(close)}?" if close else f"ours are {', '.join(own)};"
+            raise ConfigError(f"unknown setting {name!r}: {hint} (every field of transformers.TrainingArguments "
+                              "is allowed too)")  # fmt: skip
+    return set(given)
+
+
+def _refuse(message: str) -> None:
+    raise ConfigError(message)
+
+
+def _set_accumulation(config: RunConfig) -> None:
+    total, training = config.run.total_batch_size, config.training
+    if total is None:
+        return
+    at_once = training.per_device_train_batch_size * training.world_size
+    if total % at_once:
+        raise ConfigError(f"total_batch_size={total} is not a multiple of per_device_train_batch_size * processes "
+                          f"= {training.per_device_train_batch_size} * {training.world_size}")  # fmt: skip
+    training.gradient_accumulation_steps = total // at_once
+
+
+# ---------------------------------------------------------------------------------------------------- model
+
+
+def load_model_config(arguments: ModelArguments) -> PreTrainedConfig:
+    """The model's configuration with its overrides.
+
+    Raises:
+        ConfigError: no such preset, file or name; an override that the configuration does not have.
+    """
+    config = _base_config(arguments)
+    changes = dict(_override(item, config) for item in filter(None, arguments.model_overrides.split(",")))
+    if arguments.tie_word_embeddings is not None:
+        changes["tie_word_embeddings"] = arguments.tie_word_embeddings
+    return type(config).from_dict({**config.to_dict(), **changes}) if changes else config
+
+
+def _base_config(arguments: ModelArguments) -> PreTrainedConfig:
+    presets = config_root() / "models"
+    preset = presets / f"{arguments.model}.json"
+    try:
+        if not arguments.model and arguments.model_type:
+            return AutoConfig.for_model(arguments.model_type)
+        if arguments.model and preset.is_file():
+            return AutoConfig.from_pretrained(preset)
+        return AutoConfig.from_pretrained(arguments.model)
+    except (OSError, ValueError, KeyError) as error:
+        names = ", ".join(sorted(file.stem for file in presets.glob("*.json")))
+        reason = str(error).strip().splitlines()[0]
+        raise ConfigError(f"model {arguments.model or arguments.model_type!r} cannot be loaded ({reason}); allowed: "
+                          f"one of {names}, a config.json, a folder or a hub name") from error  # fmt: skip
+
+
+def _override(item: str, config: PreTrainedConfig) -> tuple[str, Any]:
+    """One `key=value` of `model_overrides`, the value read as JSON where it is JSON and as text elsewhere."""
+    key, equals, text = (part.strip() for part in item.partition("="))
+    known = config.to_dict()
+    if not equals or key not in known:
+        close = difflib.get_close_matches(key, known, n=3)
+        hint = f"; did you mean {' or '.join(close)}?" if close else ""
+        raise ConfigError(f"model_overrides item {item!r} is not key=value with a key of {config.model_type}{hint}")
+    try:
+        return key, json.loads(text)
+    except json.JSONDecodeError:
+        return key, text
+
+
+def build_model(arguments: ModelArguments, vocab_size: int) -> PreTrainedModel:
+    """A model from scratch (or from its weights), with an embedding for each of the tokenizer's tokens.
+
+    Args:
+        arguments: which model.
+        vocab_size: tokens of the tokenizer; the model's vocabulary is this unless `model_overrides` sets a larger one.
+
+    Raises:
+        ConfigError: as `load_model_config`, or a vocabulary too small for the tokenizer.
+    """
+    config = load_model_config(arguments)
+    fixed = arguments.init_from_pretrained or re.search(r"\bvocab_size=", arguments.model_overrides)
+    if not fixed:
+        config.vocab_size = vocab_size
+    if config.vocab_size < vocab_size:
+        raise ConfigError(f"model {arguments.model!r} has vocab_size={config.vocab_size}, "
+                          f"too small for a tokenizer of {vocab_size} tokens")  # fmt: skip
+    options = {"dtype": DTYPES[arguments.dtype], "attn_implementation": arguments.attn_implementation}
+    if arguments.init_from_pretrained:
+        return AutoModelForCausalLM.from_pretrained(arguments.model, config=config, **options)
+    return AutoModelForCausalLM.from_config(config, **options)
+
+
+# ---------------------------------------------------------------------------------------------------- the run
+
+
+class StepTimer(TrainerCallback):
+    """Seconds of training steps and, of them, of optimizer steps; evaluation and saving are outside."""
+
+    def __init__(self) -> None:
+        self.steps: list[float] = []
+        self.optimizer_steps: list[float] = []
+        self._began = self._optimizer_began = 0.0
+
+    def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+        self._began = _now()
+
+    def on_pre_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        self._optimizer_began = _now()
+
+    def on_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        self.optimizer_steps.append(_now() - self._optimizer_began)
+
+    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+        self.steps.append(_now() - self._began)
+
+    def metrics(self) -> dict[str, float]:
+        """Mean milliseconds; the first step allocates and compiles, so it is left out."""
+        return {
+            "train_step_ms": _mean_ms(self.steps[1:] or self.steps),
+            "train_optimizer_step_ms": _mean_ms(self.optimizer_steps[1:] or self.optimizer_steps),
+        }
+
+
+def _now() -> float:
+    if torch.accelerator.is_available():
+        torch.accelerator.synchronize()
+    return time.perf_counter()
+
+
+def _mean_ms(seconds: Sequence[float]) -> float:
+    return round(1e3 * sum(seconds) / len(seconds), 3) if seconds else float("nan")
+
+
+def run(config: RunConfig, callbacks: Sequence[TrainerCallback] = ()) -> Result:
+    """Train, evaluate, and write the model, its checkpoints and `all_results.json` into `output_dir`.
+
+    Two runs that differ only in their optimizer start from the same weights and see the same batches.
+
+    Args:
+        config: from `parse`.
+        callbacks: for the Trainer.
+
+    Returns:
+        Final metrics and the log by step.
+
+    Raises:
+        ConfigError: a folder that would be overwritten, a checkpoint, dataset, tokenizer or model that is not there.
+    """
+    training = config.training
+    checkpoint = _prepare_output(config)
+    with training.main_process_first(desc="text"):
+        text = load_text(config.data, training.data_seed or training.seed)
+    set_seed(training.seed)
+    model = build_model(config.model, len(text.tokenizer))
+    timer = StepTimer()
+    trainer = _trainer(model, text, training, [timer, *callbacks])
+    outcome = trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.save_model()
+    trainer.save_state()
+    _record(trainer, "train", {**outcome.metrics, **timer.metrics()})
+    evaluated = trainer.evaluate()
+    _record(trainer, "eval", {**evaluated, "perplexity": _perplexity(evaluated["eval_loss"])})
+    metrics = {**outcome.metrics, **timer.metrics(), **evaluated}
+    return Result(metrics, trainer.state.log_history, trainer)
+
+
+def _trainer(model: PreTrainedModel, text: TextData, training: TrainingArguments, callbacks: list[Any]) -> Trainer:
+    return Trainer(
+        model=model,
+        args=training,
+        train_dataset=text.train,
+        eval_dataset=text.validation,
+        data_collator=collate,
+        processing_class=text.tokenizer,
+        callbacks=callbacks,
+    )
+
+
+def _record(trainer: Trainer, split: str, metrics: dict[str, Any]) -> None:
+    trainer.log_metrics(split, metrics)
+    trainer.save_metrics(split, metrics)
+
+
+def _perplexity(loss: float) -> float:
+    return math.exp(loss) if loss < 700 else math.inf
+
+
+def _prepare_output(config: RunConfig) -> Optional[str]:
+    """The checkpoint to resume from, if any; refuses a folder with other content unless told to overwrite it."""
+    training, folder = config.training, Path(config.training.output_dir)
+    checkpoint = _checkpoint(training)
+    if checkpoint or training.process_index != 0 or not folder.is_dir() or not any(folder.iterdir()):
+        return checkpoint
+    if not config.run.overwrite_output_dir:
+        raise ConfigError(f"output_dir {str(folder)!r} is not empty: choose another, or --overwrite_output_dir, "
+                          "or continue with --resume_from_checkpoint auto")  # fmt: skip
+    for old in folder.glob("checkpoint-*"):  # the Trainer's rotation would take them for newer ones of this run
+        shutil.rmtree(old)
+    return None
+
+
+def _checkpoint(training: TrainingArguments) -> Optional[str]:
+    """`true`: the newest checkpoint, which must exist; `auto`: the newest, if there is one; else a folder."""
+    asked = training.resume_from_checkpoint
+    if asked is None or str(asked).lower() in ("", "false", "none"):
+        return None
+    if str(asked).lower() not in ("true", "auto"):
+        if not Path(asked).is_dir():
+            raise ConfigError(f"resume_from_checkpoint {asked!r} does not exist; allowed: true, auto, or a folder")
+        return str(asked)
+    newest = get_last_checkpoint(training.output_dir) if Path(training.output_dir).is_dir() else None
+    if newest is None and str(asked).lower() == "true":
+        raise ConfigError(f"resume_from_checkpoint=true: there is no checkpoint in {training.output_dir!r}")
+    return newest
+
+
+def main(arguments: Sequence[str]) -> None:
+    """`train [CONFIG] [--key value ...]`; without a CONFIG the CPU-sized default."""
+    if {"-h", "--help"} & set(arguments):
+        print(usage())
+        return
+    named = bool(arguments) and not arguments[0].startswith("--")
+    config, overrides = (arguments[0], arguments[1:]) if named else (DEFAULT_CONFIG, arguments)
+    run(parse(config, overrides))
+
+
+def usage() -> str:
+    """The settings of this project with their defaults; the Trainer's are documented by transformers."""
+    lines = [f"usage: hf-shampoo4 train [CONFIG.yaml] [--key value ...]   (CONFIG: default {DEFAULT_CONFIG})", ""]
+    for kind in ARGUMENT_TYPES[:-1]:
+        lines.append(f"{kind.__doc__}")
+        for option in dataclasses.fields(kind):
+            lines.append(f"  --{option.name} ({option.default!r}): {option.metadata['help']}")
+    return "\n".join([*lines, "and every field of transformers.TrainingArguments."])

@@ -1,0 +1,14 @@
+"""Pretrain a GPT-2: `python scripts/pretrain_gpt.py [CONFIG] [--key value ...]` (default: configs/train/gpt_stdlib_tiny.yaml).
+
+The same path as `hf-shampoo4 train`; also under `torchrun` and `accelerate launch`.
+"""
+
+import sys
+
+from hf_shampoo4.cli import main
+
+if __name__ == "__main__":
+    arguments = sys.argv[1:]
+    if not arguments or arguments[0].startswith("--"):
+        arguments.insert(0, "gpt_stdlib_tiny")
+    sys.exit(main(["train", *arguments]))
