@@ -30,14 +30,20 @@ class Context:
     step: int
     betas: tuple[float, float]
     eps: float
-    refresh_clock: AbstractContextManager[None]
+    stopwatch: AbstractContextManager[None]
+    """Times the refreshes."""
 
 
 class Algorithm(Protocol):
     """What every algorithm offers."""
 
-    shape: tuple[int, ...]
-    moments: Adam
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of one block."""
+
+    @property
+    def moments(self) -> Adam:
+        """The base's moments."""
 
     def storages(self) -> dict[str, Storage]:
         """Name -> storage of every tensor of a block's state."""
@@ -91,12 +97,13 @@ class Shampoo:
     def precondition(self, state: State, g: Tensor, context: Context) -> Tensor:
         left, right = _side(state, "left"), _side(state, "right")
         failures = state["failures"]["dense"]
-        with context.refresh_clock:
-            if context.step % context.options.stats_every == 0:
+        if context.step % context.options.stats_every == 0:
+            with context.stopwatch:
                 # L <- beta L + (1 - beta) G G^T;  R <- beta R + (1 - beta) G^T G
                 failures += self.left.update(left, g @ g.mT)
                 failures += self.right.update(right, g.mT @ g)
-            if context.step % context.options.roots_every == 0:
+        if context.step % context.options.roots_every == 0:
+            with context.stopwatch:
                 # L^-1/4, R^-1/4
                 failures += self.left.refresh(left)
                 failures += self.right.refresh(right)
@@ -131,16 +138,18 @@ def graft(
 
     A P that is not finite (a gradient whose square overflows) becomes zero.
     """
-    if over == "none":
-        return list(preconditioned)
-    g2 = [_squared_norms(g) for g in gradients]
-    p2 = [_squared_norms(p) for p in preconditioned]
+    grafted = list(preconditioned)
+    chosen = [i for i, (g, p) in enumerate(zip(gradients, preconditioned, strict=True)) if p is not g]
+    if over == "none" or not chosen:
+        return grafted
+    g2 = [_squared_norms(gradients[i]) for i in chosen]
+    p2 = [_squared_norms(preconditioned[i]) for i in chosen]
     if over == "norm":
-        g2, p2 = _over_parameters(stacks, g2), _over_parameters(stacks, p2)
-    grafted = []
-    for g, p, numerator, denominator in zip(gradients, preconditioned, g2, p2, strict=True):
-        ratio = torch.nan_to_num((numerator / denominator).sqrt(), nan=0.0, posinf=0.0)
-        grafted.append(p if p is g else p * ratio.to(p.dtype).view(-1, *[1] * (p.dim() - 1)))
+        members = [stacks[i].membership.double() for i in chosen]
+        g2, p2 = _over_parameters(members, g2), _over_parameters(members, p2)
+    for i, numerator, denominator in zip(chosen, g2, p2, strict=True):
+        ratio = torch.nan_to_num((numerator / denominator).sqrt(), nan=0.0, posinf=0.0).float()[:, None, None]
+        grafted[i] = torch.where(ratio > 0, preconditioned[i] * ratio, 0.0)
     return grafted
 
 
@@ -161,10 +170,10 @@ def _squared_norms(x: Tensor) -> Tensor:
     return torch.linalg.vector_norm(x.flatten(1), dim=1).double().square()
 
 
-def _over_parameters(stacks: Sequence[Stack], squares: Sequence[Tensor]) -> list[Tensor]:
+def _over_parameters(members: Sequence[Tensor], squares: Sequence[Tensor]) -> list[Tensor]:
     """Sum blocks' squares over their parameter, and hand every block its parameter's sum.
 
-    By a product with the membership matrix: a scatter-add's order is not fixed on a GPU.
+    By products with the membership matrices: a scatter-add's order is not fixed on a GPU.
     """
-    total = torch.stack([s.membership.double() @ x for s, x in zip(stacks, squares, strict=True)]).sum(0)
-    return [s.membership.double().T @ total for s in stacks]
+    total = torch.stack([member @ x for member, x in zip(members, squares, strict=True)]).sum(0)
+    return [member.T @ total for member in members]

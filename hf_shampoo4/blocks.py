@@ -1,0 +1,81 @@
+"""Cut a parameter's matrix view into rectangles: pure geometry, in the parameter's global coordinates.
+
+    (768, 3072), block_size 1024          -> 3 blocks of 768 x 1024
+    (64, 3, 3, 3), a convolution          -> its view (64, 27), 1 block
+    (8, 1024, 4096), experts              -> 8 matrices, 4 blocks each
+    (1536, 1024), row_splits (1024, 512)  -> q apart from kv: 1024 x 1024 and 512 x 1024
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+EXPERT_WIDTH = 16  # a 3-D tensor whose last side is smaller is a 1-D convolution's kernel, not a stack of matrices
+
+
+@dataclass(frozen=True)
+class MatrixView:
+    """A parameter seen as `count` matrices of rows x columns."""
+
+    count: int
+    rows: int
+    columns: int
+
+
+@dataclass(frozen=True)
+class Rect:
+    """Rows [r0, r1) and columns [c0, c1) of one matrix of a parameter's view."""
+
+    matrix: int
+    r0: int
+    r1: int
+    c0: int
+    c1: int
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.r1 - self.r0, self.c1 - self.c0
+
+
+def matrix_view(shape: tuple[int, ...], kind: str = "auto") -> MatrixView | None:
+    """How a parameter of `shape` is seen as matrices, or None if it has none (a vector, or a side of length 1).
+
+    Args:
+        kind: `flatten`: (d0, d1 * d2 * ...); `batch`: the last two dimensions are the matrix; `auto`: `batch` for
+            3 dimensions with a last one of at least 16 (experts), else `flatten` (convolutions).
+    """
+    if len(shape) < 2 or math.prod(shape) == 0:
+        return None
+    if kind == "auto":
+        kind = "batch" if len(shape) == 3 and shape[-1] >= EXPERT_WIDTH else "flatten"
+    if kind == "batch":
+        view = MatrixView(math.prod(shape[:-2]), shape[-2], shape[-1])
+    else:
+        view = MatrixView(1, shape[0], math.prod(shape[1:]))
+    return view if min(view.rows, view.columns) > 1 else None
+
+
+def partition(view: MatrixView, block_size: int, row_splits: tuple[int, ...] = ()) -> list[Rect]:
+    """Rectangles that tile the view, in canonical order: by matrix, then rows, then columns.
+
+    A side longer than `block_size` is cut into the fewest parts that fit, of sizes that differ by at most one, so
+    that few shapes arise.  `row_splits` are boundaries that no block crosses.
+
+    Raises:
+        ValueError: row_splits do not add up to the number of rows.
+    """
+    if row_splits and sum(row_splits) != view.rows:
+        raise ValueError(f"row_splits {row_splits} add up to {sum(row_splits)}, but the matrix has {view.rows} rows")
+    rows: list[tuple[int, int]] = []
+    for size in row_splits or (view.rows,):
+        start = rows[-1][1] if rows else 0
+        rows += [(start + a, start + b) for a, b in _cut(size, block_size)]
+    columns = _cut(view.columns, block_size)
+    return [Rect(k, r0, r1, c0, c1) for k in range(view.count) for r0, r1 in rows for c0, c1 in columns]
+
+
+def _cut(length: int, largest: int) -> list[tuple[int, int]]:
+    parts = -(-length // largest)
+    edges = [length * i // parts for i in range(parts + 1)]
+    return list(zip(edges[:-1], edges[1:], strict=True))

@@ -1,0 +1,286 @@
+"""`Shampoo4bit`: the torch optimizer, for one process and DDP."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .algorithms import Context, directions
+from .blocks import matrix_view
+from .clock import Stopwatch
+from .matrix import exact_float32
+from .options import NAMES, STRUCTURAL, OptionError, Options, resolve
+from .plan import Stack, Wave, blocks_of, build, deliver, state_layout
+
+FORMAT = 1  # of the state; in every param group, so that a checkpoint says what wrote it
+
+
+class CheckpointError(ValueError):
+    """A state dict that does not belong to this optimizer and model; nothing was loaded from it."""
+
+
+class Shampoo4bit(torch.optim.Optimizer):
+    """Shampoo with low-bit factors, roots and moments, over AdamW (2405.18144, 2309.01507).
+
+    Matrices (and convolutions and experts through their matrix view) are preconditioned; vectors get the base alone.
+    Embeddings and the output head are matrices too: put them in a group with `algorithm="elementwise"`, as
+    `hf_shampoo4.param_groups(model)` does.
+
+    Args:
+        params: parameters, (name, parameter) pairs or groups, as for any torch optimizer.  A group may set any option.
+        lr: learning rate; AdamW's.
+        betas: decay of the first and second moment.
+        eps: added to the root of the second moment.
+        weight_decay: decoupled, as in AdamW.
+        preset: a named set of options (`hf_shampoo4.options.PRESETS`).
+        config: path of a YAML file with options.
+        options: see `hf_shampoo4.options.Options`; explicit ones win over `config`, that over `preset`.
+
+    Raises:
+        OptionError: an option that does not exist, or a value that is not allowed.
+        TypeError: a complex parameter.
+        ValueError: no parameter has a matrix to precondition.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        *,
+        preset: str | None = None,
+        config: str | None = None,
+        **options: Any,
+    ) -> None:
+        chosen = Options(**resolve(options, preset=preset, config=config))
+        base = {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay}
+        self._reset()
+        super().__init__(params, {**base, **vars(chosen), "step": 0, "skipped_steps": 0, "format": FORMAT})
+        self._require_matrices()
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """One update of every parameter that has a gradient.
+
+        A step on which any gradient is not finite changes nothing but `skipped_steps`.
+
+        Raises:
+            TypeError: a sparse gradient, or a sharded parameter (FSDP2, tensor parallel).
+        """
+        loss = None if closure is None else torch.enable_grad()(closure)()
+        usable = self._gradients_are_finite()
+        for index, group in enumerate(self.param_groups):
+            if not usable:
+                group["skipped_steps"] += 1
+                continue
+            group["step"] += 1
+            context = Context(Options.of(group), group["step"], group["betas"], group["eps"], self._stopwatch)
+            for wave in self._waves(index):
+                _step_wave(wave, context, float(group["lr"]), group["weight_decay"])
+        return loss
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group; its options are cast and checked as the constructor's are.
+
+        Raises:
+            OptionError: as the constructor.
+            TypeError: a complex parameter.
+        """
+        given = {name: param_group[name] for name in NAMES if name in param_group}
+        super().add_param_group({**param_group, **resolve(given)})
+        group = self.param_groups[-1]
+        try:
+            _check_group(group)
+        except Exception:
+            self.param_groups.pop()
+            raise
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over a saved state, every tensor in the dtype it was saved in.
+
+        What changes the state's layout (bits, factor, block size, ...) must be the same here as there; other options
+        and the learning rate come from the checkpoint, as torch has it.
+
+        Raises:
+            CheckpointError: written by another optimizer, for another model or with other structural options, or
+                incomplete.  Nothing is changed then.
+        """
+        self._check_checkpoint(state_dict)
+        # torch casts all per-parameter state to the parameter's dtype, codes too: show it wrapped values only.
+        hidden = {
+            key: {name: _Opaque(value) for name, value in entry.items()} for key, entry in state_dict["state"].items()
+        }
+        super().load_state_dict({**state_dict, "state": hidden})
+        for p, entry in self.state.items():
+            for name, wrapped in entry.items():
+                entry[name] = wrapped.value.to(p.device, copy=True)  # never alias the caller's dict
+        self._reset()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for group in self.param_groups:
+            for name, value in self.defaults.items():
+                group.setdefault(name, value)
+        self._reset()
+
+    def refresh_seconds(self) -> float:
+        """Time spent on factors and roots since construction or the last load."""
+        return self._stopwatch.seconds()
+
+    def names(self, index: int) -> list[str]:
+        """A name for every parameter of group `index`, the same in every run: its own, or its position."""
+        group = self.param_groups[index]
+        names = group.get("param_names") or []
+        if len(names) == len(group["params"]):
+            return [clean_name(name) for name in names]
+        return [f"{index}.{i}" for i in range(len(group["params"]))]
+
+    def _reset(self) -> None:
+        self._built: dict[int, tuple[list[Any], list[Wave]]] = {}
+        self._stopwatch = Stopwatch()
+
+    def _waves(self, index: int) -> list[Wave]:
+        """The plan of a group: built at its first step, again when parameters or their placement changed."""
+        group = self.param_groups[index]
+        live = [(name, p) for name, p in zip(self.names(index), group["params"], strict=True) if p.requires_grad]
+        identity = [(id(p), p.device, p.dtype, p.shape) for _, p in live]
+        if index not in self._built or self._built[index][0] != identity:
+            self._require_matrices()
+            self._built[index] = (identity, build(live, Options.of(group), self.state))
+        return self._built[index][1]
+
+    def _gradients_are_finite(self) -> bool:
+        by_device: dict[torch.device, list[Tensor]] = {}
+        for index, group in enumerate(self.param_groups):
+            for i, p in enumerate(group["params"]):
+                if p.grad is not None and p.numel():
+                    _refuse_unusable(p, self.names(index)[i])
+                    by_device.setdefault(p.device, []).append(p.grad.detach())
+        return all(_finite(gradients) for gradients in by_device.values())
+
+    def _require_matrices(self) -> None:
+        groups = [group for group in self.param_groups if group["algorithm"] != "elementwise"]
+        parameters = [(p, group["matrix_view"]) for group in groups for p in group["params"]]
+        if not parameters or any(matrix_view(tuple(p.shape), view) for p, view in parameters):
+            return
+        shapes = ", ".join(sorted({str(tuple(p.shape)) for p, _ in parameters})[:5])
+        raise ValueError(
+            f"nothing to precondition: none of the {len(parameters)} parameters has a matrix (shapes: {shapes}). "
+            "Sharding that flattens parameters (FSDP1, DeepSpeed) hides them: train with DDP or one process. "
+            "For the base optimizer alone set algorithm='elementwise' (--optim adamw4bit)."
+        )
+
+    def _check_checkpoint(self, state_dict: dict[str, Any]) -> None:
+        saved_groups, state = state_dict.get("param_groups"), state_dict.get("state")
+        if not isinstance(saved_groups, list) or not isinstance(state, dict):
+            raise CheckpointError("not an optimizer state dict: it needs 'state' and 'param_groups'")
+        if any(group.get("format") != FORMAT for group in saved_groups):
+            keys = sorted({name for entry in state.values() if isinstance(entry, dict) for name in entry})[:4]
+            raise CheckpointError(
+                f"the checkpoint was not written by Shampoo4bit (state format {FORMAT}); its state holds {keys}. "
+                "Resume with the optimizer that wrote it, or load the model alone and start the optimizer afresh."
+            )
+        sizes, ours = [len(g["params"]) for g in saved_groups], [len(g["params"]) for g in self.param_groups]
+        if sizes != ours:
+            raise CheckpointError(f"checkpoint of another model: groups of {sizes} parameters, here {ours}")
+        for index, saved in enumerate(saved_groups):
+            self._check_saved_group(index, saved, state)
+
+    def _check_saved_group(self, index: int, saved: dict[str, Any], state: dict[Any, Any]) -> None:
+        group = self.param_groups[index]
+        for name in STRUCTURAL:
+            there, here = saved.get(name), group[name]
+            if there != here:
+                raise CheckpointError(
+                    f"the checkpoint was written with {name}={there}, this run has {name}={here}: "
+                    f"resume with {name}={there}, or start the optimizer afresh"
+                )
+        saved_names = [clean_name(name) for name in saved.get("param_names") or []]
+        for i, (key, p) in enumerate(zip(saved["params"], group["params"], strict=True)):
+            name = self.names(index)[i]
+            if group.get("param_names") and saved_names and saved_names[i] != name:
+                raise CheckpointError(f"checkpoint of another model: parameter {saved_names[i]!r} there, {name!r} here")
+            entry = state.get(key, {})
+            if entry or (p.requires_grad and saved.get("step", 0)):
+                _check_entry(name, entry, state_layout(blocks_of(tuple(p.shape), Options.of(group))))
+
+
+def clean_name(name: str) -> str:
+    """A parameter's name without what wrappers (DDP, torch.compile, FSDP) put before it."""
+    for wrapper in ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module."):
+        name = name.replace(wrapper, "")
+    return name.removeprefix("module.")
+
+
+def _step_wave(wave: Wave, context: Context, lr: float, weight_decay: float) -> None:
+    active = wave.active()
+    stacks: list[Stack] = [stack if rows is None else stack.rows(rows) for stack, rows in active]
+    if not stacks:
+        return
+    with exact_float32(stacks[0].membership.device.type):
+        updates = directions(stacks, [stack.gradients() for stack in stacks], context)
+    for (whole, rows), stack, update in zip(active, stacks, updates, strict=True):
+        if rows is not None:
+            whole.put_back(rows, stack)
+        deliver(stack, update, lr, weight_decay, context.step, context.options)
+
+
+class _Opaque:
+    """Hides a value from torch's casts."""
+
+    __slots__ = ("value",)
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+
+def _check_group(group: dict[str, Any]) -> None:
+    beta1, beta2 = group["betas"]
+    allowed = {
+        "lr": (group["lr"], float(group["lr"]) >= 0, "a number >= 0"),
+        "betas": (group["betas"], 0 <= beta1 < 1 and 0 <= beta2 < 1, "two numbers in [0, 1)"),
+        "eps": (group["eps"], group["eps"] >= 0, "a number >= 0"),
+        "weight_decay": (group["weight_decay"], group["weight_decay"] >= 0, "a number >= 0"),
+    }
+    for name, (value, holds, rule) in allowed.items():
+        if not holds:
+            raise OptionError(f"{name}={value!r} is not allowed: it must be {rule}")
+    for p in group["params"]:
+        if not p.is_floating_point():
+            raise TypeError(f"parameter of shape {tuple(p.shape)} is {p.dtype}: only real floating point can be trained")
+        blocks_of(tuple(p.shape), Options.of(group))  # raises if row_splits do not fit
+
+
+def _check_entry(name: str, entry: dict[str, Any], layout: dict[str, tuple[tuple[int, ...], torch.dtype]]) -> None:
+    missing, foreign = sorted(layout.keys() - entry.keys()), sorted(entry.keys() - layout.keys())
+    if missing or foreign:
+        raise CheckpointError(f"state of {name!r} does not fit: missing {missing[:3]}, not known {foreign[:3]}")
+    for key, (shape, dtype) in layout.items():
+        there = entry[key]
+        if not isinstance(there, Tensor) or tuple(there.shape) != shape or there.dtype != dtype:
+            found = f"{tuple(there.shape)} {there.dtype}" if isinstance(there, Tensor) else type(there).__name__
+            raise CheckpointError(f"state of {name!r}: {key} is {found}, expected {shape} {dtype}: another model?")
+
+
+def _refuse_unusable(p: Tensor, name: str) -> None:
+    if p.grad is not None and p.grad.layout != torch.strided:
+        raise TypeError(
+            f"parameter {name!r} has a sparse gradient, which Shampoo4bit cannot use: "
+            "set sparse=False on the embedding, or give the parameter its own torch.optim.SparseAdam"
+        )
+    if hasattr(p, "device_mesh"):
+        raise TypeError(
+            f"parameter {name!r} is sharded (DTensor: FSDP2 or tensor parallel); "
+            "this version trains in one process or under DDP"
+        )
+
+
+def _finite(gradients: list[Tensor]) -> bool:
+    largest = torch._foreach_norm(gradients, math.inf)
+    return bool(torch.isfinite(torch.stack([x.float() for x in largest])).all())

@@ -1,0 +1,231 @@
+"""From parameters to stacks: blocks -> algorithms -> stacks of equal blocks -> views in `optimizer.state`.
+
+A *stack* is all blocks of a wave that share an algorithm description (hence a shape), as one (B, m, n) tensor; its
+state buffers have B rows, and `optimizer.state[p]` holds the rows of parameter p as views, under
+"<shape>/<tensor>.<buffer>".  A *wave* is as many whole parameters as fit `WAVE_ELEMENTS`: it bounds the memory that a
+step needs at a time, whatever the size of the model.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import zlib
+from collections.abc import Iterable, Iterator, MutableMapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .algorithms import Algorithm, State, make_algorithm
+from .blocks import MatrixView, Rect, matrix_view, partition
+from .options import Options
+from .rounding import noise_bits, to_bfloat16
+from .storage import SMALL, allocate
+
+WAVE_ELEMENTS = 1 << 24  # 64 MiB of float32 gradient
+
+
+@dataclass(frozen=True)
+class Block:
+    """One rectangle of a parameter's matrix view, and the algorithm that runs on it."""
+
+    view: MatrixView
+    rect: Rect
+    algorithm: Algorithm
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A block of a live parameter."""
+
+    parameter: Tensor
+    block: Block
+    salt: int
+    """The same number in every run and on every rank, for stochastic rounding."""
+
+    def of(self, x: Tensor) -> Tensor:
+        """The block's part of the parameter or its gradient: a view, or a copy where the memory allows none."""
+        return _cut_out(_matrices(x.detach(), self.block.view), self.block)
+
+    def put(self, value: Tensor) -> None:
+        """Write the block's part of a parameter whose memory allows no view of it (channels last)."""
+        matrices = _matrices(self.parameter.detach(), self.block.view)
+        _cut_out(matrices, self.block).copy_(value)
+        self.parameter.detach().copy_(matrices.view(self.parameter.shape))
+
+
+def blocks_of(shape: tuple[int, ...], options: Options) -> list[Block]:
+    """How a parameter of `shape` (the global one) is treated, from geometry alone; empty for one without elements."""
+    numel = math.prod(shape)
+    if not numel:
+        return []
+    quantise = numel >= SMALL
+    view = matrix_view(shape, options.matrix_view) if options.algorithm != "elementwise" else None
+    if view is None:
+        rows = shape[0] if len(shape) > 1 else 1
+        rect = Rect(0, 0, rows, 0, numel // rows)
+        elementwise = dataclasses.replace(options, algorithm="elementwise")
+        algorithm = make_algorithm(rect.shape if len(shape) > 1 else (numel,), elementwise, quantise)
+        return [Block(MatrixView(1, *rect.shape), rect, algorithm)]
+    rects = partition(view, options.block_size, options.row_splits)
+    algorithms = {shape: make_algorithm(shape, options, quantise) for shape in {rect.shape for rect in rects}}
+    return [Block(view, rect, algorithms[rect.shape]) for rect in rects]
+
+
+def state_layout(blocks: Sequence[Block]) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """State key -> shape and dtype of the tensors that a parameter cut into `blocks` keeps."""
+    layout = {}
+    for algorithm in dict.fromkeys(block.algorithm for block in blocks):
+        count = sum(block.algorithm == algorithm for block in blocks)
+        for tensor, storage in algorithm.storages().items():
+            for buffer, (shape, dtype) in storage.layout().items():
+                layout[state_key(algorithm, tensor, buffer)] = ((count, *shape), dtype)
+    return layout
+
+
+def state_key(algorithm: Algorithm, tensor: str, buffer: str) -> str:
+    """Where `optimizer.state[p]` keeps one buffer of the blocks that run `algorithm`."""
+    return f"{'x'.join(map(str, algorithm.shape))}/{tensor}.{buffer}"
+
+
+@dataclass
+class Stack:
+    """Equal blocks of a wave, and their state."""
+
+    algorithm: Algorithm
+    pieces: list[Piece]
+    membership: Tensor
+    state: State = field(default_factory=dict)
+
+    def gradients(self) -> Tensor:
+        """float32 (B, *shape); a view of the gradient itself where there is nothing to gather or convert."""
+        parts = [piece.of(piece.parameter.grad) for piece in self.pieces if piece.parameter.grad is not None]
+        return (parts[0].unsqueeze(0) if len(parts) == 1 else torch.stack(parts)).float()
+
+    def rows(self, index: Tensor) -> Stack:
+        """A copy that holds only some blocks, for a step on which the others have no gradient."""
+        state = {t: {b: buffer[index] for b, buffer in buffers.items()} for t, buffers in self.state.items()}
+        pieces = [self.pieces[i] for i in index.tolist()]
+        return Stack(self.algorithm, pieces, self.membership[:, index], state)
+
+    def put_back(self, index: Tensor, part: Stack) -> None:
+        """Copy the state of `rows(index)` back."""
+        for tensor, buffers in part.state.items():
+            for name, buffer in buffers.items():
+                self.state[tensor][name][index] = buffer
+
+
+@dataclass
+class Wave:
+    """Whole parameters that are computed together."""
+
+    stacks: list[Stack]
+
+    def active(self) -> list[tuple[Stack, Tensor | None]]:
+        """Stacks that have a gradient now; with the rows that do, where not all of them do."""
+        result: list[tuple[Stack, Tensor | None]] = []
+        for stack in self.stacks:
+            rows = [i for i, piece in enumerate(stack.pieces) if piece.parameter.grad is not None]
+            if len(rows) == len(stack.pieces):
+                result.append((stack, None))
+            elif rows:
+                result.append((stack, torch.tensor(rows, device=stack.membership.device)))
+        return result
+
+
+def deliver(stack: Stack, update: Tensor, lr: float, weight_decay: float, step: int, options: Options) -> None:
+    """p <- (1 - lr wd) p - lr u, in float32, rounded to the parameter's dtype (stochastically if asked)."""
+    targets = [piece.of(piece.parameter) for piece in stack.pieces]
+    if all(t.dtype == torch.float32 for t in targets):
+        torch._foreach_mul_(targets, 1 - lr * weight_decay)
+        torch._foreach_add_(targets, list(update.unbind(0)), alpha=-lr)
+        new = targets
+    else:
+        exact = torch.stack(targets).float().mul_(1 - lr * weight_decay).add_(update, alpha=-lr)
+        if options.stochastic_rounding and targets[0].dtype == torch.bfloat16:
+            salts = torch.tensor([piece.salt for piece in stack.pieces], dtype=torch.int32, device=exact.device)
+            exact = to_bfloat16(exact, noise_bits(salts, step, options.seed, exact[0].numel()).view_as(exact))
+        new = list(exact.unbind(0))
+    for piece, target, value in zip(stack.pieces, targets, new, strict=True):
+        if value is not target:
+            target.copy_(value)
+        if not _is_view(target, piece.parameter):
+            piece.put(target)
+
+
+def build(
+    parameters: Iterable[tuple[str, Tensor]], options: Options, saved: MutableMapping[Tensor, Any]
+) -> list[Wave]:
+    """Waves over the parameters of one group; `saved[p]` is adopted where present and then holds the live views.
+
+    Args:
+        parameters: (name, parameter), the name being the same in every run.
+    """
+    waves = []
+    for members in _in_waves(parameters):
+        by_algorithm: dict[Algorithm, list[tuple[int, Piece]]] = {}
+        for i, (name, p) in enumerate(members):
+            for k, block in enumerate(blocks_of(tuple(p.shape), options)):
+                salt = zlib.crc32(f"{name}:{k}".encode()) - (1 << 31)
+                by_algorithm.setdefault(block.algorithm, []).append((i, Piece(p, block, salt)))
+        stacks = [_stack(algorithm, entries, members, saved) for algorithm, entries in by_algorithm.items()]
+        waves.append(Wave(stacks))
+    return waves
+
+
+def _stack(
+    algorithm: Algorithm,
+    entries: list[tuple[int, Piece]],
+    members: list[tuple[str, Tensor]],
+    saved: MutableMapping[Tensor, Any],
+) -> Stack:
+    device = entries[0][1].parameter.device
+    membership = torch.zeros(len(members), len(entries))
+    membership[[i for i, _ in entries], list(range(len(entries)))] = 1.0
+    state = {name: allocate(storage, len(entries), device) for name, storage in algorithm.storages().items()}
+    algorithm.initialise(state)
+    stack = Stack(algorithm, [piece for _, piece in entries], membership.to(device), state)
+    start = 0
+    for i in sorted({i for i, _ in entries}):
+        count = sum(j == i for j, _ in entries)
+        held = saved[members[i][1]]
+        for tensor, buffers in state.items():
+            for name, buffer in buffers.items():
+                key, mine = state_key(algorithm, tensor, name), buffer[start : start + count]
+                if key in held:
+                    mine.copy_(held[key])
+                held[key] = mine
+        start += count
+    return stack
+
+
+def _in_waves(parameters: Iterable[tuple[str, Tensor]]) -> Iterator[list[tuple[str, Tensor]]]:
+    """Parameters of one device and dtype, as many as fit; at least one."""
+    alike: dict[tuple[torch.device, torch.dtype], list[tuple[str, Tensor]]] = {}
+    for name, p in parameters:
+        alike.setdefault((p.device, p.dtype), []).append((name, p))
+    for candidates in alike.values():
+        wave: list[tuple[str, Tensor]] = []
+        elements = 0
+        for name, p in candidates:
+            if wave and elements + p.numel() > WAVE_ELEMENTS:
+                yield wave
+                wave, elements = [], 0
+            wave.append((name, p))
+            elements += p.numel()
+        yield wave
+
+
+def _matrices(x: Tensor, view: MatrixView) -> Tensor:
+    return x.reshape(view.count, view.rows, view.columns)
+
+
+def _cut_out(matrices: Tensor, block: Block) -> Tensor:
+    r = block.rect
+    return matrices[r.matrix, r.r0 : r.r1, r.c0 : r.c1].view(block.algorithm.shape)
+
+
+def _is_view(part: Tensor, whole: Tensor) -> bool:
+    return part.untyped_storage().data_ptr() == whole.untyped_storage().data_ptr()
