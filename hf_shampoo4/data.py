@@ -10,7 +10,6 @@ from __future__ import annotations
 import functools
 import glob
 import hashlib
-import json
 import os
 import shutil
 import sysconfig
@@ -18,7 +17,7 @@ import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Optional, Union
+from typing import TYPE_CHECKING, Any, Union
 
 from hf_shampoo4.options import OptionError
 
@@ -49,19 +48,19 @@ class DataArguments:
     """Which text, which tokenizer, which length."""
 
     dataset: str = field(default="stdlib", metadata={"help": f"Training text; {ALLOWED}."})
-    dataset_config: Optional[str] = field(default=None, metadata={"help": "Configuration of a hub dataset."})
+    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a hub dataset."})
     train_split: str = field(default="train", metadata={"help": "Split of a hub dataset to train on."})
-    validation_split: Optional[str] = field(
+    validation_split: str | None = field(
         default=None, metadata={"help": "Split to validate on; default: documents held out of the training split."}
     )
-    validation_dataset: Optional[str] = field(
+    validation_dataset: str | None = field(
         default=None, metadata={"help": "Another source of validation text, named like `dataset`."}
     )
     validation_fraction: float = field(default=0.05, metadata={"help": "Share of the documents held out."})
     text_column: str = field(default="text", metadata={"help": "Column of the text in JSON, parquet and hub datasets."})
     streaming: bool = field(default=False, metadata={"help": "Read while training instead of before it."})
-    max_train_documents: Optional[int] = field(default=None, metadata={"help": "Use the first N documents only."})
-    max_validation_sequences: Optional[int] = field(
+    max_train_documents: int | None = field(default=None, metadata={"help": "Use the first N documents only."})
+    max_validation_sequences: int | None = field(
         default=None, metadata={"help": "Validate on N sequences drawn once from the held-out ones (streams: 1024)."}
     )
     tokenizer: str = field(
@@ -69,9 +68,9 @@ class DataArguments:
     )
     vocab_size: int = field(default=4096, metadata={"help": "Size of the vocabulary of the trained BPE."})
     seq_len: int = field(default=256, metadata={"help": "Tokens of a sequence."})
-    preprocessing_workers: Optional[int] = field(default=None, metadata={"help": "Processes that tokenize."})
-    cache_dir: Optional[str] = field(
-        default=None, metadata={"help": f"Folder of trained tokenizers and packed text; default ${CACHE_ENV} or ~/.cache."}
+    preprocessing_workers: int | None = field(default=None, metadata={"help": "Processes that tokenize."})
+    cache_dir: str | None = field(
+        default=None, metadata={"help": f"Folder of tokenizers and packed text; default ${CACHE_ENV} or ~/.cache."}
     )
 
     def __post_init__(self) -> None:
@@ -363,14 +362,6 @@ def collate(sequences: list[dict[str, Any]]) -> dict[str, Tensor]:
 
     tokens = torch.tensor([row["input_ids"] for row in sequences], dtype=torch.long)
     return {"input_ids": tokens, "labels": tokens.clone()}
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Write JSON so that a reader sees the old file or the new one, never a half."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
 
 
 def _require(holds: bool, name: str, value: Any, allowed: str) -> None:

@@ -13,11 +13,10 @@ import json
 import math
 import re
 import shutil
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Optional, Union
+from typing import Any, Union
 
 import torch
 from transformers import (
@@ -31,10 +30,12 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
+from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_utils import get_last_checkpoint
 
 import hf_shampoo4
 from hf_shampoo4.data import ConfigError, DataArguments, TextData, collate, load_text
+from hf_shampoo4.integrations.trainer import check_args
 
 DEFAULT_CONFIG = "stdlib_tiny"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -48,7 +49,7 @@ class ModelArguments:
         default="llama_tiny",
         metadata={"help": "A preset of configs/models, a config.json, a folder or a hub name; '' with `model_type`."},
     )
-    model_type: Optional[str] = field(
+    model_type: str | None = field(
         default=None, metadata={"help": "With model='': a transformers model type at its defaults, e.g. gpt2."}
     )
     model_overrides: str = field(
@@ -58,8 +59,8 @@ class ModelArguments:
         default=False, metadata={"help": "Load the weights of `model` (a folder or hub name) instead of drawing them."}
     )
     dtype: str = field(default="float32", metadata={"help": f"Type of the parameters: {', '.join(DTYPES)}."})
-    attn_implementation: Optional[str] = field(default=None, metadata={"help": "eager, sdpa, flash_attention_2, ..."})
-    tie_word_embeddings: Optional[bool] = field(default=None, metadata={"help": "One matrix for embedding and head."})
+    attn_implementation: str | None = field(default=None, metadata={"help": "eager, sdpa, flash_attention_2, ..."})
+    tie_word_embeddings: bool | None = field(default=None, metadata={"help": "One matrix for embedding and head."})
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
@@ -73,7 +74,7 @@ class RunArguments:
     overwrite_output_dir: bool = field(
         default=False, metadata={"help": "Train into a folder that is not empty; its old checkpoints are deleted."}
     )
-    total_batch_size: Optional[int] = field(
+    total_batch_size: int | None = field(
         default=None,
         metadata={"help": "Sequences of an optimizer step over all processes; sets gradient_accumulation_steps."},
     )
@@ -95,9 +96,8 @@ class Result:
 
     metrics: dict[str, Any]
     """Final numbers, as in `all_results.json`."""
-    history: list[dict[str, Any]]
-    """The Trainer's log: losses, learning rates and evaluations by step."""
     trainer: Trainer
+    """With `state.log_history`, the optimizer and the model."""
 
 
 ARGUMENT_TYPES = (ModelArguments, DataArguments, RunArguments, TrainingArguments)
@@ -164,6 +164,10 @@ def parse(config: Union[str, Path, Mapping[str, Any], None] = None, overrides: S
         raise error if isinstance(error, ConfigError) else ConfigError(str(error)) from error
     checked = RunConfig(*parsed)
     _set_accumulation(checked)
+    try:
+        check_args(checked.training)
+    except NotImplementedError as error:
+        raise ConfigError(str(error)) from error
     return checked
 
 
@@ -257,12 +261,13 @@ def _override(item: str, config: PreTrainedConfig) -> tuple[str, Any]:
         return key, text
 
 
-def build_model(arguments: ModelArguments, vocab_size: int) -> PreTrainedModel:
+def build_model(arguments: ModelArguments, vocab_size: int, eos_token_id: int | None = None) -> PreTrainedModel:
     """A model from scratch (or from its weights), with an embedding for each of the tokenizer's tokens.
 
     Args:
         arguments: which model.
         vocab_size: tokens of the tokenizer; the model's vocabulary is this unless `model_overrides` sets a larger one.
+        eos_token_id: the tokenizer's end of text, for generation.
 
     Raises:
         ConfigError: as `load_model_config`, or a vocabulary too small for the tokenizer.
@@ -274,6 +279,7 @@ def build_model(arguments: ModelArguments, vocab_size: int) -> PreTrainedModel:
     if config.vocab_size < vocab_size:
         raise ConfigError(f"model {arguments.model!r} has vocab_size={config.vocab_size}, "
                           f"too small for a tokenizer of {vocab_size} tokens")  # fmt: skip
+    config.eos_token_id = eos_token_id
     options = {"dtype": DTYPES[arguments.dtype], "attn_implementation": arguments.attn_implementation}
     if arguments.init_from_pretrained:
         return AutoModelForCausalLM.from_pretrained(arguments.model, config=config, **options)
@@ -283,45 +289,9 @@ def build_model(arguments: ModelArguments, vocab_size: int) -> PreTrainedModel:
 # ---------------------------------------------------------------------------------------------------- the run
 
 
-class StepTimer(TrainerCallback):
-    """Seconds of training steps and, of them, of optimizer steps; evaluation and saving are outside."""
-
-    def __init__(self) -> None:
-        self.steps: list[float] = []
-        self.optimizer_steps: list[float] = []
-        self._began = self._optimizer_began = 0.0
-
-    def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
-        self._began = _now()
-
-    def on_pre_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        self._optimizer_began = _now()
-
-    def on_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        self.optimizer_steps.append(_now() - self._optimizer_began)
-
-    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-        self.steps.append(_now() - self._began)
-
-    def metrics(self) -> dict[str, float]:
-        """Mean milliseconds; the first step allocates and compiles, so it is left out."""
-        return {
-            "train_step_ms": _mean_ms(self.steps[1:] or self.steps),
-            "train_optimizer_step_ms": _mean_ms(self.optimizer_steps[1:] or self.optimizer_steps),
-        }
-
-
-def _now() -> float:
-    if torch.accelerator.is_available():
-        torch.accelerator.synchronize()
-    return time.perf_counter()
-
-
-def _mean_ms(seconds: Sequence[float]) -> float:
-    return round(1e3 * sum(seconds) / len(seconds), 3) if seconds else float("nan")
-
-
-def run(config: RunConfig, callbacks: Sequence[TrainerCallback] = ()) -> Result:
+def run(
+    config: RunConfig, callbacks: Sequence[TrainerCallback] = (), progress: TrainerCallback | None = None
+) -> Result:
     """Train, evaluate, and write the model, its checkpoints and `all_results.json` into `output_dir`.
 
     Two runs that differ only in their optimizer start from the same weights and see the same batches.
@@ -329,6 +299,7 @@ def run(config: RunConfig, callbacks: Sequence[TrainerCallback] = ()) -> Result:
     Args:
         config: from `parse`.
         callbacks: for the Trainer.
+        progress: shown instead of the Trainer's progress bar.
 
     Returns:
         Final metrics and the log by step.
@@ -341,17 +312,19 @@ def run(config: RunConfig, callbacks: Sequence[TrainerCallback] = ()) -> Result:
     with training.main_process_first(desc="text"):
         text = load_text(config.data, training.data_seed or training.seed)
     set_seed(training.seed)
-    model = build_model(config.model, len(text.tokenizer))
-    timer = StepTimer()
-    trainer = _trainer(model, text, training, [timer, *callbacks])
-    outcome = trainer.train(resume_from_checkpoint=checkpoint)
+    model = build_model(config.model, len(text.tokenizer), text.tokenizer.eos_token_id)
+    trainer = _trainer(model, text, training, list(callbacks))
+    if progress is not None:
+        trainer.remove_callback(ProgressCallback)
+        trainer.add_callback(progress)
+    trained = trainer.train(resume_from_checkpoint=checkpoint).metrics
     trainer.save_model()
     trainer.save_state()
-    _record(trainer, "train", {**outcome.metrics, **timer.metrics()})
+    trainer.save_metrics("train", trained)
     evaluated = trainer.evaluate()
-    _record(trainer, "eval", {**evaluated, "perplexity": _perplexity(evaluated["eval_loss"])})
-    metrics = {**outcome.metrics, **timer.metrics(), **evaluated}
-    return Result(metrics, trainer.state.log_history, trainer)
+    evaluated["perplexity"] = _perplexity(evaluated["eval_loss"])
+    trainer.save_metrics("eval", evaluated)
+    return Result({**trained, **evaluated}, trainer)
 
 
 def _trainer(model: PreTrainedModel, text: TextData, training: TrainingArguments, callbacks: list[Any]) -> Trainer:
@@ -366,16 +339,11 @@ def _trainer(model: PreTrainedModel, text: TextData, training: TrainingArguments
     )
 
 
-def _record(trainer: Trainer, split: str, metrics: dict[str, Any]) -> None:
-    trainer.log_metrics(split, metrics)
-    trainer.save_metrics(split, metrics)
-
-
 def _perplexity(loss: float) -> float:
     return math.exp(loss) if loss < 700 else math.inf
 
 
-def _prepare_output(config: RunConfig) -> Optional[str]:
+def _prepare_output(config: RunConfig) -> str | None:
     """The checkpoint to resume from, if any; refuses a folder with other content unless told to overwrite it."""
     training, folder = config.training, Path(config.training.output_dir)
     checkpoint = _checkpoint(training)
@@ -389,7 +357,7 @@ def _prepare_output(config: RunConfig) -> Optional[str]:
     return None
 
 
-def _checkpoint(training: TrainingArguments) -> Optional[str]:
+def _checkpoint(training: TrainingArguments) -> str | None:
     """`true`: the newest checkpoint, which must exist; `auto`: the newest, if there is one; else a folder."""
     asked = training.resume_from_checkpoint
     if asked is None or str(asked).lower() in ("", "false", "none"):
@@ -411,7 +379,8 @@ def main(arguments: Sequence[str]) -> None:
         return
     named = bool(arguments) and not arguments[0].startswith("--")
     config, overrides = (arguments[0], arguments[1:]) if named else (DEFAULT_CONFIG, arguments)
-    run(parse(config, overrides))
+    result = run(parse(config, overrides))
+    result.trainer.log_metrics("all", result.metrics)
 
 
 def usage() -> str:

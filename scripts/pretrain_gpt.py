@@ -1,6 +1,7 @@
-"""Pretrain a GPT-2: `python scripts/pretrain_gpt.py [CONFIG] [--key value ...]` (default: configs/train/gpt_stdlib_tiny.yaml).
+"""Pretrain a GPT-2: `python scripts/pretrain_gpt.py [CONFIG] [--key value ...]`.
 
-The same path as `hf-shampoo4 train`; also under `torchrun` and `accelerate launch`.
+CONFIG is configs/train/gpt_stdlib_tiny.yaml unless named.  The same path as `hf-shampoo4 train`;
+also under `torchrun` and `accelerate launch`.
 """
 
 import sys

@@ -1,6 +1,7 @@
-"""Pretrain a LLaMA: `python scripts/pretrain_llama.py [CONFIG] [--key value ...]` (default: configs/train/stdlib_tiny.yaml).
+"""Pretrain a LLaMA: `python scripts/pretrain_llama.py [CONFIG] [--key value ...]`.
 
-The same path as `hf-shampoo4 train`; also under `torchrun` and `accelerate launch`.
+CONFIG is configs/train/stdlib_tiny.yaml unless named.  The same path as `hf-shampoo4 train`;
+also under `torchrun` and `accelerate launch`.
 """
 
 import sys
