@@ -162,11 +162,12 @@ def _read(source: str, split: str, data: DataArguments) -> Documents:
     except Exception as error:  # hub, network, decoding, schema: dozens of types, and every message names the matter
         reason = str(error.__cause__ or error).strip().splitlines()[0]
         raise ConfigError(f"dataset {source!r} cannot be loaded ({reason}); {ALLOWED}") from error
-    columns = documents.column_names
-    if columns and data.text_column not in columns:
+    columns = documents.column_names or list(next(iter(documents), {}))  # a stream may not know them before it is read
+    if data.text_column not in columns:
         raise ConfigError(f"dataset {source!r} has no column text_column={data.text_column!r}; "
                           f"its columns: {', '.join(columns)}")  # fmt: skip
-    return documents.rename_column(data.text_column, "text") if data.text_column != "text" else documents
+    documents = documents.select_columns(data.text_column)
+    return documents if data.text_column == "text" else documents.rename_column(data.text_column, "text")
 
 
 def _load_arguments(source: str, split: str, data: DataArguments) -> dict[str, Any]:
@@ -322,9 +323,9 @@ def pack(documents: Documents, tokenizer: PreTrainedTokenizerBase, data: DataArg
         "eos": tokenizer.eos_token_id,
         "seq_len": data.seq_len,
     }
-    batch = {"batched": True, "batch_size": 1000, "fn_kwargs": settings, "remove_columns": documents.column_names}
+    columns = documents.column_names or ["text"]
+    batch = {"batched": True, "batch_size": 1000, "fn_kwargs": settings, "remove_columns": columns}
     if data.streaming:
-        batch["remove_columns"] = documents.column_names or ["text"]
         return documents.map(pack_texts, **batch)
     return documents.map(pack_texts, num_proc=data.preprocessing_workers, desc="Packing", **batch)
 
@@ -358,9 +359,10 @@ def _fixed_sample(validation: Documents, data: DataArguments) -> Dataset:
 
 def collate(sequences: list[dict[str, Any]]) -> dict[str, Tensor]:
     """A batch for a causal language model: the labels are the tokens (the model shifts them)."""
+    import numpy as np
     import torch
 
-    tokens = torch.tensor([row["input_ids"] for row in sequences], dtype=torch.long)
+    tokens = torch.from_numpy(np.asarray([row["input_ids"] for row in sequences], dtype=np.int64))
     return {"input_ids": tokens, "labels": tokens.clone()}
 
 
