@@ -1,0 +1,141 @@
+"""--optim shampoo4bit in arguments: made, parsed, saved and read back; and what is refused."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import io
+import json
+import pickle
+
+import pytest
+import torch
+from tiny import Tokens, arguments, llama, python
+from transformers import HfArgumentParser, Trainer, TrainingArguments
+from transformers.trainer import DEFAULT_CALLBACKS
+from transformers.training_args import OptimizerNames
+
+import hf_shampoo4 as s4
+from hf_shampoo4.integrations.trainer import OPTIMS
+
+
+def test_importing_the_package_and_registering_import_nothing_heavy():
+    child = python("-c", "import sys, hf_shampoo4; hf_shampoo4.register(); print(*sys.modules)")
+    assert not {"torch", "transformers", "numpy", "yaml"} & set(child.stdout.split()), child.stderr
+
+
+def test_registering_again_changes_nothing():
+    before = list(OptimizerNames), list(DEFAULT_CALLBACKS), Trainer.get_optimizer_cls_and_kwargs
+    s4.register()
+    assert before == (list(OptimizerNames), list(DEFAULT_CALLBACKS), Trainer.get_optimizer_cls_and_kwargs)
+    assert len(set(OptimizerNames)) == len(OptimizerNames)
+
+
+@pytest.mark.parametrize("name", OPTIMS)
+def test_the_name_is_a_member_like_any_other(name, tmp_path):
+    member = OptimizerNames(name)
+    assert member in OptimizerNames
+    assert member == name
+    assert OptimizerNames[name.upper()] is getattr(OptimizerNames, name.upper()) is member
+    args = arguments(tmp_path, optim=name)
+    assert args.optim is member
+    assert args.set_optimizer(name).optim is member
+    assert name.upper() in str(args)
+    assert copy.deepcopy(args).optim is copy.copy(args).optim is dataclasses.replace(args).optim is member
+
+
+@pytest.mark.parametrize("name", OPTIMS)
+def test_command_line_json_and_dict_are_parsed(name, tmp_path):
+    parser = HfArgumentParser(TrainingArguments)
+    words = ["--output_dir", str(tmp_path), "--use_cpu", "--optim", name, "--optim_args", "bits=8, stats_every=2"]
+    (args,) = parser.parse_args_into_dataclasses(words)
+    assert args.optim is OptimizerNames(name)
+    (tmp_path / "args.json").write_text(args.to_json_string())
+    assert json.loads(args.to_json_string())["optim"] == name
+    (again,) = parser.parse_json_file(str(tmp_path / "args.json"))
+    assert again.optim is args.optim
+
+
+def test_pickle_and_torch_save_keep_the_member(tmp_path):
+    args = arguments(tmp_path)
+    for protocol in range(pickle.HIGHEST_PROTOCOL + 1):
+        assert pickle.loads(pickle.dumps(args, protocol)).optim is OptimizerNames("shampoo4bit")
+    pure = io.BytesIO()
+    pickle._Pickler(pure).dump(args)  # multiprocessing and cloudpickle use the pure Python one
+    assert pickle.loads(pure.getvalue()).optim is args.optim
+
+
+def test_saved_arguments_load_in_a_process_that_never_heard_of_us(tmp_path):
+    torch.save(arguments(tmp_path), tmp_path / "training_args.bin")
+    code = f"import torch; print(torch.load(r'{tmp_path / 'training_args.bin'}', weights_only=False).optim.value)"
+    child = python("-c", code)
+    assert child.stdout.split()[-1:] == ["shampoo4bit"], child.stderr
+
+
+def test_sft_config(tmp_path):
+    trl = pytest.importorskip("trl")
+    assert trl.SFTConfig(output_dir=str(tmp_path), optim="shampoo4bit", use_cpu=True, bf16=False).optim == "shampoo4bit"
+
+
+def test_hyper_parameters_come_from_the_arguments(tmp_path):
+    args = arguments(
+        tmp_path, learning_rate=3e-4, adam_beta1=0.8, adam_beta2=0.95, adam_epsilon=1e-7, weight_decay=0.1,
+        optim_args=" block_size = 64 , moments=bf16",
+    )  # fmt: skip
+    cls, kwargs = Trainer.get_optimizer_cls_and_kwargs(args, llama())
+    assert [group["weight_decay"] for group in kwargs.pop("params")] == [0.1, 0.1, 0.0]
+    assert cls is s4.Shampoo4bit
+    assert kwargs == {
+        "lr": 3e-4, "betas": (0.8, 0.95), "eps": 1e-7, "weight_decay": 0.1, "block_size": 64, "moments": "bf16"
+    }  # fmt: skip
+
+
+def test_the_base_alone_is_an_optimizer_of_its_own(tmp_path):
+    _, kwargs = Trainer.get_optimizer_cls_and_kwargs(arguments(tmp_path, optim="adamw4bit", optim_args="moments=fp32"))
+    assert (kwargs["algorithm"], kwargs["moments"]) == ("elementwise", "fp32")
+    assert "params" not in kwargs, "asked without a model"
+
+
+def test_other_optimizers_are_untouched(tmp_path):
+    cls, _ = Trainer.get_optimizer_cls_and_kwargs(arguments(tmp_path, optim="sgd", optim_args=None), llama())
+    assert cls is torch.optim.SGD
+    Trainer(llama(), arguments(tmp_path, optim="sgd", optim_args="blok_size=1"))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("blok_size=64", r"unknown option 'blok_size' \(did you mean 'block_size'\?\); valid options: algorithm, .*"),
+        ("flag", "'flag' is not key=value"),
+        ("block_size=big", "block_size='big' is not allowed: it must be an integer"),
+        ("bits=5", "bits='5' is not allowed: it must be one of 4, 8, 32"),
+        ("preset=papers", "unknown preset 'papers'; valid presets: paper_eigen"),
+        ("config=/nowhere/options.yaml", "'/nowhere/options.yaml' cannot be read"),
+    ],
+)
+def test_bad_optim_args_are_refused_when_the_trainer_is_made(tmp_path, text, message):
+    args = arguments(tmp_path, optim_args=text)
+    with pytest.raises(s4.OptionError, match=message):
+        Trainer(llama(), args, train_dataset=Tokens())
+    with pytest.raises(s4.OptionError, match=message):
+        Trainer.get_optimizer_cls_and_kwargs(args, llama())
+
+
+def test_bad_options_of_trainer_kwargs_are_refused(tmp_path):
+    with pytest.raises(s4.OptionError, match="unknown option 'blocksize'"):
+        s4.trainer_kwargs(llama(), arguments(tmp_path), blocksize=64)
+
+
+@pytest.mark.parametrize(("field", "mode"), [("deepspeed", "DeepSpeed"), ("fsdp", "FSDP")])
+def test_sharded_training_is_refused_by_name(tmp_path, field, mode):
+    args = arguments(tmp_path)
+    setattr(args, field, True)  # a real one needs an accelerator
+    with pytest.raises(NotImplementedError, match=f"{mode} is not supported by hf_shampoo4 yet.*data parallelism"):
+        Trainer.get_optimizer_cls_and_kwargs(args, llama())
+
+
+def test_fsdp_of_accelerate_launch_is_refused(tmp_path, monkeypatch):
+    args = arguments(tmp_path)
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(NotImplementedError, match="FSDP is not supported"):
+        s4.trainer_kwargs(llama(), args)

@@ -1,0 +1,63 @@
+"""A tiny real Llama, a few random tokens to memorise, and a child Python that finds this checkout."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import Dataset
+from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments
+
+import hf_shampoo4
+
+ROOT = Path(__file__).resolve().parent.parent
+
+hf_shampoo4.register()
+
+
+def llama(**config: Any) -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+    return LlamaForCausalLM(LlamaConfig(vocab_size=256, max_position_embeddings=64, **{**sizes, **config}))
+
+
+class Tokens(Dataset):
+    """`count` random sequences, the same in every run."""
+
+    def __init__(self, count: int = 8, length: int = 16) -> None:
+        self.tokens = torch.randint(256, (count, length), generator=torch.Generator().manual_seed(0))
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        return {"input_ids": self.tokens[index], "labels": self.tokens[index]}
+
+
+def arguments(folder: Path, **changes: Any) -> TrainingArguments:
+    given: dict[str, Any] = {
+        "output_dir": str(folder), "use_cpu": True, "report_to": "none", "disable_tqdm": True, "save_strategy": "no",
+        "max_steps": 6, "per_device_train_batch_size": 4, "logging_steps": 1, "learning_rate": 1e-2,
+        "optim": "shampoo4bit", "optim_args": "stats_every=2,roots_every=2",
+    }  # fmt: skip
+    return TrainingArguments(**{**given, **changes})
+
+
+def python(*words: object, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run a fresh Python in which this checkout can be imported."""
+    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    child = subprocess.Popen(
+        [sys.executable, *map(str, words)], env={**os.environ, "PYTHONPATH": path, **environment}, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
+    )  # fmt: skip
+    try:
+        out, err = child.communicate(timeout=180)
+    except subprocess.TimeoutExpired:
+        os.killpg(child.pid, signal.SIGKILL)  # its workers too
+        raise
+    return subprocess.CompletedProcess(child.args, child.returncode, out, err)
