@@ -80,13 +80,14 @@ def test_convolutions_experts_norms_and_names_in_a_plain_module():
     assert names(groups[0]) == ["experts", "conv2.weight"], "decayed matrices come first: their rate is logged"
 
 
-def test_frozen_parameters_are_left_out_and_compiled_names_are_clean():
+def test_frozen_parameters_are_left_out_and_compiled_modules_are_told():
     model = llama()
     model.model.layers[0].requires_grad_(False)
     model.model.layers[1] = torch.compile(model.model.layers[1])
     found = kinds(s4.param_groups(model))
     assert not any("layers.0." in name for name in found)
-    assert "model.layers.1.mlp.up_proj.weight" in found
+    assert found["model.layers.1._orig_mod.mlp.up_proj.weight"] == "matrix"
+    assert found["model.layers.1._orig_mod.input_layernorm.weight"] == "elementwise"
 
 
 def test_grouping_does_not_depend_on_the_amount_of_decay():
@@ -117,6 +118,14 @@ def test_optim_target_modules_are_the_only_ones_preconditioned(tmp_path, targets
     _, kwargs = trainer_kwargs(llama(), args)["optimizer_cls_and_kwargs"]
     kind = kinds(kwargs["params"])
     assert {name.split(".")[-2] for name in kind if kind[name] == "matrix"} == parts
+
+
+def test_a_model_without_a_matrix_is_refused(tmp_path):
+    model = llama()
+    model.model.layers.requires_grad_(False)
+    with pytest.raises(ValueError, match=r"nothing to precondition.*--optim adamw4bit"):
+        trainer_kwargs(model, arguments(tmp_path))
+    trainer_kwargs(model, arguments(tmp_path), algorithm="elementwise")
 
 
 def test_optim_target_modules_that_match_nothing_are_refused(tmp_path):

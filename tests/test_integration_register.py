@@ -134,6 +134,13 @@ def test_sharded_training_is_refused_by_name(tmp_path, field, mode):
         Trainer.get_optimizer_cls_and_kwargs(args, llama())
 
 
+def test_tensor_parallel_parameters_are_refused(tmp_path):
+    model = llama()
+    model.lm_head.weight.device_mesh = "as a DTensor has"
+    with pytest.raises(NotImplementedError, match="tensor parallelism is not supported"):
+        s4.trainer_kwargs(model, arguments(tmp_path))
+
+
 def test_fsdp_of_accelerate_launch_is_refused(tmp_path, monkeypatch):
     args = arguments(tmp_path)
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")

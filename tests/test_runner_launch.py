@@ -26,17 +26,25 @@ def main():
     script, args = HfArgumentParser((ScriptArguments, TrainingArguments)).parse_args_into_dataclasses()
     set_seed(0)
     torch.set_num_threads(1)
-    model = LlamaForCausalLM(LlamaConfig(vocab_size=256, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
-                                         num_attention_heads=4, max_position_embeddings=64))
-    rows = torch.randint(256, (8, 16))
-    trainer = Trainer(model, args, train_dataset=[{"input_ids": row, "labels": row} for row in rows])
-    trainer.train()
-    found = {
-        "optimizer": type(trainer.optimizer.optimizer).__name__, "argv": sys.argv[0], "world": args.world_size,
-        "losses": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
-        "parameters": [p.double().sum().item() for p in model.parameters()],
-        "bytes": trainer.state.log_history[-1].get("train_mem_optimizer_state"),
-    }
+    rows = torch.randint(256, (16, 16))
+    config = LlamaConfig(vocab_size=256, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
+                         num_attention_heads=4, max_position_embeddings=64)
+
+    def train(checkpoint):
+        set_seed(0)
+        model = LlamaForCausalLM(config)
+        trainer = Trainer(model, args, train_dataset=[{"input_ids": row, "labels": row} for row in rows])
+        trainer.train(resume_from_checkpoint=checkpoint)
+        return trainer, {
+            "losses": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
+            "parameters": [p.double().sum().item() for p in model.parameters()],
+        }
+
+    trainer, found = train(None)
+    found["resumed"] = train(f"{args.output_dir}/checkpoint-3")[1]
+    found["optimizer"] = type(trainer.optimizer.optimizer).__name__
+    found["bytes"] = trainer.state.log_history[-1].get("train_mem_optimizer_state")
+    found["argv"], found["world"] = sys.argv[0], args.world_size
     with open(f"{script.result}.{args.process_index}", "w") as file:
         json.dump(found, file)
 
@@ -57,8 +65,8 @@ with open(sys.argv[1], "w") as file:
 
 FLAGS = [
     "--use_cpu", "--optim", "shampoo4bit", "--optim_args", "stats_every=2,roots_every=2", "--learning_rate", "1e-2",
-    "--max_steps", "4", "--per_device_train_batch_size", "4", "--logging_steps", "1", "--report_to", "none",
-    "--save_strategy", "no", "--disable_tqdm", "true",
+    "--max_steps", "5", "--per_device_train_batch_size", "4", "--logging_steps", "1", "--report_to", "none",
+    "--save_steps", "3", "--disable_tqdm", "true",
 ]  # fmt: skip
 
 
@@ -71,6 +79,7 @@ def train(tmp_path):
         child = python(*words)
         files = [tmp_path / f"result.{rank}" for rank in range(processes)]
         assert all(file.exists() for file in files), child.stdout[-2000:] + child.stderr[-4000:]
+        assert child.stdout.count("Shampoo4bit state") == 2, "one table a training, from the main process"
         return [json.loads(file.read_text()) for file in files]
 
     return run
@@ -80,6 +89,7 @@ def check(results: list[dict], script: Path) -> None:
     assert all(result["optimizer"] == "Shampoo4bit" for result in results)
     assert all(result["world"] == len(results) for result in results)
     assert all(result["parameters"] == results[0]["parameters"] for result in results), "the ranks drifted apart"
+    assert all(result["resumed"] == {key: result[key] for key in ("losses", "parameters")} for result in results)
     assert all(result["bytes"] > 0 for result in results)
     assert results[0]["losses"][-1] < results[0]["losses"][0]
     assert Path(results[0]["argv"]) == script

@@ -40,7 +40,8 @@ class Shampoo4bitCallback(TrainerCallback):
         elif "train_runtime" in logs:  # these logs are the results of the run; "_mem_" makes them print it in MB
             extra = {"train_mem_optimizer_state": int(metrics(ours)["optim/state_bytes"])}
         logs.update(extra)
-        state.log_history[-1].update(extra)  # a copy of the logs, made before the callbacks; trainer_state.json
+        if state.log_history:
+            state.log_history[-1].update(extra)  # for trainer_state.json: a copy of the logs, made before the callbacks
 
 
 def _ours(optimizer: Any) -> Shampoo4bit | None:

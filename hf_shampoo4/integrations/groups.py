@@ -54,7 +54,6 @@ def param_groups(
         if not parameter.requires_grad:
             continue
         key = id(parameter)
-        name = name.replace("_orig_mod.", "")  # torch.compile's wrapper must not change what a checkpoint is keyed by
         vector = parameter.ndim < 2 or key in norms
         matrix = not vector and key in targets and key not in lookups and not _LOOKUP_NAME.search(name)
         kind = "elementwise" if not matrix else "conv1d" if key in convolutions else "matrix"

@@ -45,8 +45,9 @@ class _Finder(MetaPathFinder):
     ) -> ModuleSpec | None:
         if fullname not in self.actions:
             return None
-        others = (finder.find_spec(fullname, path, target) for finder in list(sys.meta_path) if finder is not self)
-        spec = next((found for found in others if found is not None), None)
+        others = [finder for finder in sys.meta_path if finder is not self and hasattr(finder, "find_spec")]
+        specs = (finder.find_spec(fullname, path, target) for finder in others)
+        spec = next((found for found in specs if found is not None), None)
         if spec is not None and spec.loader is not None:
             execute = spec.loader.exec_module
 

@@ -51,6 +51,7 @@ def trainer_kwargs(model: nn.Module, args: Any, **options: Any) -> dict[str, Any
     Raises:
         OptionError: an option that does not exist or has a value that is not allowed.
         NotImplementedError: the parameters would be sharded (FSDP, DeepSpeed, tensor parallelism).
+        ValueError: there is no matrix to precondition, or optim_target_modules matches nothing.
     """
     return {"optimizer_cls_and_kwargs": _optimizer_cls_and_kwargs(args, model, resolve(options))}
 
@@ -81,7 +82,13 @@ def _optimizer_cls_and_kwargs(args: Any, model: nn.Module | None, options: dict[
     if model is not None:
         from .groups import param_groups
 
-        kwargs["params"] = param_groups(model, args.weight_decay, _target_rule(args.optim_target_modules, model))
+        groups = param_groups(model, args.weight_decay, _target_rule(args.optim_target_modules, model))
+        if options.get("algorithm") != "elementwise" and all("algorithm" in group for group in groups):
+            raise ValueError(
+                "nothing to precondition: the model has no trainable matrix besides embeddings and the output head.  "
+                "For the base optimizer alone use --optim adamw4bit (algorithm='elementwise')."
+            )
+        kwargs["params"] = groups
     return Shampoo4bit, kwargs
 
 
