@@ -52,9 +52,9 @@ def test_the_results_of_a_run_hold_the_bytes(tmp_path):
 
 def test_tensorboard_receives_the_numbers(tmp_path, monkeypatch):
     event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "board"))
+    monkeypatch.delenv("TENSORBOARD_LOGGING_DIR", raising=False)
     train(arguments(tmp_path, report_to="tensorboard", max_steps=2))
-    (event_file,) = (tmp_path / "board").rglob("events.out.tfevents.*")
+    (event_file,) = tmp_path.rglob("events.out.tfevents.*")
     events = event_accumulator.EventAccumulator(str(event_file))
     events.Reload()
     assert set(events.Tags()["scalars"]) >= {f"train/{key}" for key in KEYS} | {"train/train_mem_optimizer_state"}
