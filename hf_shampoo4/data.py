@@ -192,8 +192,11 @@ def _suffix(path: Path) -> str:
 
 
 def stdlib_files(root: Path) -> list[Path]:
-    """Python sources under the standard library's folder, without installed packages, in a fixed order."""
-    outside = {"site-packages", "dist-packages", "__pycache__"}
+    """Python sources under the standard library's folder, without installed packages, in a fixed order.
+
+    `pydoc_data` is left out: it is the reference manual in one string, larger than all of a validation split.
+    """
+    outside = {"site-packages", "dist-packages", "__pycache__", "pydoc_data"}
     return sorted(path for path in root.rglob("*.py") if not outside & set(path.relative_to(root).parts))
 
 

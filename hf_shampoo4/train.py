@@ -309,6 +309,7 @@ def run(
     """
     training = config.training
     checkpoint = _prepare_output(config)
+    load_model_config(config.model)  # refuse a bad one before the text is prepared
     with training.main_process_first(desc="text"):
         text = load_text(config.data, training.data_seed or training.seed)
     set_seed(training.seed)

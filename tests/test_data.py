@@ -73,7 +73,13 @@ def test_local_sources_give_the_same_documents(kind, tmp_path, cache):
     else:
         rows.select(range(30)).to_json(source / "a.jsonl")
         rows.select(range(30, 60)).to_json(source / "b.jsonl")
-    patterns = {"jsonl": "?.jsonl", "json.gz": "a.json.gz", "parquet": "a.parquet", "txt": "*.txt", "glob": "**/*.jsonl"}
+    patterns = {
+        "jsonl": "?.jsonl",
+        "json.gz": "a.json.gz",
+        "parquet": "a.parquet",
+        "txt": "*.txt",
+        "glob": "**/*.jsonl",
+    }
     path = source if kind == "folder" else source / patterns[kind]
     train, validation = load_documents(arguments(path))
     assert sorted([*train["text"], *validation["text"]]) == sorted(TEXTS)
