@@ -63,6 +63,7 @@ class Shampoo4bit(torch.optim.Optimizer):
         self._reset()
         super().__init__(params, {**base, **vars(chosen), "step": 0, "skipped_steps": 0, "format": FORMAT})
         self._require_matrices()
+        _check_row_splits(self.param_groups)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
@@ -165,13 +166,16 @@ class Shampoo4bit(torch.optim.Optimizer):
         return all(_finite(gradients) for gradients in by_device.values())
 
     def _require_matrices(self) -> None:
-        groups = [group for group in self.param_groups if group["algorithm"] != "elementwise"]
-        parameters = [(p, group["matrix_view"]) for group in groups for p in group["params"]]
-        if not parameters or any(matrix_view(tuple(p.shape), view) for p, view in parameters):
+        if self.defaults["algorithm"] == "elementwise":
             return
-        shapes = ", ".join(sorted({str(tuple(p.shape)) for p, _ in parameters})[:5])
+        groups = [group for group in self.param_groups if group["algorithm"] != "elementwise"]
+        if any(matrix_view(tuple(p.shape), group["matrix_view"]) for group in groups for p in group["params"]):
+            return
+        parameters = [p for group in self.param_groups for p in group["params"]]
+        shapes = ", ".join(sorted({str(tuple(p.shape)) for p in parameters})[:5])
         raise ValueError(
-            f"nothing to precondition: none of the {len(parameters)} parameters has a matrix (shapes: {shapes}). "
+            f"nothing to precondition: none of the {len(parameters)} parameters has a matrix that is neither an "
+            f"embedding nor the output head (shapes: {shapes}). "
             "Sharding that flattens parameters (FSDP1, DeepSpeed) hides them: train with DDP or one process. "
             "For the base optimizer alone set algorithm='elementwise' (--optim adamw4bit)."
         )
@@ -254,7 +258,17 @@ def _check_group(group: dict[str, Any]) -> None:
     for p in group["params"]:
         if not p.is_floating_point():
             raise TypeError(f"parameter of shape {tuple(p.shape)} is {p.dtype}: only real floating point can be trained")
-        blocks_of(tuple(p.shape), Options.of(group))  # raises if row_splits do not fit
+
+
+def _check_row_splits(groups: list[dict[str, Any]]) -> None:
+    for splits in {group["row_splits"] for group in groups} - {()}:
+        shapes = [(tuple(p.shape), g["matrix_view"]) for g in groups if g["row_splits"] == splits for p in g["params"]]
+        rows = {view.rows for view in (matrix_view(*shape) for shape in shapes) if view}
+        if sum(splits) not in rows:
+            raise OptionError(
+                f"row_splits={splits} add up to {sum(splits)}, but the matrices have {sorted(rows)} rows: "
+                "give the sizes along dim 0 of a fused parameter"
+            )
 
 
 def _check_entry(name: str, entry: dict[str, Any], layout: dict[str, tuple[tuple[int, ...], torch.dtype]]) -> None:

@@ -69,7 +69,8 @@ def blocks_of(shape: tuple[int, ...], options: Options) -> list[Block]:
         elementwise = dataclasses.replace(options, algorithm="elementwise")
         algorithm = make_algorithm(rect.shape if len(shape) > 1 else (numel,), elementwise, quantise)
         return [Block(MatrixView(1, *rect.shape), rect, algorithm)]
-    rects = partition(view, options.block_size, options.row_splits)
+    splits = options.row_splits if sum(options.row_splits) == view.rows else ()
+    rects = partition(view, options.block_size, splits)
     algorithms = {shape: make_algorithm(shape, options, quantise) for shape in {rect.shape for rect in rects}}
     return [Block(view, rect, algorithms[rect.shape]) for rect in rects]
 
