@@ -130,8 +130,8 @@ def bjorck(v: Array, steps: int) -> Array:
 
 
 def inverse_fourth_root(a: Array, damping: float) -> Array:
-    """(A + damping lambda_max I)^-1/4."""
-    lam, u = np.linalg.eigh((a + a.T) / 2)
+    """(A + damping lambda_max I)^-1/4; of an A that lost its symmetry to quantisation, the lower triangle counts."""
+    lam, u = np.linalg.eigh(a, UPLO="L")
     lam = np.maximum(lam, 0.0)
     return (u * (lam + damping * lam.max()) ** -0.25) @ u.T
 
