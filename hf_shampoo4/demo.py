@@ -201,7 +201,8 @@ def demo(
 
     Args:
         folder: for the two files and a sub-folder for each model.
-        optims: names of `--optim`; the first is the reference.  Default: those of `configs/demo.yaml`.
+        optims: names of `--optim`; the first is the reference.  Default: those of `configs/demo.yaml`; one that is
+            not there gets the learning rate of its first.
         common: settings over those of the file, for every optimizer.
         quick: a few steps of a tiny model, to see that it works.
 
@@ -213,8 +214,9 @@ def demo(
     """
     plan = read_plan()
     shared = {**plan["common"], **(plan["quick"] if quick else {}), **(common or {})}
+    fallback = {"learning_rate": next(iter(plan["optims"].values()))["learning_rate"]}
     outcomes = [
-        run_one(optim, {**shared, **plan["optims"].get(optim, {})}, folder / optim)
+        run_one(optim, {**shared, **plan["optims"].get(optim, fallback)}, folder / optim)
         for optim in optims or plan["optims"]
     ]
     write_json(folder / "demo.json", summary(outcomes, shared))
@@ -347,7 +349,7 @@ def _mark_reached(axes: Any, outcomes: Sequence[Outcome]) -> None:
         step, index = min(reached)
         axes.annotate(
             f"{reference.label}'s final loss\nat step {step:.0f}", (step, reference.final_loss),
-            xytext=(0, 42), textcoords="offset points", ha="center", color=COLOURS[index % len(COLOURS)],
+            xytext=(0, 75), textcoords="offset points", ha="center", color=COLOURS[index % len(COLOURS)],
             arrowprops={"arrowstyle": "->", "color": COLOURS[index % len(COLOURS)]},
         )  # fmt: skip
 
@@ -384,7 +386,7 @@ def sweep(path: Path, grid: Mapping[str, Any], common: Mapping[str, Any], optims
         if any(r["settings"] == {**settings, "optim": optim} for r in finished):
             continue
         with tempfile.TemporaryDirectory() as folder:
-            outcome = run_one(optim, {**settings, "label": f"{optim} lr={settings['learning_rate']}"}, Path(folder))
+            outcome = run_one(optim, {**settings, "label": f"{optim} {grid_point(settings, common)}"}, Path(folder))
         kept = {key: value for key, value in asdict(outcome).items() if key not in ("training", "step_seconds")}
         finished.append({**kept, "final_loss": outcome.final_loss})
         write_json(path, {"runs": finished})
