@@ -3,23 +3,73 @@ and so does any other number of ranks."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 
-def noise_bits(salts: Tensor, step: int, seed: int, count: int) -> Tensor:
+def noise_bits(salts: Tensor, step: int, seed: int, count: int, stream: int = 0) -> Tensor:
     """Uniform 32-bit noise.
 
     Args:
         salts: int32 (B,), one number per block that is the same in every run.
+        stream: another one gives other noise (0: a parameter's write-back).
 
     Returns:
         int32 (B, count).
     """
     start = _mix(salts.to(torch.int32) + _as_int32(seed * 0x9E3779B9))
     start = _mix(start + _as_int32(step * 0x85EBCA6B))
+    start = _mix(start + _as_int32(stream * 0xC2B2AE35)) if stream else start
     position = torch.arange(count, dtype=torch.int32, device=salts.device)
     return _mix(_mix(position) + start.unsqueeze(1))
+
+
+@dataclass(frozen=True)
+class Noise:
+    """The noise of one step for a stack of blocks; each tensor of a block draws from a stream of its own."""
+
+    salts: Tensor
+    """int32 (B,), as in `noise_bits`."""
+    step: int
+    seed: int
+
+    def uniform(self, stream: int, count: int) -> Tensor:
+        """float32 (B, count), uniform on 2^31 points inside (0, 1), which float32 tells apart near 0 (small odds)."""
+        bits = noise_bits(self.salts, self.step, self.seed, count, stream)
+        return bits.bitwise_and_(0x7FFFFFFF).to(torch.float32).add_(0.5).mul_(2.0**-31)
+
+
+@dataclass(frozen=True)
+class Stochastic:
+    """Take the lower neighbour a < x < b with odds (b - x) / (b - a): the rounded x is right on average."""
+
+    uniform: Tensor
+    """float32, of the shape of what is rounded."""
+
+    def odds_of_lower(self, x: Tensor, a: Tensor, b: Tensor, scale: Tensor) -> Tensor:
+        """All float32 and of one shape; x, a and b are divided by `scale`."""
+        return (b - x) / (b - a)
+
+
+@dataclass(frozen=True)
+class PreconditionerSpace(Stochastic):
+    """ZIP-SR (2610.12444): h(v) = 1 / (sqrt(v / bias) + eps) is right on average, not v.
+
+    Odds of the lower neighbour: (h(x) - h(b)) / (h(a) - h(b)).  Zero is a level: its odds are of the order of eps.
+    """
+
+    bias: Tensor
+    """1 - beta2^t, broadcastable to what is rounded."""
+    eps: float
+
+    def odds_of_lower(self, x: Tensor, a: Tensor, b: Tensor, scale: Tensor) -> Tensor:
+        """As `Stochastic.odds_of_lower`; x, a and b are not negative."""
+        # multiplied out, with e = eps sqrt(bias / scale): differences of 1 / eps would lose every digit
+        e = (self.bias / scale).sqrt_().mul_(self.eps)
+        x, a, b = x.sqrt(), a.sqrt(), b.sqrt()
+        return (b - x).mul_(a + e).div_(x.add(e).mul_(b - a))
 
 
 def to_bfloat16(x: Tensor, noise: Tensor) -> Tensor:
