@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from .factors import Factor, make_factor
-from .moments import Adam, make_moments
+from .moments import Moments, make_moments
 from .options import Options
+from .rounding import Noise
 from .storage import Buffers, Dense, Storage
 
 State = dict[str, Buffers]
@@ -32,6 +33,8 @@ class Context:
     eps: float
     stopwatch: AbstractContextManager[None]
     """Times the refreshes."""
+    coupled_decay: float = 0.0
+    """L2: this times the parameter is added to what goes through the base, as torch.optim.SGD does."""
 
 
 class Algorithm(Protocol):
@@ -42,7 +45,7 @@ class Algorithm(Protocol):
         """Of one block."""
 
     @property
-    def moments(self) -> Adam:
+    def moments(self) -> Moments:
         """The base's moments."""
 
     def storages(self) -> dict[str, Storage]:
@@ -60,7 +63,7 @@ class Elementwise:
     """No preconditioner: embeddings, output head, norms, biases."""
 
     shape: tuple[int, ...]
-    moments: Adam
+    moments: Moments
 
     def storages(self) -> dict[str, Storage]:
         return {"steps": Dense(()), **self.moments.storages()}
@@ -77,7 +80,7 @@ class Shampoo:
     """P = L^-1/4 G R^-1/4 (1802.09568), L and R kept as `factors` says."""
 
     shape: tuple[int, ...]
-    moments: Adam
+    moments: Moments
     left: Factor
     right: Factor
 
@@ -118,6 +121,11 @@ class Stack(Protocol):
     state: State
     membership: Tensor
     """float32 (parameters of the wave, B): 1 where the block belongs to the parameter."""
+    salts: Tensor
+    """int32 (B,): the same number for a block in every run and on every rank."""
+
+    def parameters(self) -> Tensor:
+        """float32 (B, *shape), a copy."""
 
 
 def directions(stacks: Sequence[Stack], gradients: Sequence[Tensor], context: Context) -> list[Tensor]:
@@ -126,9 +134,19 @@ def directions(stacks: Sequence[Stack], gradients: Sequence[Tensor], context: Co
     grafted = graft(stacks, gradients, preconditioned, context.options.graft)
     updates = []
     for stack, p in zip(stacks, grafted, strict=True):
-        steps = stack.state["steps"]["dense"].add_(1)
-        updates.append(stack.algorithm.moments.direction(stack.state, p, context.betas, context.eps, steps))
+        updates.append(through_base(stack, p, context))
     return updates
+
+
+def through_base(stack: Stack, p: Tensor, context: Context) -> Tensor:
+    """The base's direction for what takes the gradient's place, (B, *shape) float32; counts the blocks' steps."""
+    o = context.options
+    steps = stack.state["steps"]["dense"].add_(1)
+    if context.coupled_decay:
+        p = stack.parameters().mul_(context.coupled_decay).add_(p)
+    noise = Noise(stack.salts, context.step, o.seed)
+    late = 0 < o.stochastic_from <= context.step
+    return stack.algorithm.moments.direction(stack.state, p, context.betas, context.eps, steps, noise, late)
 
 
 def graft(

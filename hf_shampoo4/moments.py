@@ -1,59 +1,204 @@
-"""First and second moments under any storage, and the AdamW direction that they give, on stacks."""
+"""First and second moments under any storage, and the direction of AdamW or SGD that they give, on stacks."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from .options import Options
-from .storage import Blockwise, Buffers, Dense, RankOne, Storage
+from .options import SECOND_CODEBOOKS, Options
+from .rounding import Noise, PreconditionerSpace, Stochastic
+from .storage import Bitsandbytes, Blockwise, Buffers, Dense, Factored, RankOne, Storage
 
 State = dict[str, Buffers]
 
 MOMENT_BLOCK = 128  # 2309.01507: smaller than 8-bit's 256, because outliers cost a 4-bit block more
 
+FIRST_STREAM, SECOND_STREAM = 1, 2  # of a block's noise; 0 is the parameter's
+
+
+class Moments(Protocol):
+    """What every base offers; its direction is computed from the moments *before* they are stored."""
+
+    def storages(self) -> dict[str, Storage]:
+        """Name -> storage of each moment."""
+
+    def direction(
+        self,
+        state: State,
+        g: Tensor,
+        betas: tuple[float, float],
+        eps: float,
+        steps: Tensor,
+        noise: Noise | None = None,
+        stochastic_first: bool = False,
+    ) -> Tensor:
+        """The base's step without the learning rate and the weight decay.
+
+        Args:
+            g: (B, *shape) float32, the gradient or its preconditioned form; not changed.
+            steps: float32 (B,), how many times each block has been updated, this one included.
+            noise: for stochastic rounding.
+            stochastic_first: round the first moment stochastically, where it is stored in 4 bits.
+
+        Returns:
+            (B, *shape) float32, which may be a state buffer: not to be written to.
+        """
+
 
 @dataclass(frozen=True)
 class Adam:
-    """Adam's moments; the direction is computed from them *before* they are stored (2610.12444, section 3)."""
+    """AdamW: the bias-corrected first moment over the root of the second."""
 
     first: Storage
     second: Storage
+    zip_sr: bool = False
+    """Round the second moment stochastically in preconditioner space (2610.12444)."""
 
     def storages(self) -> dict[str, Storage]:
         return {"first": self.first, "second": self.second}
 
-    def direction(self, state: State, g: Tensor, betas: tuple[float, float], eps: float, steps: Tensor) -> Tensor:
-        """Adam's step without the learning rate.
-
-        Args:
-            g: (B, *shape) float32, the gradient or its preconditioned form.
-            steps: float32 (B,), how many times each block has been updated, this one included.
-        """
+    def direction(
+        self,
+        state: State,
+        g: Tensor,
+        betas: tuple[float, float],
+        eps: float,
+        steps: Tensor,
+        noise: Noise | None = None,
+        stochastic_first: bool = False,
+    ) -> Tensor:
         # m <- b1 m + (1 - b1) g;  v <- b2 v + (1 - b2) g^2
         m = self.first.read(state["first"]).lerp_(g, 1 - betas[0])
         v = self.second.read(state["second"]).mul_(betas[1]).addcmul_(g, g, value=1 - betas[1])
         # u = (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps)
-        denominator = (v / _bias(betas[1], steps, v.dim())).sqrt_().add_(eps)
-        u = (m / _bias(betas[0], steps, m.dim())).div_(denominator)
-        self.first.write(state["first"], m)
-        self.second.write(state["second"], v)
+        bias = _bias(betas[1], steps, v.dim())
+        u = (m / _bias(betas[0], steps, m.dim())).div_((v / bias).sqrt_().add_(eps))
+        _write_first(self.first, state["first"], m, noise if stochastic_first else None)
+        if self.zip_sr and isinstance(self.second, Blockwise):
+            uniform = _required(noise).uniform(SECOND_STREAM, v[0].numel())
+            self.second.write(state["second"], v, PreconditionerSpace(uniform, bias.flatten(1), eps))
+        else:
+            self.second.write(state["second"], v)
         return u
 
 
-def make_moments(shape: tuple[int, ...], options: Options, quantise: bool) -> Adam:
-    """Moments of blocks of `shape`; float32 unless `quantise` (their parameter has at least 4,096 elements)."""
-    if options.moments == "bf16":
-        return Adam(Dense(shape, torch.bfloat16), Dense(shape, torch.bfloat16))
-    if options.moments == "fp32" or not quantise:
-        return Adam(Dense(shape), Dense(shape))
-    first = Blockwise(shape, "dynamic", 4, MOMENT_BLOCK)
-    # rank-1 scales need a matrix: a vector falls back to blocks (2309.01507, section 4.2)
-    second = RankOne(shape, "linear0", 4) if len(shape) == 2 else Blockwise(shape, "linear0", 4, MOMENT_BLOCK)
-    return Adam(first, second)
+@dataclass(frozen=True)
+class Sgdm:
+    """`torch.optim.SGD` with momentum betas[0] and no dampening; betas[1] and eps are not used."""
+
+    first: Storage
+    nesterov: bool
+
+    def storages(self) -> dict[str, Storage]:
+        return {"first": self.first}
+
+    def direction(
+        self,
+        state: State,
+        g: Tensor,
+        betas: tuple[float, float],
+        eps: float,
+        steps: Tensor,
+        noise: Noise | None = None,
+        stochastic_first: bool = False,
+    ) -> Tensor:
+        # m <- mu m + g;  u = m, or with Nesterov's momentum g + mu m
+        m = self.first.read(state["first"]).mul_(betas[0]).add_(g)
+        _write_first(self.first, state["first"], m, noise if stochastic_first else None)
+        return torch.add(g, m, alpha=betas[0]) if self.nesterov else m
+
+
+def make_moments(shape: tuple[int, ...], options: Options, quantise: bool) -> Adam | Sgdm:
+    """The base of blocks of `shape` with the moments that the options name.
+
+    | moments | first | second |
+    |---|---|---|
+    | fp32, bf16 | as it is | as it is |
+    | 8bit | bitsandbytes, block 256 | bitsandbytes, block 256 |
+    | 4bit (2309.01507) | dynamic, block 128 | linear0, rank-1 scales |
+    | 4bit_factored (2309.01507) | dynamic, block 128 | row and column means, as Adafactor |
+    | 4bit_eden (2610.12444) | nf4, block 128 | dynamic0, block 128, scales corrected (ZE-EDEN) |
+    | 4bit_zipsr (2610.12444) | nf4, block 128 | dynamic_unsigned, block 128, rounded in preconditioner space (ZIP-SR) |
+
+    Vectors have no rows and columns: their second moment is block-wise (2309.01507, section 4.2).
+
+    Args:
+        quantise: whether the parameter has at least 4,096 elements; else 8- and 4-bit moments are float32.
+
+    Raises:
+        ImportError: 8-bit moments without bitsandbytes.
+    """
+    first, second = _storages(shape, options, quantise)
+    if options.base == "sgdm":
+        return Sgdm(first, options.nesterov)
+    return Adam(first, second, zip_sr=quantise and options.moments == "4bit_zipsr")
+
+
+def radial_bias(exact: Tensor, stored: Tensor) -> Tensor:
+    """<Q(m) - m, m> / |m|^2 of each block: how much storing shrinks (< 0) or stretches m along itself (2610.12444).
+
+    Args:
+        exact: (B, ...) before it was stored.
+        stored: (B, ...) as it is read back.
+
+    Returns:
+        float64 (B,); 0 for a block of zeros.
+    """
+    exact, error = exact.double().flatten(1), (stored.double() - exact.double()).flatten(1)
+    return (error * exact).sum(1) / exact.square().sum(1).clamp_(min=torch.finfo(torch.float64).tiny)
+
+
+def unmoved(before: Tensor, after: Tensor, bits: int) -> Tensor:
+    """Share of codes that an update left where they were: near 1, a moment has stalled (2603.16731).
+
+    Args:
+        before: uint8 (B, bytes), codes of a stack before a step (a clone: state is written in place).
+        after: the same after it.
+        bits: of a code; 4-bit codes are two to a byte.
+
+    Returns:
+        float32 (B,).
+    """
+    changed = before ^ after
+    halves = [changed] if bits == 8 else [changed >> 4, changed & 15]
+    return torch.stack([half == 0 for half in halves]).float().mean(0).flatten(1).mean(1)
+
+
+def _storages(shape: tuple[int, ...], options: Options, quantise: bool) -> tuple[Storage, Storage]:
+    recipe = options.moments
+    if recipe == "bf16":
+        return Dense(shape, torch.bfloat16), Dense(shape, torch.bfloat16)
+    if recipe == "fp32" or not quantise:
+        return Dense(shape), Dense(shape)
+    if recipe == "8bit":
+        return Bitsandbytes(shape, signed=True), Bitsandbytes(shape, signed=False)
+    modern = recipe in ("4bit_eden", "4bit_zipsr")
+    default = "nf4" if modern else "dynamic"
+    first = Blockwise(shape, default if options.first_codebook == "auto" else options.first_codebook, 4, MOMENT_BLOCK)
+    if recipe == "4bit_factored" and len(shape) == 2:
+        return first, Factored(shape)
+    default = SECOND_CODEBOOKS.get(recipe, ("linear0",))[0]
+    levels = default if options.second_codebook == "auto" else options.second_codebook
+    if recipe == "4bit" and len(shape) == 2:
+        return first, RankOne(shape, levels, 4)
+    return first, Blockwise(shape, levels, 4, MOMENT_BLOCK, eden=recipe == "4bit_eden")
+
+
+def _write_first(storage: Storage, buffers: Buffers, m: Tensor, noise: Noise | None) -> None:
+    if noise is not None and isinstance(storage, Blockwise):
+        storage.write(buffers, m, Stochastic(noise.uniform(FIRST_STREAM, m[0].numel())))
+    else:
+        storage.write(buffers, m)
+
+
+def _required(noise: Noise | None) -> Noise:
+    if noise is None:
+        raise ValueError("ZIP-SR rounds stochastically: direction() needs `noise`")
+    return noise
 
 
 def _bias(beta: float, steps: Tensor, dim: int) -> Tensor:

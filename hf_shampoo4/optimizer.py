@@ -33,9 +33,10 @@ class Shampoo4bit(torch.optim.Optimizer):
     Args:
         params: parameters, (name, parameter) pairs or groups, as for any torch optimizer.  A group may set any option.
         lr: learning rate; AdamW's.
-        betas: decay of the first and second moment.
+        betas: decay of the first and second moment; with base="sgdm" the first is the momentum.
         eps: added to the root of the second moment.
-        weight_decay: decoupled, as in AdamW.
+        weight_decay: decoupled, as in AdamW; with base="sgdm" coupled, as in torch.optim.SGD: added to the
+            (preconditioned) gradient before the momentum.
         preset: a named set of options (`hf_shampoo4.options.PRESETS`).
         config: path of a YAML file with options.
         options: see `hf_shampoo4.options.Options`; explicit ones win over `config`, that over `preset`.
@@ -81,9 +82,11 @@ class Shampoo4bit(torch.optim.Optimizer):
                 group["skipped_steps"] += 1
                 continue
             group["step"] += 1
-            context = Context(Options.of(group), group["step"], group["betas"], group["eps"], self._stopwatch)
+            options, decay = Options.of(group), group["weight_decay"]
+            coupled, decoupled = (decay, 0.0) if options.base == "sgdm" else (0.0, decay)
+            context = Context(options, group["step"], group["betas"], group["eps"], self._stopwatch, coupled)
             for wave in self._waves(index):
-                _step_wave(wave, context, float(group["lr"]), group["weight_decay"])
+                _step_wave(wave, context, float(group["lr"]), decoupled)
         return loss
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -93,7 +96,7 @@ class Shampoo4bit(torch.optim.Optimizer):
             OptionError: as the constructor.
             TypeError: a complex parameter.
         """
-        given = {name: param_group[name] for name in NAMES if name in param_group}
+        given = {name: param_group.get(name, self.defaults[name]) for name in NAMES}  # checked together
         super().add_param_group({**param_group, **resolve(given)})
         group = self.param_groups[-1]
         try:
@@ -252,6 +255,8 @@ def _check_group(group: dict[str, Any]) -> None:
         "eps": (group["eps"], group["eps"] >= 0, "a number >= 0"),
         "weight_decay": (group["weight_decay"], group["weight_decay"] >= 0, "a number >= 0"),
     }
+    if group["nesterov"]:
+        allowed["betas"] = (group["betas"], 0 < beta1 < 1, "with nesterov a first number in (0, 1), the momentum")
     for name, (value, holds, rule) in allowed.items():
         if not holds:
             raise OptionError(f"{name}={value!r} is not allowed: it must be {rule}")

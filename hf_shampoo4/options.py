@@ -24,18 +24,29 @@ class Options:
 
     algorithm: Literal["shampoo", "elementwise"] = "shampoo"
     """`shampoo`: Kronecker preconditioner per matrix; `elementwise`: the base optimizer alone."""
-    factor: Literal["eigen", "direct"] = "eigen"
-    """What is kept of a Kronecker factor: its eigenvectors and eigenvalues, or the matrix itself."""
+    factor: Literal["eigen", "direct", "cholesky", "cholesky_ef"] = "eigen"
+    """What is kept of a Kronecker factor: its eigenvectors and eigenvalues, the matrix itself, or its Cholesky factor,
+    without or with error feedback."""
     bits: Literal[4, 8, 32] = 4
     """Bits of a stored factor entry (32: float32, no quantisation)."""
-    moments: Literal["fp32", "bf16", "4bit"] = "4bit"
-    """Storage of the first and second moment."""
+    base: Literal["adamw", "sgdm"] = "adamw"
+    """The optimizer that the (preconditioned) gradient goes through; sgdm is `torch.optim.SGD`, momentum = betas[0]."""
+    nesterov: bool = False
+    """Nesterov's momentum, for sgdm."""
+    moments: Literal["fp32", "bf16", "8bit", "4bit", "4bit_factored", "4bit_eden", "4bit_zipsr"] = "4bit"
+    """Storage of the first and second moment; see `moments.make_moments`."""
+    first_codebook: Literal["auto", "dynamic", "nf4", "linear2"] = "auto"
+    """Levels of a 4-bit first moment (auto: nf4 for 4bit_eden and 4bit_zipsr, dynamic for the others)."""
+    second_codebook: Literal["auto", "linear0", "dynamic0", "dynamic_unsigned"] = "auto"
+    """Levels of a 4-bit second moment (auto: linear0 for 4bit, dynamic0 for _eden, dynamic_unsigned for _zipsr)."""
+    stochastic_from: int = 0
+    """Step from which a 4-bit first moment is rounded stochastically (0: never); for the output head, near the end."""
     block_size: int = 1024
     """Largest order of a factor: a larger side of a matrix is cut into equal blocks."""
     quant_block: int = 64
     """Entries of a factor's column that share one scale."""
-    codebook: Literal["linear2", "dynamic"] = "linear2"
-    """Levels that a factor's entries are rounded to."""
+    codebook: Literal["linear2", "dynamic", "nf4"] = "linear2"
+    """Levels that a factor's entries are rounded to (nf4 has 4 bits only)."""
     stats_every: int = 10
     """T1: steps between two updates of the factors."""
     roots_every: int = 50
@@ -48,14 +59,19 @@ class Options:
     """t1: Bjorck steps on the decoded eigenvectors before a factor update."""
     rectify_roots: int = 4
     """t2: Bjorck steps on the decoded eigenvectors before an inverse root."""
-    root: Literal["eigh"] = "eigh"
-    """How the inverse root of a `direct` factor is computed (an `eigen` factor has its eigenbasis at hand)."""
+    error_beta: float = 0.95
+    """Decay of the error state of a `cholesky_ef` factor, per update."""
+    root: Literal["eigh", "newton", "newton_db"] = "eigh"
+    """How inverse roots are computed: in the eigenbasis (which an `eigen` factor has at hand), by coupled Newton
+    ("Schur-Newton"), or by Newton-Denman-Beavers pairs."""
     graft: Literal["norm", "block", "none"] = "norm"
     """Give the preconditioned gradient the gradient's norm: over the parameter, over each block, or not."""
     matrix_view: Literal["auto", "flatten", "batch"] = "auto"
     """How a tensor of 3 or more dimensions is a matrix: (d0, d1*d2*...), or d0 matrices each (d1, d2)."""
     row_splits: tuple[int, ...] = ()
-    """Sizes along dim 0 of matrices fused into one parameter (q, k, v); blocks never straddle them."""
+    """Sizes along dim 0 of matrices fused into one parameter (q, k, v); blocks never straddle them.
+
+    Applies to the parameters whose rows they add up to, of which there must be one."""
     stochastic_rounding: bool = False
     """Round bfloat16 parameters stochastically when they are written back."""
     seed: int = 0
@@ -64,11 +80,13 @@ class Options:
     def __post_init__(self) -> None:
         for name in ("block_size", "quant_block", "stats_every", "roots_every"):
             _require(name, getattr(self, name), getattr(self, name) >= 1, "an integer >= 1")
-        for name in ("rectify_stats", "rectify_roots", "seed"):
+        for name in ("rectify_stats", "rectify_roots", "stochastic_from", "seed"):
             _require(name, getattr(self, name), getattr(self, name) >= 0, "an integer >= 0")
         _require("factor_beta", self.factor_beta, 0.0 <= self.factor_beta < 1.0, "a number in [0, 1)")
         _require("damping", self.damping, 0.0 < self.damping < 1.0, "a number in (0, 1)")
         _require("row_splits", self.row_splits, all(n >= 1 for n in self.row_splits), "positive sizes")
+        _check_factor(self)
+        _check_moments(self)
 
     @classmethod
     def of(cls, group: Mapping[str, Any]) -> Options:
@@ -76,12 +94,51 @@ class Options:
         return cls(**{name: group[name] for name in NAMES})
 
 
+def _check_factor(o: Options) -> None:
+    """Refuse options of one factor that are given with another."""
+    _require("error_beta", o.error_beta, 0.0 <= o.error_beta < 1.0, "a number in [0, 1)")
+    feedback = o.factor == "cholesky_ef" or o.error_beta == Options.error_beta
+    _require("error_beta", o.error_beta, feedback, f"left out with factor={o.factor}: only cholesky_ef has feedback")
+    for name in ("rectify_stats", "rectify_roots"):
+        value = getattr(o, name)
+        applies = o.factor == "eigen" or value == getattr(Options, name)
+        _require(name, value, applies, f"left out with factor={o.factor}: only eigen has eigenvectors to rectify")
+    _require("codebook", o.codebook, o.codebook != "nf4" or o.bits != 8, "linear2 or dynamic with bits=8")
+
+
+def _check_moments(o: Options) -> None:
+    """Refuse a base, recipe and codebooks that do not go together."""
+    four_bit = o.moments.startswith("4bit")
+    _require("nesterov", o.nesterov, not o.nesterov or o.base == "sgdm", "false unless base=sgdm")
+    plain = ("fp32", "bf16", "8bit", "4bit")
+    one_moment = "one of " + ", ".join(plain) + " with base=sgdm: the others are ways to keep a second moment"
+    _require("moments", o.moments, o.base == "adamw" or o.moments in plain, one_moment)
+    only = f"auto with moments={o.moments}: only 4-bit moments have a choice of levels"
+    _require("first_codebook", o.first_codebook, four_bit or o.first_codebook == "auto", only)
+    second = SECOND_CODEBOOKS.get(o.moments, ()) if o.base == "adamw" else ()
+    rule = f"one of {', '.join(('auto', *second))} with base={o.base} and moments={o.moments}"
+    if o.second_codebook == "dynamic_unsigned":
+        rule += ": a second moment that its zero level makes zero explodes 1/sqrt(v); only 4bit_zipsr may use it"
+    _require("second_codebook", o.second_codebook, o.second_codebook in ("auto", *second), rule)
+    no_codes = f"0 with moments={o.moments}: only a 4-bit first moment is rounded stochastically"
+    _require("stochastic_from", o.stochastic_from, four_bit or not o.stochastic_from, no_codes)
+
+
+# Levels that a second moment may have, the default first.  Zero is among them only where rounding to it is as rare as
+# it is harmful (preconditioner space).
+SECOND_CODEBOOKS: dict[str, tuple[str, ...]] = {
+    "4bit": ("linear0", "dynamic0"),
+    "4bit_eden": ("dynamic0", "linear0"),
+    "4bit_zipsr": ("dynamic_unsigned",),
+}
+
 NAMES: tuple[str, ...] = tuple(f.name for f in dataclasses.fields(Options))
 _TYPES: dict[str, Any] = get_type_hints(Options)
 
 # What a checkpoint cannot change: the shapes and the meaning of the state depend on these.
 STRUCTURAL: tuple[str, ...] = (
-    "algorithm", "factor", "bits", "moments", "block_size", "quant_block", "codebook", "matrix_view", "row_splits",
+    "algorithm", "factor", "bits", "base", "moments", "first_codebook", "second_codebook",
+    "block_size", "quant_block", "codebook", "matrix_view", "row_splits",
 )  # fmt: skip
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -90,6 +147,13 @@ PRESETS: dict[str, dict[str, Any]] = {
         "factor": "eigen", "bits": 4, "block_size": 1200, "quant_block": 64, "codebook": "linear2",
         "stats_every": 200, "roots_every": 200, "factor_beta": 0.95, "damping": 1e-6,
         "rectify_stats": 1, "rectify_roots": 4, "graft": "norm", "moments": "bf16",
+    },
+    # 2412.10663: error feedback .95, beta .95, eps 1e-6, roots by Schur-Newton; what it does not say of its LLM run
+    # (intervals, order, moments) as in 2405.18144's.
+    "paper_cholesky": {
+        "factor": "cholesky_ef", "bits": 4, "block_size": 1200, "quant_block": 64, "codebook": "linear2",
+        "stats_every": 200, "roots_every": 200, "factor_beta": 0.95, "error_beta": 0.95, "damping": 1e-6,
+        "root": "newton", "graft": "norm", "moments": "bf16",
     },
     # The 32-bit Shampoo that the paper compares with, at the same intervals and orders.
     "shampoo32": {

@@ -98,7 +98,12 @@ class Stack:
     algorithm: Algorithm
     pieces: list[Piece]
     membership: Tensor
+    salts: Tensor
     state: State = field(default_factory=dict)
+
+    def parameters(self) -> Tensor:
+        """float32 (B, *shape), a copy."""
+        return torch.stack([piece.of(piece.parameter) for piece in self.pieces]).float()
 
     def gradients(self) -> Tensor:
         """float32 (B, *shape); a view of the gradient itself where there is nothing to gather or convert."""
@@ -109,7 +114,7 @@ class Stack:
         """A copy that holds only some blocks, for a step on which the others have no gradient."""
         state = {t: {b: buffer[index] for b, buffer in buffers.items()} for t, buffers in self.state.items()}
         pieces = [self.pieces[i] for i in index.tolist()]
-        return Stack(self.algorithm, pieces, self.membership[:, index], state)
+        return Stack(self.algorithm, pieces, self.membership[:, index], self.salts[index], state)
 
     def put_back(self, index: Tensor, part: Stack) -> None:
         """Copy the state of `rows(index)` back."""
@@ -146,8 +151,7 @@ def deliver(stack: Stack, update: Tensor, lr: float, weight_decay: float, step: 
     else:
         exact = torch.stack(targets).float().mul_(1 - lr * weight_decay).add_(update, alpha=-lr)
         if options.stochastic_rounding and targets[0].dtype == torch.bfloat16:
-            salts = torch.tensor([piece.salt for piece in stack.pieces], dtype=torch.int32, device=exact.device)
-            exact = to_bfloat16(exact, noise_bits(salts, step, options.seed, exact[0].numel()).view_as(exact))
+            exact = to_bfloat16(exact, noise_bits(stack.salts, step, options.seed, exact[0].numel()).view_as(exact))
         new = list(exact.unbind(0))
     for piece, target, value in zip(stack.pieces, targets, new, strict=True):
         if value is not target:
@@ -187,7 +191,9 @@ def _stack(
     membership[[i for i, _ in entries], list(range(len(entries)))] = 1.0
     state = {name: allocate(storage, len(entries), device) for name, storage in algorithm.storages().items()}
     algorithm.initialise(state)
-    stack = Stack(algorithm, [piece for _, piece in entries], membership.to(device), state)
+    pieces = [piece for _, piece in entries]
+    salts = torch.tensor([piece.salt for piece in pieces], dtype=torch.int32, device=device)
+    stack = Stack(algorithm, pieces, membership.to(device), salts, state)
     start = 0
     for i in sorted({i for i, _ in entries}):
         count = sum(j == i for j, _ in entries)

@@ -11,7 +11,9 @@ from .algorithms import Shampoo
 from .optimizer import Shampoo4bit
 from .options import Options
 from .plan import Block, blocks_of
-from .storage import nbytes
+from .storage import SMALL, nbytes
+
+BASES = {"adamw": "AdamW", "sgdm": "SGDM"}
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,7 @@ def rows(optimizer: Shampoo4bit) -> list[Row]:
         Row(treatment, shape, count, cut, count * _elements(shape), count * size)
         for (treatment, shape, cut, size), count in grouped.items()
     ]
-    return sorted(table, key=lambda row: (row.treatment.startswith("AdamW"), -row.bytes))
+    return sorted(table, key=lambda row: (row.treatment.startswith(tuple(BASES.values())), -row.bytes))
 
 
 def block_bytes(blocks: list[Block]) -> int:
@@ -79,10 +81,12 @@ def metrics(optimizer: Shampoo4bit) -> dict[str, float]:
 
 
 def _treatment(blocks: list[Block], options: Options) -> str:
-    moments = "fp32" if _elements_of(blocks) < 4096 and options.moments == "4bit" else options.moments
+    stored = options.moments in ("fp32", "bf16") or _elements_of(blocks) >= SMALL
+    moments = options.moments if stored else "fp32"
     if not isinstance(blocks[0].algorithm, Shampoo):
-        return f"AdamW {moments}"
-    return f"Shampoo {options.factor} {options.bits}-bit, {moments} moments"
+        return f"{BASES[options.base]} {moments}"
+    over = "" if options.base == "adamw" else f" over {BASES[options.base]}"
+    return f"Shampoo {options.factor} {options.bits}-bit{over}, {moments} moments"
 
 
 def _cut(blocks: list[Block]) -> str:

@@ -13,12 +13,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cache
+from importlib.util import find_spec
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from .quantize import dequantize_block, dequantize_rank1, packed_length, quantize_block, quantize_rank1
+from .rounding import Stochastic
 
 Buffers = dict[str, Tensor]
 Layout = dict[str, tuple[tuple[int, ...], torch.dtype]]
@@ -52,6 +55,13 @@ def nbytes(storage: Storage) -> int:
     return sum(math.prod(shape) * dtype.itemsize for shape, dtype in storage.layout().values())
 
 
+def roundtrip(storage: Storage, x: Tensor) -> Tensor:
+    """What reading gives after x (B, *shape) has been written."""
+    buffers = allocate(storage, x.shape[0], x.device)
+    storage.write(buffers, x)
+    return storage.read(buffers)
+
+
 @dataclass(frozen=True)
 class Dense:
     """As it is, in `dtype`."""
@@ -80,6 +90,8 @@ class Blockwise:
     bits: int
     block: int
     columns: bool = False
+    eden: bool = False
+    """Correct each scale so that <x, Q(x)> = |x|^2 (ZE-EDEN, 2610.12444)."""
 
     @property
     def _rows(self) -> tuple[int, ...]:
@@ -93,9 +105,10 @@ class Blockwise:
             "scales": ((*lead, -(-length // self.block)), torch.float32),
         }
 
-    def write(self, buffers: Buffers, x: Tensor) -> None:
+    def write(self, buffers: Buffers, x: Tensor, rounding: Stochastic | None = None) -> None:
+        """As every storage's; `rounding` chooses between neighbouring levels, on rows as they are quantised."""
         rows = x.transpose(-1, -2) if self.columns else x.flatten(1)
-        codes, scales = quantize_block(rows, self.codebook, self.bits, self.block)
+        codes, scales = quantize_block(rows, self.codebook, self.bits, self.block, rounding, self.eden)
         buffers["codes"].copy_(codes)
         buffers["scales"].copy_(scales)
 
@@ -131,6 +144,53 @@ class OffDiagonal:
 
 
 @dataclass(frozen=True)
+class Triangles:
+    """A square matrix: its diagonal in float32, its strict triangles block-wise, each with its own scales (2412.10663).
+
+    The lower triangle is taken column by column, the upper one row by row, so that what is kept in the upper one is
+    the transpose of something lower triangular; a block of entries runs on into the next column.  Both triangles have
+    k (k - 1) codes, one matrix of them; with `upper=False` the upper one is not kept and reads as zeros.
+    """
+
+    order: int
+    codebook: str
+    bits: int
+    block: int
+    upper: bool
+
+    @property
+    def _entries(self) -> int:
+        return self.order * (self.order - 1) // 2
+
+    def layout(self) -> Layout:
+        triangles = 2 if self.upper else 1
+        return {
+            "diagonal": ((self.order,), torch.float32),
+            "codes": ((triangles, packed_length(self._entries, self.bits)), torch.uint8),
+            "scales": ((triangles, -(-self._entries // self.block)), torch.float32),
+        }
+
+    def write(self, buffers: Buffers, x: Tensor) -> None:
+        i, j = torch.triu_indices(self.order, self.order, 1, device=x.device)
+        triangles = [x[:, j, i], x[:, i, j]] if self.upper else [x[:, j, i]]
+        codes, scales = quantize_block(torch.stack(triangles, 1), self.codebook, self.bits, self.block)
+        buffers["diagonal"].copy_(x.diagonal(dim1=-2, dim2=-1))
+        buffers["codes"].copy_(codes)
+        buffers["scales"].copy_(scales)
+
+    def read(self, buffers: Buffers) -> Tensor:
+        triangles = dequantize_block(
+            buffers["codes"], buffers["scales"], self.codebook, self.bits, self.block, self._entries
+        )
+        i, j = torch.triu_indices(self.order, self.order, 1, device=triangles.device)
+        x = torch.diag_embed(buffers["diagonal"])
+        x[:, j, i] = triangles[:, 0]
+        if self.upper:
+            x[:, i, j] = triangles[:, 1]
+        return x
+
+
+@dataclass(frozen=True)
 class RankOne:
     """Codes of a matrix, entry (i, j) scaled by the smaller of row i's and column j's absmax (2309.01507, 4.2)."""
 
@@ -154,3 +214,79 @@ class RankOne:
 
     def read(self, buffers: Buffers) -> Tensor:
         return dequantize_rank1(buffers["codes"], buffers["rows"], buffers["columns"], self.codebook, self.bits)
+
+
+@dataclass(frozen=True)
+class Factored:
+    """A non-negative matrix as the outer product of its row and column means (Adafactor, 1804.04235).
+
+    A moving average of a matrix that is kept so has the moving averages of its row and column means: Adafactor's.
+    """
+
+    shape: tuple[int, ...]
+
+    def layout(self) -> Layout:
+        m, n = self.shape
+        return {"rows": ((m,), torch.float32), "columns": ((n,), torch.float32)}
+
+    def write(self, buffers: Buffers, x: Tensor) -> None:
+        buffers["rows"].copy_(x.mean(-1))
+        buffers["columns"].copy_(x.mean(-2))
+
+    def read(self, buffers: Buffers) -> Tensor:
+        rows, columns = buffers["rows"], buffers["columns"]
+        share = rows / rows.mean(-1, keepdim=True).clamp_(min=torch.finfo(torch.float32).tiny)
+        return share.unsqueeze(-1) * columns.unsqueeze(-2)
+
+
+@dataclass(frozen=True)
+class Bitsandbytes:
+    """8-bit codes and scales as bitsandbytes' own optimizers keep them: its blockwise functions and dynamic codes.
+
+    Raises:
+        ImportError: bitsandbytes is not installed (the extra `bnb`).
+    """
+
+    shape: tuple[int, ...]
+    signed: bool
+
+    BLOCK = 256
+
+    def __post_init__(self) -> None:
+        if find_spec("bitsandbytes") is None:
+            raise ImportError(
+                "8-bit moments (moments=8bit) are stored by bitsandbytes, which is not installed: "
+                "pip install 'hf-shampoo4[bnb]', or choose another of the moments, such as 4bit"
+            )
+
+    def layout(self) -> Layout:
+        length = math.prod(self.shape)
+        return {"codes": ((length,), torch.uint8), "scales": ((-(-length // self.BLOCK),), torch.float32)}
+
+    def write(self, buffers: Buffers, x: Tensor) -> None:
+        from bitsandbytes.functional import quantize_blockwise
+
+        codes, quantised = quantize_blockwise(self._padded(x.flatten(1)), self._code(x.device), blocksize=self.BLOCK)
+        buffers["codes"].copy_(codes[:, : buffers["codes"].shape[1]])
+        buffers["scales"].copy_(quantised.absmax.view_as(buffers["scales"]))
+
+    def read(self, buffers: Buffers) -> Tensor:
+        from bitsandbytes.functional import dequantize_blockwise
+
+        codes, code = self._padded(buffers["codes"]), self._code(buffers["codes"].device)
+        x = dequantize_blockwise(codes, absmax=buffers["scales"].flatten(), code=code, blocksize=self.BLOCK)
+        return x[:, : buffers["codes"].shape[1]].unflatten(1, self.shape)
+
+    def _padded(self, rows: Tensor) -> Tensor:
+        """bitsandbytes' blocks run through a tensor from end to end: fill each row's last one."""
+        return torch.nn.functional.pad(rows, (0, -rows.shape[-1] % self.BLOCK)).contiguous()
+
+    def _code(self, device: torch.device) -> Tensor:
+        return _bitsandbytes_code(self.signed, device)
+
+
+@cache
+def _bitsandbytes_code(signed: bool, device: torch.device) -> Tensor:
+    from bitsandbytes.functional import create_dynamic_map
+
+    return create_dynamic_map(signed=signed).to(device)
