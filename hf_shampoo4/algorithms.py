@@ -158,10 +158,10 @@ def graft(
     """
     grafted = list(preconditioned)
     chosen = [i for i, (g, p) in enumerate(zip(gradients, preconditioned, strict=True)) if p is not g]
-    if over == "none" or not chosen:
+    if not chosen:
         return grafted
-    g2 = [_squared_norms(gradients[i]) for i in chosen]
     p2 = [_squared_norms(preconditioned[i]) for i in chosen]
+    g2 = [_squared_norms(gradients[i]) for i in chosen] if over != "none" else p2
     if over == "norm":
         members = [stacks[i].membership.double() for i in chosen]
         g2, p2 = _over_parameters(members, g2), _over_parameters(members, p2)

@@ -23,7 +23,9 @@ class Stopwatch:
             self._events.append((start, end))
         self._started = time.perf_counter()
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if self._events:
             self._events[-1][1].record()
         else:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .options import SECOND_CODEBOOKS, Options
-from .rounding import Noise, PreconditionerSpace, Stochastic
+from .rounding import Noise, PreconditionerSpace, Stochastic, to_bfloat16
 from .storage import Bitsandbytes, Blockwise, Buffers, Dense, Factored, RankOne, Storage
 
 State = dict[str, Buffers]
@@ -82,7 +82,7 @@ class Adam:
             uniform = _required(noise).uniform(SECOND_STREAM, v[0].numel())
             self.second.write(state["second"], v, PreconditionerSpace(uniform, bias.flatten(1), eps))
         else:
-            self.second.write(state["second"], v)
+            self.second.write(state["second"], _for_bfloat16(self.second, v, noise))
         return u
 
 
@@ -186,6 +186,13 @@ def _storages(shape: tuple[int, ...], options: Options, quantise: bool) -> tuple
     if recipe == "4bit" and len(shape) == 2:
         return first, RankOne(shape, levels, 4)
     return first, Blockwise(shape, levels, 4, MOMENT_BLOCK, eden=recipe == "4bit_eden")
+
+
+def _for_bfloat16(storage: Storage, v: Tensor, noise: Noise | None) -> Tensor:
+    """Round stochastically what goes to bfloat16: to nearest, v - 0.001 v is v again and v never decays."""
+    if noise is None or not isinstance(storage, Dense) or storage.dtype != torch.bfloat16:
+        return v
+    return to_bfloat16(v, noise.bits(SECOND_STREAM, v[0].numel()).view_as(v))
 
 
 def _write_first(storage: Storage, buffers: Buffers, m: Tensor, noise: Noise | None) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import difflib
 import math
 from collections.abc import Callable, Iterable
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -60,7 +62,7 @@ class Shampoo4bit(torch.optim.Optimizer):
         **options: Any,
     ) -> None:
         chosen = Options(**resolve(options, preset=preset, config=config))
-        base = {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay}
+        base = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         self._reset()
         super().__init__(params, {**base, **vars(chosen), "step": 0, "skipped_steps": 0, "format": FORMAT})
         self._require_matrices()
@@ -96,8 +98,12 @@ class Shampoo4bit(torch.optim.Optimizer):
             OptionError: as the constructor.
             TypeError: a complex parameter.
         """
-        given = {name: param_group.get(name, self.defaults[name]) for name in NAMES}  # checked together
-        super().add_param_group({**param_group, **resolve(given)})
+        group = dict(param_group)
+        given = {name: group.pop(name) for name in (*NAMES, "preset", "config") if name in group}
+        _check_keys(group)
+        chosen = resolve(given)
+        Options(**{**{name: self.defaults[name] for name in NAMES}, **chosen})  # checked together with the defaults
+        super().add_param_group({**group, **chosen})
         group = self.param_groups[-1]
         try:
             _check_group(group)
@@ -146,26 +152,44 @@ class Shampoo4bit(torch.optim.Optimizer):
         return [f"{index}.{i}" for i in range(len(group["params"]))]
 
     def _reset(self) -> None:
-        self._built: dict[int, tuple[list[Any], list[Wave]]] = {}
+        self._built: dict[int, _Built] = {}
         self._stopwatch = Stopwatch()
 
     def _waves(self, index: int) -> list[Wave]:
-        """The plan of a group: built at its first step, again when parameters or their placement changed."""
+        """The plan of a group: built at its first step, again when parameters, their state or options changed.
+
+        Raises:
+            RuntimeError: state that was there at the step before is gone.
+        """
         group = self.param_groups[index]
         live = [(name, p) for name, p in zip(self.names(index), group["params"], strict=True) if p.requires_grad]
-        identity = [(id(p), p.device, p.dtype, p.shape) for _, p in live]
-        if index not in self._built or self._built[index][0] != identity:
+        identity = (Options.of(group), [(id(p), p.device, p.dtype, p.shape) for _, p in live])
+        before = self._built.get(index)
+        if before is None or before.identity != identity or not self._holds(before):
             self._require_matrices()
-            self._built[index] = (identity, build(live, Options.of(group), self.state))
-        return self._built[index][1]
+            for name, p in live:
+                if before is not None and before.lost(p) and not self.state.get(p):
+                    raise RuntimeError(f"the optimizer state of {name!r} is gone: load the last checkpoint again")
+            waves = build(live, identity[0], self.state)
+            views = {p: dict(self.state[p]) for _, p in live}
+            self._built[index] = _Built(identity, list(group["params"]), views, waves)
+        return self._built[index].waves
+
+    def _holds(self, built: _Built) -> bool:
+        """Whether `state` still holds the very tensors that the plan works on (offloading replaces them)."""
+        return all(
+            self.state[p].get(key) is tensor for p, entry in built.state.items() for key, tensor in entry.items()
+        )
 
     def _gradients_are_finite(self) -> bool:
         by_device: dict[torch.device, list[Tensor]] = {}
         for index, group in enumerate(self.param_groups):
             for i, p in enumerate(group["params"]):
-                if p.grad is not None and p.numel():
+                if p.grad is None or not p.requires_grad or not p.numel():
+                    continue
+                if p.grad.layout != torch.strided or hasattr(p, "device_mesh"):
                     _refuse_unusable(p, self.names(index)[i])
-                    by_device.setdefault(p.device, []).append(p.grad.detach())
+                by_device.setdefault(p.device, []).append(p.grad.detach())
         return all(_finite(gradients) for gradients in by_device.values())
 
     def _require_matrices(self) -> None:
@@ -196,6 +220,10 @@ class Shampoo4bit(torch.optim.Optimizer):
         sizes, ours = [len(g["params"]) for g in saved_groups], [len(g["params"]) for g in self.param_groups]
         if sizes != ours:
             raise CheckpointError(f"checkpoint of another model: groups of {sizes} parameters, here {ours}")
+        known = {key for saved in saved_groups for key in saved["params"]}
+        strange = [key for key, entry in state.items() if key not in known or not isinstance(entry, dict)]
+        if strange:
+            raise CheckpointError(f"damaged checkpoint: state entries that are no parameter's state: {strange[:3]}")
         for index, saved in enumerate(saved_groups):
             self._check_saved_group(index, saved, state)
 
@@ -247,22 +275,46 @@ class _Opaque:
         self.value = value
 
 
+@dataclass(frozen=True)
+class _Built:
+    """A group's plan, and what it was built on."""
+
+    identity: tuple[Options, list[Any]]
+    members: list[Tensor]
+    """All parameters of the group, frozen ones too."""
+    state: dict[Tensor, dict[str, Tensor]]
+    waves: list[Wave]
+
+    def lost(self, p: Tensor) -> bool:
+        """Whether a parameter without state must have had one: it was trained, or put in a trained one's place."""
+        return p in self.state or not any(p is member for member in self.members)
+
+
+def _check_keys(group: dict[str, Any]) -> None:
+    """A group may carry foreign keys (schedulers put some there), but not an option that is spelt wrong."""
+    for key in group:
+        close = difflib.get_close_matches(key, NAMES, n=1, cutoff=0.8)
+        if close:
+            raise OptionError(f"unknown option {key!r} in a parameter group: did you mean {close[0]!r}?")
+
+
 def _check_group(group: dict[str, Any]) -> None:
-    beta1, beta2 = group["betas"]
-    allowed = {
-        "lr": (group["lr"], float(group["lr"]) >= 0, "a number >= 0"),
-        "betas": (group["betas"], 0 <= beta1 < 1 and 0 <= beta2 < 1, "two numbers in [0, 1)"),
-        "eps": (group["eps"], group["eps"] >= 0, "a number >= 0"),
-        "weight_decay": (group["weight_decay"], group["weight_decay"] >= 0, "a number >= 0"),
-    }
-    if group["nesterov"]:
-        allowed["betas"] = (group["betas"], 0 < beta1 < 1, "with nesterov a first number in (0, 1), the momentum")
-    for name, (value, holds, rule) in allowed.items():
-        if not holds:
-            raise OptionError(f"{name}={value!r} is not allowed: it must be {rule}")
+    for name in ("lr", "eps", "weight_decay"):
+        if not _is_number(group[name]) or not 0 <= float(group[name]) < math.inf:
+            raise OptionError(f"{name}={group[name]!r} is not allowed: it must be a number >= 0")
+    betas = group["betas"]
+    pair = isinstance(betas, (tuple, list)) and len(betas) == 2 and all(map(_is_number, betas))
+    if not pair or not all(0 <= beta < 1 for beta in betas):
+        raise OptionError(f"betas={betas!r} is not allowed: it must be two numbers in [0, 1)")
+    group["betas"] = tuple(betas)
     for p in group["params"]:
         if not p.is_floating_point():
-            raise TypeError(f"parameter of shape {tuple(p.shape)} is {p.dtype}: only real floating point can be trained")
+            shape = tuple(p.shape)
+            raise TypeError(f"parameter of shape {shape} is {p.dtype}: only real floating point can be trained")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) or (isinstance(value, Tensor) and value.numel() == 1)
 
 
 def _check_row_splits(groups: list[dict[str, Any]]) -> None:
@@ -287,17 +339,16 @@ def _check_entry(name: str, entry: dict[str, Any], layout: dict[str, tuple[tuple
             raise CheckpointError(f"state of {name!r}: {key} is {found}, expected {shape} {dtype}: another model?")
 
 
-def _refuse_unusable(p: Tensor, name: str) -> None:
-    if p.grad is not None and p.grad.layout != torch.strided:
-        raise TypeError(
-            f"parameter {name!r} has a sparse gradient, which Shampoo4bit cannot use: "
-            "set sparse=False on the embedding, or give the parameter its own torch.optim.SparseAdam"
-        )
+def _refuse_unusable(p: Tensor, name: str) -> NoReturn:
     if hasattr(p, "device_mesh"):
         raise TypeError(
             f"parameter {name!r} is sharded (DTensor: FSDP2 or tensor parallel); "
             "this version trains in one process or under DDP"
         )
+    raise TypeError(
+        f"parameter {name!r} has a sparse gradient, which Shampoo4bit cannot use: "
+        "set sparse=False on the embedding, or give the parameter its own torch.optim.SparseAdam"
+    )
 
 
 def _finite(gradients: list[Tensor]) -> bool:

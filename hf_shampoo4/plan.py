@@ -45,16 +45,6 @@ class Piece:
     salt: int
     """The same number in every run and on every rank, for stochastic rounding."""
 
-    def of(self, x: Tensor) -> Tensor:
-        """The block's part of the parameter or its gradient: a view, or a copy where the memory allows none."""
-        return _cut_out(_matrices(x.detach(), self.block.view), self.block)
-
-    def put(self, value: Tensor) -> None:
-        """Write the block's part of a parameter whose memory allows no view of it (channels last)."""
-        matrices = _matrices(self.parameter.detach(), self.block.view)
-        _cut_out(matrices, self.block).copy_(value)
-        self.parameter.detach().copy_(matrices.view(self.parameter.shape))
-
 
 def blocks_of(shape: tuple[int, ...], options: Options) -> list[Block]:
     """How a parameter of `shape` (the global one) is treated, from geometry alone; empty for one without elements."""
@@ -103,11 +93,12 @@ class Stack:
 
     def parameters(self) -> Tensor:
         """float32 (B, *shape), a copy."""
-        return torch.stack([piece.of(piece.parameter) for piece in self.pieces]).float()
+        return torch.stack(_parts(self.pieces, [piece.parameter for piece in self.pieces])[0]).float()
 
     def gradients(self) -> Tensor:
         """float32 (B, *shape); a view of the gradient itself where there is nothing to gather or convert."""
-        parts = [piece.of(piece.parameter.grad) for piece in self.pieces if piece.parameter.grad is not None]
+        gradients = [piece.parameter.grad for piece in self.pieces if piece.parameter.grad is not None]
+        parts, _ = _parts(self.pieces, gradients)
         return (parts[0].unsqueeze(0) if len(parts) == 1 else torch.stack(parts)).float()
 
     def rows(self, index: Tensor) -> Stack:
@@ -142,22 +133,19 @@ class Wave:
 
 
 def deliver(stack: Stack, update: Tensor, lr: float, weight_decay: float, step: int, options: Options) -> None:
-    """p <- (1 - lr wd) p - lr u, in float32, rounded to the parameter's dtype (stochastically if asked)."""
-    targets = [piece.of(piece.parameter) for piece in stack.pieces]
-    if all(t.dtype == torch.float32 for t in targets):
+    """p <- (1 - lr wd) p - lr u, in float32 or better, rounded to p's dtype (bfloat16 stochastically, if asked)."""
+    targets, copies = _parts(stack.pieces, [piece.parameter for piece in stack.pieces])
+    dtype = targets[0].dtype
+    if dtype in (torch.float32, torch.float64):
         torch._foreach_mul_(targets, 1 - lr * weight_decay)
-        torch._foreach_add_(targets, list(update.unbind(0)), alpha=-lr)
-        new = targets
+        torch._foreach_add_(targets, list(update.to(dtype).unbind(0)), alpha=-lr)
     else:
         exact = torch.stack(targets).float().mul_(1 - lr * weight_decay).add_(update, alpha=-lr)
-        if options.stochastic_rounding and targets[0].dtype == torch.bfloat16:
+        if options.stochastic_rounding and dtype == torch.bfloat16:
             exact = to_bfloat16(exact, noise_bits(stack.salts, step, options.seed, exact[0].numel()).view_as(exact))
-        new = list(exact.unbind(0))
-    for piece, target, value in zip(stack.pieces, targets, new, strict=True):
-        if value is not target:
-            target.copy_(value)
-        if not _is_view(target, piece.parameter):
-            piece.put(target)
+        torch._foreach_copy_(targets, list(exact.unbind(0)))
+    for parameter, matrices in copies:
+        parameter.copy_(matrices.view(parameter.shape))
 
 
 def build(
@@ -225,14 +213,22 @@ def _in_waves(parameters: Iterable[tuple[str, Tensor]]) -> Iterator[list[tuple[s
         yield wave
 
 
-def _matrices(x: Tensor, view: MatrixView) -> Tensor:
-    return x.reshape(view.count, view.rows, view.columns)
+def _parts(pieces: Sequence[Piece], tensors: Sequence[Tensor]) -> tuple[list[Tensor], list[tuple[Tensor, Tensor]]]:
+    """Each piece's rectangle of its tensor (the parameter or its gradient).
 
-
-def _cut_out(matrices: Tensor, block: Block) -> Tensor:
-    r = block.rect
-    return matrices[r.matrix, r.r0 : r.r1, r.c0 : r.c1].view(block.algorithm.shape)
-
-
-def _is_view(part: Tensor, whole: Tensor) -> bool:
-    return part.untyped_storage().data_ptr() == whole.untyped_storage().data_ptr()
+    Returns:
+        parts: views of the tensors, or of a copy where a tensor's memory has no matrix view (channels last).
+        copies: (tensor, that copy), to be written back by who changes the parts.
+    """
+    matrices: dict[int, Tensor] = {}
+    copies, parts = [], []
+    for piece, tensor in zip(pieces, tensors, strict=True):
+        if id(tensor) not in matrices:
+            view, whole = piece.block.view, tensor.detach()
+            opened = matrices[id(tensor)] = whole.reshape(view.count, view.rows, view.columns)
+            if opened.untyped_storage().data_ptr() != whole.untyped_storage().data_ptr():
+                copies.append((whole, opened))
+        r = piece.block.rect
+        part = matrices[id(tensor)][r.matrix, r.r0 : r.r1, r.c0 : r.c1]
+        parts.append(part.view(piece.block.algorithm.shape))
+    return parts, copies

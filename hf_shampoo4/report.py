@@ -62,8 +62,7 @@ def table(optimizer: Shampoo4bit) -> str:
     cells.append(("total", "", count, "", _mega(elements), _mega(size), f"{size / max(elements, 1):.2f}"))
     header = ("treatment", "shape", "tensors", "blocks", "M elements", "M bytes", "bytes/param")
     widths = [max(len(row[i]) for row in [header, *cells]) for i in range(len(header))]
-    lines = ["  ".join(cell.ljust(w) if i < 2 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths)))
-             for row in [header, *cells]]  # fmt: skip
+    lines = [_line(row, widths) for row in [header, *cells]]
     rule = "-" * len(lines[0])
     return "\n".join(["Shampoo4bit state", rule, lines[0], rule, *lines[1:-1], rule, lines[-1]])
 
@@ -78,6 +77,12 @@ def metrics(optimizer: Shampoo4bit) -> dict[str, float]:
         "optim/failed_refreshes": sum(int(t.sum()) for t in failures),
         "optim/refresh_seconds": round(optimizer.refresh_seconds(), 4),
     }
+
+
+def _line(cells: tuple[str, ...], widths: list[int]) -> str:
+    """Names to the left, numbers to the right."""
+    padded = [cell.ljust(w) if i < 2 else cell.rjust(w) for i, (cell, w) in enumerate(zip(cells, widths, strict=True))]
+    return "  ".join(padded)
 
 
 def _treatment(blocks: list[Block], options: Options) -> str:

@@ -35,10 +35,13 @@ class Noise:
     step: int
     seed: int
 
+    def bits(self, stream: int, count: int) -> Tensor:
+        """int32 (B, count), uniform."""
+        return noise_bits(self.salts, self.step, self.seed, count, stream)
+
     def uniform(self, stream: int, count: int) -> Tensor:
         """float32 (B, count), uniform on 2^31 points inside (0, 1), which float32 tells apart near 0 (small odds)."""
-        bits = noise_bits(self.salts, self.step, self.seed, count, stream)
-        return bits.bitwise_and_(0x7FFFFFFF).to(torch.float32).add_(0.5).mul_(2.0**-31)
+        return self.bits(stream, count).bitwise_and_(0x7FFFFFFF).to(torch.float32).add_(0.5).mul_(2.0**-31)
 
 
 @dataclass(frozen=True)

@@ -150,7 +150,6 @@ def test_half_parameters_get_float32_arithmetic_rounded_once(dtype: torch.dtype,
             q.data.copy_(p.data)
 
 
-@pytest.mark.xfail(reason="deliver() rounds float64 parameters to float32", raises=AssertionError, strict=True)
 def test_float64_parameters_lose_nothing_to_a_step_of_zero() -> None:
     p = nn.Parameter(torch.full((4, 4), 1 / 3, dtype=torch.float64))
     before = p.detach().clone()
@@ -272,12 +271,6 @@ def test_surroundings_do_not_matter() -> None:
         assert torch.equal(p, q)
 
 
-@pytest.mark.xfail(
-    reason="exact_float32 reads the legacy allow_tf32, which torch refuses once the new fp32_precision was set "
-    "(transformers' --tf32 sets it from torch 2.9 on)",
-    raises=RuntimeError,
-    strict=True,
-)
 def test_tf32_asked_for_by_the_new_interface() -> None:
     p = parameters([(20, 20)])
     optimizer = Shampoo4bit(p, **OFTEN)
@@ -368,9 +361,6 @@ def test_bad_settings_are_refused_with_what_is_allowed(settings: dict, message: 
         assert len(optimizer.param_groups) == 1
 
 
-@pytest.mark.xfail(
-    reason="a group's misspelt option, preset or config is kept and ignored", raises=pytest.fail.Exception, strict=True
-)
 @pytest.mark.parametrize("typo", [{"block_sise": 64}, {"preset": "nope"}, {"config": "/absent.yaml"}], ids=str)
 def test_a_groups_unknown_option_is_refused(typo: dict) -> None:
     with pytest.raises(OptionError):

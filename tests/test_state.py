@@ -143,9 +143,6 @@ def test_state_is_written_in_place() -> None:
     assert before == {key: (id(t), t.data_ptr()) for p in owners(optimizer) for key, t in optimizer.state[p].items()}
 
 
-@pytest.mark.xfail(
-    reason="the plan keeps its own tensors: a state moved by other hands goes stale", raises=AssertionError, strict=True
-)
 def test_replaced_state_tensors_are_adopted() -> None:
     """Offloading code rebinds them: `state[key] = tensor.to(device)`."""
     optimizer, twin = Shampoo4bit(parameters(), **OFTEN), Shampoo4bit(parameters(), **OFTEN)
@@ -158,9 +155,6 @@ def test_replaced_state_tensors_are_adopted() -> None:
     assert same(tensors(optimizer), tensors(twin))
 
 
-@pytest.mark.xfail(
-    reason="a state that is lost after step 0 is silently begun anew", raises=pytest.fail.Exception, strict=True
-)
 def test_lost_state_is_an_error() -> None:
     optimizer = Shampoo4bit(parameters(), **OFTEN)
     run(optimizer, range(2))
@@ -196,16 +190,9 @@ def test_zero_gradients_move_nothing_and_leave_no_nan(options: dict) -> None:
     assert not any(t.any() for key, t in tensors(optimizer) if "failures" in key)
 
 
-OVERFLOWS = pytest.mark.xfail(reason="without a graft, a P that overflows reaches the moments", strict=True)
-
-
 @pytest.mark.parametrize(
     ("graft", "scale"),
-    [
-        pytest.param(graft, scale, marks=OVERFLOWS if (graft, scale) == ("none", 1e38) else ())
-        for graft in ("norm", "block", "none")
-        for scale in (1e-40, 1e-25, 1e-10, 1e10, 1e18, 1e25, 1e38)
-    ],
+    [(graft, scale) for graft in ("norm", "block", "none") for scale in (1e-40, 1e-25, 1e-10, 1e10, 1e18, 1e25, 1e38)],
 )
 def test_gradients_of_any_size_leave_no_nan(graft: str, scale: float) -> None:
     optimizer = Shampoo4bit(parameters(), lr=1e-3, graft=graft, stats_every=1, roots_every=1)
@@ -590,13 +577,11 @@ def test_what_is_no_state_dict_is_refused(junk: dict) -> None:
     refuse(Shampoo4bit(parameters(), **OFTEN), junk, "not an optimizer state dict|groups of")
 
 
-@pytest.mark.xfail(reason="AttributeError instead, and the state is half-changed", raises=AttributeError, strict=True)
 def test_an_entry_of_no_parameter_is_refused(written: dict) -> None:
     written["state"][99] = {"x": torch.ones(1)}
     refuse(Shampoo4bit(parameters(), **OFTEN), written, "99")
 
 
-@pytest.mark.xfail(reason="AttributeError instead", raises=AttributeError, strict=True)
 def test_an_entry_that_is_no_dict_is_refused(written: dict) -> None:
     written["state"][0] = torch.ones(1)
-    refuse(Shampoo4bit(parameters(), **OFTEN), written, "state of '0.0'")
+    refuse(Shampoo4bit(parameters(), **OFTEN), written, "no parameter's state: .0")
