@@ -7,13 +7,13 @@ An algorithm is a frozen description of one block shape; equal descriptions are 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from .clock import Stopwatch
 from .factors import Factor, make_factor
 from .moments import Moments, make_moments
 from .options import Options
@@ -31,7 +31,7 @@ class Context:
     step: int
     betas: tuple[float, float]
     eps: float
-    stopwatch: AbstractContextManager[None]
+    stopwatch: Stopwatch
     """Times the refreshes."""
     coupled_decay: float = 0.0
     """L2: this times the parameter is added to what goes through the base, as torch.optim.SGD does."""
@@ -101,12 +101,12 @@ class Shampoo:
         left, right = _side(state, "left"), _side(state, "right")
         failures = state["failures"]["dense"]
         if context.step % context.options.stats_every == 0:
-            with context.stopwatch:
+            with context.stopwatch.on(g.device):
                 # L <- beta L + (1 - beta) G G^T;  R <- beta R + (1 - beta) G^T G
                 failures += self.left.update(left, g @ g.mT)
                 failures += self.right.update(right, g.mT @ g)
         if context.step % context.options.roots_every == 0:
-            with context.stopwatch:
+            with context.stopwatch.on(g.device):
                 # L^-1/4, R^-1/4
                 failures += self.left.refresh(left)
                 failures += self.right.refresh(right)

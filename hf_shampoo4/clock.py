@@ -3,38 +3,42 @@
 from __future__ import annotations
 
 import time
-from types import TracebackType
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
 
 class Stopwatch:
-    """Sums the time spent inside `with stopwatch:`; on a GPU by events, which are read only when asked."""
+    """Sums the time spent inside `with stopwatch.on(device):`; on a GPU by events, read once they have passed."""
 
     def __init__(self) -> None:
         self._seconds = 0.0
-        self._started = 0.0
-        self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+        self._pending: deque[tuple[torch.cuda.Event, torch.cuda.Event]] = deque()
 
-    def __enter__(self) -> None:
-        if torch.cuda.is_available():
+    @contextmanager
+    def on(self, device: torch.device) -> Iterator[None]:
+        """Time what is launched on `device` meanwhile."""
+        if device.type == "cuda":
             start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             start.record()
-            self._events.append((start, end))
-        self._started = time.perf_counter()
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self._events:
-            self._events[-1][1].record()
+            yield
+            end.record()
+            self._pending.append((start, end))
+            self._collect(wait=False)
         else:
-            self._seconds += time.perf_counter() - self._started
+            began = time.perf_counter()
+            yield
+            self._seconds += time.perf_counter() - began
 
     def seconds(self) -> float:
         """Total so far; waits for the device to finish what was timed."""
-        for start, end in self._events:
+        self._collect(wait=True)
+        return self._seconds
+
+    def _collect(self, wait: bool) -> None:
+        while self._pending and (wait or self._pending[0][1].query()):
+            start, end = self._pending.popleft()
             end.synchronize()
             self._seconds += start.elapsed_time(end) / 1e3
-        self._events.clear()
-        return self._seconds
