@@ -15,6 +15,7 @@ from .algorithms import Context, directions
 from .blocks import matrix_view
 from .clock import Stopwatch
 from .matrix import exact_float32
+from .moments import make_moments
 from .options import NAMES, STRUCTURAL, OptionError, Options, resolve
 from .plan import Stack, Wave, blocks_of, build, deliver, state_layout
 
@@ -101,8 +102,7 @@ class Shampoo4bit(torch.optim.Optimizer):
         group = dict(param_group)
         given = {name: group.pop(name) for name in (*NAMES, "preset", "config") if name in group}
         _check_keys(group)
-        chosen = resolve(given)
-        Options(**{**{name: self.defaults[name] for name in NAMES}, **chosen})  # checked together with the defaults
+        chosen = resolve(given, beneath={name: self.defaults[name] for name in NAMES})
         super().add_param_group({**group, **chosen})
         group = self.param_groups[-1]
         try:
@@ -306,7 +306,10 @@ def _check_group(group: dict[str, Any]) -> None:
     pair = isinstance(betas, (tuple, list)) and len(betas) == 2 and all(map(_is_number, betas))
     if not pair or not all(0 <= beta < 1 for beta in betas):
         raise OptionError(f"betas={betas!r} is not allowed: it must be two numbers in [0, 1)")
+    if group["nesterov"] and betas[0] == 0:
+        raise OptionError(f"betas={betas!r} is not allowed: nesterov needs a momentum, the first number in (0, 1)")
     group["betas"] = tuple(betas)
+    make_moments((1,), Options.of(group), quantise=True)  # raises if a storage needs a package that is missing
     for p in group["params"]:
         if not p.is_floating_point():
             shape = tuple(p.shape)

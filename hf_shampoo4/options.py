@@ -167,13 +167,20 @@ class OptionError(ValueError):
     """An option that does not exist or has a value that is not allowed; the message says what is."""
 
 
-def resolve(given: Mapping[str, Any], *, preset: str | None = None, config: str | None = None) -> dict[str, Any]:
+def resolve(
+    given: Mapping[str, Any],
+    *,
+    preset: str | None = None,
+    config: str | None = None,
+    beneath: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
     """Cast and check options, laid over a YAML file's, laid over a preset's.
 
     Args:
         given: option name -> value; text is cast to the option's type.  May hold `preset` and `config` too.
         preset: a name of `PRESETS`.
         config: path of a YAML file with options at its top level.
+        beneath: options that hold where none of these says otherwise; the result is checked together with them.
 
     Returns:
         The options that were set by any of the three, cast; nothing for those left at their default.
@@ -194,7 +201,7 @@ def resolve(given: Mapping[str, Any], *, preset: str | None = None, config: str 
     merged: dict[str, Any] = dict(PRESETS[preset]) if preset is not None else {}
     for source in (from_file, given):
         merged.update({name: _cast(name, value) for name, value in source.items()})
-    Options(**merged)  # range checks, before any training time is spent
+    Options(**{**(beneath or {}), **merged})  # range checks, before any training time is spent
     return merged
 
 
