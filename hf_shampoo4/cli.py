@@ -15,6 +15,7 @@ from hf_shampoo4.options import OptionError
 # name -> (module whose `main(arguments)` does it, what it does)
 COMMANDS = {
     "demo": ("hf_shampoo4.demo", "pretrain a small LLaMA with AdamW and with shampoo4bit, and compare them"),
+    "errors": ("hf_shampoo4.errors", "what quantising preconditioners costs, beside the papers' tables"),
     "train": ("hf_shampoo4.train", "pretrain by a YAML configuration: CONFIG [--key value ...]"),
 }
 

@@ -17,9 +17,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from .matrix import bjorck, finite_blocks, or_identity, power_qr, root_by_eigh, symmetric_power
+from .matrix import ROOTS, bjorck, finite_blocks, or_identity, power_qr, safe_cholesky, symmetric_power
 from .options import Options
-from .storage import SMALL, Blockwise, Buffers, Dense, OffDiagonal, Storage
+from .storage import SMALL, Blockwise, Buffers, Dense, OffDiagonal, Storage, Triangles, roundtrip
 
 State = dict[str, Buffers]
 
@@ -56,6 +56,7 @@ class Eigen:
     damping: float
     rectify_stats: int
     rectify_roots: int
+    solver: str
 
     def storages(self) -> dict[str, Storage]:
         return {"basis": self.basis, "eigenvalues": self.eigenvalues, "root": self.inverse_root}
@@ -80,12 +81,15 @@ class Eigen:
         return ~good
 
     def refresh(self, state: State) -> Tensor:
-        # root = V diag((lambda + eps max(lambda))^-1/4) V^T,  V = bjorck(D(U))
         v = bjorck(self.basis.read(state["basis"]), self.rectify_roots)
-        root = symmetric_power(v, self.eigenvalues.read(state["eigenvalues"]), EXPONENT, self.damping)
-        good = finite_blocks(root)
-        _write_good(self.inverse_root, state["root"], root, good)
-        return ~good
+        eigenvalues = self.eigenvalues.read(state["eigenvalues"])
+        if self.solver == "eigh":
+            # root = V diag((lambda + eps max(lambda))^-1/4) V^T,  V = bjorck(D(U))
+            root = symmetric_power(v, eigenvalues, EXPONENT, self.damping)
+        else:
+            # root = (A + eps max(lambda))^-1/4,  A = V diag(lambda) V^T
+            root = ROOTS[self.solver]((v * eigenvalues.unsqueeze(-2)) @ v.mT, EXPONENT, self.damping)
+        return _keep_root(self.inverse_root, state, root)
 
     def root(self, state: State) -> Tensor:
         return self.inverse_root.read(state["root"])
@@ -100,6 +104,7 @@ class Direct:
     inverse_root: Storage
     beta: float
     damping: float
+    solver: str
 
     def storages(self) -> dict[str, Storage]:
         return {"matrix": self.matrix, "root": self.inverse_root}
@@ -117,10 +122,60 @@ class Direct:
         return ~good
 
     def refresh(self, state: State) -> Tensor:
-        root = root_by_eigh(self.matrix.read(state["matrix"]), EXPONENT, self.damping)
-        good = finite_blocks(root)
-        _write_good(self.inverse_root, state["root"], root, good)
+        # root = (A + eps max(lambda))^-1/4
+        root = ROOTS[self.solver](self.matrix.read(state["matrix"]), EXPONENT, self.damping)
+        return _keep_root(self.inverse_root, state, root)
+
+    def root(self, state: State) -> Tensor:
+        return self.inverse_root.read(state["root"])
+
+
+@dataclass(frozen=True)
+class Cholesky:
+    """The Cholesky factor: semidefinite by construction, half of a matrix's bytes (2412.10663).
+
+    `triangles` holds C in its lower triangle; with error feedback (`error_beta`) the transpose of the error state E,
+    strictly lower triangular, in its upper one.
+    """
+
+    order: int
+    triangles: Storage
+    inverse_root: Storage
+    beta: float
+    damping: float
+    solver: str
+    error_beta: float | None
+
+    def storages(self) -> dict[str, Storage]:
+        return {"triangles": self.triangles, "root": self.inverse_root}
+
+    def initialise(self, state: State) -> None:
+        eye = _identity(state["root"], self.order)
+        self.triangles.write(state["triangles"], self.damping**0.5 * eye)
+        self.inverse_root.write(state["root"], eye)
+
+    def update(self, state: State, gram: Tensor) -> Tensor:
+        # A = beta D(C) D(C)^T + (1 - beta) M
+        stored = self.triangles.read(state["triangles"])
+        old = stored.tril()
+        a = torch.baddbmm(gram, old, old.mT, beta=1 - self.beta, alpha=self.beta)
+        # C = chol(A + eps I)
+        good = finite_blocks(a)
+        c = safe_cholesky(or_identity(a, good), self.damping)
+        good &= finite_blocks(c)
+        if self.error_beta is not None:
+            # C' = Q(C + E);  E <- be E + (1 - be) (C + E - D(C'))
+            error = stored.triu(1).mT
+            c = c + error
+            error = torch.lerp(c - roundtrip(self.triangles, c).tril(), error, self.error_beta)
+            c = c + error.mT
+        _write_good(self.triangles, state["triangles"], c, good)
         return ~good
+
+    def refresh(self, state: State) -> Tensor:
+        # root = (A + eps max(lambda))^-1/4,  A = D(C) D(C)^T
+        c = self.triangles.read(state["triangles"]).tril()
+        return _keep_root(self.inverse_root, state, ROOTS[self.solver](c @ c.mT, EXPONENT, self.damping))
 
     def root(self, state: State) -> Tensor:
         return self.inverse_root.read(state["root"])
@@ -133,7 +188,19 @@ def make_factor(order: int, options: Options) -> Factor:
     rest = Blockwise(shape, options.codebook, bits, options.quant_block, columns=True)
     off_diagonal: Storage = OffDiagonal(rest) if bits < 32 else Dense(shape)
     if options.factor == "direct":
-        return Direct(order, off_diagonal, off_diagonal, options.factor_beta, options.damping)
+        return Direct(order, off_diagonal, off_diagonal, options.factor_beta, options.damping, options.root)
+    if options.factor in ("cholesky", "cholesky_ef"):
+        feedback = options.factor == "cholesky_ef"
+        triangles = Triangles(order, options.codebook, bits, options.quant_block, upper=feedback)
+        return Cholesky(
+            order=order,
+            triangles=triangles if bits < 32 else Dense(shape),
+            inverse_root=off_diagonal,
+            beta=options.factor_beta,
+            damping=options.damping,
+            solver=options.root,
+            error_beta=options.error_beta if feedback else None,
+        )
     return Eigen(
         basis=rest if bits < 32 else Dense(shape),
         eigenvalues=Dense((order,)),
@@ -142,6 +209,7 @@ def make_factor(order: int, options: Options) -> Factor:
         damping=options.damping,
         rectify_stats=options.rectify_stats if bits < 32 else 0,
         rectify_roots=options.rectify_roots if bits < 32 else 0,
+        solver=options.root,
     )
 
 
@@ -149,6 +217,13 @@ def _identity(buffers: Buffers, order: int) -> Tensor:
     """(B, order, order), B and device as the buffers have them."""
     like = next(iter(buffers.values()))
     return torch.eye(order, device=like.device).expand(like.shape[0], order, order)
+
+
+def _keep_root(storage: Storage, state: State, root: Tensor) -> Tensor:
+    """Store the finite roots; which blocks failed, bool (B,)."""
+    good = finite_blocks(root)
+    _write_good(storage, state["root"], root, good)
+    return ~good
 
 
 def _write_good(storage: Storage, buffers: Buffers, x: Tensor, good: Tensor) -> None:

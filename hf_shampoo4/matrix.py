@@ -6,7 +6,7 @@ mantissa bits are too few for a Kronecker factor.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -15,14 +15,19 @@ from torch import Tensor
 
 @contextmanager
 def exact_float32(device_type: str) -> Iterator[None]:
-    """float32 matrix products without TF32 and without autocast."""
-    before = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = False
+    """float32 matrix products without TF32 (or bfloat16, on CPUs that have it) and without autocast."""
+    matmul = torch.backends.cuda.matmul if device_type == "cuda" else getattr(torch.backends.mkldnn, "matmul", None)
+    # torch < 2.9 has the older switch only (and none for CPUs); a newer torch does not let the two be mixed
+    name, exact = ("fp32_precision", "ieee") if hasattr(matmul, "fp32_precision") else ("allow_tf32", False)
+    before = getattr(matmul, name, None)
+    if matmul is not None:
+        setattr(matmul, name, exact)
     try:
         with torch.autocast(device_type, enabled=False):
             yield
     finally:
-        torch.backends.cuda.matmul.allow_tf32 = before
+        if matmul is not None:
+            setattr(matmul, name, before)
 
 
 def bjorck(v: Tensor, steps: int) -> Tensor:
@@ -59,6 +64,99 @@ def root_by_eigh(a: Tensor, exponent: float, damping: float) -> Tensor:
     return symmetric_power(u, eigenvalues.clamp_min(0.0), exponent, damping)
 
 
+def root_by_newton(a: Tensor, exponent: float, damping: float) -> Tensor:
+    """A^(-1/p) by the coupled Newton ("Schur-Newton") iteration (Guo and Higham 2006; 2405.18144, algorithm 4).
+
+    Args:
+        a: (B, k, k), symmetric, positive semidefinite up to rounding; float32 or float64.
+        exponent: -1 / p, p a positive integer.
+        damping: times the largest eigenvalue, added to `a`; not below `smallest_damping(a.dtype)`.
+
+    Returns:
+        Of a's shape and dtype; NaN in the blocks that did not converge (not semidefinite), identity for a zero block.
+    """
+    p = round(-1 / exponent)
+    eye = torch.eye(a.shape[-1], dtype=a.dtype, device=a.device)
+    unit, bound, _ = _damped_unit(a, damping)
+
+    def step(x: Tensor, m: Tensor) -> tuple[Tensor, ...]:
+        # T = ((p + 1) I - M) / p;  X <- X T;  M <- T^p M
+        t = ((p + 1) * eye - m) / p
+        return x @ t, torch.linalg.matrix_power(t, p) @ m
+
+    # M = z A, X = z^(1/p) I: convergence needs M's eigenvalues below p + 1, z = (p + 1) / 2 is the middle
+    z = (p + 1) / 2
+    (x, _), residual = _settle(step, ((z ** (1 / p) * eye).expand_as(a), z * unit))
+    return _scaled_back(x, bound, exponent, residual)
+
+
+def root_by_newton_db(a: Tensor, exponent: float, damping: float) -> Tensor:
+    """A^(-1/p), p a power of two: log2(p) square roots by coupled Newton-Schulz, or Denman-Beavers, pairs.
+
+    As in DASH (2602.02016), with the scaling of Chen and Chow (2014): the damping bounds the spectrum from below, and
+    the scaled polynomial lifts the smallest eigenvalue 6.75-fold an iteration instead of 2.25-fold.
+
+    Args, Returns: as `root_by_newton`.
+    """
+    unit, bound, lowest = _damped_unit(a, damping)
+    eye = torch.eye(a.shape[-1], dtype=a.dtype, device=a.device)
+
+    def step(low: Tensor, y: Tensor, z: Tensor, w: Tensor) -> tuple[Tensor, ...]:
+        # s^2 = 3 / (1 + l + l^2);  T = s (3 I - s^2 Z Y) / 2;  Y <- Y T;  Z <- T Z;  l <- s l (3 - s^2 l^2) / 2
+        s = (3 / (1 + low + low * low)).sqrt()
+        t = s * (1.5 * eye - 0.5 * s * s * w)
+        y, z = y @ t, t @ z
+        return (0.5 * s * low * (3 - s * s * low * low)).clamp_max(1.0), y, z, z @ y
+
+    y, z, residual = unit, unit, torch.zeros_like(bound)
+    for _ in range(round(-1 / exponent).bit_length() - 1):
+        # Y -> A^1/2, Z -> A^-1/2; then the same of A^1/2
+        lowest = lowest.sqrt()
+        (_, y, z, _), settled = _settle(step, (lowest, y, eye.expand_as(a), y))
+        residual = torch.maximum(residual, settled)
+    return _scaled_back(z, bound, exponent, residual)
+
+
+ROOTS: dict[str, Callable[[Tensor, float, float], Tensor]] = {
+    "eigh": root_by_eigh,
+    "newton": root_by_newton,
+    "newton_db": root_by_newton_db,
+}
+
+
+def smallest_damping(dtype: torch.dtype) -> float:
+    """Below it, rounding makes a semidefinite matrix indefinite, and Newton's iterations diverge: 4.8e-7 in float32."""
+    return 4 * torch.finfo(dtype).eps
+
+
+def largest_eigenvalue(a: Tensor, iterations: int = 50) -> Tensor:
+    """By power iteration from the row norms: (B,) for semidefinite (B, k, k); never too large, at most 1% too small.
+
+    Entries of about 1: squares of very small ones underflow.
+    """
+    x = torch.linalg.vector_norm(a, dim=-1, keepdim=True)
+    for _ in range(iterations):
+        x = torch.nn.functional.normalize(a @ torch.nn.functional.normalize(x, dim=-2), dim=-2)
+    return torch.linalg.vector_norm(a @ x, dim=(-2, -1))
+
+
+def safe_cholesky(a: Tensor, jitter: float, attempts: int = 6) -> Tensor:
+    """C = chol(A + eps I) of each block, eps = `jitter` times the mean of A's diagonal, tenfold at each new attempt.
+
+    Relative, so that C scales with the gradients; 2412.10663 adds an absolute 1e-6.
+
+    Returns:
+        Lower triangular (B, k, k); NaN in the blocks that are not positive definite after the last attempt.
+    """
+    shift = jitter * a.diagonal(dim1=-2, dim2=-1).mean(-1).clamp_min(torch.finfo(a.dtype).tiny * 1e8)
+    for _ in range(attempts):
+        c, info = torch.linalg.cholesky_ex(a + torch.diag_embed(shift.unsqueeze(-1).expand(a.shape[:-1])))
+        if not info.any():
+            break
+        shift = torch.where(info > 0, 10 * shift, shift)
+    return torch.where((info == 0)[:, None, None], c, torch.nan)
+
+
 def finite_blocks(*tensors: Tensor) -> Tensor:
     """bool (B,): blocks whose entries are all finite in every tensor."""
     return torch.stack([torch.isfinite(t.flatten(1)).all(1) for t in tensors]).all(0)
@@ -68,6 +166,60 @@ def or_identity(a: Tensor, good: Tensor) -> Tensor:
     """`a`, with the identity in place of the blocks that are not `good`: LAPACK never sees a NaN."""
     eye = torch.eye(a.shape[-1], dtype=a.dtype, device=a.device)
     return torch.where(good[:, None, None], a, eye)
+
+
+MAX_ITERATIONS = 60  # condition 1e12 takes Newton 38
+CONVERGED = 0.01  # residual |M - I| / sqrt(k) above which an iteration is taken to have failed
+
+
+def _damped_unit(a: Tensor, damping: float) -> tuple[Tensor, Tensor, Tensor]:
+    """(A + damping lambda_max I) / bound with a spectrum in [lowest, 1]; a zero block becomes the identity.
+
+    Returns:
+        unit (B, k, k), bound (B, 1, 1) and lowest (B, 1, 1).
+    """
+    eye = torch.eye(a.shape[-1], dtype=a.dtype, device=a.device)
+    size = torch.linalg.matrix_norm(a, torch.inf, keepdim=True)
+    a, size = torch.where(size > 0, a / size, eye), torch.where(size > 0, size, 1.0)
+    shift = max(damping, smallest_damping(a.dtype)) * largest_eigenvalue(a)[:, None, None]
+    damped = a + shift * eye
+    # two bounds of the largest eigenvalue: |A|_F and |A|_inf
+    bounds = [torch.linalg.matrix_norm(damped, order, keepdim=True) for order in ("fro", torch.inf)]
+    bound = torch.minimum(*bounds)
+    return damped / bound, size * bound, shift / bound
+
+
+def _settle(step: Callable[..., tuple[Tensor, ...]], state: tuple[Tensor, ...]) -> tuple[tuple[Tensor, ...], Tensor]:
+    """Iterate `step` until the state's last tensor is as near to the identity as rounding lets it be, in every block.
+
+    A block is settled when its residual |M - I|_F / sqrt(k) is small and an iteration no longer halves it; it keeps
+    the state of its smallest residual while the others go on.
+
+    Returns:
+        The kept state, and its residual (B, 1, 1).
+    """
+    eye = torch.eye(state[-1].shape[-1], dtype=state[-1].dtype, device=state[-1].device)
+
+    def residual(m: Tensor) -> Tensor:
+        return torch.linalg.matrix_norm(m - eye, keepdim=True) / len(eye) ** 0.5
+
+    best, kept = residual(state[-1]), state
+    active = torch.ones_like(best, dtype=torch.bool)
+    for _ in range(MAX_ITERATIONS):
+        state = step(*state)
+        now = residual(state[-1])
+        better = active & (now < best)
+        active &= torch.isfinite(now) & ((now < 0.5 * best) | (best > CONVERGED))
+        kept = tuple(torch.where(better, new, old) for new, old in zip(state, kept, strict=True))
+        best = torch.where(better, now, best)
+        if not active.any():
+            break
+    return kept, best
+
+
+def _scaled_back(x: Tensor, bound: Tensor, exponent: float, residual: Tensor) -> Tensor:
+    """The root of the matrix from that of matrix / bound; NaN where the iteration failed."""
+    return torch.where(residual <= CONVERGED, x * bound**exponent, torch.nan)
 
 
 def _eigh(a: Tensor) -> tuple[Tensor, Tensor]:

@@ -35,6 +35,7 @@ LEVELS = {
     "data": 9,
     "train": 9,
     "demo": 9,
+    "errors": 9,
     "cli": 9,
     "_site": 9,
     "__main__": 9,
