@@ -40,7 +40,9 @@ class Options:
     second_codebook: Literal["auto", "linear0", "dynamic0", "dynamic_unsigned"] = "auto"
     """Levels of a 4-bit second moment (auto: linear0 for 4bit, dynamic0 for _eden, dynamic_unsigned for _zipsr)."""
     stochastic_from: int = 0
-    """Step from which a 4-bit first moment is rounded stochastically (0: never); for the output head, near the end."""
+    """Step from which a 4-bit first moment is rounded stochastically (0: never)."""
+    stochastic_last: float = 0.0
+    """The same as a share of training, from its end: the Trainer's callback, which knows the steps, sets the above."""
     block_size: int = 1024
     """Largest order of a factor: a larger side of a matrix is cut into equal blocks."""
     quant_block: int = 64
@@ -122,7 +124,13 @@ def _check_moments(o: Options) -> None:
     _require("second_codebook", o.second_codebook, o.second_codebook in ("auto", *second), rule)
     no_codes = f"0 with moments={o.moments}: only a 4-bit first moment is rounded stochastically"
     _require("stochastic_from", o.stochastic_from, four_bit or not o.stochastic_from, no_codes)
+    _require("stochastic_last", o.stochastic_last, 0.0 <= o.stochastic_last <= 1.0, "a number in [0, 1]")
+    _require("stochastic_last", o.stochastic_last, four_bit or not o.stochastic_last, no_codes)
 
+
+# Recipes whose paper (2610.12444) has the output head's first moment rounded stochastically in the last part of
+# training, and that part (table 10 there: rounded to nearest, the head alone cost .14 of loss).
+STOCHASTIC_HEAD: dict[str, float] = {"4bit_eden": 0.1, "4bit_zipsr": 0.1}
 
 # Levels that a second moment may have, the default first.  Zero is among them only where rounding to it is as rare as
 # it is harmful (preconditioner space).

@@ -22,9 +22,14 @@ class Shampoo4bitCallback(TrainerCallback):
         check_args(args)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
-        """Print what is preconditioned how."""
+        """Turn shares of training into steps, and print what is preconditioned how."""
         ours = _ours(optimizer)
-        if ours is not None and state.is_world_process_zero:
+        if ours is None:
+            return
+        for group in ours.param_groups:
+            if group["stochastic_last"]:
+                group["stochastic_from"] = 1 + round(state.max_steps * (1 - group["stochastic_last"]))
+        if state.is_world_process_zero:
             print(table(ours), flush=True)
 
     def on_log(

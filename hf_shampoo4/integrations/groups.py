@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -26,7 +26,10 @@ _KINDS: dict[str, dict[str, Any]] = {
 
 
 def param_groups(
-    model: nn.Module, weight_decay: float = 0.0, is_target: Callable[[str, nn.Module], bool] | None = None
+    model: nn.Module,
+    weight_decay: float = 0.0,
+    is_target: Callable[[str, nn.Module], bool] | None = None,
+    head: Mapping[str, Any] | None = None,
 ) -> list[dict[str, Any]]:
     """Named parameter groups for `Shampoo4bit`: matrices first, then what the base optimizer alone updates.
 
@@ -38,16 +41,19 @@ def param_groups(
         model: any module; frozen parameters are left out, a shared parameter is taken once.
         weight_decay: of the decayed groups; the others get 0.
         is_target: tells by a module's name and the module whether its parameters may be preconditioned (default: yes).
+        head: options that the output head alone gets, in a group of its own (tied: with the embedding that it is).
 
     Returns:
         Groups `{"params": [(name, parameter), ...], "weight_decay": ..., ...}`, none of them empty, in an order that
         depends on the model and the arguments alone.
     """
+    kinds = {**_KINDS, "head": {"algorithm": "elementwise", **(head or {})}}
     members: dict[tuple[str, bool], list[tuple[str, nn.Parameter]]] = {
-        (kind, decayed): [] for kind in _KINDS for decayed in (True, False)
+        (kind, decayed): [] for kind in kinds for decayed in (True, False)
     }
     norms = _ids(model, (nn.LayerNorm, nn.RMSNorm))
-    lookups = _ids(model, (nn.Embedding, nn.EmbeddingBag)) | _output_head(model)
+    heads = _output_head(model)
+    lookups = _ids(model, (nn.Embedding, nn.EmbeddingBag)) | heads
     convolutions = _ids(model, (nn.Conv1d, nn.ConvTranspose1d))
     targets = _ids_of_targets(model, is_target)
     for name, parameter in model.named_parameters():
@@ -57,10 +63,11 @@ def param_groups(
         vector = parameter.ndim < 2 or key in norms
         matrix = not vector and key in targets and key not in lookups and not _LOOKUP_NAME.search(name)
         kind = "elementwise" if not matrix else "conv1d" if key in convolutions else "matrix"
+        kind = "head" if head and key in heads else kind
         decayed = not vector and not _NO_DECAY_NAME.search(name)
         members[kind, decayed].append((name, parameter))
     return [
-        {"params": named, "weight_decay": weight_decay if decayed else 0.0, **_KINDS[kind]}
+        {"params": named, "weight_decay": weight_decay if decayed else 0.0, **kinds[kind]}
         for (kind, decayed), named in members.items()
         if named
     ]

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from ..options import parse_optim_args, resolve
+from ..options import STOCHASTIC_HEAD, parse_optim_args, resolve
 from .hooks import after_import
 
 if TYPE_CHECKING:
@@ -82,7 +82,9 @@ def _optimizer_cls_and_kwargs(args: Any, model: nn.Module | None, options: dict[
     if model is not None:
         from .groups import param_groups
 
-        groups = param_groups(model, args.weight_decay, _target_rule(args.optim_target_modules, model))
+        groups = param_groups(
+            model, args.weight_decay, _target_rule(args.optim_target_modules, model), _head_options(options)
+        )
         if options.get("algorithm") != "elementwise" and all("algorithm" in group for group in groups):
             raise ValueError(
                 "nothing to precondition: the model has no trainable matrix besides embeddings and the output head.  "
@@ -90,6 +92,13 @@ def _optimizer_cls_and_kwargs(args: Any, model: nn.Module | None, options: dict[
             )
         kwargs["params"] = groups
     return Shampoo4bit, kwargs
+
+
+def _head_options(options: dict[str, Any]) -> dict[str, Any]:
+    """What the output head gets besides the options of all: the last part of training with stochastic rounding."""
+    share = STOCHASTIC_HEAD.get(options.get("moments", ""), 0.0)
+    chosen = any(name in options for name in ("stochastic_last", "stochastic_from"))
+    return {"stochastic_last": share} if share and not chosen else {}
 
 
 def _target_rule(targets: str | list[str] | None, model: nn.Module) -> Callable[[str, nn.Module], bool] | None:
