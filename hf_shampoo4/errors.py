@@ -396,7 +396,7 @@ def main(arguments: Sequence[str]) -> None:
     if args.solvers:
         rows = time_solvers()
         print("\n".join("  ".join(f"{key} {value}" for key, value in row.items()) for row in rows))
-        write_json(args.output_dir / "solvers.json", rows)
+        write_json(args.output_dir / "errors_solvers.json", rows)
         return
     if args.collect:
         collect()
