@@ -1,9 +1,9 @@
 """Cut a parameter's matrix view into rectangles: pure geometry, in the parameter's global coordinates.
 
-    (768, 3072), block_size 1024          -> 3 blocks of 768 x 1024
-    (64, 3, 3, 3), a convolution          -> its view (64, 27), 1 block
-    (8, 1024, 4096), experts              -> 8 matrices, 4 blocks each
-    (1536, 1024), row_splits (1024, 512)  -> q apart from kv: 1024 x 1024 and 512 x 1024
+(768, 3072), block_size 1024          -> 3 blocks of 768 x 1024
+(64, 3, 3, 3), a convolution          -> its view (64, 27), 1 block
+(8, 1024, 4096), experts              -> 8 matrices, 4 blocks each
+(1536, 1024), row_splits (1024, 512)  -> q apart from kv: 1024 x 1024 and 512 x 1024
 """
 
 from __future__ import annotations

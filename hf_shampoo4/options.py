@@ -51,7 +51,7 @@ class Options:
     """Levels that a factor's entries are rounded to (nf4 has 4 bits only)."""
     stats_every: int = 10
     """T1: steps between two updates of the factors."""
-    roots_every: int = 50
+    roots_every: int = 10
     """T2: steps between two computations of the inverse roots."""
     factor_beta: float = 0.95
     """Decay of the factors' moving average, per update."""

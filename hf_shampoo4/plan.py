@@ -148,9 +148,7 @@ def deliver(stack: Stack, update: Tensor, lr: float, weight_decay: float, step: 
         parameter.copy_(matrices.view(parameter.shape))
 
 
-def build(
-    parameters: Iterable[tuple[str, Tensor]], options: Options, saved: MutableMapping[Tensor, Any]
-) -> list[Wave]:
+def build(parameters: Iterable[tuple[str, Tensor]], options: Options, saved: MutableMapping[Tensor, Any]) -> list[Wave]:
     """Waves over the parameters of one group; `saved[p]` is adopted where present and then holds the live views.
 
     Args:

@@ -171,8 +171,8 @@ class Shampoo32:
         self.base = AdamW(x, betas, eps, weight_decay)
         self.t1, self.t2, self.beta, self.damping, self.graft = t1, t2, beta, damping, graft
         self.rects, self.t = rects(x, block_size), 0
-        self.left = [damping * np.eye(r.shape[0]) for r in self.rects]
-        self.right = [damping * np.eye(r.shape[1]) for r in self.rects]
+        self.left = [np.zeros((r.shape[0],) * 2) for r in self.rects]
+        self.right = [np.zeros((r.shape[1],) * 2) for r in self.rects]
         self.left_root = [np.eye(r.shape[0]) for r in self.rects]
         self.right_root = [np.eye(r.shape[1]) for r in self.rects]
 
@@ -333,6 +333,8 @@ class Shampoo4:
             return
         v = self._basis(key, row, order, before, s.rectify_stats)
         lam = before[key + "eigenvalues.dense"][row].astype(np.float64)
+        if not lam.any():  # the first update
+            lam = np.full(order, s.damping * np.trace(gram) / order)
         a = s.beta * v @ np.diag(lam) @ v.T + (1 - s.beta) * gram
         u, _ = np.linalg.qr(a @ v)
         new = np.maximum(np.diag(u.T @ a @ u), 0.0)

@@ -109,7 +109,7 @@ def test_other_optimizers_are_untouched(tmp_path):
         ("flag", "'flag' is not key=value"),
         ("block_size=big", "block_size='big' is not allowed: it must be an integer"),
         ("bits=5", "bits='5' is not allowed: it must be one of 4, 8, 32"),
-        ("preset=papers", "unknown preset 'papers'; valid presets: paper_eigen"),
+        ("preset=papers", "unknown preset 'papers'; valid presets: paper_cholesky, paper_eigen, shampoo32"),
         ("config=/nowhere/options.yaml", "'/nowhere/options.yaml' cannot be read"),
     ],
 )
