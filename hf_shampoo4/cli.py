@@ -40,9 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _overview() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="hf-shampoo4", description="Second-order pretraining in the memory of 8-bit AdamW."
-    )
+    parser = argparse.ArgumentParser(prog="hf-shampoo4", description="Shampoo with 4-bit state: training and results.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, (_, summary) in COMMANDS.items():
         commands.add_parser(name, help=summary, add_help=False)
