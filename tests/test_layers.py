@@ -36,6 +36,7 @@ LEVELS = {
     "train": 9,
     "demo": 9,
     "errors": 9,
+    "quality": 9,
     "cli": 9,
     "_site": 9,
     "__main__": 9,
