@@ -234,8 +234,7 @@ def _keep_root(storage: Storage, state: State, root: Tensor) -> Tensor:
 
 def _write_good(storage: Storage, buffers: Buffers, x: Tensor, good: Tensor) -> None:
     """Store the good blocks of x; the others keep what they have, bit for bit."""
-    kept = {name: buffer.clone() for name, buffer in buffers.items()}
-    storage.write(buffers, x)
+    new = {name: torch.empty_like(buffer) for name, buffer in buffers.items()}
+    storage.write(new, x)
     for name, buffer in buffers.items():
-        mask = good.view(-1, *[1] * (buffer.dim() - 1))
-        buffer.copy_(torch.where(mask, buffer, kept[name]))
+        torch.where(good.view(-1, *[1] * (buffer.dim() - 1)), new[name], buffer, out=buffer)

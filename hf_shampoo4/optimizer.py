@@ -355,5 +355,9 @@ def _refuse_unusable(p: Tensor, name: str) -> NoReturn:
 
 
 def _finite(gradients: list[Tensor]) -> bool:
-    largest = torch._foreach_norm(gradients, math.inf)
-    return bool(torch.isfinite(torch.stack([x.float() for x in largest])).all())
+    """Of gradients on one device."""
+    if gradients[0].device.type == "cpu":  # where the norm of one tensor takes 25 times as long
+        extremes = [x for gradient in gradients for x in torch.aminmax(gradient)]
+    else:
+        extremes = list(torch._foreach_norm(gradients, math.inf))
+    return bool(torch.isfinite(torch.stack([x.float() for x in extremes])).all())

@@ -51,6 +51,10 @@ class Stochastic:
     uniform: Tensor
     """float32, of the shape of what is rounded."""
 
+    def part(self, rows: slice, columns: slice) -> Stochastic:
+        """What rounds this part of (..., L), seen as rows of L."""
+        return Stochastic(_as_rows(self.uniform)[rows, columns])
+
     def odds_of_lower(self, x: Tensor, a: Tensor, b: Tensor, scale: Tensor) -> Tensor:
         """All float32 and of one shape; x, a and b are divided by `scale`."""
         return (b - x) / (b - a)
@@ -66,6 +70,11 @@ class PreconditionerSpace(Stochastic):
     bias: Tensor
     """1 - beta2^t, broadcastable to what is rounded."""
     eps: float
+
+    def part(self, rows: slice, columns: slice) -> PreconditionerSpace:
+        """As `Stochastic.part`."""
+        bias = _as_rows(self.bias.expand_as(self.uniform))[rows, columns]
+        return PreconditionerSpace(_as_rows(self.uniform)[rows, columns], bias, self.eps)
 
     def odds_of_lower(self, x: Tensor, a: Tensor, b: Tensor, scale: Tensor) -> Tensor:
         """As `Stochastic.odds_of_lower`; x, a and b are not negative."""
@@ -84,6 +93,10 @@ def to_bfloat16(x: Tensor, noise: Tensor) -> Tensor:
     """
     bits = x.contiguous().view(torch.int32) + (noise & 0xFFFF)
     return (bits & ~0xFFFF).view(torch.float32).to(torch.bfloat16)
+
+
+def _as_rows(x: Tensor) -> Tensor:
+    return x.reshape(-1, x.shape[-1])
 
 
 def _mix(x: Tensor) -> Tensor:

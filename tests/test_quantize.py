@@ -11,6 +11,7 @@ import torch
 from hypothesis import given
 from reference import PROPERTY, excess_error, nearest, scales_of_rank1, scales_of_rows
 
+from hf_shampoo4 import quantize
 from hf_shampoo4.codebooks import CODEBOOKS, levels
 from hf_shampoo4.quantize import (
     FLOAT32_MAX,
@@ -23,6 +24,7 @@ from hf_shampoo4.quantize import (
     quantize_block,
     quantize_rank1,
 )
+from hf_shampoo4.rounding import PreconditionerSpace, Stochastic
 
 SIGNED = ["linear2", "dynamic", "nf4"]
 UNSIGNED = ["linear0", "dynamic_unsigned", "dynamic0"]
@@ -114,6 +116,56 @@ def test_input_is_not_changed_and_layout_does_not_matter() -> None:
     assert torch.equal(x, before)
     for a, b in zip(transposed, quantize_block(x.T.contiguous(), "linear2", 4, 16), strict=True):
         assert torch.equal(a, b)
+
+
+def count_below(x: torch.Tensor, thresholds: torch.Tensor) -> torch.Tensor:
+    """What `_count_below` looks up, by its definition."""
+    return (x.unsqueeze(-1) > thresholds).sum(-1, dtype=torch.uint8)
+
+
+@pytest.mark.parametrize("floor", [False, True])
+@pytest.mark.parametrize(("name", "bits"), KINDS)
+def test_look_up_counts_thresholds_over_all_of_float32(name: str, bits: int, floor: bool) -> None:
+    """Every cell's ends and middle, the neighbours of every threshold on both sides of zero, and both infinities."""
+    thresholds = quantize._thresholds(name, bits, floor)
+    cells = torch.arange(1 << 16, dtype=torch.int32) << 16
+    near = torch.cat([thresholds.view(torch.int32) + d for d in (-2, -1, 0, 1, 2)])
+    x = torch.cat([cells, cells | 0x8000, cells | 0xFFFF, near, near ^ -(1 << 31)]).view(torch.float32)
+    x = x[~x.isnan()]
+    cells = quantize._cells(name, bits, floor, x.device)
+    for part in x.split(1 << 14):
+        assert torch.equal(quantize._count_below(part, cells), count_below(part, thresholds))
+
+
+@pytest.mark.parametrize("eden", [False, True])
+@pytest.mark.parametrize(("name", "bits"), [("linear2", 4), ("dynamic0", 4), ("dynamic", 8)])
+def test_pieces_are_the_whole(name: str, bits: int, eden: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """How much is worked on at a time changes nothing, whether rows are shorter or longer than a piece."""
+    for shape in ((1, 97), (7, 13), (3, 5, 8), (2, 24)):
+        x = numbers(shape, name, 0)
+        uniform = torch.rand(shape)
+        bias = torch.rand(*shape[:-1], 1)
+        roundings = (None, Stochastic(uniform), PreconditionerSpace(uniform, bias, 1e-8))
+        for rounding in roundings[: 3 if name in UNSIGNED else 2]:
+            results = []
+            for piece in (1, 20, 1 << 18):
+                monkeypatch.setattr(quantize, "CPU_PIECE", piece)
+                codes, scales = quantize_block(x, name, bits, 5, rounding, eden)
+                results.append((codes, scales, dequantize_block(codes, scales, name, bits, 5, shape[-1])))
+            for result in results[:-1]:
+                assert all(torch.equal(a, b) for a, b in zip(result, results[-1], strict=True))
+
+
+@pytest.mark.parametrize("shape", [(3, 7, 9), (1, 1, 50), (40, 2, 3), (2, 3, 5, 4)])
+def test_rank1_in_pieces_is_the_whole(shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    x = numbers(shape, "linear0", 0)
+    results = []
+    for piece in (1, 20, 1 << 18):
+        monkeypatch.setattr(quantize, "CPU_PIECE", piece)
+        stored = quantize_rank1(x, "linear0", 4)
+        results.append((*stored, dequantize_rank1(*stored, "linear0", 4)))
+    for result in results[:-1]:
+        assert all(torch.equal(a, b) for a, b in zip(result, results[-1], strict=True))
 
 
 # ------------------------------------------------------------------------------------------------------- packing

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from hf_shampoo4.quantize import dequantize_block, dequantize_rank1, quantize_block, quantize_rank1
-from hf_shampoo4.storage import Blockwise, Dense, OffDiagonal, RankOne, Storage, allocate, nbytes
+from hf_shampoo4.storage import Blockwise, Dense, OffDiagonal, RankOne, Storage, allocate, nbytes, transposed
 
 ODD, SQUARE = (7, 13), (65, 65)
 STORAGES: dict[str, Storage] = {
@@ -144,6 +144,16 @@ def test_off_diagonal_keeps_the_diagonal_and_its_scales_apart() -> None:
     off = ~torch.eye(65, dtype=torch.bool)
     assert (read - x)[:, off].abs().max() < 0.5  # a diagonal inside the scale would leave errors of 1e3
     assert nbytes(storage) == 65 * 4 + 65 * 33 + 65 * 2 * 4
+
+
+@pytest.mark.parametrize("n", [5, 13, 64])
+def test_transposed_copies_only_what_must_be(n: int) -> None:
+    x = torch.randn(3, 64, n)
+    assert torch.equal(transposed(x), x.mT)
+    assert transposed(x).is_contiguous()
+    assert transposed(x.mT.contiguous().mT).is_contiguous()
+    assert torch.equal(transposed(x[:, ::2]), x[:, ::2].mT)
+    assert torch.equal(transposed(x[:1].expand(2, -1, -1)), x[:1].mT.expand(2, -1, -1))
 
 
 def test_rank_one_is_the_quantisers() -> None:
