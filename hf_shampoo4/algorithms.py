@@ -1,4 +1,5 @@
-"""How a block's gradient becomes a direction: Shampoo (two factors, graft, moments) or the base alone (moments).
+"""How a block's gradient becomes a direction: Shampoo (two factors, graft, moments), the eigenbasis family (moments in
+the factors' eigenbasis) or the base alone.
 
 An algorithm is a frozen description of one block shape; equal descriptions are computed as one stack.  Its state is
 {tensor name: buffers}; `directions` runs all stacks of a wave, because the graft's norms go over whole parameters.
@@ -6,7 +7,7 @@ An algorithm is a frozen description of one block shape; equal descriptions are 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 from .clock import Stopwatch
+from .eigenbasis import SHORTEST_MEMORY, TINY, OpenSide, Side, make_sides, statistic
 from .factors import Factor, make_factor
 from .moments import Moments, make_moments
 from .options import Options
@@ -37,6 +39,22 @@ class Context:
     """L2: this times the parameter is added to what goes through the base, as torch.optim.SGD does."""
 
 
+def _same(u: Tensor) -> Tensor:
+    return u
+
+
+@dataclass(frozen=True)
+class Preconditioned:
+    """What an algorithm makes of a gradient."""
+
+    value: Tensor
+    """(B, *shape) float32: what goes through the base in the gradient's place."""
+    grafted: bool = False
+    """Whether it is to have the gradient's norm."""
+    back: Callable[[Tensor], Tensor] = _same
+    """The base's direction -> the parameter's coordinates."""
+
+
 class Algorithm(Protocol):
     """What every algorithm offers."""
 
@@ -54,8 +72,8 @@ class Algorithm(Protocol):
     def initialise(self, state: State) -> None:
         """Write the state before the first step (buffers come zeroed)."""
 
-    def precondition(self, state: State, g: Tensor, context: Context) -> Tensor:
-        """The preconditioned gradient, (B, *shape) float32; `g` is not changed."""
+    def precondition(self, state: State, g: Tensor, context: Context) -> Preconditioned:
+        """Bring the state up to date with a gradient, (B, *shape) float32, and precondition it; `g` is not changed."""
 
 
 @dataclass(frozen=True)
@@ -71,8 +89,8 @@ class Elementwise:
     def initialise(self, state: State) -> None:
         """Zeros are right."""
 
-    def precondition(self, state: State, g: Tensor, context: Context) -> Tensor:
-        return g
+    def precondition(self, state: State, g: Tensor, context: Context) -> Preconditioned:
+        return Preconditioned(g)
 
 
 @dataclass(frozen=True)
@@ -97,7 +115,7 @@ class Shampoo:
         self.left.initialise(_side(state, "left"))
         self.right.initialise(_side(state, "right"))
 
-    def precondition(self, state: State, g: Tensor, context: Context) -> Tensor:
+    def precondition(self, state: State, g: Tensor, context: Context) -> Preconditioned:
         left, right = _side(state, "left"), _side(state, "right")
         failures = state["failures"]["dense"]
         if context.step % context.options.stats_every == 0:
@@ -111,7 +129,93 @@ class Shampoo:
                 failures += self.left.refresh(left)
                 failures += self.right.refresh(right)
         # P = L^-1/4 G R^-1/4
-        return self.left.root(left) @ g @ self.right.root(right)
+        return Preconditioned(self.left.root(left) @ g @ self.right.root(right), grafted=True)
+
+
+@dataclass(frozen=True)
+class Eigenbasis:
+    """SOAP, KL-Shampoo and KL-SOAP: the base works on G' = U_L^T G U_R; see eigenbasis.py."""
+
+    shape: tuple[int, ...]
+    moments: Moments
+    left: Side
+    right: Side
+    whitened: bool
+    """KL: each factor is whitened by the other one."""
+    scaled: bool
+    """KL-Shampoo: the eigenvalues take the second moment's place."""
+
+    @property
+    def is_two_sided(self) -> bool:
+        """Whether both sides are rotated."""
+        return self.left.basis is not None and self.right.basis is not None
+
+    def storages(self) -> dict[str, Storage]:
+        return {
+            "steps": Dense(()),
+            "failures": Dense((), torch.int32),
+            **{f"left.{name}": storage for name, storage in self.left.storages().items()},
+            **{f"right.{name}": storage for name, storage in self.right.storages().items()},
+            **self.moments.storages(),
+        }
+
+    def initialise(self, state: State) -> None:
+        self.left.initialise(_side(state, "left"))
+        self.right.initialise(_side(state, "right"))
+
+    def precondition(self, state: State, g: Tensor, context: Context) -> Preconditioned:
+        o = context.options
+        left, right = OpenSide(self.left, _side(state, "left"), g), OpenSide(self.right, _side(state, "right"), g)
+        # G' = U_L^T G U_R
+        rotated = right.into(left.into(g).mT).mT
+        self._follow(left, right, rotated.square(), o.factor_beta)
+        warm = context.step <= o.refresh_warmup
+        if warm or context.step % o.stats_every == 0:
+            with context.stopwatch.on(g.device):
+                memory = max(o.factor_beta ** (1 if warm else o.stats_every), SHORTEST_MEMORY)
+                state["failures"]["dense"] += self._turn(left, right, state, rotated, memory, o.momentum_share)
+                rotated = right.turned(left.turned(rotated).mT).mT
+
+        def back(u: Tensor) -> Tensor:
+            # U_L (u / sqrt(lambda_L lambda_R^T)) U_R^T
+            if self.scaled:
+                u = u / _scale(left, o.damping).unsqueeze(-1) / _scale(right, o.damping).unsqueeze(-2)
+            return right.out(left.out(u).mT).mT
+
+        return Preconditioned(rotated, back=back)
+
+    def _follow(self, left: OpenSide, right: OpenSide, squares: Tensor, beta: float) -> None:
+        """Eigenvalues follow the rotated gradient at every step."""
+        level = squares.mean((-2, -1))
+        if self.whitened and self.is_two_sided:
+            level = level.sqrt()  # lambda_L lambda_R^T is the mean square
+        left.start(level)
+        right.start(level)
+        # lambda_L <- beta lambda_L + (1 - beta) mean_j G'_ij^2 / lambda_Rj, lambda_R likewise (SOAP: / 1)
+        by_right, by_left = self._whitening(right), self._whitening(left).clone()
+        left.follow((squares / by_right.unsqueeze(-2)).mean(-1), beta)
+        right.follow((squares / by_left.unsqueeze(-1)).mean(-2), beta)
+
+    def _turn(
+        self, left: OpenSide, right: OpenSide, state: State, rotated: Tensor, memory: float, share: float
+    ) -> Tensor:
+        """Turn both bases and carry the first moment over; the blocks of which one failed."""
+        m = self.moments.first.read(state["first"])
+        by_right, by_left = self._whitening(right).clone(), self._whitening(left).clone()
+        failed = left.turn(statistic(rotated, m, by_right, share), memory)
+        failed |= right.turn(statistic(rotated.mT, m.mT, by_left, share), memory)
+        # m' <- T_L m' T_R^T
+        self.moments.first.write(state["first"], right.turned(left.turned(m).mT).mT)
+        return failed
+
+    def _whitening(self, side: OpenSide) -> Tensor:
+        return side.eigenvalues.clamp_min(TINY) if self.whitened else torch.ones_like(side.eigenvalues)
+
+
+def _scale(side: OpenSide, damping: float) -> Tensor:
+    """lambda^1/2, damped; (B, k) or (B, 1)."""
+    largest = side.eigenvalues.amax(-1, keepdim=True)
+    return (side.eigenvalues + damping * largest).clamp_min(TINY).sqrt()
 
 
 class Stack(Protocol):
@@ -132,10 +236,8 @@ def directions(stacks: Sequence[Stack], gradients: Sequence[Tensor], context: Co
     """The step of every block of a wave, without learning rate and weight decay: float32 (B, *shape) a stack."""
     preconditioned = [s.algorithm.precondition(s.state, g, context) for s, g in zip(stacks, gradients, strict=True)]
     grafted = graft(stacks, gradients, preconditioned, context.options.graft)
-    updates = []
-    for stack, p in zip(stacks, grafted, strict=True):
-        updates.append(through_base(stack, p, context))
-    return updates
+    steps = [through_base(stack, value, context) for stack, value in zip(stacks, grafted, strict=True)]
+    return [p.back(step) for p, step in zip(preconditioned, steps, strict=True)]
 
 
 def through_base(stack: Stack, p: Tensor, context: Context) -> Tensor:
@@ -150,25 +252,25 @@ def through_base(stack: Stack, p: Tensor, context: Context) -> Tensor:
 
 
 def graft(
-    stacks: Sequence[Stack], gradients: Sequence[Tensor], preconditioned: Sequence[Tensor], over: str
+    stacks: Sequence[Stack], gradients: Sequence[Tensor], preconditioned: Sequence[Preconditioned], over: str
 ) -> list[Tensor]:
     """P <- P |G|_F / |P|_F, the norms over each parameter (`norm`) or each block (`block`); a zero P stays zero.
 
     A P that is not finite (a gradient whose square overflows) becomes zero.
     """
-    grafted = list(preconditioned)
-    chosen = [i for i, (g, p) in enumerate(zip(gradients, preconditioned, strict=True)) if p is not g]
+    values = [p.value for p in preconditioned]
+    chosen = [i for i, p in enumerate(preconditioned) if p.grafted]
     if not chosen:
-        return grafted
-    p2 = [_squared_norms(preconditioned[i]) for i in chosen]
+        return values
+    p2 = [_squared_norms(values[i]) for i in chosen]
     g2 = [_squared_norms(gradients[i]) for i in chosen] if over != "none" else p2
     if over == "norm":
         members = [stacks[i].membership.double() for i in chosen]
         g2, p2 = _over_parameters(members, g2), _over_parameters(members, p2)
     for i, numerator, denominator in zip(chosen, g2, p2, strict=True):
         ratio = torch.nan_to_num((numerator / denominator).sqrt(), nan=0.0, posinf=0.0).float()[:, None, None]
-        grafted[i] = torch.where(ratio > 0, preconditioned[i] * ratio, 0.0)
-    return grafted
+        values[i] = torch.where(ratio > 0, values[i] * ratio, 0.0)
+    return values
 
 
 def make_algorithm(shape: tuple[int, ...], options: Options, quantise_moments: bool) -> Algorithm:
@@ -176,7 +278,10 @@ def make_algorithm(shape: tuple[int, ...], options: Options, quantise_moments: b
     moments = make_moments(shape, options, quantise_moments)
     if options.algorithm == "elementwise":
         return Elementwise(shape, moments)
-    return Shampoo(shape, moments, make_factor(shape[0], options), make_factor(shape[1], options))
+    if options.algorithm == "shampoo":
+        return Shampoo(shape, moments, make_factor(shape[0], options), make_factor(shape[1], options))
+    kl_shampoo = options.algorithm == "kl_shampoo"
+    return Eigenbasis(shape, moments, *make_sides(shape, options), options.algorithm != "soap", kl_shampoo)
 
 
 def _side(state: State, side: str) -> State:

@@ -23,6 +23,10 @@ FIRST_STREAM, SECOND_STREAM = 1, 2  # of a block's noise; 0 is the parameter's
 class Moments(Protocol):
     """What every base offers; its direction is computed from the moments *before* they are stored."""
 
+    @property
+    def first(self) -> Storage:
+        """Of the first moment."""
+
     def storages(self) -> dict[str, Storage]:
         """Name -> storage of each moment."""
 
@@ -112,7 +116,33 @@ class Sgdm:
         return torch.add(g, m, alpha=betas[0]) if self.nesterov else m
 
 
-def make_moments(shape: tuple[int, ...], options: Options, quantise: bool) -> Adam | Sgdm:
+@dataclass(frozen=True)
+class Momentum:
+    """Adam's first moment alone: for KL-Shampoo, whose eigenvalues take the second one's place."""
+
+    first: Storage
+
+    def storages(self) -> dict[str, Storage]:
+        return {"first": self.first}
+
+    def direction(
+        self,
+        state: State,
+        g: Tensor,
+        betas: tuple[float, float],
+        eps: float,
+        steps: Tensor,
+        noise: Noise | None = None,
+        stochastic_first: bool = False,
+    ) -> Tensor:
+        # m <- b1 m + (1 - b1) g;  u = m / (1 - b1^t)
+        m = self.first.read(state["first"]).lerp_(g, 1 - betas[0])
+        u = m / _bias(betas[0], steps, m.dim())
+        _write_first(self.first, state["first"], m, noise if stochastic_first else None)
+        return u
+
+
+def make_moments(shape: tuple[int, ...], options: Options, quantise: bool) -> Adam | Sgdm | Momentum:
     """The base of blocks of `shape` with the moments that the options name.
 
     | moments | first | second |
@@ -135,6 +165,8 @@ def make_moments(shape: tuple[int, ...], options: Options, quantise: bool) -> Ad
     first, second = _storages(shape, options, quantise)
     if options.base == "sgdm":
         return Sgdm(first, options.nesterov)
+    if options.algorithm == "kl_shampoo":
+        return Momentum(first)
     return Adam(first, second, zip_sr=quantise and options.moments == "4bit_zipsr")
 
 

@@ -22,8 +22,9 @@ CONFIG_ENV = "HF_SHAMPOO4_CONFIG"
 class Options:
     """What one parameter group does; stored key by key in `optimizer.param_groups`."""
 
-    algorithm: Literal["shampoo", "elementwise"] = "shampoo"
-    """`shampoo`: Kronecker preconditioner per matrix; `elementwise`: the base optimizer alone."""
+    algorithm: Literal["shampoo", "soap", "kl_shampoo", "kl_soap", "elementwise"] = "shampoo"
+    """`shampoo`: Kronecker preconditioner per matrix; `soap`, `kl_shampoo`, `kl_soap`: moments in the eigenbasis of the
+    factors; `elementwise`: the base optimizer alone."""
     factor: Literal["eigen", "direct", "cholesky", "cholesky_ef"] = "eigen"
     """What is kept of a Kronecker factor: its eigenvectors and eigenvalues, the matrix itself, or its Cholesky factor,
     without or with error feedback."""
@@ -50,19 +51,24 @@ class Options:
     codebook: Literal["linear2", "dynamic", "nf4"] = "linear2"
     """Levels that a factor's entries are rounded to (nf4 has 4 bits only)."""
     stats_every: int = 10
-    """T1: steps between two updates of the factors."""
+    """T1: steps between two updates of Shampoo's factors, or between two turns of SOAP's and KL-Shampoo's bases."""
     roots_every: int = 10
     """T2: steps between two computations of the inverse roots."""
+    refresh_warmup: int = 100
+    """Steps at the start of training in which SOAP's and KL-Shampoo's bases turn at every step."""
+    momentum_share: float = 0.5
+    """Share of the momentum, beside the gradient, in the statistic that turns SOAP's and KL-Shampoo's bases."""
     factor_beta: float = 0.95
-    """Decay of the factors' moving average, per update."""
+    """Decay of the factors' moving average, per update of a Shampoo factor, per step in the eigenbasis family."""
     damping: float = 1e-6
     """Added to a factor before its root, times its largest eigenvalue."""
     rectify_stats: int = 1
     """t1: Bjorck steps on the decoded eigenvectors before a factor update."""
     rectify_roots: int = 4
     """t2: Bjorck steps on the decoded eigenvectors before an inverse root."""
-    error_beta: float = 0.95
-    """Decay of the error state of a `cholesky_ef` factor, per update."""
+    error_beta: float = 0.7
+    """Decay of the error state of a `cholesky_ef` factor, per update (the paper's .95 moves a 4-bit error state by less
+    than half a level, and stalls it)."""
     root: Literal["eigh", "newton", "newton_db"] = "eigh"
     """How inverse roots are computed: in the eigenbasis (which an `eigen` factor has at hand), by coupled Newton
     ("Schur-Newton"), or by Newton-Denman-Beavers pairs."""
@@ -87,6 +93,9 @@ class Options:
         _require("factor_beta", self.factor_beta, 0.0 <= self.factor_beta < 1.0, "a number in [0, 1)")
         _require("damping", self.damping, 0.0 < self.damping < 1.0, "a number in (0, 1)")
         _require("row_splits", self.row_splits, all(n >= 1 for n in self.row_splits), "positive sizes")
+        _require("refresh_warmup", self.refresh_warmup, self.refresh_warmup >= 0, "an integer >= 0")
+        _require("momentum_share", self.momentum_share, 0.0 <= self.momentum_share < 1.0, "a number in [0, 1)")
+        _check_algorithm(self)
         _check_factor(self)
         _check_moments(self)
 
@@ -94,6 +103,26 @@ class Options:
     def of(cls, group: Mapping[str, Any]) -> Options:
         """The options stored in a parameter group (other keys of the group are ignored)."""
         return cls(**{name: group[name] for name in NAMES})
+
+
+EIGENBASIS = ("soap", "kl_shampoo", "kl_soap")
+
+
+def _check_algorithm(o: Options) -> None:
+    """Refuse options that the algorithm does not have."""
+    if o.algorithm in EIGENBASIS:
+        _require("factor", o.factor, o.factor == "eigen", f"eigen with algorithm={o.algorithm}: it works in eigenbases")
+        _require("base", o.base, o.base == "adamw", f"adamw with algorithm={o.algorithm}: its moments are Adam's")
+        _left_out(o, ("roots_every", "rectify_roots", "root", "graft"), "it has no inverse root and needs no graft")
+    elif o.algorithm == "shampoo":  # the base alone carries the options of its neighbours along
+        _left_out(o, ("refresh_warmup", "momentum_share"), "these are for soap, kl_shampoo and kl_soap")
+
+
+def _left_out(o: Options, names: tuple[str, ...], why: str) -> None:
+    for name in names:
+        value = getattr(o, name)
+        rule = f"left out with algorithm={o.algorithm}: {why}"
+        _require(name, value, value == getattr(Options, name), rule)
 
 
 def _check_factor(o: Options) -> None:
@@ -213,17 +242,17 @@ def resolve(
     return merged
 
 
-def parse_optim_args(text: str | Mapping[str, str] | None) -> dict[str, Any]:
+def parse_optim_args(text: str | Mapping[str, str] | None, beneath: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """Options of `--optim_args "key=value,key=value"`; `config=` and $HF_SHAMPOO4_CONFIG name a YAML file.
 
-    Lists are separated by `;` (the comma separates options).
+    Lists are separated by `;` (the comma separates options).  `beneath`: as in `resolve`.
 
     Raises:
         OptionError: an item that is not `key=value`, or anything `resolve` refuses.
     """
     items = _split_items(text) if isinstance(text, str) else dict(text or {})
     items.setdefault("config", os.environ.get(CONFIG_ENV, ""))
-    return resolve({key: value for key, value in items.items() if value != "" or key != "config"})
+    return resolve({key: value for key, value in items.items() if value != "" or key != "config"}, beneath=beneath)
 
 
 def _split_items(text: str) -> dict[str, str]:

@@ -55,10 +55,12 @@ def read_grid(name: str) -> Settings:
     return grids[name]
 
 
-def common_settings(quick: bool = False, steps: int | None = None) -> Settings:
+def common_settings(grid: Mapping[str, Any], quick: bool = False, steps: int | None = None) -> Settings:
     """Settings of every run: the demo's, with the changes of `configs/quality.yaml` and of the command line."""
     demo, own = read_plan(), read_config(config_root() / "quality.yaml")
-    merged = {**demo["common"], **own["common"], **({**demo["quick"], **own["quick"]} if quick else {})}
+    merged = {**demo["common"], **own["common"], **grid.get("settings", {})}
+    if quick:
+        merged |= {**demo["quick"], **own["quick"]}
     return {**merged, **({"max_steps": steps} if steps else {})}
 
 
@@ -401,7 +403,7 @@ def main(arguments: Sequence[str]) -> None:
     chosen = _parser().parse_args(arguments)
     grid = read_grid(chosen.grid)
     folder = Path(chosen.output_dir)
-    common = common_settings(chosen.quick, chosen.steps)
+    common = common_settings(grid, chosen.quick, chosen.steps)
     runs = runs_of(grid, common)
     if not chosen.report_only:
         carry_out(runs, folder, chosen.shard)

@@ -7,13 +7,14 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from .algorithms import Shampoo
+from .algorithms import Eigenbasis, Elementwise
 from .optimizer import Shampoo4bit
 from .options import Options
 from .plan import Block, blocks_of
 from .storage import SMALL, nbytes
 
 BASES = {"adamw": "AdamW", "sgdm": "SGDM"}
+EIGENBASES = {"soap": "SOAP", "kl_shampoo": "KL-Shampoo", "kl_soap": "KL-SOAP"}
 
 
 @dataclass(frozen=True)
@@ -88,8 +89,11 @@ def _line(cells: tuple[str, ...], widths: list[int]) -> str:
 def _treatment(blocks: list[Block], options: Options) -> str:
     stored = options.moments in ("fp32", "bf16") or _elements_of(blocks) >= SMALL
     moments = options.moments if stored else "fp32"
-    if not isinstance(blocks[0].algorithm, Shampoo):
+    if isinstance(blocks[0].algorithm, Elementwise):
         return f"{BASES[options.base]} {moments}"
+    if isinstance(blocks[0].algorithm, Eigenbasis):
+        sides = "" if blocks[0].algorithm.is_two_sided else " one-sided"
+        return f"{EIGENBASES[options.algorithm]}{sides} {options.bits}-bit, {moments} moments"
     over = "" if options.base == "adamw" else f" over {BASES[options.base]}"
     return f"Shampoo {options.factor} {options.bits}-bit{over}, {moments} moments"
 

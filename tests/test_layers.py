@@ -25,6 +25,7 @@ LEVELS = {
     "rounding": 1,
     "quantize": 2,
     "storage": 3,
+    "eigenbasis": 4,
     "factors": 4,
     "moments": 4,
     "algorithms": 5,
@@ -44,7 +45,17 @@ LEVELS = {
 }
 TOP = 9
 
-MATHEMATICS = {"codebooks", "rounding", "matrix", "quantize", "storage", "factors", "moments", "algorithms"}
+MATHEMATICS = {
+    "codebooks",
+    "rounding",
+    "matrix",
+    "quantize",
+    "storage",
+    "factors",
+    "eigenbasis",
+    "moments",
+    "algorithms",
+}
 MOVEMENT = {"blocks", "placement", "exchange"}
 
 # What the optimizer itself may need; everything else (transformers, datasets, ...) belongs to the top level.

@@ -94,7 +94,7 @@ def test_table_of_an_unfinished_grid():
     ]
     assert rows[2].share == pytest.approx(0.5)
     assert rows[2].paper == (0.48, 0.67)
-    text = as_markdown("seeds", GRID, rows, quality.checks_of(runs, finished), common_settings())
+    text = as_markdown("seeds", GRID, rows, quality.checks_of(runs, finished), common_settings(GRID))
     assert "From A to B: 0.2000" in text
     assert "0.1000, 2.0 times that" in text
     assert "| C | 1 | 1 | 3.9000 ± ? | 8.00 | 50% | 48% to 67% |" in text

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 # --optim NAME -> the options it stands for; --optim_args win over them
 OPTIMS: dict[str, dict[str, Any]] = {
     "shampoo4bit": {},
+    "soap4bit": {"algorithm": "soap"},
+    "kl_shampoo4bit": {"algorithm": "kl_shampoo"},
     "adamw4bit": {"algorithm": "elementwise", "moments": "4bit"},
 }
 
@@ -64,8 +66,13 @@ def check_args(args: Any) -> None:
         NotImplementedError: the parameters would be sharded.
     """
     if args.optim in OPTIMS:
-        parse_optim_args(args.optim_args)
+        _options_of(args)
         _refuse_sharding(args)
+
+
+def _options_of(args: Any) -> dict[str, Any]:
+    named = OPTIMS[args.optim]
+    return {**named, **parse_optim_args(args.optim_args, beneath=named)}
 
 
 def _optimizer_cls_and_kwargs(args: Any, model: nn.Module | None, options: dict[str, Any]) -> tuple[Any, dict]:
@@ -156,7 +163,7 @@ def _extend_trainer(module: ModuleType) -> None:
     def get_optimizer_cls_and_kwargs(args: Any, model: Any = None) -> tuple[Any, Any]:
         if args.optim not in OPTIMS:
             return original(args, model)
-        return _optimizer_cls_and_kwargs(args, model, {**OPTIMS[args.optim], **parse_optim_args(args.optim_args)})
+        return _optimizer_cls_and_kwargs(args, model, _options_of(args))
 
     get_optimizer_cls_and_kwargs.knows_hf_shampoo4 = True  # type: ignore[attr-defined]
     module.Trainer.get_optimizer_cls_and_kwargs = staticmethod(get_optimizer_cls_and_kwargs)

@@ -1,0 +1,178 @@
+"""The eigenbasis family: SOAP, KL-Shampoo and KL-SOAP, with no stored inverse root.
+
+A side keeps an orthogonal basis U (its columns quantised) and eigenvalues; the moments live in the rotated space
+
+    G' = U_L^T G U_R
+
+where the factors are nearly diagonal.  Eigenvalues move at every step.  A *refresh*, every T1 steps, turns the bases
+towards the factors' eigenvectors and carries the first moment over.
+
+SOAP (2409.11321): Adam on G'.  KL-Shampoo (2509.03378): each factor is whitened by the other, and the step is
+m' / sqrt(lambda_L lambda_R^T), without a second moment.  KL-SOAP: KL-Shampoo's bases, SOAP's moments.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .matrix import bjorck, finite_blocks, or_identity
+from .options import Options
+from .storage import SMALL, Blockwise, Buffers, Dense, Storage
+
+State = dict[str, Buffers]
+
+ONE_SIDED = 4  # a side this many times longer than the other one is not rotated: its basis would outweigh the moments
+SHORTEST_MEMORY = 0.3  # least share of the old factor in a new one, however long ago the last refresh was
+TINY = torch.finfo(torch.float32).tiny
+
+
+@dataclass(frozen=True)
+class Side:
+    """One Kronecker factor A = U diag(lambda) U^T, in the coordinates of its own basis U."""
+
+    order: int
+    basis: Storage | None
+    """None: the side is not rotated, and its factor counts as the identity."""
+    rectify: int = 0
+    """Bjorck steps on the decoded basis."""
+
+    def storages(self) -> dict[str, Storage]:
+        return {} if self.basis is None else {"basis": self.basis, "eigenvalues": Dense((self.order,))}
+
+    def initialise(self, state: State) -> None:
+        """U = I; eigenvalues of 0 say that there was no gradient yet (buffers come zeroed)."""
+        if self.basis is not None:
+            like = state["eigenvalues"]["dense"]
+            self.basis.write(state["basis"], torch.eye(self.order, device=like.device).expand(*like.shape, self.order))
+
+    def read(self, state: State, basis: Storage) -> Tensor:
+        """U, (B, k, k), orthogonal up to what `rectify` leaves of the rounding."""
+        return bjorck(basis.read(state["basis"]), self.rectify)
+
+
+class OpenSide:
+    """A stack's side while a step works on it: decoded once, written through.
+
+    In its methods x is (B, k, ...): its rows belong to the side.
+    """
+
+    def __init__(self, side: Side, state: State, x: Tensor) -> None:
+        self._side, self._state = side, state
+        self.vectors = None if side.basis is None else side.read(state, side.basis)
+        """U, or None."""
+        self.eigenvalues = state["eigenvalues"]["dense"] if state else x.new_ones(x.shape[0], 1)
+        """lambda, (B, k), the buffer itself; (B, 1) ones for a side that is not rotated."""
+        self._turn: Tensor | None = None
+
+    def into(self, x: Tensor) -> Tensor:
+        """U^T x."""
+        return x if self.vectors is None else self.vectors.mT @ x
+
+    def out(self, x: Tensor) -> Tensor:
+        """U x."""
+        return x if self.vectors is None else self.vectors @ x
+
+    def start(self, level: Tensor) -> None:
+        """Give eigenvalues to the blocks that had no gradient before: `level` (B,), all alike."""
+        if self.vectors is not None:
+            fresh = self.eigenvalues.amax(-1, keepdim=True) <= 0
+            self.eigenvalues.copy_(torch.where(fresh, level.unsqueeze(-1), self.eigenvalues))
+
+    def follow(self, diagonal: Tensor, beta: float) -> None:
+        """lambda <- beta lambda + (1 - beta) diagonal."""
+        if self.vectors is not None:
+            self.eigenvalues.lerp_(diagonal, 1 - beta)
+
+    def turn(self, sample: Tensor, memory: float) -> Tensor:
+        """Turn the basis towards the eigenvectors of the factor.
+
+        Args:
+            sample: (B, k, k), the factor's new statistic in the coordinates of U.
+            memory: the old factor's share in the new one.
+
+        Returns:
+            bool (B,): blocks that failed and kept their basis.
+        """
+        basis = self._side.basis
+        if self.vectors is None or basis is None:
+            return torch.zeros(sample.shape[0], dtype=torch.bool, device=sample.device)
+        old = self.vectors.clone()  # a float32 basis is the buffer itself
+        a = factor_in_basis(self.eigenvalues, sample, memory)
+        # Q = qr(U^T A U).Q: one orthogonal iteration from U;  U <- U Q
+        good = finite_blocks(a)
+        q, r = torch.linalg.qr(or_identity(a, good))
+        q = q * torch.where(r.diagonal(dim1=-2, dim2=-1) < 0, -1.0, 1.0).unsqueeze(-2)  # no vector changes its sign
+        good &= finite_blocks(q)
+        basis.write(self._state["basis"], old @ or_identity(q, good))
+        self.vectors = new = self._side.read(self._state, basis)
+        # T = U_new^T U with the basis as it is stored;  lambda <- diag(T U^T A U T^T)
+        self._turn = new.mT @ old
+        turned = ((self._turn @ a) * self._turn).sum(-1).clamp_min(0.0)
+        self.eigenvalues.copy_(torch.where(good[:, None], turned, self.eigenvalues))
+        return ~good
+
+    def turned(self, x: Tensor) -> Tensor:
+        """T x: coordinates in the basis before `turn`, as they are in the one after."""
+        return x if self._turn is None else self._turn @ x
+
+
+def make_sides(shape: tuple[int, ...], options: Options) -> tuple[Side, Side]:
+    """Left and right side of blocks of `shape`; a basis is float32 where it is too small to quantise."""
+    m, n = shape
+    return _side(m, m >= ONE_SIDED * n, options), _side(n, n >= ONE_SIDED * m, options)
+
+
+def _side(order: int, is_long: bool, options: Options) -> Side:
+    shape = (order, order)
+    if is_long:
+        return Side(order, None)
+    if options.bits == 32 or order * order < SMALL:
+        return Side(order, Dense(shape))
+    basis = Blockwise(shape, options.codebook, options.bits, options.quant_block, columns=True)
+    return Side(order, basis, options.rectify_stats)
+
+
+def statistic(g: Tensor, m: Tensor, whitening: Tensor, share: float) -> Tensor:
+    """A factor's sample: X diag(1 / whitening) X^T / n of the gradient, mixed with that of the momentum.
+
+    One gradient is a sample of low rank and much noise; the momentum remembers many.
+
+    Args:
+        g: (B, k, n), the gradient in the basis.
+        m: (B, k, n), the first moment in the basis.
+        whitening: (B, n) or (B, 1).
+        share: of the momentum's sample, scaled to the trace of the gradient's; 0 where there is no momentum yet.
+
+    Returns:
+        (B, k, k).
+    """
+    now = _gram(g, whitening)
+    if not share:
+        return now
+    past = _gram(m, whitening)
+    ratio = _trace(now) / _trace(past)
+    usable = torch.isfinite(ratio) & (ratio > 0)
+    return torch.where(usable, torch.lerp(now, past * ratio, share), now)
+
+
+def factor_in_basis(eigenvalues: Tensor, sample: Tensor, memory: float) -> Tensor:
+    """U^T A U from its diagonal, which moved at every step, and the correlations of a sample, all there is of the rest.
+
+    A' = D (memory I + (1 - memory) C) D, D = diag(lambda)^1/2, C the sample scaled to a unit diagonal: positive
+    semidefinite, and lambda remains its diagonal.
+    """
+    diagonal = sample.diagonal(dim1=-2, dim2=-1)
+    scale = torch.where(diagonal > 0, (eigenvalues / diagonal).sqrt(), 0.0)
+    a = sample * ((1 - memory) * scale.unsqueeze(-1)) * scale.unsqueeze(-2)
+    return torch.diagonal_scatter(a, eigenvalues, dim1=-2, dim2=-1)
+
+
+def _gram(x: Tensor, whitening: Tensor) -> Tensor:
+    return (x / whitening.clamp_min(TINY).unsqueeze(-2)) @ x.mT / x.shape[-1]
+
+
+def _trace(a: Tensor) -> Tensor:
+    return a.diagonal(dim1=-2, dim2=-1).sum(-1)[:, None, None]

@@ -1,0 +1,288 @@
+"""SOAP, KL-Shampoo and KL-SOAP: against a literal float64 twin, torch's AdamW, and what must hold for any of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from hf_shampoo4 import Shampoo4bit, algorithms
+from hf_shampoo4.eigenbasis import OpenSide, factor_in_basis, statistic
+
+FAMILY = ("soap", "kl_shampoo", "kl_soap")
+Array = np.ndarray
+
+
+def gradient(shape: tuple[int, ...], t: int) -> Tensor:
+    """Correlated rows and columns, so that the factors have a basis worth finding."""
+    m, n = shape
+    fixed, moving = torch.Generator().manual_seed(m * n), torch.Generator().manual_seed(t)
+    mix_rows, mix_columns = torch.randn(m, m, generator=fixed), torch.randn(n, n, generator=fixed)
+    return (mix_rows @ torch.randn(m, n, generator=moving) @ mix_columns + 2) / (m * n)
+
+
+def train(shape: tuple[int, ...], steps: int, **options: object) -> tuple[nn.Parameter, Shampoo4bit]:
+    torch.manual_seed(0)
+    p = nn.Parameter(torch.randn(shape))
+    optimizer = Shampoo4bit([p], lr=0.05, betas=(0.9, 0.98), eps=1e-8, weight_decay=0.1, **options)
+    for t in range(steps):
+        p.grad = gradient(shape, t)
+        optimizer.step()
+    return p, optimizer
+
+
+# ---------------------------------------------------------------------------------------- the literal float64 twin
+
+
+class Literal:
+    """One block, in plain numpy and in the parameter's coordinates wherever the papers are: bases in full precision."""
+
+    def __init__(self, w: Array, algorithm: str, beta: float, share: float, damping: float) -> None:
+        self.w, self.algorithm, self.beta, self.share, self.damping = w, algorithm, beta, share, damping
+        m, n = w.shape
+        self.u = [np.eye(m), np.eye(n)]
+        self.rotated = [m < 4 * n, n < 4 * m]
+        self.eigenvalues: list[Array] | None = None
+        self.momentum = np.zeros_like(w)  # in the parameter's coordinates: what carrying over must preserve
+        self.second = np.zeros_like(w)
+        self.t = 0
+
+    def step(self, g: Array, lr: float, wd: float, refresh_memory: float | None) -> None:
+        self.t += 1
+        kl = self.algorithm != "soap"
+        inside = self.u[0].T @ g @ self.u[1]
+        if self.eigenvalues is None:
+            level = (inside**2).mean()
+            level = level**0.5 if kl and all(self.rotated) else level
+            self.eigenvalues = [
+                np.full(k, level if rotated else 1.0) for k, rotated in zip(g.shape, self.rotated, strict=True)
+            ]
+        whitening = self.eigenvalues if kl else [np.ones(k) for k in g.shape]
+        new = [
+            np.array([np.mean(inside[i, :] ** 2 / whitening[1]) for i in range(g.shape[0])]),
+            np.array([np.mean(inside[:, j] ** 2 / whitening[0]) for j in range(g.shape[1])]),
+        ]
+        self.eigenvalues = [
+            self.beta * old + (1 - self.beta) * x if rotated else old
+            for old, x, rotated in zip(self.eigenvalues, new, self.rotated, strict=True)
+        ]
+        if refresh_memory is not None:
+            self.refresh(g, refresh_memory, kl)
+        inside = self.u[0].T @ g @ self.u[1]
+        self.momentum = 0.9 * self.momentum + 0.1 * g
+        m = self.u[0].T @ self.momentum @ self.u[1] / (1 - 0.9**self.t)
+        if self.algorithm == "kl_shampoo":
+            left, right = (x + self.damping * x.max() for x in self.eigenvalues)
+            direction = m / np.sqrt(np.outer(left, right))
+        else:
+            self.second = 0.98 * self.second + 0.02 * inside**2
+            direction = m / (np.sqrt(self.second / (1 - 0.98**self.t)) + 1e-8)
+        self.w = (1 - lr * wd) * self.w - lr * self.u[0] @ direction @ self.u[1].T
+
+    def refresh(self, g: Array, memory: float, kl: bool) -> None:
+        before = [x.copy() for x in self.eigenvalues]
+        bases = [u.copy() for u in self.u]
+        for side in (0, 1):
+            if not self.rotated[side]:
+                continue
+            other = before[1 - side] if kl else np.ones_like(before[1 - side])
+            samples = []
+            for matrix in (g, self.momentum):
+                x = bases[0].T @ matrix @ bases[1]
+                x = x if side == 0 else x.T
+                samples.append(x @ np.diag(1 / other) @ x.T / x.shape[1])
+            sample = samples[0]
+            if np.trace(samples[1]) > 0:
+                scaled = samples[1] * np.trace(samples[0]) / np.trace(samples[1])
+                sample = (1 - self.share) * sample + self.share * scaled
+            correlations = sample / np.sqrt(np.outer(np.diag(sample), np.diag(sample)))
+            mixed = memory * np.eye(len(sample)) + (1 - memory) * correlations
+            root = np.diag(np.sqrt(before[side]))
+            a = root @ mixed @ root
+            q, r = np.linalg.qr(a)
+            q = q * np.where(np.diag(r) < 0, -1.0, 1.0)
+            self.u[side] = bases[side] @ q
+            self.eigenvalues[side] = np.diag(q.T @ a @ q)
+
+
+@pytest.mark.parametrize("algorithm", FAMILY)
+@pytest.mark.parametrize("shape", [(12, 12), (7, 20), (20, 7), (24, 4), (3, 16)])
+@pytest.mark.parametrize(("every", "warmup"), [(1, 0), (3, 2)])
+def test_32_bit_whole_run_agrees_with_the_literal_one(
+    algorithm: str, shape: tuple[int, int], every: int, warmup: int
+) -> None:
+    options = {"factor_beta": 0.9, "momentum_share": 0.3, "damping": 1e-4}
+    torch.manual_seed(0)
+    literal = Literal(torch.randn(shape).double().numpy(), algorithm, 0.9, 0.3, 1e-4)
+    for t in range(8):
+        memory = 0.9 if t < warmup else 0.9**every if (t + 1) % every == 0 else None
+        literal.step(gradient(shape, t).double().numpy(), 0.05, 0.1, memory)
+    p, _ = train(
+        shape, 8, algorithm=algorithm, bits=32, moments="fp32", stats_every=every, refresh_warmup=warmup, **options
+    )
+    np.testing.assert_allclose(p.detach().numpy(), literal.w, rtol=0, atol=3e-4)
+
+
+def test_soap_in_the_first_basis_is_adamw() -> None:
+    """An outsider: with no refresh the bases stay the identity."""
+    p, _ = train((24, 40), 12, algorithm="soap", bits=32, moments="fp32", stats_every=10**6, refresh_warmup=0)
+    torch.manual_seed(0)
+    q = nn.Parameter(torch.randn(24, 40))
+    adamw = torch.optim.AdamW([q], lr=0.05, betas=(0.9, 0.98), eps=1e-8, weight_decay=0.1)
+    for t in range(12):
+        q.grad = gradient((24, 40), t)
+        adamw.step()
+    torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
+
+
+def test_kl_shampoo_whitens_a_kronecker_gradient() -> None:
+    """E[vec G vec G^T] = R x L: with true bases and eigenvalues the steps' second moment is the identity."""
+
+    def distance_from_identity(stats_every: int) -> float:
+        torch.manual_seed(0)
+        left, right = torch.randn(8, 8), torch.randn(12, 12) * torch.logspace(0, -2, 12)
+        p = nn.Parameter(torch.zeros(8, 12))
+        optimizer = Shampoo4bit(
+            [p], lr=1.0, betas=(0.0, 0.98), weight_decay=0.0, algorithm="kl_shampoo", bits=32, moments="fp32",
+            stats_every=stats_every, refresh_warmup=0, factor_beta=0.99, momentum_share=0.0,
+        )  # fmt: skip
+        steps = []
+        for _ in range(700):
+            before = p.detach().clone()
+            p.grad = left @ torch.randn(8, 12) @ right.T
+            optimizer.step()
+            steps.append((before - p.detach()).flatten())
+        x = torch.stack(steps[300:])
+        return float(torch.linalg.matrix_norm(x.T @ x / len(x) - torch.eye(96))) / 96**0.5
+
+    assert distance_from_identity(1) < 0.75  # the sampling of 400 steps alone gives .49
+    assert distance_from_identity(10**6) > 1.5  # variances alone, in the first basis
+
+
+# ------------------------------------------------------------------------------------------------ the carried moment
+
+
+def momentum_in_the_parameters_coordinates(optimizer: Shampoo4bit, p: Tensor) -> Tensor:
+    stack = optimizer._built[0].waves[0].stacks[0]
+    a, state = stack.algorithm, stack.state
+    sides = [OpenSide(side, algorithms._side(state, name), p) for side, name in ((a.left, "left"), (a.right, "right"))]
+    m = a.moments.first.read(state["first"])
+    return sides[1].out(sides[0].out(m).mT).mT[0]
+
+
+def moment_error(shape: tuple[int, int], **options: object) -> float:
+    """Distance of the momentum from the exponential average of the gradients, relative."""
+    p, optimizer = train(shape, 12, stats_every=2, refresh_warmup=0, factor_beta=0.5, **options)
+    exact = sum(0.1 * 0.9 ** (11 - t) * gradient(shape, t) for t in range(12))
+    found = momentum_in_the_parameters_coordinates(optimizer, p)
+    return float(torch.linalg.matrix_norm(found - exact) / torch.linalg.matrix_norm(exact))
+
+
+@pytest.mark.parametrize("algorithm", FAMILY)
+@pytest.mark.parametrize(("bits", "moments", "bound"), [(32, "fp32", 1e-5), (8, "bf16", 0.01), (4, "fp32", 0.2)])
+def test_the_momentum_is_carried_over_at_every_turn(algorithm: str, bits: int, moments: str, bound: float) -> None:
+    assert moment_error((96, 80), algorithm=algorithm, bits=bits, moments=moments) < bound
+
+
+@pytest.mark.parametrize("wrong", [lambda self, x: x, lambda self, x: self._turn.mT @ x])
+def test_a_wrong_carry_over_is_found(
+    wrong: Callable[[OpenSide, Tensor], Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(OpenSide, "turned", wrong)
+    assert moment_error((96, 80), algorithm="soap", bits=32, moments="fp32") > 0.3
+
+
+# ------------------------------------------------------------------------------------------------------------ parts
+
+
+def test_factor_in_basis_is_semidefinite_and_keeps_its_diagonal() -> None:
+    torch.manual_seed(0)
+    x, eigenvalues = torch.randn(3, 20, 4), torch.logspace(0, -6, 20).expand(3, 20)  # a sample of rank 4
+    a = factor_in_basis(eigenvalues, statistic(x, x, torch.ones(3, 1), 0.0), 0.6)
+    torch.testing.assert_close(a.diagonal(dim1=-2, dim2=-1), eigenvalues)
+    scale = eigenvalues.double().rsqrt()
+    correlations = a.double() * scale.unsqueeze(-1) * scale.unsqueeze(-2)
+    assert torch.linalg.eigvalsh(correlations).min() > 0.6 - 1e-4
+
+
+def test_a_zero_momentum_leaves_the_gradients_statistic() -> None:
+    g = torch.randn(2, 6, 5)
+    torch.testing.assert_close(statistic(g, torch.zeros_like(g), torch.ones(2, 1), 0.5), g @ g.mT / 5)
+
+
+@pytest.mark.parametrize("algorithm", FAMILY)
+def test_bases_stay_orthogonal_in_4_bits(algorithm: str) -> None:
+    _, optimizer = train((128, 96), 60, algorithm=algorithm, stats_every=2, refresh_warmup=10)
+    stack = optimizer._built[0].waves[0].stacks[0]
+    for name, side in (("left", stack.algorithm.left), ("right", stack.algorithm.right)):
+        u = OpenSide(side, algorithms._side(stack.state, name), stack.parameters()).vectors
+        defect = torch.linalg.matrix_norm(u.mT @ u - torch.eye(side.order)) / side.order**0.5
+        assert defect < 0.1, f"{name}: {float(defect)}"
+
+
+@pytest.mark.parametrize("algorithm", FAMILY)
+@pytest.mark.parametrize("bits", [4, 32])
+def test_no_gradient_no_step(algorithm: str, bits: int) -> None:
+    p = nn.Parameter(torch.ones(80, 72))
+    optimizer = Shampoo4bit([p], lr=1.0, weight_decay=0.0, algorithm=algorithm, bits=bits)
+    for size, moves in ((0.0, False), (0.0, False), (1.0, True), (0.0, True)):
+        before = p.detach().clone()
+        p.grad = torch.full_like(p, size)
+        optimizer.step()
+        assert torch.isfinite(p).all()
+        assert torch.equal(p, before) != moves
+
+
+@pytest.mark.parametrize("algorithm", FAMILY)
+def test_gradients_of_rank_one_and_of_any_size(algorithm: str) -> None:
+    for size in (1e-8, 1.0, 1e12):
+        torch.manual_seed(0)
+        p = nn.Parameter(torch.zeros(70, 90))
+        optimizer = Shampoo4bit([p], lr=1e-2, weight_decay=0.0, algorithm=algorithm, stats_every=3)
+        for _ in range(30):
+            p.grad = size * torch.outer(torch.randn(70), torch.ones(90))
+            optimizer.step()
+        assert torch.isfinite(p).all()
+        assert 0 < p.abs().max() < 3.0, size
+
+
+def test_a_failed_turn_keeps_the_basis_and_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    from hf_shampoo4 import eigenbasis
+
+    p, optimizer = train((80, 72), 4, algorithm="kl_shampoo", stats_every=1)
+    key = "80x72/left.eigenvalues.dense"
+    monkeypatch.setattr(eigenbasis, "factor_in_basis", lambda e, s, m: torch.full_like(s, torch.nan))
+    eigenvalues = optimizer.state[p][key].clone()
+    p.grad = gradient((80, 72), 5)
+    optimizer.step()
+    assert torch.isfinite(p).all()
+    assert torch.isfinite(optimizer.state[p][key]).all()
+    assert not torch.equal(optimizer.state[p][key], eigenvalues)  # they follow the gradient as ever
+    assert optimizer.state[p]["80x72/failures.dense"].item() == 1
+
+
+# ------------------------------------------------------------------------------------------------------------ bytes
+
+
+@pytest.mark.parametrize(("algorithm", "most"), [("soap", 2.3), ("kl_shampoo", 1.75), ("kl_soap", 2.3)])
+def test_bytes_of_live_tensors(algorithm: str, most: float) -> None:
+    """LLaMA-130M's matrices."""
+    shapes = [(768, 768)] * 4 + [(2048, 768)] * 2 + [(768, 2048)]
+    parameters = [nn.Parameter(torch.zeros(shape)) for shape in shapes]
+    optimizer = Shampoo4bit(parameters, algorithm=algorithm, stats_every=10**6, refresh_warmup=0)
+    for p in parameters:
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    size = sum(t.numel() * t.element_size() for entry in optimizer.state.values() for t in entry.values())
+    assert size / sum(p.numel() for p in parameters) <= most
+
+
+def test_an_oblong_matrix_has_a_basis_on_its_short_side_alone() -> None:
+    """A LoRA adapter."""
+    p, optimizer = train((8, 1024), 2, algorithm="kl_shampoo")
+    assert {key.split("/")[1].split(".")[0] for key in optimizer.state[p]} == {"steps", "failures", "left", "first"}
+    size = sum(t.numel() * t.element_size() for t in optimizer.state[p].values())
+    assert size / p.numel() < 0.6
