@@ -16,7 +16,7 @@ from hf_shampoo4.options import OptionError
 COMMANDS = {
     "demo": ("hf_shampoo4.demo", "pretrain a small LLaMA with AdamW and with shampoo4bit, and compare them"),
     "errors": ("hf_shampoo4.errors", "what quantising preconditioners costs, beside the papers' tables"),
-    "quality": ("hf_shampoo4.quality", "what share of the quality each 4-bit storage keeps, over seeds"),
+    "race": ("hf_shampoo4.race", "optimizers side by side, each at its best learning rate, over seeds"),
     "train": ("hf_shampoo4.train", "pretrain by a YAML configuration: CONFIG [--key value ...]"),
 }
 

@@ -132,10 +132,15 @@ class Outcome:
 
     def steps_to(self, loss: float) -> float | None:
         """The first step with at most this validation loss, on a line between two evaluations; None: never."""
-        for (a, loss_a), (b, loss_b) in itertools.pairwise(self.validation):
-            if loss_b <= loss:
-                return a + (b - a) * (loss_a - loss) / (loss_a - loss_b)
-        return None
+        return steps_to(self.validation, loss)
+
+
+def steps_to(curve: Sequence[tuple[float, float]], loss: float) -> float | None:
+    """Where a curve of (step, loss) first comes down to `loss`, on a line between two points; None: never."""
+    for (a, loss_a), (b, loss_b) in itertools.pairwise(curve):
+        if loss_b <= loss:
+            return a + (b - a) * (loss_a - loss) / (loss_a - loss_b)
+    return None
 
 
 def run_one(optim: str, settings: Mapping[str, Any], folder: Path) -> Outcome:
@@ -237,18 +242,23 @@ def summary(outcomes: Sequence[Outcome], common: Settings) -> Settings:
     return {
         "reference": outcomes[0].optim,
         "common": common,
-        "machine": {
-            "cpu_count": os.cpu_count(),
-            "threads": torch.get_num_threads(),
-            "processor": platform.processor() or platform.machine(),
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-        },
+        "machine": machine(),
         "peak_memory_bytes": peak_memory_bytes(),
         "runs": {
             o.optim: {**asdict(o), "final_loss": o.final_loss, "steps_to_reference_loss": o.steps_to(reference)}
             for o in outcomes
         },
+    }
+
+
+def machine() -> Settings:
+    """What the figures of this process were measured on."""
+    return {
+        "cpu_count": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "processor": platform.processor() or platform.machine(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
     }
 
 
