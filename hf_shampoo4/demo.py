@@ -143,13 +143,14 @@ def steps_to(curve: Sequence[tuple[float, float]], loss: float) -> float | None:
     return None
 
 
-def run_one(optim: str, settings: Mapping[str, Any], folder: Path) -> Outcome:
+def run_one(optim: str, settings: Mapping[str, Any], folder: Path, optimizer: Any = None) -> Outcome:
     """Train with one optimizer.
 
     Args:
         optim: a name for `--optim`.
         settings: settings of `hf-shampoo4 train`, and a `label`.
         folder: where the model and its metrics go.
+        optimizer: as in `train.run`.
 
     Returns:
         Curves, times and bytes.
@@ -160,7 +161,7 @@ def run_one(optim: str, settings: Mapping[str, Any], folder: Path) -> Outcome:
     settings = {**settings, "optim": optim}
     label = settings.pop("label", optim)
     timer, began = StepTimer(), time.perf_counter()
-    result = run(parse({**settings, "output_dir": str(folder)}), [timer], LabelledProgress(label))
+    result = run(parse({**settings, "output_dir": str(folder)}), [timer], LabelledProgress(label), optimizer)
     parameters = sum(p.numel() for p in result.trainer.model.parameters())
     return Outcome(
         optim=optim,

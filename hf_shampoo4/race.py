@@ -25,6 +25,7 @@ from unittest import mock
 
 from hf_shampoo4.data import ConfigError
 from hf_shampoo4.demo import COLOURS, Settings, machine, read_plan, run_one, steps_to, write_json
+from hf_shampoo4.peers import PEERS
 from hf_shampoo4.train import config_root, read_config
 
 Curve = list[tuple[float, float]]
@@ -42,7 +43,7 @@ class Contestant:
     learning_rates: tuple[float, ...]
     """The sweep; a single one is taken as it is."""
     settings: Settings
-    """Everything else that a run depends on, but the seed: `optim` and settings of `hf-shampoo4 train`."""
+    """All else that a run depends on, but the seed: settings of `hf-shampoo4 train`; a `peer` in place of `optim`."""
     paper: tuple[float, float] | None
     """The published share, as a range."""
 
@@ -156,9 +157,11 @@ def _run_once(contestant: Contestant, settings: Settings, folder: Path, index: i
 
 def train(label: str, settings: Settings) -> Settings:
     """Train once; what came out, as JSON: `validation_seconds` is the training time before each evaluation."""
-    rest = {key: value for key, value in settings.items() if key != "optim"}
+    rest = {key: value for key, value in settings.items() if key not in ("optim", "peer")}
+    peer = PEERS[settings["peer"]] if "peer" in settings else None
     with tempfile.TemporaryDirectory() as folder, _torchao_sizes_cast():
-        outcome = run_one(settings["optim"], {**rest, "label": f"{label}, seed {settings['seed']}"}, Path(folder))
+        shown = {**rest, "label": f"{label}, seed {settings['seed']}"}
+        outcome = run_one(settings.get("optim", "adamw_torch"), shown, Path(folder), peer)
     elapsed = [0.0, *accumulate(outcome.step_seconds)]
     kept = {key: value for key, value in asdict(outcome).items() if key not in ("training", "step_seconds")}
     return {

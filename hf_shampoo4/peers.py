@@ -1,0 +1,45 @@
+"""Optimizers of other libraries that the Trainer has no name for, as contestants of a race."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+from hf_shampoo4.data import ConfigError
+from hf_shampoo4.integrations.groups import param_groups
+
+Chosen = tuple[type, dict[str, Any]]
+"""What a Trainer takes as `optimizer_cls_and_kwargs`."""
+
+
+def muon(model: nn.Module, args: Any) -> Chosen:
+    """Muon on the hidden matrices, AdamW on the rest, both at the same learning rate (Moonlight's scaling)."""
+    groups = [
+        {"params": group["params"], "weight_decay": group["weight_decay"], "use_muon": "algorithm" not in group}
+        for group in param_groups(model, args.weight_decay)
+    ]
+    betas = (args.adam_beta1, args.adam_beta2)
+    kwargs = {"lr": args.learning_rate, "adamw_lr": args.learning_rate, "adamw_betas": betas, "use_adjusted_lr": True}
+    return _of_pytorch_optimizer("Muon"), {**kwargs, "params": groups}
+
+
+def soap(model: nn.Module, args: Any) -> Chosen:
+    """SOAP in float32, refreshed every 10 steps, its own betas; no basis for a vocabulary-sized side."""
+    groups = [
+        {"params": group["params"], "weight_decay": group["weight_decay"]}
+        for group in param_groups(model, args.weight_decay)
+    ]
+    return _of_pytorch_optimizer("SOAP"), {"lr": args.learning_rate, "max_precondition_dim": 2048, "params": groups}
+
+
+def _of_pytorch_optimizer(name: str) -> type:
+    try:
+        return getattr(importlib.import_module("pytorch_optimizer"), name)
+    except ImportError as error:
+        raise ConfigError(f"{name} is pytorch_optimizer's: pip install 'hf-shampoo4[race]'") from error
+
+
+PEERS: dict[str, Callable[[nn.Module, Any], Chosen]] = {"muon": muon, "soap": soap}
