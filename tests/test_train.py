@@ -154,9 +154,7 @@ def test_a_bad_option_of_the_optimizer_is_told_at_once(settings):
 
 
 def test_bad_config_files(tmp_path):
-    with pytest.raises(
-        ConfigError, match=r"'nowhere' does not exist; allowed: a YAML file, or one of .*stdlib_tiny"
-    ):
+    with pytest.raises(ConfigError, match=r"'nowhere' does not exist; allowed: a YAML file, or one of .*stdlib_tiny"):
         read_config("nowhere")
     path = tmp_path / "bad.yaml"
     path.write_text("a: [1, 2\nb: 3")
