@@ -37,6 +37,21 @@ class Context:
     """Times the refreshes."""
     coupled_decay: float = 0.0
     """L2: this times the parameter is added to what goes through the base, as torch.optim.SGD does."""
+    probe: Probe | None = None
+    """Looks at the state before and after, if this is a step to look at."""
+
+
+class Probe(Protocol):
+    """What a step tells a `diagnostics.Probe`."""
+
+    def before(self, stacks: Sequence[Stack]) -> None:
+        """The step begins."""
+
+    def moment(self, stack: Stack, exact: Tensor) -> None:
+        """The first moment before it was stored, (B, *shape) float32."""
+
+    def after(self, stacks: Sequence[Stack]) -> None:
+        """The step is over."""
 
 
 def _same(u: Tensor) -> Tensor:
@@ -234,9 +249,13 @@ class Stack(Protocol):
 
 def directions(stacks: Sequence[Stack], gradients: Sequence[Tensor], context: Context) -> list[Tensor]:
     """The step of every block of a wave, without learning rate and weight decay: float32 (B, *shape) a stack."""
+    if context.probe:
+        context.probe.before(stacks)
     preconditioned = [s.algorithm.precondition(s.state, g, context) for s, g in zip(stacks, gradients, strict=True)]
     grafted = graft(stacks, gradients, preconditioned, context.options.graft)
     steps = [through_base(stack, value, context) for stack, value in zip(stacks, grafted, strict=True)]
+    if context.probe:
+        context.probe.after(stacks)
     return [p.back(step) for p, step in zip(preconditioned, steps, strict=True)]
 
 
@@ -248,7 +267,12 @@ def through_base(stack: Stack, p: Tensor, context: Context) -> Tensor:
         p = stack.parameters().mul_(context.coupled_decay).add_(p)
     noise = Noise(stack.salts, context.step, o.seed)
     late = 0 < o.stochastic_from <= context.step
-    return stack.algorithm.moments.direction(stack.state, p, context.betas, context.eps, steps, noise, late)
+    moments = stack.algorithm.moments
+    exact = moments.next_first(stack.state, p, context.betas) if context.probe else None
+    direction = moments.direction(stack.state, p, context.betas, context.eps, steps, noise, late)
+    if context.probe and exact is not None:
+        context.probe.moment(stack, exact)
+    return direction
 
 
 def graft(

@@ -30,6 +30,9 @@ class Moments(Protocol):
     def storages(self) -> dict[str, Storage]:
         """Name -> storage of each moment."""
 
+    def next_first(self, state: State, g: Tensor, betas: tuple[float, float]) -> Tensor:
+        """The first moment after g, (B, *shape) float32; nothing is stored."""
+
     def direction(
         self,
         state: State,
@@ -64,6 +67,10 @@ class Adam:
 
     def storages(self) -> dict[str, Storage]:
         return {"first": self.first, "second": self.second}
+
+    def next_first(self, state: State, g: Tensor, betas: tuple[float, float]) -> Tensor:
+        # m <- b1 m + (1 - b1) g
+        return torch.lerp(self.first.read(state["first"]).float(), g, 1 - betas[0])
 
     def direction(
         self,
@@ -100,6 +107,10 @@ class Sgdm:
     def storages(self) -> dict[str, Storage]:
         return {"first": self.first}
 
+    def next_first(self, state: State, g: Tensor, betas: tuple[float, float]) -> Tensor:
+        # m <- mu m + g
+        return torch.add(g, self.first.read(state["first"]).float(), alpha=betas[0])
+
     def direction(
         self,
         state: State,
@@ -124,6 +135,10 @@ class Momentum:
 
     def storages(self) -> dict[str, Storage]:
         return {"first": self.first}
+
+    def next_first(self, state: State, g: Tensor, betas: tuple[float, float]) -> Tensor:
+        # m <- b1 m + (1 - b1) g
+        return torch.lerp(self.first.read(state["first"]).float(), g, 1 - betas[0])
 
     def direction(
         self,

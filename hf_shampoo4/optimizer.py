@@ -14,6 +14,7 @@ from torch import Tensor
 from .algorithms import Context, directions
 from .blocks import matrix_view
 from .clock import Stopwatch
+from .diagnostics import Probe
 from .matrix import exact_float32
 from .moments import make_moments
 from .options import NAMES, STRUCTURAL, OptionError, Options, resolve
@@ -87,9 +88,12 @@ class Shampoo4bit(torch.optim.Optimizer):
             group["step"] += 1
             options, decay = Options.of(group), group["weight_decay"]
             coupled, decoupled = (decay, 0.0) if options.base == "sgdm" else (0.0, decay)
-            context = Context(options, group["step"], group["betas"], group["eps"], self._stopwatch, coupled)
+            probe = Probe() if options.diagnose_every and group["step"] % options.diagnose_every == 0 else None
+            context = Context(options, group["step"], group["betas"], group["eps"], self._stopwatch, coupled, probe)
             for wave in self._waves(index):
                 _step_wave(wave, context, float(group["lr"]), decoupled)
+            if probe:
+                self._probes[index] = probe
         return loss
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -143,6 +147,11 @@ class Shampoo4bit(torch.optim.Optimizer):
         """Time spent on factors and roots since construction or the last load."""
         return self._stopwatch.seconds()
 
+    def diagnostics(self) -> list[dict[str, float]]:
+        """What the last look at each group's state found, see diagnostics.py; groups that were not looked at are left
+        out."""
+        return [probe.metrics() for _, probe in sorted(self._probes.items())]
+
     def names(self, index: int) -> list[str]:
         """A name for every parameter of group `index`, the same in every run: its own, or its position."""
         group = self.param_groups[index]
@@ -153,6 +162,7 @@ class Shampoo4bit(torch.optim.Optimizer):
 
     def _reset(self) -> None:
         self._built: dict[int, _Built] = {}
+        self._probes: dict[int, Probe] = {}
         self._stopwatch = Stopwatch()
 
     def _waves(self, index: int) -> list[Wave]:

@@ -82,18 +82,19 @@ class Options:
     Applies to the parameters whose rows they add up to, of which there must be one."""
     stochastic_rounding: bool = False
     """Round bfloat16 parameters stochastically when they are written back."""
+    diagnose_every: int = 0
+    """Steps between two looks at the state's health, see diagnostics.py (0: none); one costs a copy of the state."""
     seed: int = 0
     """Seed of stochastic rounding; the noise depends on seed, step and position alone."""
 
     def __post_init__(self) -> None:
         for name in ("block_size", "quant_block", "stats_every", "roots_every"):
             _require(name, getattr(self, name), getattr(self, name) >= 1, "an integer >= 1")
-        for name in ("rectify_stats", "rectify_roots", "stochastic_from", "seed"):
+        for name in ("rectify_stats", "rectify_roots", "stochastic_from", "refresh_warmup", "diagnose_every", "seed"):
             _require(name, getattr(self, name), getattr(self, name) >= 0, "an integer >= 0")
         _require("factor_beta", self.factor_beta, 0.0 <= self.factor_beta < 1.0, "a number in [0, 1)")
         _require("damping", self.damping, 0.0 < self.damping < 1.0, "a number in (0, 1)")
         _require("row_splits", self.row_splits, all(n >= 1 for n in self.row_splits), "positive sizes")
-        _require("refresh_warmup", self.refresh_warmup, self.refresh_warmup >= 0, "an integer >= 0")
         _require("momentum_share", self.momentum_share, 0.0 <= self.momentum_share < 1.0, "a number in [0, 1)")
         _check_algorithm(self)
         _check_factor(self)

@@ -69,7 +69,10 @@ def table(optimizer: Shampoo4bit) -> str:
 
 
 def metrics(optimizer: Shampoo4bit) -> dict[str, float]:
-    """Figures for a tracker: state bytes, skipped steps, failed refreshes, seconds spent on refreshes so far."""
+    """Figures for a tracker: state bytes, skipped steps, failed refreshes, seconds spent on refreshes so far.
+
+    With `diagnose_every`, also the last diagnostics (diagnostics.py) of the first group that has any (the matrices).
+    """
     tensors = [t for entry in optimizer.state.values() for t in entry.values() if isinstance(t, Tensor)]
     failures = [entry[key] for entry in optimizer.state.values() for key in entry if key.endswith("/failures.dense")]
     return {
@@ -77,6 +80,7 @@ def metrics(optimizer: Shampoo4bit) -> dict[str, float]:
         "optim/skipped_steps": max((group["skipped_steps"] for group in optimizer.param_groups), default=0),
         "optim/failed_refreshes": sum(int(t.sum()) for t in failures),
         "optim/refresh_seconds": round(optimizer.refresh_seconds(), 4),
+        **next(iter(optimizer.diagnostics()), {}),
     }
 
 

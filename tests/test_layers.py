@@ -29,6 +29,7 @@ LEVELS = {
     "factors": 4,
     "moments": 4,
     "algorithms": 5,
+    "diagnostics": 6,
     "plan": 6,
     "optimizer": 7,
     "report": 8,
