@@ -38,6 +38,7 @@ LEVELS = {
     "train": 9,
     "demo": 9,
     "errors": 9,
+    "vision": 9,
     "peers": 9,
     "race": 9,
     "cli": 9,
