@@ -9,10 +9,13 @@ Names are looked up on first use, so that `import hf_shampoo4` imports neither t
 
 from __future__ import annotations
 
+import sys
 from importlib import import_module
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .estimate import plan
     from .integrations.callback import Shampoo4bitCallback
     from .integrations.groups import param_groups
     from .integrations.trainer import register, trainer_kwargs
@@ -24,11 +27,12 @@ _HOMES = {
     "Shampoo4bit": ".optimizer",
     "Shampoo4bitCallback": ".integrations.callback",
     "param_groups": ".integrations.groups",
+    "plan": ".estimate",
     "register": ".integrations.trainer",
     "trainer_kwargs": ".integrations.trainer",
 }
 
-__all__ = ["OptionError", "Shampoo4bit", "Shampoo4bitCallback", "param_groups", "register", "trainer_kwargs"]
+__all__ = ["OptionError", "Shampoo4bit", "Shampoo4bitCallback", "param_groups", "plan", "register", "trainer_kwargs"]
 
 
 def __getattr__(name: str) -> Any:
@@ -39,3 +43,13 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *_HOMES})
+
+
+class _Package(ModuleType):
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Python binds an imported submodule in its package: `plan` stays the function, whoever imports `.plan`."""
+        if not (name == "plan" and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package

@@ -24,6 +24,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_callback import ProgressCallback
 
 from hf_shampoo4.data import ConfigError
+from hf_shampoo4.files import write_figure, write_json
 from hf_shampoo4.train import config_root, parse, read_config, run
 
 Settings = dict[str, Any]
@@ -263,19 +264,6 @@ def machine() -> Settings:
     }
 
 
-def write_json(path: Path, content: Any) -> None:
-    """Write JSON so that a reader sees the old file or the new one, never a half.
-
-    Args:
-        path: the file; its folder is made.
-        content: what `json` can write.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
-
-
 def print_table(outcomes: Sequence[Outcome]) -> None:
     """Compare the runs: one column each, fit for a terminal of 80 characters."""
     from rich.console import Console
@@ -337,9 +325,7 @@ def draw(outcomes: Sequence[Outcome], path: Path) -> None:
             axes.set_axisbelow(True)
         by_step.legend(frameon=False, loc="upper right")
         figure.suptitle("The same small LLaMA, weights and batches; only the optimizer differs", fontsize=12)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        figure.savefig(temporary, format="png")
-    os.replace(temporary, path)
+        write_figure(path, figure)
 
 
 def _draw_run(by_step: Any, by_time: Any, o: Outcome, colour: str) -> None:

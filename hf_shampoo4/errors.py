@@ -26,8 +26,8 @@ import torch
 from torch import Tensor
 
 from hf_shampoo4.data import ConfigError, DataArguments
-from hf_shampoo4.demo import write_json
 from hf_shampoo4.factors import EXPONENT, Cholesky
+from hf_shampoo4.files import write_figure, write_json
 from hf_shampoo4.matrix import ROOTS, bjorck
 from hf_shampoo4.storage import Blockwise, Dense, OffDiagonal, Triangles, allocate, roundtrip
 
@@ -353,7 +353,7 @@ def draw(matrices: Sequence[Matrix], found: Found, path: Path) -> None:
         order = len(matrices[0].a)
         figure.suptitle(f"Error of the inverse fourth root after quantising a preconditioner of order {order}")
         path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, format="png")
+        write_figure(path, figure)
 
 
 # ------------------------------------------------------------------------------------------------- solvers

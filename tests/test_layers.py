@@ -21,6 +21,7 @@ LEVELS = {
     "codebooks": 0,
     "blocks": 0,
     "clock": 0,
+    "files": 0,
     "matrix": 1,
     "rounding": 1,
     "quantize": 2,
@@ -41,6 +42,7 @@ LEVELS = {
     "vision": 9,
     "peers": 9,
     "race": 9,
+    "estimate": 9,
     "cli": 9,
     "_site": 9,
     "__main__": 9,
@@ -63,7 +65,7 @@ MOVEMENT = {"blocks", "placement", "exchange"}
 
 # What the optimizer itself may need; everything else (transformers, datasets, ...) belongs to the top level.
 CORE_DEPENDENCIES = {"torch", "numpy", "yaml", "bitsandbytes", "triton"}
-WITHOUT_TORCH = {"options", "codebooks", "blocks"}
+WITHOUT_TORCH = {"options", "codebooks", "blocks", "files"}
 
 
 def _modules() -> dict[str, list[Path]]:
