@@ -4,19 +4,28 @@ import pytest
 import torch
 
 from hf_shampoo4.demo import read_plan
+from hf_shampoo4.options import PRESETS, Options, parse_optim_args
 from hf_shampoo4.train import ModelArguments, build_model, config_root, load_model_config, parse, read_config
 
 MODELS = sorted(path.stem for path in (config_root() / "models").glob("*.json"))
+OPTIMIZERS = sorted((config_root() / "optimizers").glob("*.yaml"), key=lambda path: path.stem)
 RUNS = sorted(path.stem for path in (config_root() / "train").glob("*.yaml"))
 
-# Parameters with 32,000 tokens (LLaMA), 50,257 (GPT-2) and 4,096 (tiny); GaLore prints 58, 134, 368 and 1,339 million.
+# Parameters with 32,000 tokens (LLaMA), 128,256 (LLaMA 3), 50,257 (GPT-2) and 4,096 (tiny).
+# GaLore prints 58, 134, 368 and 1,339 million.
 SIZES = {
     "llama_tiny": 1_840_256,
     "llama_60m": 58_073_600,
     "llama_130m": 134_105_856,
     "llama_350m": 367_969_280,
     "llama_1b": 1_339_082_752,
+    "llama_7b": 6_738_415_616,
+    "llama3_8b": 8_030_261_248,
+    "llama3_405b": 405_853_388_800,
     "gpt2_124m": 124_439_808,
+    "gpt2_355m": 354_823_168,
+    "gpt2_774m": 774_030_080,
+    "gpt2_1558m": 1_557_611_200,
 }
 
 
@@ -71,3 +80,17 @@ def test_the_demo_and_its_sweep_parse():
 
 def test_shipped_configurations_are_found_by_name():
     assert read_config("stdlib_tiny") == read_config(config_root() / "train" / "stdlib_tiny.yaml")
+
+
+@pytest.mark.parametrize("path", OPTIMIZERS, ids=lambda path: path.stem)
+def test_every_options_file_goes_into_optim_args(path):
+    chosen = parse_optim_args(f"config={path}")
+    assert chosen
+    if path.stem in PRESETS:
+        assert chosen == PRESETS[path.stem]
+
+
+def test_every_preset_has_a_file_and_the_template_is_the_default():
+    assert set(PRESETS) <= {path.stem for path in OPTIMIZERS}
+    template = parse_optim_args(f"config={config_root() / 'optimizers' / 'shampoo4bit.yaml'}")
+    assert Options(**template) == Options()
