@@ -17,6 +17,7 @@ COMMANDS = {
     "demo": ("hf_shampoo4.demo", "pretrain a small LLaMA with AdamW and with shampoo4bit, and compare them"),
     "errors": ("hf_shampoo4.errors", "what quantising preconditioners costs, beside the papers' tables"),
     "race": ("hf_shampoo4.race", "optimizers side by side, each at its best learning rate, over seeds"),
+    "finetune": ("hf_shampoo4.finetune", "fine-tune on conversations, fully or by LoRA: CONFIG [--key value ...]"),
     "plan": ("hf_shampoo4.estimate", "memory and traffic of a training, from geometry: MODEL --world-size N"),
     "train": ("hf_shampoo4.train", "pretrain by a YAML configuration: CONFIG [--key value ...]"),
 }

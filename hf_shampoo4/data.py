@@ -154,7 +154,7 @@ def load_documents(data: DataArguments) -> tuple[Documents, Documents]:
 
 
 def _read(source: str, split: str, data: DataArguments) -> Documents:
-    from datasets import Dataset, load_dataset
+    from datasets import Dataset
 
     if source in PACKAGED:
         documents_of, version_of = PACKAGED[source]
@@ -162,12 +162,7 @@ def _read(source: str, split: str, data: DataArguments) -> Documents:
             documents_of, gen_kwargs=version_of(), cache_dir=str(data.cache / "datasets")
         )
         return documents.to_iterable_dataset() if data.streaming else documents
-    arguments = _load_arguments(source, split, data)
-    try:
-        documents = load_dataset(**arguments, streaming=data.streaming)
-    except Exception as error:  # hub, network, decoding, schema: dozens of types, and every message names the matter
-        reason = str(error.__cause__ or error).strip().splitlines()[0]
-        raise ConfigError(f"dataset {source!r} cannot be loaded ({reason}); {ALLOWED}") from error
+    documents = open_dataset(source, split, data.dataset_config, data.streaming)
     columns = documents.column_names or list(next(iter(documents), {}))  # a stream may not know them before it is read
     if data.text_column not in columns:
         raise ConfigError(f"dataset {source!r} has no column text_column={data.text_column!r}; "
@@ -176,11 +171,27 @@ def _read(source: str, split: str, data: DataArguments) -> Documents:
     return documents if data.text_column == "text" else documents.rename_column(data.text_column, "text")
 
 
-def _load_arguments(source: str, split: str, data: DataArguments) -> dict[str, Any]:
+def open_dataset(source: str, split: str, config: str | None = None, streaming: bool = False) -> Documents:
+    """Local files, a folder or a dataset of the hub, with the columns it has.
+
+    Raises:
+        ConfigError: it does not exist or cannot be read.
+    """
+    from datasets import load_dataset
+
+    arguments = _load_arguments(source, split, config)
+    try:
+        return load_dataset(**arguments, streaming=streaming)
+    except Exception as error:  # hub, network, decoding, schema: dozens of types, and every message names the matter
+        reason = str(error.__cause__ or error).strip().splitlines()[0]
+        raise ConfigError(f"dataset {source!r} cannot be loaded ({reason}); {ALLOWED}") from error
+
+
+def _load_arguments(source: str, split: str, config: str | None) -> dict[str, Any]:
     """Arguments of `datasets.load_dataset` for local files, a folder or a hub name."""
     path = Path(source).expanduser()
     if path.is_dir():
-        return {"path": str(path), "name": data.dataset_config, "split": split}
+        return {"path": str(path), "name": config, "split": split}
     builder = BUILDERS.get(_suffix(path))
     if builder is None and (path.exists() or glob.has_magic(source)):
         raise ConfigError(f"dataset file {source!r} is of no known kind; {ALLOWED}")
@@ -190,7 +201,7 @@ def _load_arguments(source: str, split: str, data: DataArguments) -> dict[str, A
             raise ConfigError(f"dataset file {source!r} does not exist (looked in {Path.cwd()}); {ALLOWED}")
         whole = {"sample_by": "document"} if builder == "text" else {}
         return {"path": builder, "data_files": files, "split": "train", **whole}
-    return {"path": source, "name": data.dataset_config, "split": split}
+    return {"path": source, "name": config, "split": split}
 
 
 def _suffix(path: Path) -> str:

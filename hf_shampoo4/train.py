@@ -113,15 +113,15 @@ def config_root() -> Path:
     return installed if installed.is_dir() else package.parent / "configs"
 
 
-def read_config(path: Union[str, Path]) -> dict[str, Any]:
-    """A YAML file's settings; a bare name is looked up among the shipped `configs/train`.
+def read_config(path: Union[str, Path], kind: str = "train") -> dict[str, Any]:
+    """A YAML file's settings; a bare name is looked up among the shipped `configs/<kind>`.
 
     Raises:
         ConfigError: no such file, not YAML, or not a mapping.
     """
     import yaml
 
-    shipped = config_root() / "train"
+    shipped = config_root() / kind
     candidates = (Path(path).expanduser(), shipped / f"{path}.yaml", shipped / path)
     found = next((candidate for candidate in candidates if candidate.is_file()), None)
     if found is None:
@@ -150,25 +150,47 @@ def parse(config: Union[str, Path, Mapping[str, Any], None] = None, overrides: S
         ConfigError: missing or unreadable file, unknown setting, wrong type, inconsistent values.
         OptionError: an `optim_args` item that the optimizer refuses.
     """
+    checked = RunConfig(*parse_as(ARGUMENT_TYPES, settings_of(config, "train"), overrides))
+    check_run(checked.run, checked.training)
+    return checked
+
+
+def settings_of(config: Union[str, Path, Mapping[str, Any], None], kind: str) -> dict[str, Any]:
+    """The settings of a mapping, a file or a name among `configs/<kind>`; none of None."""
+    return dict(config) if isinstance(config, Mapping) else read_config(config, kind) if config is not None else {}
+
+
+def parse_as(types: Sequence[type], settings: Mapping[str, Any], overrides: Sequence[str]) -> tuple[Any, ...]:
+    """One object of each of `types` (dataclasses, the last a TrainingArguments), cast and checked.
+
+    Raises:
+        ConfigError: unknown setting, wrong type.
+    """
     hf_shampoo4.register()
-    settings = dict(config) if isinstance(config, Mapping) else read_config(config) if config is not None else {}
     arguments = [*_as_arguments(settings), *overrides]
-    given = _check_names(arguments)
+    given = _check_names(arguments, types)
     if not torch.accelerator.is_available():
         arguments += [] if "use_cpu" in given else ["--use_cpu", "true"]
-    parser = HfArgumentParser(ARGUMENT_TYPES, allow_abbrev=False, add_help=False)
+    parser = HfArgumentParser(types, allow_abbrev=False, add_help=False)
     parser.error = _refuse  # type: ignore[method-assign]  # argparse would print its usage and exit
     try:
-        parsed = parser.parse_args_into_dataclasses(args=arguments, look_for_args_file=False)
+        return parser.parse_args_into_dataclasses(args=arguments, look_for_args_file=False)
     except ValueError as error:
         raise error if isinstance(error, ConfigError) else ConfigError(str(error)) from error
-    checked = RunConfig(*parsed)
-    _set_accumulation(checked)
+
+
+def check_run(run: RunArguments, training: TrainingArguments) -> None:
+    """Set the accumulation that `total_batch_size` asks for; refuse an optimizer that cannot run like this.
+
+    Raises:
+        ConfigError: a batch size that does not fit, or a sharding that the optimizer does not do.
+        OptionError: an `optim_args` item that the optimizer refuses.
+    """
+    _set_accumulation(run, training)
     try:
-        check_args(checked.training)
+        check_args(training)
     except NotImplementedError as error:
         raise ConfigError(str(error)) from error
-    return checked
 
 
 def _as_arguments(settings: Mapping[str, Any]) -> list[str]:
@@ -186,26 +208,31 @@ def _as_arguments(settings: Mapping[str, Any]) -> list[str]:
     return items
 
 
-def _check_names(arguments: Sequence[str]) -> set[str]:
+def _check_names(arguments: Sequence[str], types: Sequence[type]) -> set[str]:
     """The names given; an unknown one is answered with the closest known ones."""
-    known = [f.name for kind in ARGUMENT_TYPES for f in dataclasses.fields(kind) if f.init]
+    known = [f.name for kind in types for f in dataclasses.fields(kind) if f.init]
     given = [item[2:].partition("=")[0].replace("-", "_") for item in arguments if item.startswith("--")]
     for name in given:
         if name not in known and name.removeprefix("no_") not in known:
             close = difflib.get_close_matches(name, known, n=3)
-            own = [f.name for kind in ARGUMENT_TYPES[:3] for f in dataclasses.fields(kind)]
+            own = [f.name for kind in types[:-1] for f in dataclasses.fields(kind)]
             hint = f"did you mean {' or '.join(close)}?" if close else f"ours are {', '.join(own)};"
-            raise ConfigError(f"unknown setting {name!r}: {hint} (every field of transformers.TrainingArguments "
+            raise ConfigError(f"unknown setting {name!r}: {hint} (every field of {_documented(types[-1])} "
                               "is allowed too)")  # fmt: skip
     return set(given)
+
+
+def _documented(arguments: type) -> str:
+    """`transformers.TrainingArguments` or `trl.SFTConfig`."""
+    return f"{arguments.__module__.partition('.')[0]}.{arguments.__name__}"
 
 
 def _refuse(message: str) -> None:
     raise ConfigError(message)
 
 
-def _set_accumulation(config: RunConfig) -> None:
-    total, training = config.run.total_batch_size, config.training
+def _set_accumulation(run: RunArguments, training: TrainingArguments) -> None:
+    total = run.total_batch_size
     if total is None:
         return
     at_once = training.per_device_train_batch_size * training.world_size
@@ -312,24 +339,31 @@ def run(
         ConfigError: a folder that would be overwritten, a checkpoint, dataset, tokenizer or model that is not there.
     """
     training = config.training
-    checkpoint = _prepare_output(config)
+    checkpoint = prepare_output(config.run, training)
     load_model_config(config.model)  # refuse a bad one before the text is prepared
     with training.main_process_first(desc="text"):
         text = load_text(config.data, training.data_seed or training.seed)
     set_seed(training.seed)
     model = build_model(config.model, len(text.tokenizer), text.tokenizer.eos_token_id)
     trainer = _trainer(model, text, training, list(callbacks), optimizer and optimizer(model, training))
+    return train_and_evaluate(trainer, checkpoint, progress)
+
+
+def train_and_evaluate(trainer: Trainer, checkpoint: str | None, progress: TrainerCallback | None = None) -> Result:
+    """Train, evaluate where there is something to evaluate on, write model, state and metrics."""
     if progress is not None:
         trainer.remove_callback(ProgressCallback)
         trainer.add_callback(progress)
-    trained = trainer.train(resume_from_checkpoint=checkpoint).metrics
+    metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
     trainer.save_model()
     trainer.save_state()
-    trainer.save_metrics("train", trained)
-    evaluated = trainer.evaluate()
-    evaluated["perplexity"] = _perplexity(evaluated["eval_loss"])
-    trainer.save_metrics("eval", evaluated)
-    return Result({**trained, **evaluated}, trainer)
+    trainer.save_metrics("train", metrics)
+    if trainer.eval_dataset is not None:
+        evaluated = trainer.evaluate()
+        evaluated["perplexity"] = _perplexity(evaluated["eval_loss"])
+        trainer.save_metrics("eval", evaluated)
+        metrics = {**metrics, **evaluated}
+    return Result(metrics, trainer)
 
 
 def _trainer(
@@ -351,13 +385,13 @@ def _perplexity(loss: float) -> float:
     return math.exp(loss) if loss < 700 else math.inf
 
 
-def _prepare_output(config: RunConfig) -> str | None:
+def prepare_output(run: RunArguments, training: TrainingArguments) -> str | None:
     """The checkpoint to resume from, if any; refuses a folder with other content unless told to overwrite it."""
-    training, folder = config.training, Path(config.training.output_dir)
+    folder = Path(training.output_dir)
     checkpoint = _checkpoint(training)
     if checkpoint or training.process_index != 0 or not folder.is_dir() or not any(folder.iterdir()):
         return checkpoint
-    if not config.run.overwrite_output_dir:
+    if not run.overwrite_output_dir:
         raise ConfigError(f"output_dir {str(folder)!r} is not empty: choose another, or --overwrite_output_dir, "
                           "or continue with --resume_from_checkpoint auto")  # fmt: skip
     for old in folder.glob("checkpoint-*"):  # the Trainer's rotation would take them for newer ones of this run
@@ -383,7 +417,8 @@ def _checkpoint(training: TrainingArguments) -> str | None:
 def main(arguments: Sequence[str]) -> None:
     """`train [CONFIG] [--key value ...]`; without a CONFIG the CPU-sized default."""
     if {"-h", "--help"} & set(arguments):
-        print(usage())
+        print(f"usage: hf-shampoo4 train [CONFIG.yaml] [--key value ...]   (CONFIG: default {DEFAULT_CONFIG})\n")
+        print(settings_help(ARGUMENT_TYPES))
         return
     named = bool(arguments) and not arguments[0].startswith("--")
     config, overrides = (arguments[0], arguments[1:]) if named else (DEFAULT_CONFIG, arguments)
@@ -391,11 +426,12 @@ def main(arguments: Sequence[str]) -> None:
     result.trainer.log_metrics("all", result.metrics)
 
 
-def usage() -> str:
-    """The settings of this project with their defaults; the Trainer's are documented by transformers."""
-    lines = [f"usage: hf-shampoo4 train [CONFIG.yaml] [--key value ...]   (CONFIG: default {DEFAULT_CONFIG})", ""]
-    for kind in ARGUMENT_TYPES[:-1]:
+def settings_help(types: Sequence[type]) -> str:
+    """The settings of this project with their defaults; the last type's are documented by the library it is from."""
+    lines = []
+    for kind in types[:-1]:
         lines.append(f"{kind.__doc__}")
         for option in dataclasses.fields(kind):
-            lines.append(f"  --{option.name} ({option.default!r}): {option.metadata['help']}")
-    return "\n".join([*lines, "and every field of transformers.TrainingArguments."])
+            default = "required" if option.default is dataclasses.MISSING else repr(option.default)
+            lines.append(f"  --{option.name} ({default}): {option.metadata.get('help', '')}")
+    return "\n".join([*lines, f"and every field of {_documented(types[-1])}."])

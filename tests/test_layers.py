@@ -43,6 +43,7 @@ LEVELS = {
     "peers": 9,
     "race": 9,
     "estimate": 9,
+    "finetune": 9,
     "cli": 9,
     "_site": 9,
     "__main__": 9,
