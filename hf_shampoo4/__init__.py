@@ -21,18 +21,23 @@ if TYPE_CHECKING:
     from .integrations.trainer import register, trainer_kwargs
     from .optimizer import Shampoo4bit
     from .options import OptionError
+    from .report import metrics
 
 _HOMES = {
     "OptionError": ".options",
     "Shampoo4bit": ".optimizer",
     "Shampoo4bitCallback": ".integrations.callback",
+    "metrics": ".report",
     "param_groups": ".integrations.groups",
     "plan": ".estimate",
     "register": ".integrations.trainer",
     "trainer_kwargs": ".integrations.trainer",
 }
 
-__all__ = ["OptionError", "Shampoo4bit", "Shampoo4bitCallback", "param_groups", "plan", "register", "trainer_kwargs"]
+__all__ = [
+    "OptionError", "Shampoo4bit", "Shampoo4bitCallback",
+    "metrics", "param_groups", "plan", "register", "trainer_kwargs",
+]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:

@@ -19,6 +19,7 @@ COMMANDS = {
     "race": ("hf_shampoo4.race", "optimizers side by side, each at its best learning rate, over seeds"),
     "finetune": ("hf_shampoo4.finetune", "fine-tune on conversations, fully or by LoRA: CONFIG [--key value ...]"),
     "plan": ("hf_shampoo4.estimate", "memory and traffic of a training, from geometry: MODEL --world-size N"),
+    "report": ("hf_shampoo4.runs", "training runs as one HTML page: RUN_DIR..."),
     "train": ("hf_shampoo4.train", "pretrain by a YAML configuration: CONFIG [--key value ...]"),
 }
 

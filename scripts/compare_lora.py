@@ -20,7 +20,7 @@ TEMPLATE = (
     "{% for message in messages %}{% if message.role == 'assistant' %}{% generation %}{{ message.content + eos_token }}"
     "{% endgeneration %}{% else %}{{ message.content + '\n# ' }}{% endif %}{% endfor %}"
 )
-RATES = [2e-3, 4e-3, 8e-3, 1.6e-2]
+RATES = [2e-3, 5e-3, 1.2e-2]
 GRID = {
     "AdamW": ("adamw_torch", "", RATES),
     "Shampoo, long side in blocks of 64": ("shampoo4bit", "block_size=64", RATES),
@@ -29,7 +29,7 @@ GRID = {
 }
 COMMON = {
     "use_peft": True, "lora_r": 8, "lora_alpha": 16, "lora_target_modules": "all-linear", "max_length": 128,
-    "per_device_train_batch_size": 16, "per_device_eval_batch_size": 32, "max_steps": 150, "warmup_steps": 0.1,
+    "per_device_train_batch_size": 8, "per_device_eval_batch_size": 32, "max_steps": 100, "warmup_steps": 0.1,
     "lr_scheduler_type": "cosine", "assistant_only_loss": True, "bf16": False, "gradient_checkpointing": False,
     "logging_steps": 50, "save_strategy": "no", "report_to": "none", "disable_tqdm": True, "seed": 0,
     "overwrite_output_dir": True, "validation_fraction": 0.05,
@@ -59,6 +59,7 @@ def prepare(folder: Path, steps: int) -> tuple[Path, Path]:
     model, data = folder / "model", folder / "chat.jsonl"
     if not (model / "config.json").exists():
         settings = ["--output_dir", str(model), "--max_steps", str(steps), "--overwrite_output_dir", "true"]
+        settings += ["--optim", "adamw_torch_fused", "--optim_args", "", "--learning_rate", "2.8e-3"]
         result = pretrain(parse_pretraining("stdlib_tiny", [*settings, "--eval_strategy", "no", "--save_strategy=no"]))
         tokenizer = result.trainer.processing_class
         tokenizer.chat_template, tokenizer.pad_token = TEMPLATE, tokenizer.eos_token
@@ -72,7 +73,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--quick", action="store_true", help="a few steps: does it work here?")
     chosen = parser.parse_args()
-    model, data = prepare(chosen.folder, 2 if chosen.quick else 400)
+    model, data = prepare(chosen.folder, 2 if chosen.quick else 150)
     common = {**COMMON, "model_name_or_path": str(model), "dataset": str(data)}
     common |= {"max_steps": 2, "max_train_examples": 32} if chosen.quick else {}
     path = chosen.folder / "lora.json"

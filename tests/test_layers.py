@@ -44,6 +44,7 @@ LEVELS = {
     "race": 9,
     "estimate": 9,
     "finetune": 9,
+    "runs": 9,
     "cli": 9,
     "_site": 9,
     "__main__": 9,
