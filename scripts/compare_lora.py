@@ -25,7 +25,7 @@ GRID = {
     "AdamW": ("adamw_torch", "", RATES),
     "Shampoo, long side in blocks of 64": ("shampoo4bit", "block_size=64", RATES),
     "Shampoo, whole sides": ("shampoo4bit", "", RATES),
-    "SOAP, long side in blocks of 64": ("soap4bit", "block_size=64", RATES),
+    "SOAP, the rank side alone": ("soap4bit", "", RATES),
 }
 COMMON = {
     "use_peft": True, "lora_r": 8, "lora_alpha": 16, "lora_target_modules": "all-linear", "max_length": 128,
