@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .options import SECOND_CODEBOOKS, Options
+from .quantize import has_kernels, kernels, padded
 from .rounding import Noise, PreconditionerSpace, Stochastic, to_bfloat16
 from .storage import Bitsandbytes, Blockwise, Buffers, Dense, Factored, RankOne, Storage
 
@@ -82,6 +83,8 @@ class Adam:
         noise: Noise | None = None,
         stochastic_first: bool = False,
     ) -> Tensor:
+        if self._fits_kernel(g.device) and not stochastic_first:
+            return self._by_kernel(state, g, betas, eps, steps)
         # m <- b1 m + (1 - b1) g;  v <- b2 v + (1 - b2) g^2
         m = self.first.read(state["first"]).lerp_(g, 1 - betas[0])
         v = self.second.read(state["second"]).mul_(betas[1]).addcmul_(g, g, value=1 - betas[1])
@@ -95,6 +98,21 @@ class Adam:
         else:
             self.second.write(state["second"], _for_bfloat16(self.second, v, noise))
         return u
+
+    def _fits_kernel(self, device: torch.device) -> bool:
+        """Whether one pass of a kernel does all of `direction`: both moments in blocks, to the nearest level."""
+        both = isinstance(self.first, Blockwise) and isinstance(self.second, Blockwise) and not self.zip_sr
+        return both and has_kernels(device, MOMENT_BLOCK)
+
+    def _by_kernel(self, state: State, g: Tensor, betas: tuple[float, float], eps: float, steps: Tensor) -> Tensor:
+        moments = [
+            kernels().Codes(*state[name].values(), *padded(storage.codebook, storage.bits, g.device))
+            for name, storage in self.storages().items()
+            if isinstance(storage, Blockwise)
+        ]
+        biases = (_bias(betas[0], steps, 1), _bias(betas[1], steps, 1))
+        eden = isinstance(self.second, Blockwise) and self.second.eden
+        return kernels().adamw(g.flatten(1), *moments, biases, betas, eps, 4, MOMENT_BLOCK, eden).view_as(g)
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,9 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from functools import cache
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -45,6 +48,9 @@ def quantize_block(
     """
     length = x.shape[-1]
     rows = x.reshape(-1, length)
+    if has_kernels(x.device, block) and rounding is None and not eden:
+        codes, scales = kernels().quantize(rows, padded(codebook, bits, x.device)[1], bits, block)
+        return codes.view(*x.shape[:-1], -1), scales.view(*x.shape[:-1], -1)
     codes = torch.empty(rows.shape, dtype=torch.uint8, device=x.device)
     scales = torch.empty((len(rows), -(-length // block)), device=x.device)
     for i, j in _pieces(len(rows), length, block, x.device):
@@ -65,6 +71,9 @@ def quantize_block(
 def dequantize_block(codes: Tensor, scales: Tensor, codebook: str, bits: int, block: int, length: int) -> Tensor:
     """Inverse of `quantize_block`: float32 (..., length)."""
     rows, scale_rows = codes.reshape(-1, codes.shape[-1]), scales.reshape(-1, scales.shape[-1])
+    if has_kernels(codes.device, block):
+        x = kernels().dequantize(rows, scale_rows, padded(codebook, bits, codes.device)[0], bits, block, length)
+        return x.view(*codes.shape[:-1], length)
     x = torch.empty((len(rows), length), device=codes.device)
     for i, j in _pieces(len(rows), length, block, x.device):
         part = x[i, j]
@@ -162,6 +171,26 @@ def pack(codes: Tensor, bits: int) -> Tensor:
 def packed_length(length: int, bits: int) -> int:
     """Bytes that `length` codes take."""
     return length if bits == 8 else (length + 1) // 2
+
+
+def has_kernels(device: torch.device, block: int) -> bool:
+    """Whether Triton's kernels do the work: on a GPU, for blocks that fit their tiles."""
+    return device.type == "cuda" and find_spec("triton") is not None and kernels().can_run(block)
+
+
+@cache
+def kernels() -> Any:
+    """The module with the Triton kernels, which is not even imported without a GPU."""
+    return import_module("hf_shampoo4.kernels.blockwise")
+
+
+@cache
+def padded(codebook: str, bits: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """For the kernels, float32: 2^bits levels, and the 2^bits - 1 thresholds between them."""
+    table, thresholds = _table(codebook, bits, device), _thresholds(codebook, bits, False).to(device)
+    missing = 2**bits - len(table)  # dynamic0 leaves its last code unused
+    pad = torch.nn.functional.pad
+    return pad(table, (0, missing)), pad(thresholds, (0, missing), value=math.inf)
 
 
 def _pieces(rows: int, length: int, block: int, device: torch.device) -> Iterator[tuple[slice, slice]]:

@@ -19,6 +19,7 @@ os.environ.update(
     TOKENIZERS_PARALLELISM="false",
     TRL_EXPERIMENTAL_SILENCE="1",
     MPLBACKEND="Agg",
+    TRITON_INTERPRET="1",  # read when triton is imported, by us or by somebody else
 )
 # Left over from a user's shell, these would change what the tests see.
 for name in ("HF_SHAMPOO4_CONFIG", "HF_SHAMPOO4_REGISTER"):

@@ -24,6 +24,7 @@ LEVELS = {
     "files": 0,
     "matrix": 1,
     "rounding": 1,
+    "kernels": 1,
     "quantize": 2,
     "storage": 3,
     "eigenbasis": 4,
@@ -45,6 +46,7 @@ LEVELS = {
     "estimate": 9,
     "finetune": 9,
     "runs": 9,
+    "bench": 9,
     "cli": 9,
     "_site": 9,
     "__main__": 9,
@@ -53,6 +55,7 @@ LEVELS = {
 TOP = 9
 
 MATHEMATICS = {
+    "kernels",
     "codebooks",
     "rounding",
     "matrix",
