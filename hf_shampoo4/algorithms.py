@@ -7,8 +7,9 @@ An algorithm is a frozen description of one block shape; equal descriptions are 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -39,6 +40,13 @@ class Context:
     """L2: this times the parameter is added to what goes through the base, as torch.optim.SGD does."""
     probe: Probe | None = None
     """Looks at the state before and after, if this is a step to look at."""
+    phases: Sequence[int] = ()
+    """Of the stack's blocks: how many steps earlier than together with all the others each is refreshed."""
+
+    def due(self, every: int, blocks: int) -> list[int]:
+        """Rows of a stack whose turn it is in a period of `every` steps."""
+        phases = self.phases or [0] * blocks
+        return [row for row, phase in enumerate(phases) if (self.step + phase) % every == 0]
 
 
 class Probe(Protocol):
@@ -131,20 +139,26 @@ class Shampoo:
         self.right.initialise(_side(state, "right"))
 
     def precondition(self, state: State, g: Tensor, context: Context) -> Preconditioned:
-        left, right = _side(state, "left"), _side(state, "right")
-        failures = state["failures"]["dense"]
-        if context.step % context.options.stats_every == 0:
-            with context.stopwatch.on(g.device):
-                # L <- beta L + (1 - beta) G G^T;  R <- beta R + (1 - beta) G^T G
-                failures += self.left.update(left, g @ g.mT)
-                failures += self.right.update(right, g.mT @ g)
-        if context.step % context.options.roots_every == 0:
-            with context.stopwatch.on(g.device):
-                # L^-1/4, R^-1/4
-                failures += self.left.refresh(left)
-                failures += self.right.refresh(right)
+        o = context.options
+        for every, work in ((o.stats_every, self._update), (o.roots_every, self._refresh)):
+            rows = context.due(every, len(g))
+            if rows:
+                with context.stopwatch.on(g.device), _part(state, g, rows) as (part, some):
+                    part["failures"]["dense"] += work(part, some)
         # P = L^-1/4 G R^-1/4
-        return Preconditioned(self.left.root(left) @ g @ self.right.root(right), grafted=True)
+        return Preconditioned(
+            self.left.root(_side(state, "left")) @ g @ self.right.root(_side(state, "right")), grafted=True
+        )
+
+    def _update(self, state: State, g: Tensor) -> Tensor:
+        # L <- beta L + (1 - beta) G G^T;  R <- beta R + (1 - beta) G^T G
+        failed = self.left.update(_side(state, "left"), g @ g.mT).int()
+        return failed + self.right.update(_side(state, "right"), g.mT @ g)
+
+    def _refresh(self, state: State, g: Tensor) -> Tensor:
+        # L^-1/4, R^-1/4
+        failed = self.left.refresh(_side(state, "left")).int()
+        return failed + self.right.refresh(_side(state, "right"))
 
 
 @dataclass(frozen=True)
@@ -180,16 +194,25 @@ class Eigenbasis:
 
     def precondition(self, state: State, g: Tensor, context: Context) -> Preconditioned:
         o = context.options
-        left, right = OpenSide(self.left, _side(state, "left"), g), OpenSide(self.right, _side(state, "right"), g)
+        left, right = self._opened(state, g)
         # G' = U_L^T G U_R
         rotated = right.into(left.into(g).mT).mT
         self._follow(left, right, rotated.square(), o.factor_beta)
         warm = context.step <= o.refresh_warmup
-        if warm or context.step % o.stats_every == 0:
-            with context.stopwatch.on(g.device):
-                memory = max(o.factor_beta ** (1 if warm else o.stats_every), SHORTEST_MEMORY)
-                state["failures"]["dense"] += self._turn(left, right, state, rotated, memory, o.momentum_share)
-                rotated = right.turned(left.turned(rotated).mT).mT
+        rows = list(range(len(g))) if warm else context.due(o.stats_every, len(g))
+        if rows:
+            memory = max(o.factor_beta ** (1 if warm else o.stats_every), SHORTEST_MEMORY)
+            with context.stopwatch.on(g.device), _part(state, rotated, rows) as (part, some):
+                all_rows = part is state
+                here = (left, right) if all_rows else self._opened(part, some)
+                part["failures"]["dense"] += self._turn(*here, part, some, memory, o.momentum_share)
+                some = here[1].turned(here[0].turned(some).mT).mT
+            if all_rows:
+                rotated = some
+            else:
+                rotated[rows] = some
+                left.adopt(here[0], rows)
+                right.adopt(here[1], rows)
 
         def back(u: Tensor) -> Tensor:
             # U_L (u / sqrt(lambda_L lambda_R^T)) U_R^T
@@ -198,6 +221,9 @@ class Eigenbasis:
             return right.out(left.out(u).mT).mT
 
         return Preconditioned(rotated, back=back)
+
+    def _opened(self, state: State, x: Tensor) -> tuple[OpenSide, OpenSide]:
+        return OpenSide(self.left, _side(state, "left"), x), OpenSide(self.right, _side(state, "right"), x)
 
     def _follow(self, left: OpenSide, right: OpenSide, squares: Tensor, beta: float) -> None:
         """Eigenvalues follow the rotated gradient at every step."""
@@ -243,6 +269,10 @@ class Stack(Protocol):
     salts: Tensor
     """int32 (B,): the same number for a block in every run and on every rank."""
 
+    @property
+    def phases(self) -> Sequence[int]:
+        """B numbers without order, the same for a block in every run and on every rank."""
+
     def parameters(self) -> Tensor:
         """float32 (B, *shape), a copy."""
 
@@ -251,7 +281,10 @@ def directions(stacks: Sequence[Stack], gradients: Sequence[Tensor], context: Co
     """The step of every block of a wave, without learning rate and weight decay: float32 (B, *shape) a stack."""
     if context.probe:
         context.probe.before(stacks)
-    preconditioned = [s.algorithm.precondition(s.state, g, context) for s, g in zip(stacks, gradients, strict=True)]
+    staggered = context.options.stagger
+    contexts = [replace(context, phases=stack.phases) if staggered else context for stack in stacks]
+    inputs = zip(stacks, gradients, contexts, strict=True)
+    preconditioned = [stack.algorithm.precondition(stack.state, g, its_context) for stack, g, its_context in inputs]
     grafted = graft(stacks, gradients, preconditioned, context.options.graft)
     steps = [through_base(stack, value, context) for stack, value in zip(stacks, grafted, strict=True)]
     if context.probe:
@@ -306,6 +339,20 @@ def make_algorithm(shape: tuple[int, ...], options: Options, quantise_moments: b
         return Shampoo(shape, moments, make_factor(shape[0], options), make_factor(shape[1], options))
     kl_shampoo = options.algorithm == "kl_shampoo"
     return Eigenbasis(shape, moments, *make_sides(shape, options), options.algorithm != "soap", kl_shampoo)
+
+
+@contextmanager
+def _part(state: State, x: Tensor, rows: list[int]) -> Iterator[tuple[State, Tensor]]:
+    """Some blocks of a stack's state, to be changed in place, and of x (B, ...)."""
+    if len(rows) == len(x):
+        yield state, x
+        return
+    index = torch.tensor(rows, device=x.device)
+    part = {tensor: {name: buffer[index] for name, buffer in buffers.items()} for tensor, buffers in state.items()}
+    yield part, x[index]
+    for tensor, buffers in state.items():
+        for name, buffer in buffers.items():
+            buffer[index] = part[tensor][name]
 
 
 def _side(state: State, side: str) -> State:

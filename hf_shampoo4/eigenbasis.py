@@ -114,6 +114,11 @@ class OpenSide:
         self.eigenvalues.copy_(torch.where(good[:, None], turned, self.eigenvalues))
         return ~good
 
+    def adopt(self, turned: OpenSide, rows: list[int]) -> None:
+        """Take over the vectors of some blocks' side, which turned apart from the others."""
+        if self.vectors is not None and turned.vectors is not None:
+            self.vectors[rows] = turned.vectors
+
     def turned(self, x: Tensor) -> Tensor:
         """T x: coordinates in the basis before `turn`, as they are in the one after."""
         return x if self._turn is None else self._turn @ x

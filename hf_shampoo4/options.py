@@ -54,6 +54,10 @@ class Options:
     """T1: steps between two updates of Shampoo's factors, or between two turns of SOAP's and KL-Shampoo's bases."""
     roots_every: int = 10
     """T2: steps between two computations of the inverse roots."""
+    stagger: bool = False
+    """Spread the refreshes of the blocks over the steps of a period, so that no step takes much longer than another.
+
+    When a block's turn comes depends on its parameter's name and its place there."""
     refresh_warmup: int = 100
     """Steps at the start of training in which SOAP's and KL-Shampoo's bases turn at every step."""
     momentum_share: float = 0.5

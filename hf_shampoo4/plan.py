@@ -91,6 +91,11 @@ class Stack:
     salts: Tensor
     state: State = field(default_factory=dict)
 
+    @property
+    def phases(self) -> list[int]:
+        """A number for each block, the same in every run and on every rank."""
+        return [piece.salt for piece in self.pieces]
+
     def parameters(self) -> Tensor:
         """float32 (B, *shape), a copy."""
         return torch.stack(_parts(self.pieces, [piece.parameter for piece in self.pieces])[0]).float()

@@ -1,0 +1,90 @@
+"""Refreshes spread over a period: every block as often as before and no later, the same in every run."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+import hf_shampoo4
+from hf_shampoo4.algorithms import Context
+from hf_shampoo4.clock import Stopwatch
+from hf_shampoo4.options import Options
+
+ALGORITHMS: list[dict[str, Any]] = [
+    {"algorithm": "shampoo"},
+    {"algorithm": "shampoo", "factor": "cholesky_ef", "stats_every": 2},
+    {"algorithm": "soap", "refresh_warmup": 2},
+    {"algorithm": "kl_shampoo", "refresh_warmup": 0, "bits": 32, "moments": "fp32"},
+]
+each = pytest.mark.parametrize("options", ALGORITHMS, ids=lambda o: f"{o['algorithm']}{o.get('factor', '')}")
+COUNT, EVERY = 7, 4
+
+
+def optimizer(names: list[int], **options: Any) -> hf_shampoo4.Shampoo4bit:
+    generator = torch.Generator().manual_seed(0)
+    parameters = [torch.nn.Parameter(torch.randn(72, 80, generator=generator)) for _ in range(COUNT)]
+    named = [(f"layer{i}", parameters[i]) for i in names]
+    if options["algorithm"] == "shampoo":
+        options.setdefault("roots_every", EVERY)
+    return hf_shampoo4.Shampoo4bit(named, lr=1e-2, **{"stats_every": EVERY, "stagger": True, **options})
+
+
+def step(opt: hf_shampoo4.Shampoo4bit, number: int) -> None:
+    for name, p in zip(opt.param_groups[0]["param_names"], opt.param_groups[0]["params"], strict=True):
+        p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(1000 * number + int(name[5:])))
+    opt.step()
+
+
+def result(opt: hf_shampoo4.Shampoo4bit) -> dict[str, torch.Tensor]:
+    group = opt.param_groups[0]
+    return {name: p.detach() for name, p in zip(group["param_names"], group["params"], strict=True)}
+
+
+def test_every_block_once_in_a_period_and_not_later_than_all_together() -> None:
+    phases = [-5, 0, 3, 10**9]
+    contexts = [Context(Options(), step, (0.9, 0.99), 1e-8, Stopwatch(), phases=phases) for step in range(1, 21)]
+    due = [context.due(10, 4) for context in contexts]
+    assert sorted(row for rows in due[:10] for row in rows) == [0, 1, 2, 3]
+    assert due[:10] == due[10:]
+    together = Context(Options(), 10, (0.9, 0.99), 1e-8, Stopwatch())
+    assert together.due(10, 4) == [0, 1, 2, 3]
+    assert not together.due(3, 4)
+
+
+@each
+def test_a_block_does_not_depend_on_those_beside_it(options: dict[str, Any]) -> None:
+    """Refreshed with some blocks of its stack, with others, or alone: as 1-block stacks, where there is no part."""
+    together, alone = optimizer(list(range(COUNT)), **options), [optimizer([i], **options) for i in range(COUNT)]
+    for number in range(1, 2 * EVERY + 2):
+        for opt in (together, *alone):
+            step(opt, number)
+    for opt in alone:
+        for name, p in result(opt).items():
+            torch.testing.assert_close(result(together)[name], p, rtol=1e-4, atol=1e-5)
+
+
+@each
+def test_a_resume_repeats_it(options: dict[str, Any]) -> None:
+    straight = optimizer(list(range(COUNT)), **options)
+    for number in range(1, EVERY):
+        step(straight, number)
+    resumed = optimizer(list(range(COUNT)), **options)
+    for p, q in zip(result(resumed).values(), result(straight).values(), strict=True):
+        p.copy_(q)
+    resumed.load_state_dict(straight.state_dict())
+    for number in range(EVERY, 2 * EVERY):
+        step(straight, number)
+        step(resumed, number)
+    for name, p in result(straight).items():
+        assert torch.equal(result(resumed)[name], p), name
+
+
+def test_a_period_of_one_step_is_the_same_with_and_without() -> None:
+    pair = [optimizer(list(range(COUNT)), algorithm="shampoo", stats_every=1, roots_every=1, stagger=s) for s in (0, 1)]
+    for number in range(1, 4):
+        for opt in pair:
+            step(opt, number)
+    for p, q in zip(*(result(opt).values() for opt in pair), strict=True):
+        assert torch.equal(p, q)
