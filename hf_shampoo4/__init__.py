@@ -12,9 +12,11 @@ from __future__ import annotations
 import sys
 from importlib import import_module
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
 
+TYPE_CHECKING = False  # as type checkers read it: importing `typing` would take longer than all of this
 if TYPE_CHECKING:
+    from typing import Any
+
     from .estimate import plan
     from .integrations.callback import Shampoo4bitCallback
     from .integrations.groups import param_groups
