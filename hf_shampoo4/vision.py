@@ -11,7 +11,6 @@ import argparse
 import contextlib
 import json
 import math
-import os
 import statistics
 import sys
 import tempfile
@@ -35,7 +34,8 @@ from transformers import (
 
 import hf_shampoo4
 from hf_shampoo4.data import ConfigError
-from hf_shampoo4.demo import COLOURS, Settings, machine, state_bytes, write_json
+from hf_shampoo4.demo import COLOURS, Settings, machine, state_bytes
+from hf_shampoo4.files import write_figure, write_json
 from hf_shampoo4.race import write_markdown
 from hf_shampoo4.train import config_root, read_config
 
@@ -338,9 +338,7 @@ def draw(results: Sequence[Result], path: Path) -> None:
         for axes in panels.flat:
             axes.grid(color="#e5e7eb", linewidth=0.8, which="both")
             axes.legend(frameon=False, fontsize=8)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        figure.savefig(temporary, format="png")
-    os.replace(temporary, path)
+        write_figure(path, figure)
 
 
 def _draw_curves(axes: Any, label: str, curves: Sequence[Sequence[float]]) -> None:
