@@ -4,6 +4,7 @@
 (64, 3, 3, 3), a convolution          -> its view (64, 27), 1 block
 (8, 1024, 4096), experts              -> 8 matrices, 4 blocks each
 (1536, 1024), row_splits (1024, 512)  -> q apart from kv: 1024 x 1024 and 512 x 1024
+(32000, 1024), an embedding           -> 32 strips of 1000 rows
 """
 
 from __future__ import annotations
@@ -73,6 +74,12 @@ def partition(view: MatrixView, block_size: int, row_splits: tuple[int, ...] = (
         rows += [(start + a, start + b) for a, b in _cut(size, block_size)]
     columns = _cut(view.columns, block_size)
     return [Rect(k, r0, r1, c0, c1) for k in range(view.count) for r0, r1 in rows for c0, c1 in columns]
+
+
+def strips(view: MatrixView, largest: int) -> list[Rect]:
+    """Rectangles of whole rows with about `largest` entries at most, for what no matrix of statistics belongs to."""
+    rows = _cut(view.rows, max(1, largest // view.columns))
+    return [Rect(k, r0, r1, 0, view.columns) for k in range(view.count) for r0, r1 in rows]
 
 
 def _cut(length: int, largest: int) -> list[tuple[int, int]]:

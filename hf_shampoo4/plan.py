@@ -18,13 +18,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .algorithms import Algorithm, State, make_algorithm
-from .blocks import MatrixView, Rect, matrix_view, partition
+from .algorithms import Algorithm, Elementwise, State, make_algorithm
+from .blocks import MatrixView, Rect, matrix_view, partition, strips
 from .options import Options
+from .placement import Load
 from .rounding import noise_bits, to_bfloat16
-from .storage import SMALL, allocate
+from .storage import SMALL, allocate, nbytes
 
 WAVE_ELEMENTS = 1 << 24  # 64 MiB of float32 gradient
+MOMENT_FLOPS, STATS_CUBES, ROOT_CUBES = 50, 12, 25  # an entry's decode, update, encode; k^3 of a factor of order k
+STRIP = 1 << 20  # entries of a block of an embedding: as many as a block of 1024 x 1024
 
 
 @dataclass(frozen=True)
@@ -55,14 +58,34 @@ def blocks_of(shape: tuple[int, ...], options: Options) -> list[Block]:
     view = matrix_view(shape, options.matrix_view) if options.algorithm != "elementwise" else None
     if view is None:
         rows = shape[0] if len(shape) > 1 else 1
-        rect = Rect(0, 0, rows, 0, numel // rows)
-        elementwise = dataclasses.replace(options, algorithm="elementwise")
-        algorithm = make_algorithm(rect.shape if len(shape) > 1 else (numel,), elementwise, quantise)
-        return [Block(MatrixView(1, *rect.shape), rect, algorithm)]
-    splits = options.row_splits if sum(options.row_splits) == view.rows else ()
-    rects = partition(view, options.block_size, splits)
-    algorithms = {shape: make_algorithm(shape, options, quantise) for shape in {rect.shape for rect in rects}}
+        view, options = MatrixView(1, rows, numel // rows), dataclasses.replace(options, algorithm="elementwise")
+        rects = strips(view, STRIP)
+    else:
+        splits = options.row_splits if sum(options.row_splits) == view.rows else ()
+        rects = partition(view, options.block_size, splits)
+    of_block = {rect.shape: rect.shape if len(shape) > 1 else (numel,) for rect in rects}
+    algorithms = {rect: make_algorithm(block, options, quantise) for rect, block in of_block.items()}
     return [Block(view, rect, algorithms[rect.shape]) for rect in rects]
+
+
+def loads_of(blocks: Sequence[Block], options: Options) -> list[Load]:
+    """What each block asks of its owner, from shapes alone; exact in bytes, in flops good enough to balance by."""
+    found: dict[tuple[int, int], Load] = {}
+    for block in blocks:
+        if block.rect.shape not in found:
+            found[block.rect.shape] = _load(block, options)
+    return [found[block.rect.shape] for block in blocks]
+
+
+def _load(block: Block, options: Options) -> Load:
+    m, n = block.rect.shape
+    flops = MOMENT_FLOPS * m * n
+    if not isinstance(block.algorithm, Elementwise):
+        products, cubes = 2 * m * n * (m + n), m**3 + n**3
+        # P = L^-1/4 G R^-1/4;  G G^T, G^T G, Bjorck and QR of each;  eigh or Newton of each
+        flops += products + (products + STATS_CUBES * cubes) // options.stats_every
+        flops += ROOT_CUBES * cubes // options.roots_every
+    return Load(flops, sum(nbytes(storage) for storage in block.algorithm.storages().values()))
 
 
 def state_layout(blocks: Sequence[Block]) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:

@@ -23,6 +23,7 @@ LEVELS = {
     "clock": 0,
     "files": 0,
     "matrix": 1,
+    "placement": 1,
     "rounding": 1,
     "kernels": 1,
     "quantize": 2,
