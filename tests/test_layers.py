@@ -27,6 +27,7 @@ LEVELS = {
     "rounding": 1,
     "kernels": 1,
     "quantize": 2,
+    "exchange": 2,
     "storage": 3,
     "eigenbasis": 4,
     "factors": 4,
