@@ -40,6 +40,8 @@ class Context:
     """L2: this times the parameter is added to what goes through the base, as torch.optim.SGD does."""
     probe: Probe | None = None
     """Looks at the state before and after, if this is a step to look at."""
+    total: Callable[[Tensor], Tensor] = lambda sums: sums
+    """Sums over the blocks of each parameter here, float64 (k, parameters) -> over its blocks on all ranks."""
     phases: Sequence[int] = ()
     """Of the stack's blocks: how many steps earlier than together with all the others each is refreshed."""
 
@@ -285,7 +287,7 @@ def directions(stacks: Sequence[Stack], gradients: Sequence[Tensor], context: Co
     contexts = [replace(context, phases=stack.phases) if staggered else context for stack in stacks]
     inputs = zip(stacks, gradients, contexts, strict=True)
     preconditioned = [stack.algorithm.precondition(stack.state, g, its_context) for stack, g, its_context in inputs]
-    grafted = graft(stacks, gradients, preconditioned, context.options.graft)
+    grafted = graft(stacks, gradients, preconditioned, context)
     steps = [through_base(stack, value, context) for stack, value in zip(stacks, grafted, strict=True)]
     if context.probe:
         context.probe.after(stacks)
@@ -309,13 +311,13 @@ def through_base(stack: Stack, p: Tensor, context: Context) -> Tensor:
 
 
 def graft(
-    stacks: Sequence[Stack], gradients: Sequence[Tensor], preconditioned: Sequence[Preconditioned], over: str
+    stacks: Sequence[Stack], gradients: Sequence[Tensor], preconditioned: Sequence[Preconditioned], context: Context
 ) -> list[Tensor]:
     """P <- P |G|_F / |P|_F, the norms over each parameter (`norm`) or each block (`block`); a zero P stays zero.
 
     A P that is not finite (a gradient whose square overflows) becomes zero.
     """
-    values = [p.value for p in preconditioned]
+    values, over = [p.value for p in preconditioned], context.options.graft
     chosen = [i for i, p in enumerate(preconditioned) if p.grafted]
     if not chosen:
         return values
@@ -323,7 +325,9 @@ def graft(
     g2 = [_squared_norms(gradients[i]) for i in chosen] if over != "none" else p2
     if over == "norm":
         members = [stacks[i].membership.double() for i in chosen]
-        g2, p2 = _over_parameters(members, g2), _over_parameters(members, p2)
+        # products with the membership matrices, not a scatter-add, whose order is not fixed on a GPU
+        sums = [torch.stack([m @ x for m, x in zip(members, squares, strict=True)]).sum(0) for squares in (g2, p2)]
+        g2, p2 = ([m.T @ over_all for m in members] for over_all in context.total(torch.stack(sums)))
     for i, numerator, denominator in zip(chosen, g2, p2, strict=True):
         ratio = torch.nan_to_num((numerator / denominator).sqrt(), nan=0.0, posinf=0.0).float()[:, None, None]
         values[i] = torch.where(ratio > 0, values[i] * ratio, 0.0)
@@ -362,12 +366,3 @@ def _side(state: State, side: str) -> State:
 def _squared_norms(x: Tensor) -> Tensor:
     """float64 (B,): the square of a float32 norm overflows float32."""
     return torch.linalg.vector_norm(x.flatten(1), dim=1).double().square()
-
-
-def _over_parameters(members: Sequence[Tensor], squares: Sequence[Tensor]) -> list[Tensor]:
-    """Sum blocks' squares over their parameter, and hand every block its parameter's sum.
-
-    By products with the membership matrices: a scatter-add's order is not fixed on a GPU.
-    """
-    total = torch.stack([member @ x for member, x in zip(members, squares, strict=True)]).sum(0)
-    return [member.T @ total for member in members]

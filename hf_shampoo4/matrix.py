@@ -55,7 +55,9 @@ def symmetric_power(u: Tensor, eigenvalues: Tensor, exponent: float, damping: fl
     """
     largest = eigenvalues.amax(-1, keepdim=True)
     damped = torch.where(largest > 0, eigenvalues.clamp_min(0.0) + damping * largest, 1.0)
-    return (u * damped.pow(exponent).unsqueeze(-2)) @ u.mT
+    # float32's pow rounds the last few of a tensor otherwise than the rest: a block's root would depend on its stack
+    power = damped.double().pow(exponent).to(u.dtype)
+    return (u * power.unsqueeze(-2)) @ u.mT
 
 
 def root_by_eigh(a: Tensor, exponent: float, damping: float) -> Tensor:

@@ -1,8 +1,9 @@
-"""`Shampoo4bit`: the torch optimizer, for one process and DDP."""
+"""`Shampoo4bit`: the torch optimizer, for any number of ranks."""
 
 from __future__ import annotations
 
 import difflib
+import hashlib
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -11,14 +12,16 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from .algorithms import Context, directions
+from .algorithms import Context
 from .blocks import matrix_view
 from .clock import Stopwatch
 from .diagnostics import Probe
-from .matrix import exact_float32
+from .exchange import Ranks
+from .job import Job, raise_together, run
 from .moments import make_moments
-from .options import NAMES, STRUCTURAL, OptionError, Options, resolve
-from .plan import Stack, Wave, blocks_of, build, deliver, state_layout
+from .options import NAMES, OF_THE_RUN, STRUCTURAL, OptionError, Options, resolve
+from .plan import blocks_of, refreshes, state_layout
+from .waves import Entry, Wave, build, local_tensor
 
 FORMAT = 1  # of the state; in every param group, so that a checkpoint says what wrote it
 
@@ -72,15 +75,17 @@ class Shampoo4bit(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
-        """One update of every parameter that has a gradient.
+        """One update of every parameter that has a gradient; with several ranks, all of them must call it.
 
         A step on which any gradient is not finite changes nothing but `skipped_steps`.
 
         Raises:
-            TypeError: a sparse gradient, or a sharded parameter (FSDP2, tensor parallel).
+            TypeError: a sparse gradient.
+            ValueError: parameters that are sharded in a way that is not supported.
+            RuntimeError: ranks with different options or models, or another rank that failed.
         """
         loss = None if closure is None else torch.enable_grad()(closure)()
-        usable = self._gradients_are_finite()
+        usable, wanted = self._agree()
         for index, group in enumerate(self.param_groups):
             if not usable:
                 group["skipped_steps"] += 1
@@ -90,11 +95,46 @@ class Shampoo4bit(torch.optim.Optimizer):
             coupled, decoupled = (decay, 0.0) if options.base == "sgdm" else (0.0, decay)
             probe = Probe() if options.diagnose_every and group["step"] % options.diagnose_every == 0 else None
             context = Context(options, group["step"], group["betas"], group["eps"], self._stopwatch, coupled, probe)
+            jobs = []
             for wave in self._waves(index):
-                _step_wave(wave, context, float(group["lr"]), decoupled)
+                present = {m for m, member in enumerate(wave.members) if id(member.parameter) in wanted}
+                split = not wave.replicated or (self._ranks.world > 1 and refreshes(options, group["step"]))
+                if present:
+                    jobs.append(Job(wave, present, split, context, float(group["lr"]), decoupled))
+            run(jobs)
             if probe:
                 self._probes[index] = probe
         return loss
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state in a form that has no rank in it, so that any number of ranks can load it.
+
+        Where parameters are sharded (FSDP2), every rank must call it.  With `shard_state` under DDP every rank must
+        have called `consolidate()` since the last step.
+
+        Raises:
+            RuntimeError: that was not done.
+        """
+        saved = self._saved()
+        packed = super().state_dict()
+        members = [p for group in self.param_groups for p in group["params"]]
+        packed["state"] = {
+            key: saved.get(members[key], entry) if isinstance(key, int) else entry
+            for key, entry in packed["state"].items()
+        }
+        return packed
+
+    def consolidate(self) -> None:
+        """Bring the state that `shard_state` has spread over the ranks to all of them, for `state_dict()`.
+
+        Every rank must call it.  It is kept in the CPU's memory until the next step.
+        """
+        self._consolidated.clear()
+        for wave in self._all_waves():
+            if not wave.replicated and wave.members[0].placement.whole:
+                for m, entry in wave.saved().items():
+                    kept = {key: t.to("cpu", copy=True) for key, t in entry.items()}
+                    self._consolidated[wave.members[m].parameter] = kept
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group; its options are cast and checked as the constructor's are.
@@ -125,12 +165,16 @@ class Shampoo4bit(torch.optim.Optimizer):
             CheckpointError: written by another optimizer, for another model or with other structural options, or
                 incomplete.  Nothing is changed then.
         """
+        state_dict = self._numbered(_with_tuples(state_dict))
         self._check_checkpoint(state_dict)
         # torch casts all per-parameter state to the parameter's dtype, codes too: show it wrapped values only.
         hidden = {
             key: {name: _Opaque(value) for name, value in entry.items()} for key, entry in state_dict["state"].items()
         }
+        of_the_run = [{name: group[name] for name in OF_THE_RUN} for group in self.param_groups]
         super().load_state_dict({**state_dict, "state": hidden})
+        for group, kept in zip(self.param_groups, of_the_run, strict=True):
+            group.update(kept)
         for p, entry in self.state.items():
             for name, wrapped in entry.items():
                 entry[name] = wrapped.value.to(p.device, copy=True)  # never alias the caller's dict
@@ -161,29 +205,99 @@ class Shampoo4bit(torch.optim.Optimizer):
         return [f"{index}.{i}" for i in range(len(group["params"]))]
 
     def _reset(self) -> None:
+        self._ranks = Ranks()
         self._built: dict[int, _Built] = {}
         self._probes: dict[int, Probe] = {}
+        self._consolidated: dict[Tensor, Entry] = {}
         self._stopwatch = Stopwatch()
 
+    def _agree(self) -> tuple[bool, set[int]]:
+        """Have a plan, and see the same on every rank: whether the gradients are finite, and which there are (ids)."""
+        self._consolidated.clear()
+        error: Exception | None = None
+        live = [p for group in self.param_groups for p in group["params"] if p.requires_grad]
+        stale = any(self._stale(index) for index in range(len(self.param_groups)))
+        if not self._built:
+            self._ranks = Ranks.here() if all(group["communicate"] for group in self.param_groups) else Ranks()
+            self._introduce()
+        try:
+            usable = self._gradients_are_finite()
+        except TypeError as refused:
+            error, usable = refused, True
+        seen = [error is not None, not usable, stale, *(p.grad is not None for p in live)]
+        if self._ranks.world > 1:
+            device = live[0].device if live else torch.device("cpu")
+            seen = self._ranks.reduce(torch.tensor(seen, dtype=torch.int32, device=device), largest=True).tolist()
+        if seen[0]:
+            raise_together(self._ranks, error)
+        if seen[2]:
+            self._plan()
+        return not seen[1], {id(p) for p, there in zip(live, seen[3:], strict=True) if there}
+
+    def _introduce(self) -> None:
+        """Make sure that all ranks train the same model in the same way.
+
+        Raises:
+            RuntimeError: they do not; the message says what differs.
+        """
+        if self._ranks.world == 1:
+            return
+        mine = [
+            {
+                **{name: group[name] for name in (*NAMES, "lr", "betas", "eps", "weight_decay", "step")},
+                **{
+                    name: (tuple(p.shape), str(p.dtype)) for name, p in zip(self.names(i), group["params"], strict=True)
+                },
+            }
+            for i, group in enumerate(self.param_groups)
+        ]
+        digests = self._ranks.gather(hashlib.sha256(repr(mine).encode()).hexdigest())
+        if len(set(digests)) > 1:
+            theirs = self._ranks.gather(mine)
+            raise RuntimeError(f"ranks disagree on options or model: {_difference(theirs)}")
+
     def _waves(self, index: int) -> list[Wave]:
-        """The plan of a group: built at its first step, again when parameters, their state or options changed.
+        return self._built[index].waves
+
+    def _all_waves(self) -> list[Wave]:
+        return [wave for built in self._built.values() for wave in built.waves]
+
+    def _live(self, index: int) -> list[tuple[str, Tensor]]:
+        group = self.param_groups[index]
+        return [(name, p) for name, p in zip(self.names(index), group["params"], strict=True) if p.requires_grad]
+
+    def _stale(self, index: int) -> bool:
+        """Whether a group has no plan, or one on other parameters, state tensors or options."""
+        built = self._built.get(index)
+        return built is None or built.identity != self._identity(index) or not self._holds(built)
+
+    def _identity(self, index: int) -> Any:
+        group = self.param_groups[index]
+        live = [(id(p), p.device, p.dtype, p.shape) for _, p in self._live(index)]
+        return [group[name] for name in (*STRUCTURAL, *OF_THE_RUN)], live
+
+    def _plan(self) -> None:
+        """Plan all groups: at the first step, and again when parameters, their state or options changed.
 
         Raises:
             RuntimeError: state that was there at the step before is gone.
         """
-        group = self.param_groups[index]
-        live = [(name, p) for name, p in zip(self.names(index), group["params"], strict=True) if p.requires_grad]
-        identity = (Options.of(group), [(id(p), p.device, p.dtype, p.shape) for _, p in live])
-        before = self._built.get(index)
-        if before is None or before.identity != identity or not self._holds(before):
-            self._require_matrices()
-            for name, p in live:
-                if before is not None and before.lost(p) and not self.state.get(p):
+        self._require_matrices()
+        for index, before in self._built.items():
+            for name, p in self._live(index):
+                if before.lost(p) and not self.state.get(p):
                     raise RuntimeError(f"the optimizer state of {name!r} is gone: load the last checkpoint again")
-            waves = build(live, identity[0], self.state)
-            views = {p: dict(self.state[p]) for _, p in live}
-            self._built[index] = _Built(identity, list(group["params"]), views, waves)
-        return self._built[index].waves
+        if self._ranks.world > 1:  # owners may change
+            for wave in self._all_waves():
+                wave.adopt([self.state[member.parameter] for member in wave.members])
+                self.state.update({wave.members[m].parameter: entry for m, entry in wave.saved().items()})
+        groups = [(Options.of(group), self._live(index)) for index, group in enumerate(self.param_groups)]
+        for index, waves in enumerate(build(groups, self._ranks)):
+            for wave in waves:
+                wave.adopt([self.state[member.parameter] for member in wave.members])
+                self.state.update({wave.members[m].parameter: entry for m, entry in wave.live().items()})
+            views = {p: dict(self.state[p]) for _, p in groups[index][1]}
+            self._built[index] = _Built(self._identity(index), list(self.param_groups[index]["params"]), views, waves)
 
     def _holds(self, built: _Built) -> bool:
         """Whether `state` still holds the very tensors that the plan works on (offloading replaces them)."""
@@ -191,15 +305,31 @@ class Shampoo4bit(torch.optim.Optimizer):
             self.state[p].get(key) is tensor for p, entry in built.state.items() for key, tensor in entry.items()
         )
 
+    def _saved(self) -> dict[Tensor, Entry]:
+        """Parameter -> its whole state, of those whose state is spread over the ranks."""
+        saved = dict(self._consolidated)
+        for wave in self._all_waves():
+            if wave.replicated or wave.members[0].parameter in saved:
+                continue
+            if wave.members[0].placement.whole:
+                raise RuntimeError(
+                    "with shard_state the state is spread over the ranks: call optimizer.consolidate() on every rank "
+                    "before state_dict() (in the Trainer, hf_shampoo4's callback does)"
+                )
+            saved.update({wave.members[m].parameter: entry for m, entry in wave.saved().items()})
+        return saved
+
     def _gradients_are_finite(self) -> bool:
         by_device: dict[torch.device, list[Tensor]] = {}
         for index, group in enumerate(self.param_groups):
             for i, p in enumerate(group["params"]):
                 if p.grad is None or not p.requires_grad or not p.numel():
                     continue
-                if p.grad.layout != torch.strided or hasattr(p, "device_mesh"):
-                    _refuse_unusable(p, self.names(index)[i])
-                by_device.setdefault(p.device, []).append(p.grad.detach())
+                if p.grad.layout != torch.strided:
+                    _refuse_sparse(self.names(index)[i])
+                gradient = local_tensor(p.grad)
+                if gradient.numel():
+                    by_device.setdefault(gradient.device, []).append(gradient)
         return all(_finite(gradients) for gradients in by_device.values())
 
     def _require_matrices(self) -> None:
@@ -216,6 +346,25 @@ class Shampoo4bit(torch.optim.Optimizer):
             "Sharding that flattens parameters (FSDP1, DeepSpeed) hides them: train with DDP or one process. "
             "For the base optimizer alone set algorithm='elementwise' (--optim adamw4bit)."
         )
+
+    def _numbered(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        """A state dict keyed by the parameters' names, as FSDP's files are, keyed by their positions as torch's are."""
+        groups, state = state_dict.get("param_groups"), state_dict.get("state")
+        if not isinstance(groups, list) or not isinstance(state, dict):
+            return state_dict
+        if not any(isinstance(key, str) for group in groups for key in group.get("params", ())):
+            return state_dict
+        number: dict[str, int] = {}
+        for index in range(len(self.param_groups)):
+            number.update({name: len(number) + i for i, name in enumerate(self.names(index))})
+        strange = [key for group in groups for key in group["params"] if clean_name(str(key)) not in number]
+        if strange:
+            raise CheckpointError(f"checkpoint of another model: it has parameters {strange[:3]}, which are not here")
+        renamed = []
+        for group in groups:
+            names = sorted((clean_name(key) for key in group["params"]), key=number.__getitem__)
+            renamed.append({**group, "params": [number[name] for name in names], "param_names": names})
+        return {**state_dict, "param_groups": renamed, "state": {number[clean_name(k)]: v for k, v in state.items()}}
 
     def _check_checkpoint(self, state_dict: dict[str, Any]) -> None:
         saved_groups, state = state_dict.get("param_groups"), state_dict.get("state")
@@ -256,6 +405,16 @@ class Shampoo4bit(torch.optim.Optimizer):
                 _check_entry(name, entry, state_layout(blocks_of(tuple(p.shape), Options.of(group))))
 
 
+def _with_tuples(state_dict: dict[str, Any]) -> dict[str, Any]:
+    """The groups' tuples as tuples: torch's gathering of sharded state makes lists of them."""
+    groups = state_dict.get("param_groups")
+    if not isinstance(groups, list):
+        return state_dict
+    names = ("betas", *(name for name in NAMES if isinstance(getattr(Options, name), tuple)))
+    restored = [{k: tuple(v) if k in names and isinstance(v, list) else v for k, v in g.items()} for g in groups]
+    return {**state_dict, "param_groups": restored}
+
+
 def clean_name(name: str) -> str:
     """A parameter's name without what wrappers (DDP, torch.compile, FSDP) put before it."""
     for wrapper in ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module."):
@@ -263,17 +422,17 @@ def clean_name(name: str) -> str:
     return name.removeprefix("module.")
 
 
-def _step_wave(wave: Wave, context: Context, lr: float, weight_decay: float) -> None:
-    active = wave.active()
-    stacks: list[Stack] = [stack if rows is None else stack.rows(rows) for stack, rows in active]
-    if not stacks:
-        return
-    with exact_float32(stacks[0].membership.device.type):
-        updates = directions(stacks, [stack.gradients() for stack in stacks], context)
-    for (whole, rows), stack, update in zip(active, stacks, updates, strict=True):
-        if rows is not None:
-            whole.put_back(rows, stack)
-        deliver(stack, update, lr, weight_decay, context.step, context.options)
+def _difference(ranks: list[list[dict[str, Any]]]) -> str:
+    """The first thing in which a rank's groups differ from those of rank 0."""
+    for rank, groups in enumerate(ranks):
+        if len(groups) != len(ranks[0]):
+            return f"rank 0 has {len(ranks[0])} parameter groups, rank {rank} {len(groups)}"
+        for i, (there, here) in enumerate(zip(ranks[0], groups, strict=True)):
+            for name in [*there, *here]:
+                if there.get(name) != here.get(name):
+                    values = f"{there.get(name)} on rank 0, {here.get(name)} on rank {rank}"
+                    return f"{name} in parameter group {i} is {values}"
+    return "the order of the parameters"
 
 
 class _Opaque:
@@ -289,7 +448,7 @@ class _Opaque:
 class _Built:
     """A group's plan, and what it was built on."""
 
-    identity: tuple[Options, list[Any]]
+    identity: Any
     members: list[Tensor]
     """All parameters of the group, frozen ones too."""
     state: dict[Tensor, dict[str, Tensor]]
@@ -297,7 +456,7 @@ class _Built:
 
     def lost(self, p: Tensor) -> bool:
         """Whether a parameter without state must have had one: it was trained, or put in a trained one's place."""
-        return p in self.state or not any(p is member for member in self.members)
+        return bool(self.state.get(p)) or not any(p is member for member in self.members)
 
 
 def _check_keys(group: dict[str, Any]) -> None:
@@ -352,12 +511,7 @@ def _check_entry(name: str, entry: dict[str, Any], layout: dict[str, tuple[tuple
             raise CheckpointError(f"state of {name!r}: {key} is {found}, expected {shape} {dtype}: another model?")
 
 
-def _refuse_unusable(p: Tensor, name: str) -> NoReturn:
-    if hasattr(p, "device_mesh"):
-        raise TypeError(
-            f"parameter {name!r} is sharded (DTensor: FSDP2 or tensor parallel); "
-            "this version trains in one process or under DDP"
-        )
+def _refuse_sparse(name: str) -> NoReturn:
     raise TypeError(
         f"parameter {name!r} has a sparse gradient, which Shampoo4bit cannot use: "
         "set sparse=False on the embedding, or give the parameter its own torch.optim.SparseAdam"

@@ -88,6 +88,12 @@ class Options:
     """Round bfloat16 parameters stochastically when they are written back."""
     diagnose_every: int = 0
     """Steps between two looks at the state's health, see diagnostics.py (0: none); one costs a copy of the state."""
+    shard_state: bool = False
+    """Under DDP, let every rank keep the state of its own blocks only (FSDP always does)."""
+    wire: Literal["exact", "bf16"] = "exact"
+    """What gradients and updates are sent as between ranks: the parameters' dtype and float32, or bfloat16."""
+    communicate: bool = True
+    """Work together with the other ranks of torch.distributed; false: every process trains parameters of its own."""
     seed: int = 0
     """Seed of stochastic rounding; the noise depends on seed, step and position alone."""
 
@@ -182,6 +188,9 @@ STRUCTURAL: tuple[str, ...] = (
     "algorithm", "factor", "bits", "base", "moments", "first_codebook", "second_codebook",
     "block_size", "quant_block", "codebook", "matrix_view", "row_splits",
 )  # fmt: skip
+
+# What belongs to a run, not to what it trains: a checkpoint does not change these.
+OF_THE_RUN: tuple[str, ...] = ("shard_state", "wire", "communicate")
 
 PRESETS: dict[str, dict[str, Any]] = {
     # 2405.18144, LLM runs: T1 = T2 = 200, t1 = 1, t2 = 4, order <= 1200 (LLaMA-350M), first-order states in 16 bits.

@@ -67,6 +67,14 @@ class Placement:
         """By rank."""
         return {rank: share for share in self.shares for rank in share.ranks}
 
+    def holders(self, entry: int) -> tuple[int, ...]:
+        """The ranks that hold an entry, by its row-major position."""
+        for region, ranks in self.shares:
+            run, within = divmod(entry - region.start, max(region.step, 1))
+            if 0 <= run < region.runs and within < region.length:
+                return ranks
+        raise ValueError(f"nobody holds entry {entry} of a parameter of shape {self.shape}")
+
     @property
     def whole(self) -> bool:
         """Whether every rank holds all of it."""

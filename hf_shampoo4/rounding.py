@@ -19,10 +19,14 @@ def noise_bits(salts: Tensor, step: int, seed: int, count: int, stream: int = 0)
     Returns:
         int32 (B, count).
     """
+    return noise_at(salts, step, seed, torch.arange(count, dtype=torch.int32, device=salts.device), stream)
+
+
+def noise_at(salts: Tensor, step: int, seed: int, position: Tensor, stream: int = 0) -> Tensor:
+    """`noise_bits` at some positions of each block only: int32 (count,) -> int32 (B, count)."""
     start = _mix(salts.to(torch.int32) + _as_int32(seed * 0x9E3779B9))
     start = _mix(start + _as_int32(step * 0x85EBCA6B))
     start = _mix(start + _as_int32(stream * 0xC2B2AE35)) if stream else start
-    position = torch.arange(count, dtype=torch.int32, device=salts.device)
     return _mix(_mix(position) + start.unsqueeze(1))
 
 

@@ -1,0 +1,436 @@
+"""Stacks of equal blocks, and the waves in which gradients reach them and updates go back.
+
+A *stack* is all blocks of a wave that share an algorithm description (hence a shape), as one (B, m, n) tensor; its
+state buffers have B rows, and `optimizer.state[p]` holds the rows of parameter p as views, under
+"<shape>/<tensor>.<buffer>".  A *wave* is as many whole parameters as fit `plan.WAVE_ELEMENTS`: it bounds the memory
+that a step needs at a time, whatever the size of the model.
+
+Where every rank holds all of a parameter (one process, DDP), every rank keeps the state of all its blocks and computes
+them all; on steps that refresh factors each rank computes the blocks it owns, and sends what changed to the others.
+Everywhere else a block's owner alone keeps its state and computes it.
+"""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .algorithms import Algorithm, Elementwise, State
+from .blocks import MatrixView, Rect
+from .exchange import Cut, Exchange, Piece, Ranks, Route, route
+from .options import Options
+from .placement import Placement, assign, held_here, sharded, whole
+from .plan import Block, _in_waves, blocks_of, loads_of, state_key
+from .storage import allocate
+
+Entry = dict[str, Tensor]
+"""What `optimizer.state` keeps of one parameter."""
+
+
+@dataclass
+class Member:
+    """A parameter of a wave."""
+
+    name: str
+    """The same in every run and on every rank."""
+    parameter: Tensor
+    placement: Placement
+    blocks: list[Block]
+    owners: list[int]
+    """Of the blocks, in canonical order."""
+
+    def weights(self) -> Tensor:
+        """What this rank holds, flat: a view, or a copy where the memory is not row-major (channels last)."""
+        return local_tensor(self.parameter).reshape(-1)
+
+    def gradient(self) -> Tensor:
+        """Its gradient in the same order; zeros if there is none here."""
+        grad: Any = self.parameter.grad
+        if grad is None:
+            return torch.zeros_like(local_tensor(self.parameter)).reshape(-1)
+        mine: Any = self.parameter
+        if hasattr(grad, "placements") and grad.placements != mine.placements:
+            grad = grad.redistribute(placements=mine.placements)
+        return local_tensor(grad).reshape(-1)
+
+    def write_back(self, flat: Tensor) -> None:
+        """Copy changed weights back, if `weights` had to copy them."""
+        local = local_tensor(self.parameter)
+        if flat.untyped_storage().data_ptr() != local.untyped_storage().data_ptr():
+            local.copy_(flat.view(local.shape))
+
+    @cached_property
+    def salts(self) -> list[int]:
+        """One number a block, for stochastic rounding."""
+        return [zlib.crc32(f"{self.name}:{k}".encode()) - (1 << 31) for k in range(len(self.blocks))]
+
+    def rows(self, algorithm: Algorithm) -> list[int]:
+        """Its blocks that run `algorithm`: block i is row `rows.index(i)` of the saved state."""
+        return [i for i, block in enumerate(self.blocks) if block.algorithm == algorithm]
+
+
+@dataclass
+class Stack:
+    """Equal blocks of a wave, and their state."""
+
+    algorithm: Algorithm
+    blocks: list[int]
+    """Their positions in the wave."""
+    membership: Tensor
+    salts: Tensor
+    state: State = field(default_factory=dict)
+    weights: Tensor | None = None
+    """float32 (B, *shape), on steps that need them."""
+
+    @cached_property
+    def phases(self) -> list[int]:
+        """A number for each block, the same in every run and on every rank."""
+        return self.salts.tolist()
+
+    def parameters(self) -> Tensor:
+        """float32 (B, *shape), a copy."""
+        if self.weights is None:
+            raise RuntimeError("the weights of this stack were not collected")
+        return self.weights
+
+    def rows(self, index: Tensor) -> Stack:
+        """A copy that holds only some blocks, for a step on which the others are not computed here."""
+        state = {t: {b: buffer[index] for b, buffer in buffers.items()} for t, buffers in self.state.items()}
+        blocks = [self.blocks[i] for i in index.tolist()]
+        return Stack(self.algorithm, blocks, self.membership[:, index], self.salts[index], state)
+
+    def put_back(self, index: Tensor, part: Stack) -> None:
+        """Copy the state of `rows(index)` back."""
+        for tensor, buffers in part.state.items():
+            for name, buffer in buffers.items():
+                self.state[tensor][name][index] = buffer
+
+
+@dataclass
+class Wave:
+    """Whole parameters that are computed together."""
+
+    members: list[Member]
+    stacks: list[Stack]
+    ranks: Ranks
+    replicated: bool
+    """Whether every rank keeps all state."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where all of it is computed."""
+        return self.members[0].parameter.device
+
+    @cached_property
+    def owners(self) -> list[int]:
+        """Of every block."""
+        return [owner for member in self.members for owner in member.owners]
+
+    @cached_property
+    def member_of(self) -> list[int]:
+        """Of every block."""
+        return [m for m, member in enumerate(self.members) for _ in member.blocks]
+
+    @cached_property
+    def rects(self) -> list[Rect]:
+        """Of every block."""
+        return [block.rect for member in self.members for block in member.blocks]
+
+    @cached_property
+    def salts(self) -> list[int]:
+        """Of every block."""
+        return [salt for member in self.members for salt in member.salts]
+
+    @cached_property
+    def split(self) -> Route:
+        """Owners compute their blocks."""
+        cuts = [_cut(member, member.placement, member.owners) for member in self.members]
+        return route(self.ranks.rank, self.ranks.world, cuts)
+
+    @cached_property
+    def alone(self) -> Route:
+        """This rank computes everything, from what it holds."""
+        return route(0, 1, [_cut(m, whole(m.placement.shape, 1), [0] * len(m.blocks)) for m in self.members])
+
+    def live(self) -> dict[int, Entry]:
+        """Member -> the rows of its state that this rank keeps, as views of the stacks."""
+        found: dict[int, Entry] = {m: {} for m in range(len(self.members))}
+        for stack in self.stacks:
+            start = 0
+            for m in sorted({self.member_of[block] for block in stack.blocks}):
+                count = sum(self.member_of[block] == m for block in stack.blocks)
+                for tensor, buffers in stack.state.items():
+                    for name, buffer in buffers.items():
+                        found[m][state_key(stack.algorithm, tensor, name)] = buffer[start : start + count]
+                start += count
+        return found
+
+    @cached_property
+    def state_map(self) -> StateMap:
+        """Between live and saved state."""
+        return StateMap(self)
+
+    def saved(self) -> dict[int, Entry]:
+        """Member -> its whole state in canonical block order, with no rank in it; every rank must call it.
+
+        Plain tensors for a parameter that is whole on every rank, DTensors with the blocks sharded over the
+        parameter's mesh for one that is a DTensor.
+        """
+        if self.replicated:
+            return self.live()
+        state = self.state_map
+        held = state.empty()
+        state.move(state.route.deliver, "save", state.live, held)
+        return state.entries(held)
+
+    def adopt(self, saved: Sequence[Mapping[str, Any]]) -> None:
+        """Take the members' state over from what `saved` or `live` gave; every rank must call it.
+
+        Raises:
+            ValueError: a tensor with neither all blocks nor those of this rank.
+        """
+        state = self.state_map
+        if any(hasattr(t, "to_local") for entry in saved for t in entry.values()):
+            state.move(state.route.collect, "load", state.local(saved), state.live)
+            return
+        for g, (m, _) in enumerate(state.groups):
+            mine = state.kept(g)
+            for key, live in state.live[g].items():
+                there = saved[m].get(key)
+                if there is None:
+                    continue
+                if len(there) not in (len(live), len(state.cuts[g].rects)):
+                    name, expected = self.members[m].name, len(state.cuts[g].rects)
+                    raise ValueError(f"state of {name!r}: {key} has {len(there)} blocks, expected {expected}")
+                live.copy_(there if len(there) == len(live) else there[mine])
+
+
+class StateMap:
+    """The rows of a wave's state: live on their owners, saved where the parameters' placements say.
+
+    A row moves as an entry of a vector of rows would, so `exchange.route` knows the way: `collect` is loading,
+    `deliver` saving.
+    """
+
+    def __init__(self, wave: Wave) -> None:
+        self.wave = wave
+        self.groups = [
+            (m, algorithm)
+            for m, member in enumerate(wave.members)
+            for algorithm in dict.fromkeys(block.algorithm for block in member.blocks)
+        ]
+        self.cuts: list[Cut] = []
+        self.first = [0]
+        for m, algorithm in self.groups:
+            member = wave.members[m]
+            rows = member.rows(algorithm)
+            rects = [Rect(0, 0, 1, k, k + 1) for k in range(len(rows))]
+            placement = _saved_placement(member.parameter, len(rows), wave.ranks.world)
+            self.cuts.append(Cut(placement, MatrixView(1, 1, len(rows)), rects, [member.owners[i] for i in rows]))
+            self.first.append(self.first[-1] + len(rows))
+        live = wave.live()
+        self.live = [{k: live[m][k] for k in self.layout(g) if k in live[m]} for g, (m, _) in enumerate(self.groups)]
+
+    @cached_property
+    def route(self) -> Route:
+        """Of rows, as pieces of one entry."""
+        return route(self.wave.ranks.rank, self.wave.ranks.world, self.cuts)
+
+    def kept(self, group: int) -> list[int]:
+        """The blocks of a group whose state lives on this rank."""
+        owners = self.cuts[group].owners
+        return [k for k, owner in enumerate(owners) if self.wave.replicated or owner == self.wave.ranks.rank]
+
+    def of_members(self, wanted: set[int]) -> set[int]:
+        """The groups of some parameters."""
+        return {g for g, (m, _) in enumerate(self.groups) if m in wanted}
+
+    def layout(self, group: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """State key -> shape of a row and dtype."""
+        algorithm = self.groups[group][1]
+        return {
+            state_key(algorithm, tensor, buffer): layout
+            for tensor, storage in algorithm.storages().items()
+            for buffer, layout in storage.layout().items()
+        }
+
+    def empty(self) -> list[Entry]:
+        """Room for the saved rows that this rank holds."""
+        rank, found = self.wave.ranks.rank, []
+        for g in range(len(self.groups)):
+            count, layout = self.cuts[g].placement.share_of[rank].region.numel, self.layout(g).items()
+            found.append({k: _empty((count, *shape), dtype, self.wave.device) for k, (shape, dtype) in layout})
+        return found
+
+    def local(self, saved: Sequence[Mapping[str, Any]]) -> list[Entry]:
+        """The rows of saved DTensors that this rank holds."""
+        return [{key: saved[m][key].to_local() for key in self.layout(g)} for g, (m, _) in enumerate(self.groups)]
+
+    def entries(self, held: list[Entry]) -> dict[int, Entry]:
+        """Member -> its saved state, from the rows that this rank holds."""
+        found: dict[int, Entry] = {m: {} for m in range(len(self.wave.members))}
+        for g, (m, _) in enumerate(self.groups):
+            blocks = len(self.cuts[g].rects)
+            found[m].update({key: _as_saved(t, self.wave.members[m].parameter, blocks) for key, t in held[g].items()})
+        return found
+
+    def move(self, side: Exchange, purpose: str, source: list[Entry], target: list[Entry]) -> None:
+        """Copy rows from where they are to where the exchange says, all of the wave's in one all-to-all of bytes."""
+        ranks = self.wave.ranks
+        outgoing = {rank: self._rows(pieces, source) for rank, pieces in side.out.items()}
+        incoming = {rank: self._rows(pieces, target) for rank, pieces in side.into.items()}
+        out = {
+            rank: [t[rows].reshape(-1).view(torch.uint8) for t, rows in there if rank != ranks.rank]
+            for rank, there in outgoing.items()
+        }
+        sizes = {rank: sum(len(rows) * _row_bytes(t) for t, rows in there) for rank, there in incoming.items()}
+        if source is not target:
+            for (t, rows), (s, theirs) in zip(incoming.get(ranks.rank, ()), outgoing.get(ranks.rank, ()), strict=True):
+                t[rows] = s[theirs]
+        if side.local:
+            return
+        received = ranks.all_to_all(purpose, out, sizes, _empty((0,), torch.uint8, self.wave.device)).wait()
+        for rank, there in incoming.items():
+            at = 0
+            for t, rows in there if rank != ranks.rank else ():
+                size = len(rows) * _row_bytes(t)
+                t[rows] = received[rank][at : at + size].clone().view(t.dtype).view(len(rows), *t.shape[1:])
+                at += size
+
+    def _rows(self, pieces: Sequence[Piece], tensors: list[Entry]) -> list[tuple[Tensor, list[int]]]:
+        """(tensor, its rows) for every tensor of the groups that the pieces are of."""
+        found = []
+        by_group: dict[int, list[Piece]] = {}
+        for piece in pieces:
+            by_group.setdefault(piece.member, []).append(piece)
+        for g, members in by_group.items():
+            rows = [piece.offset for piece in members]
+            if tensors is self.live:
+                position = {k: i for i, k in enumerate(self.kept(g))}
+                rows = [position[piece.block - self.first[g]] for piece in members]
+            found += [(tensors[g][key], rows) for key in self.layout(g)]
+        return found
+
+
+def build(groups: Sequence[tuple[Options, Sequence[tuple[str, Tensor]]]], ranks: Ranks) -> list[list[Wave]]:
+    """Waves over the parameters of each group, with freshly initialised state; the same plan on every rank.
+
+    Args:
+        groups: options, and (name, parameter) for every parameter, the name being the same in every run.
+
+    Raises:
+        ValueError: a parameter that lives in a way that `held_here` does not know.
+    """
+    members = [[_member(name, p, options, ranks) for name, p in parameters] for options, parameters in groups]
+    _assign(members, [options for options, _ in groups], ranks.world)
+    return [_waves(found, options, ranks) for found, (options, _) in zip(members, groups, strict=True)]
+
+
+def _member(name: str, p: Tensor, options: Options, ranks: Ranks) -> Member:
+    blocks = blocks_of(tuple(p.shape), options)
+    return Member(name, p, held_here(p, ranks.rank, ranks.world), blocks, [0] * len(blocks))
+
+
+def _assign(groups: list[list[Member]], options: list[Options], world: int) -> None:
+    """Give every block its owner; an elementwise one stays where it is, if one rank has most of it."""
+    if world == 1:
+        return
+    loads, free = [], []
+    for members, of_group in zip(groups, options, strict=True):
+        for member in members:
+            for k, load in enumerate(loads_of(member.blocks, of_group)):
+                block = member.blocks[k]
+                if isinstance(block.algorithm, Elementwise) and not member.placement.whole:
+                    r, view = block.rect, block.view
+                    middle = (r.matrix * view.rows + (r.r0 + r.r1) // 2) * view.columns + (r.c0 + r.c1) // 2
+                    holders = member.placement.holders(middle)
+                    member.owners[k] = holders[k % len(holders)]
+                else:
+                    loads.append(load)
+                    free.append((member, k))
+    for (member, k), owner in zip(free, assign(loads, world), strict=True):
+        member.owners[k] = owner
+
+
+def _waves(members: list[Member], options: Options, ranks: Ranks) -> list[Wave]:
+    of = {id(member.parameter): member for member in members}
+    waves = []
+    for batch in _in_waves(
+        [(member.name, member.parameter) for member in members], lambda p: len(of[id(p)].placement.shares)
+    ):
+        chosen = [of[id(p)] for _, p in batch]
+        replicated = ranks.world == 1 or (chosen[0].placement.whole and not options.shard_state)
+        waves.append(_wave(chosen, ranks, replicated))
+    return waves
+
+
+def local_tensor(t: Tensor) -> Tensor:
+    """What this rank holds of a parameter or gradient, detached."""
+    held: Any = t.detach()
+    return held.to_local() if hasattr(held, "to_local") else held
+
+
+def _wave(members: list[Member], ranks: Ranks, replicated: bool) -> Wave:
+    rows: dict[Algorithm, list[tuple[int, int, int]]] = {}
+    first = 0
+    for m, member in enumerate(members):
+        for k, (block, owner) in enumerate(zip(member.blocks, member.owners, strict=True)):
+            if replicated or owner == ranks.rank:
+                rows.setdefault(block.algorithm, []).append((m, first + k, member.salts[k]))
+        first += len(member.blocks)
+    device = members[0].parameter.device
+    return Wave(members, [_stack(a, found, len(members), device) for a, found in rows.items()], ranks, replicated)
+
+
+def _stack(algorithm: Algorithm, rows: list[tuple[int, int, int]], members: int, device: torch.device) -> Stack:
+    membership = torch.zeros(members, len(rows))
+    membership[[m for m, _, _ in rows], list(range(len(rows)))] = 1.0
+    state = {name: allocate(storage, len(rows), device) for name, storage in algorithm.storages().items()}
+    algorithm.initialise(state)
+    salts = torch.tensor([salt for _, _, salt in rows], dtype=torch.int32, device=device)
+    return Stack(algorithm, [block for _, block, _ in rows], membership.to(device), salts, state)
+
+
+def _cut(member: Member, placement: Placement, owners: Sequence[int]) -> Cut:
+    view = member.blocks[0].view if member.blocks else MatrixView(0, 0, 0)
+    return Cut(placement, view, [block.rect for block in member.blocks], owners)
+
+
+def _saved_placement(p: Tensor, rows: int, world: int) -> Placement:
+    """Where the saved state of `rows` blocks lives: on a DTensor's mesh, cut where it is cut, else everywhere."""
+    mesh = getattr(p, "device_mesh", None)
+    if mesh is None:
+        return whole((rows,), world)
+    return sharded((rows,), tuple(mesh.mesh.flatten().tolist()), tuple(mesh.mesh.shape), _by_block(p))
+
+
+def _by_block(p: Any) -> tuple[Any, ...]:
+    from torch.distributed.tensor import Replicate, Shard
+
+    return tuple(Replicate() if placement.is_replicate() else Shard(0) for placement in p.placements)
+
+
+def _as_saved(rows: Tensor, p: Any, blocks: int) -> Tensor:
+    """This rank's rows of all blocks, as a DTensor if the parameter is one."""
+    if not hasattr(p, "device_mesh"):
+        return rows
+    from torch.distributed.tensor import DTensor
+
+    shape = torch.Size((blocks, *rows.shape[1:]))
+    stride = torch.empty(shape, device="meta").stride()
+    return DTensor.from_local(rows, p.device_mesh, _by_block(p), run_check=False, shape=shape, stride=stride)
+
+
+def _row_bytes(t: Tensor) -> int:
+    return math.prod(t.shape[1:]) * t.element_size()
+
+
+def _empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device=device)

@@ -1,0 +1,460 @@
+"""The optimizer on several ranks against one process, in real processes with gloo: `python tests/ranks.py --all`.
+
+A launch starts `world` workers once and runs many cases in them.  The model's loss is linear in its parameters, with
+coefficients of few bits: the engines' averages of the gradients are then exact in any order of summation, and what is
+left to differ is the optimizer.  Judged is a result file a rank, not how a process ends.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from hf_shampoo4 import Shampoo4bit  # noqa: E402
+from hf_shampoo4.options import Options  # noqa: E402
+from hf_shampoo4.plan import blocks_of, loads_of  # noqa: E402
+
+# Otherwise MKL's eigh and QR give a matrix other last bits when it lies elsewhere in memory, as in a smaller stack.
+BITWISE = {"MKL_CBWR": "COMPATIBLE", "OMP_NUM_THREADS": "1"}
+
+OFTEN = {"stats_every": 2, "block_size": 32}
+RARELY = ("3.unused",)  # has no gradient on every third step
+
+# name -> shape: uneven rows, several blocks, experts, a fused q k v, fewer rows than ranks, vectors, one element
+SHAPES: list[dict[str, tuple[int, ...]]] = [
+    {"tied": (30, 24), "weight": (53, 70)},
+    {"qkv": (96, 64), "norm": (9,), "short": (2, 40)},
+    {"experts": (3, 20, 30), "bias": (5000,), "one": (1,)},
+    {"unused": (33, 20), "frozen": (12, 12), "last": (64, 66)},
+]
+
+
+class Layer(nn.Module):
+    def __init__(self, shapes: dict[str, tuple[int, ...]], seed: int, dtype: torch.dtype) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(seed)
+        for name, shape in shapes.items():
+            p = nn.Parameter(torch.randn(shape, generator=generator).to(dtype), requires_grad=name != "frozen")
+            setattr(self, name, p)
+
+    def forward(self, x: Tensor, coefficients: dict[str, Tensor]) -> Tensor:
+        """x + sum_p <p, c_p>: the gradient of p is c_p."""
+        for name, p in self.named_parameters(recurse=False):
+            if name in coefficients:
+                x = x + (p * coefficients[name].to(p.dtype)).sum().float()
+        return x
+
+
+class Linear(nn.Module):
+    """Loss linear in the parameters; `0.tied` is used in the first and, as the root's, in no other layer."""
+
+    def __init__(self, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Layer(shapes, i, dtype) for i, shapes in enumerate(SHAPES))
+        self.first = self.layers[0]  # shared module: its parameters appear once, under two names
+
+    def forward(self, coefficients: list[dict[str, Tensor]]) -> Tensor:
+        x = torch.zeros(())
+        for layer, of_layer in zip(self.layers, coefficients, strict=True):
+            x = layer(x, of_layer)
+        return x
+
+
+def coefficients(step: int, rank: int, world: int) -> list[dict[str, Tensor]]:
+    """A rank's gradient: world * i / 64 with small integers i, so that means over ranks are exact, also in bfloat16."""
+    found = []
+    for i, shapes in enumerate(SHAPES):
+        generator = torch.Generator().manual_seed(1000 * step + 10 * rank + i)
+        of_layer = {}
+        for name, shape in shapes.items():
+            c = torch.randn(shape, generator=generator).mul_(4).round_().clamp_(-9, 9) * (world / 64)
+            if name != "frozen" and not (f"{i}.{name}" in RARELY and step % 3 == 2):
+                of_layer[name] = c
+        found.append(of_layer)
+    return found
+
+
+def mean_coefficients(step: int, world: int) -> list[dict[str, Tensor]]:
+    each = [coefficients(step, rank, world) for rank in range(world)]
+    return [{name: sum(c[i][name] for c in each) / world for name in of_layer} for i, of_layer in enumerate(each[0])]
+
+
+def named(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    return [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+
+
+def optimizer_of(model: nn.Module, options: dict[str, Any]) -> Shampoo4bit:
+    """Two groups, as the integrations make them: matrices, and what the base alone updates."""
+    chosen = {"lr": 1e-2, "weight_decay": 0.1, **OFTEN, **options}
+    if chosen.get("algorithm", "shampoo") == "shampoo":
+        chosen["roots_every"] = 3
+    lookups = ("tied", "bias", "norm", "one", "short")
+    matrices = [(n, p) for n, p in named(model) if not n.endswith(lookups)]
+    rest = [(n, p) for n, p in named(model) if n.endswith(lookups)]
+    groups = [{"params": matrices, "row_splits": (64, 16, 16)}, {"params": rest, "algorithm": "elementwise"}]
+    if chosen.get("algorithm") == "elementwise":
+        groups[0].pop("row_splits")
+    return Shampoo4bit(groups, **chosen)
+
+
+def full(t: Tensor) -> Tensor:
+    t = t.detach()
+    return t.full_tensor() if hasattr(t, "full_tensor") else t
+
+
+# ------------------------------------------------------------------------------------------------------- engines
+
+
+@dataclass
+class Run:
+    """A model in an engine, its optimizer, and one training step of it."""
+
+    model: nn.Module
+    optimizer: Shampoo4bit
+    step: Callable[..., None]
+    parameters: Callable[[], dict[str, Tensor]]
+
+
+def reference(options: dict[str, Any], world: int, dtype: torch.dtype = torch.float32) -> Run:
+    """One process that is given the mean gradient."""
+    model = Linear(dtype)
+    optimizer = optimizer_of(model, {**options, "communicate": False})
+
+    def step(t: int, ranks: int = world) -> None:
+        optimizer.zero_grad()
+        model(mean_coefficients(t, ranks)).backward()
+        optimizer.step()
+
+    return Run(model, optimizer, step, lambda: {n: full(p) for n, p in model.named_parameters()})
+
+
+def ddp(options: dict[str, Any], dtype: torch.dtype = torch.float32) -> Run:
+    from torch.nn.parallel import DistributedDataParallel
+
+    bare = Linear(dtype)
+    model = DistributedDataParallel(bare, find_unused_parameters=True)
+    return _run(model, bare, optimizer_of(bare, options))
+
+
+def fsdp2(options: dict[str, Any], dtype: torch.dtype = torch.float32, kind: str = "") -> Run:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
+
+    model, world = Linear(dtype), dist.get_world_size()
+    settings: dict[str, Any] = {"mesh": init_device_mesh("cpu", (world,), mesh_dim_names=("shard",))}
+    if kind == "hsdp":
+        settings["mesh"] = init_device_mesh("cpu", (2, world // 2), mesh_dim_names=("replicate", "shard"))
+    if kind == "mixed":
+        settings["mp_policy"] = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    if kind == "offload":
+        settings["offload_policy"] = CPUOffloadPolicy(pin_memory=False)
+    for layer in model.layers:
+        fully_shard(layer, **settings)
+    fully_shard(model, **settings)
+    return _run(model, model, optimizer_of(model, options))
+
+
+def tensor_parallel(options: dict[str, Any], dtype: torch.dtype = torch.float32) -> Run:
+    """Parameters cut by rows, by columns or not at all, with the gradient of all ranks in each."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    model, world = Linear(dtype), dist.get_world_size()
+    mesh = init_device_mesh("cpu", (world,), mesh_dim_names=("tp",))
+    dims = {"weight": 1, "qkv": 0, "experts": 1, "last": 1, "unused": 0}
+    placed: dict[str, Any] = {}
+    for layer in model.layers:
+        for name, p in list(layer.named_parameters(recurse=False)):
+            if name in dims:
+                placed[name] = [Shard(dims[name])]
+                setattr(layer, name, nn.Parameter(distribute_tensor(p.detach(), mesh, placed[name])))
+    optimizer = optimizer_of(model, options)
+
+    def step(t: int) -> None:
+        optimizer.zero_grad()
+        for layer, given in zip(model.layers, mean_coefficients(t, world), strict=True):
+            for name, c in given.items():
+                c = c.to(dtype)
+                getattr(layer, name).grad = distribute_tensor(c, mesh, placed[name]) if name in dims else c
+        optimizer.step()
+
+    return Run(model, optimizer, step, lambda: {n: full(p) for n, p in model.named_parameters()})
+
+
+def _run(model: nn.Module, bare: nn.Module, optimizer: Shampoo4bit) -> Run:
+    rank, world = dist.get_rank(), dist.get_world_size()
+
+    def step(t: int) -> None:
+        optimizer.zero_grad()
+        model(coefficients(t, rank, world)).backward()
+        optimizer.step()
+
+    return Run(model, optimizer, step, lambda: {n: full(p) for n, p in bare.named_parameters()})
+
+
+ENGINES: dict[str, Callable[..., Run]] = {
+    "ddp": ddp,
+    "ddp_sharded": lambda options, dtype=torch.float32: ddp({**options, "shard_state": True}, dtype),
+    "fsdp2": fsdp2,
+    "fsdp2_mixed": lambda options, dtype=torch.float32: fsdp2(options, dtype, "mixed"),
+    "fsdp2_offload": lambda options, dtype=torch.float32: fsdp2(options, dtype, "offload"),
+    "hsdp": lambda options, dtype=torch.float32: fsdp2(options, dtype, "hsdp"),
+    "tp": tensor_parallel,
+}
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "shampoo": {},
+    "cholesky_ef": {"factor": "cholesky_ef", "root": "newton"},
+    "direct32": {"factor": "direct", "bits": 32, "moments": "fp32", "graft": "block"},
+    "soap": {"algorithm": "soap", "refresh_warmup": 3},
+    "kl_shampoo": {"algorithm": "kl_shampoo", "refresh_warmup": 3},
+    "kl_soap": {"algorithm": "kl_soap", "refresh_warmup": 0},
+    "elementwise": {"algorithm": "elementwise"},
+    "sgdm": {"base": "sgdm"},
+    "zipsr": {"moments": "4bit_zipsr", "stochastic_from": 3},
+    "bf16": {"dtype": "bfloat16", "stochastic_rounding": True},
+}
+
+
+# --------------------------------------------------------------------------------------------------------- cases
+
+
+@dataclass
+class Case:
+    """What one mode is tried with: options, the form of a checkpoint to save, or ENGINE+FORM of one to load."""
+
+    engine: str
+    options: str
+    steps: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.engine}-{self.options}"
+
+    def run(self, truths: dict[str, dict[str, Tensor]], folder: Path) -> dict[str, Any]:
+        if self.options in FORMS:
+            return checkpoint(self, folder)
+        return reshard(self, folder) if "+" in self.options else equality(self, truths)
+
+
+def equality(case: Case, truths: dict[str, dict[str, Tensor]]) -> dict[str, Any]:
+    """Train, and compare every parameter with the single process's; compare the ranks with each other."""
+    options = dict(OPTIONS[case.options])
+    dtype = getattr(torch, options.pop("dtype", "float32"))
+    world = dist.get_world_size()
+    if case.options not in truths:
+        alone = reference(options, world, dtype)
+        if dist.get_rank() == 0:
+            for t in range(case.steps):
+                alone.step(t)
+        found = [alone.parameters()]
+        dist.broadcast_object_list(found)
+        truths[case.options] = found[0]
+    run = ENGINES[case.engine](options, dtype)
+    start = time.perf_counter()
+    for t in range(case.steps):
+        run.step(t)
+    seconds = time.perf_counter() - start
+    mine, truth = run.parameters(), truths[case.options]
+    digest = hashlib.sha256(b"".join(p.float().numpy().tobytes() for _, p in sorted(mine.items()))).hexdigest()
+    digests: list[Any] = [None] * world
+    dist.all_gather_object(digests, digest)
+    worst = max(
+        (mine[n].float() - p.float()).abs().max().item() / p.float().abs().max().item() for n, p in truth.items()
+    )
+    loads = [
+        load
+        for group in run.optimizer.param_groups
+        for p in group["params"]
+        for load in loads_of(blocks_of(tuple(p.shape), Options.of(group)), Options.of(group))
+    ]
+    return {
+        "bitwise": all(torch.equal(mine[n], p) for n, p in truth.items()),
+        "worst": worst,
+        "differ": [n for n, p in truth.items() if not torch.equal(mine[n], p)],
+        "ranks_equal": len(set(digests)) == 1,
+        "moved": max((mine[n].float() - p).abs().max().item() for n, p in Linear(dtype).named_parameters()),
+        "state_bytes": sum(t.nbytes for entry in run.optimizer.state.values() for t in entry.values()),
+        "all_state_bytes": sum(load.bytes for load in loads),
+        "largest_block_bytes": max(load.bytes for load in loads),
+        "sent": dict(run.optimizer._ranks.sent),
+        "ms_per_step": round(1e3 * seconds / case.steps, 1),
+    }
+
+
+# ---------------------------------------------------------------------------------------------------- checkpoints
+
+FORMS = ("plain", "full", "sharded")
+
+
+def save(run: Run, form: str, folder: Path) -> None:
+    """The optimizer's state by one of the ways that users have, and the parameters as a full dict."""
+    from torch.distributed import checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
+
+    folder.mkdir(parents=True, exist_ok=True)
+    parameters, rank = run.parameters(), dist.get_rank()
+    if form == "plain":
+        run.optimizer.consolidate()
+        found = run.optimizer.state_dict() if rank == 0 else {}  # the Trainer's way under DDP: the others never ask
+    elif form == "full":
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        found = get_optimizer_state_dict(run.model, run.optimizer, options=options)
+    else:
+        dcp.save({"optimizer": get_optimizer_state_dict(run.model, run.optimizer)}, checkpoint_id=folder / "dcp")
+        found = {}
+    if rank == 0:
+        torch.save((found, parameters), folder / "full.pt")
+    dist.barrier()
+
+
+def load(run: Run, form: str, folder: Path) -> None:
+    """The counterpart of `save`, in any mode and with any number of ranks."""
+    from torch.distributed import checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict import (
+        StateDictOptions,
+        get_optimizer_state_dict,
+        set_optimizer_state_dict,
+    )
+
+    found, parameters = torch.load(folder / "full.pt", weights_only=True)
+    with torch.no_grad():
+        for name, p in run.model.named_parameters():
+            value = parameters[name.removeprefix("module.")]
+            if hasattr(p, "device_mesh"):
+                from torch.distributed.tensor import distribute_tensor
+
+                value = distribute_tensor(value, p.device_mesh, p.placements)
+            p.copy_(value)
+    if form == "plain":
+        run.optimizer.load_state_dict(found)
+    elif form == "full":
+        options = StateDictOptions(full_state_dict=True)
+        set_optimizer_state_dict(run.model, run.optimizer, found, options=options)
+    else:
+        template = {"optimizer": get_optimizer_state_dict(run.model, run.optimizer)}
+        dcp.load(template, checkpoint_id=folder / "dcp")
+        set_optimizer_state_dict(run.model, run.optimizer, template["optimizer"])
+
+
+def checkpoint(case: Case, folder: Path) -> dict[str, Any]:
+    """Train, save, train on: one who loads the file must be where this one is."""
+    run = ENGINES[case.engine]({}, torch.float32)
+    for t in range(case.steps):
+        run.step(t)
+    save(run, case.options, folder / case.name)
+    for t in range(case.steps, 2 * case.steps):
+        run.step(t)
+    resumed = ENGINES[case.engine]({}, torch.float32)
+    load(resumed, case.options, folder / case.name)
+    for t in range(case.steps, 2 * case.steps):
+        resumed.step(t)
+    return _compared(resumed.parameters(), run.parameters())
+
+
+def reshard(case: Case, folder: Path) -> dict[str, Any]:
+    """Load what other modes and numbers of ranks have saved, train on, and compare with one process that did both."""
+    engine, source = case.engine, folder / case.options.replace("+", "-")
+    run = ENGINES[engine]({}, torch.float32)
+    load(run, case.options.split("+")[1], source)
+    found: list[Any] = [None]
+    if dist.get_rank() == 0:
+        alone = reference({}, 2)
+        for t in range(2 * case.steps):
+            alone.step(t, 2 if t < case.steps else dist.get_world_size())
+        found = [alone.parameters()]
+    dist.broadcast_object_list(found)
+    for t in range(case.steps, 2 * case.steps):
+        run.step(t)
+    return _compared(run.parameters(), found[0])
+
+
+def _compared(mine: dict[str, Tensor], truth: dict[str, Tensor]) -> dict[str, Any]:
+    differ = [n for n, p in truth.items() if not torch.equal(mine[n], p)]
+    worst = max(
+        (mine[n].float() - p.float()).abs().max().item() / p.float().abs().max().item() for n, p in truth.items()
+    )
+    return {"bitwise": not differ, "differ": differ, "worst": worst}
+
+
+def worker(folder: Path, cases: list[Case], checkpoints: Path) -> None:
+    """Run the cases on this rank and write what came out; then end without any teardown."""
+    torch.set_num_threads(1)
+    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
+    found: dict[str, Any] = {}
+    truths: dict[str, dict[str, Tensor]] = {}
+    for case in cases:
+        try:
+            found[case.name] = case.run(truths, checkpoints)
+        except Exception:
+            found[case.name] = {"error": traceback.format_exc()}
+        print(f"rank {rank}: {case.name} {found[case.name]}", flush=True)
+    (folder / f"rank{rank}.json").write_text(json.dumps(found))
+    sys.stdout.flush()
+    os._exit(0)
+
+
+def launch(world: int, *words: str, timeout: float = 300, script: Path = Path(__file__)) -> list[dict[str, Any]]:
+    """Start `world` workers and return what each wrote."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        workers = []
+        for rank in range(world):
+            environment = {**os.environ, **BITWISE, "RANK": str(rank), "WORLD_SIZE": str(world)}
+            with open(folder / f"log{rank}", "w") as log:
+                command = [sys.executable, str(script), "--worker", name, *words]
+                workers.append(subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT))
+        end = time.monotonic() + timeout
+        for process in workers:
+            try:
+                process.wait(max(0.0, end - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                for other in workers:
+                    other.kill()
+        files = [folder / f"rank{rank}.json" for rank in range(world)]
+        if not all(file.exists() for file in files):
+            logs = "\n".join((folder / f"log{rank}").read_text()[-3000:] for rank in range(world))
+            raise RuntimeError(f"a worker of {world} wrote no result:\n{logs}")
+        return [json.loads(file.read_text()) for file in files]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--all", action="store_true", help="the whole matrix; writes docs/results/ranks.json")
+    parser.add_argument("--world", type=int, default=2)
+    parser.add_argument("--cases", default="ddp-shampoo,ddp_sharded-shampoo,fsdp2-shampoo", help="ENGINE-OPTIONS,...")
+    parser.add_argument(
+        "--checkpoints", default="/tmp/hf_shampoo4-ranks", help="folder that cases save to and load from"
+    )
+    parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--worker")
+    given = parser.parse_args()
+    cases = given.cases.split(",")
+    if given.worker:
+        worker(Path(given.worker), [Case(*case.split("-"), given.steps) for case in cases], Path(given.checkpoints))
+    words = ["--cases", given.cases, "--steps", str(given.steps), "--checkpoints", given.checkpoints]
+    for name, there in launch(given.world, *words)[0].items():
+        print(name, there.get("error") or json.dumps(there))
+
+
+if __name__ == "__main__":
+    main()
