@@ -9,26 +9,31 @@ from __future__ import annotations
 import argparse
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Union
 
+import numpy as np
 import torch
 from torch import nn
+from torch.distributed.tensor import Shard
 
 from .algorithms import Elementwise
+from .blocks import Rect
 from .files import write_figure, write_json
 from .integrations.groups import param_groups
 from .integrations.trainer import OPTIMS
 from .options import NAMES, OptionError, Options, parse_optim_args, resolve
-from .plan import Block, _in_waves, blocks_of
-from .report import block_bytes
+from .placement import Placement, Region, sharded, whole
+from .plan import Block, _in_waves, blocks_of, loads_of
+from .waves import Member, _assign
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
 SHARDINGS = {
-    "ddp": "every rank holds the whole model and the whole state (also: one process)",
+    "ddp": "every rank holds the whole model",
+    "fsdp2": "every rank holds some rows of every parameter, and the state of the blocks it owns",
 }
 
 
@@ -41,8 +46,8 @@ class Load:
     """Of one rank."""
 
     @classmethod
-    def of(cls, ranks: Sequence[int]) -> Load:
-        return cls(sum(ranks), max(ranks))
+    def of(cls, ranks: np.ndarray) -> Load:
+        return cls(int(ranks.sum()), int(ranks.max()))
 
 
 @dataclass(frozen=True)
@@ -52,6 +57,8 @@ class Plan:
     model: str
     world_size: int
     sharding: str
+    copies: int
+    """Of the state: 1 where the ranks share it, else one a rank."""
     options: dict[str, Any]
     """Those that were set; the others are at their default."""
     parameters: int
@@ -65,17 +72,17 @@ class Plan:
     largest_block: tuple[int, int]
     state: Load
     working: Load
-    """Gradient copies and other temporaries of the largest wave."""
+    """Gradient copies and other temporaries of the largest wave; an estimate."""
     exchange: Load
-    """Send and receive buffers of the largest wave."""
-    refresh_cost: Load
-    """Multiplications of one update of all roots, leading order: m^3 + n^3 a block."""
+    """What is sent and received of the largest wave, in buffers."""
+    work: Load
+    """Floating-point operations of the blocks' owners, an average step; good enough to balance by."""
     wire_step: Load
     """Sent by the optimizer in a step; what the data parallelism itself sends is not in it."""
     wire_refresh: Load
-    """Sent besides, in a step that computes roots."""
+    """The same in a step that computes factors, roots or bases."""
     others: dict[str, Load]
-    """State of other optimizers of this model, cut evenly over the ranks where it is sharded."""
+    """State of other optimizers of this model, cut evenly over the ranks where ours is."""
 
     @property
     def peak(self) -> int:
@@ -84,12 +91,12 @@ class Plan:
 
     def bytes_per_parameter(self, load: Load) -> float:
         """Of one copy of the state."""
-        return load.total / self.parameters / (self.world_size if self.sharding == "ddp" else 1)
+        return load.total / self.parameters / self.copies
 
     @property
     def balance(self) -> float:
-        """Refresh work of the busiest rank over the mean: 1 is perfect."""
-        return self.refresh_cost.largest * self.world_size / max(self.refresh_cost.total, 1)
+        """Work of the busiest rank over the mean: 1 is perfect."""
+        return self.work.largest * self.world_size / max(self.work.total, 1)
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as JSON holds it."""
@@ -123,31 +130,29 @@ def plan(
         raise OptionError(f"world_size={world_size!r} is not allowed: it must be an integer >= 1")
     chosen = resolve(options)
     name, model = _named_model(model_or_config)
-    embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
-    groups = [_Group.of(group, chosen, embeddings) for group in param_groups(model)]
-    treated = [one for group in groups for one in group.members]
-    factored = [one for one in treated if one.factored]
+    groups = _groups(model, chosen, world_size, sharding)
+    members = [member for group in groups for member in group.members]
+    factored = [member for member in members if _is_factored(member)]
     if not factored and chosen.get("algorithm") != "elementwise":
         raise OptionError(f"nothing to precondition: {name} has no matrix besides embeddings and the output head")
-    blocks = [block for one in factored for block in one.blocks]
+    blocks = [block for member in factored for block in member.blocks]
+    tally = _Tally(world_size)
+    for group in groups:
+        tally.add(group)
     return Plan(
         model=name,
         world_size=world_size,
         sharding=sharding,
+        copies=world_size if groups[0].replicated else 1,
         options=chosen,
-        parameters=sum(one.elements for one in treated),
-        preconditioned=sum(one.elements for one in factored),
-        tensors=len(treated),
+        parameters=sum(member.parameter.numel() for member in members),
+        preconditioned=sum(member.parameter.numel() for member in factored),
+        tensors=len(members),
         preconditioned_tensors=len(factored),
         blocks=len(blocks),
         largest_block=max((block.rect.shape for block in blocks), key=math.prod, default=(0, 0)),
-        state=_replicated(sum(block_bytes(one.blocks) for one in treated), world_size),
-        working=_replicated(max(group.working for group in groups), world_size),
-        exchange=_replicated(0, world_size),
-        refresh_cost=_replicated(sum(map(_refresh_cost, blocks)), world_size),
-        wire_step=_replicated(0, world_size),
-        wire_refresh=_replicated(0, world_size),
-        others={label: _replicated(sum(map(size, treated)), world_size) for label, size in OTHERS.items()},
+        **{name: Load.of(getattr(tally, name)) for name in RANK_FIGURES},
+        others=_others(model, factored, world_size, groups[0].replicated),
     )
 
 
@@ -171,38 +176,125 @@ def _named_model(given: Union[nn.Module, PreTrainedConfig, str]) -> tuple[str, n
     return str(given) if isinstance(given, str) else type(model).__name__, model
 
 
-@dataclass(frozen=True)
-class _Treated:
-    """A parameter and how it is treated."""
-
-    shape: tuple[int, ...]
-    blocks: list[Block]
-    embedding: bool
-
-    @property
-    def elements(self) -> int:
-        return math.prod(self.shape)
-
-    @property
-    def factored(self) -> bool:
-        return bool(self.blocks) and not isinstance(self.blocks[0].algorithm, Elementwise)
+# ---------------------------------------------------------------------------------------------- over the ranks
 
 
 @dataclass(frozen=True)
 class _Group:
-    """A parameter group as the optimizer would treat it."""
+    """A parameter group as the optimizer would treat it; the blocks have their owners."""
 
-    members: list[_Treated]
-    working: int
-    """Bytes of temporaries of its largest wave."""
+    options: Options
+    members: list[Member]
+    replicated: bool
+    """Whether every rank keeps all of the state."""
 
-    @classmethod
-    def of(cls, group: Mapping[str, Any], chosen: Mapping[str, Any], embeddings: set[int]) -> _Group:
+
+def _groups(model: nn.Module, chosen: Mapping[str, Any], world: int, sharding: str) -> list[_Group]:
+    groups = []
+    for group in param_groups(model):
         options = Options(**{**chosen, **{key: value for key, value in group.items() if key in NAMES}})
         cut = {shape: blocks_of(shape, options) for shape in {tuple(p.shape) for _, p in group["params"]}}
-        members = [_Treated(tuple(p.shape), cut[tuple(p.shape)], id(p) in embeddings) for _, p in group["params"]]
-        wave = max(sum(p.numel() for _, p in wave) for wave in _in_waves(group["params"]))
-        return cls(members, 4 * wave * _working_copies(options))
+        members = [
+            Member(name, p, _placement(tuple(p.shape), world, sharding), blocks, [0] * len(blocks))
+            for name, p in group["params"]
+            for blocks in [cut[tuple(p.shape)]]
+        ]
+        groups.append(_Group(options, members, world == 1 or (sharding == "ddp" and not options.shard_state)))
+    _assign([group.members for group in groups], [group.options for group in groups], world)
+    return groups
+
+
+def _placement(shape: tuple[int, ...], world: int, sharding: str) -> Placement:
+    return whole(shape, world) if sharding == "ddp" else sharded(shape, tuple(range(world)), (world,), (Shard(0),))
+
+
+RANK_FIGURES = ("state", "working", "exchange", "work", "wire_step", "wire_refresh")
+
+
+@dataclass
+class _Tally:
+    """What every rank has and sends: int64 arrays over the ranks, bytes but for `work`."""
+
+    world: int
+    state: np.ndarray = field(init=False)
+    working: np.ndarray = field(init=False)
+    exchange: np.ndarray = field(init=False)
+    work: np.ndarray = field(init=False)
+    wire_step: np.ndarray = field(init=False)
+    wire_refresh: np.ndarray = field(init=False)
+
+    def __post_init__(self) -> None:
+        for name in RANK_FIGURES:
+            setattr(self, name, np.zeros(self.world, np.int64))
+        self._held_of: dict[int, np.ndarray] = {}
+
+    def add(self, group: _Group) -> None:
+        """Count a group, wave by wave."""
+        of = {id(member.parameter): member for member in group.members}
+        parts = {key: len(member.placement.shares) for key, member in of.items()}
+        for batch in _in_waves([(m.name, m.parameter) for m in group.members], lambda p: parts[id(p)]):
+            self._add_wave([of[id(p)] for _, p in batch], group)
+
+    def _add_wave(self, members: Sequence[Member], group: _Group) -> None:
+        counts: np.ndarray = np.zeros((4, self.world), np.int64)
+        owned, kept, state, held = counts
+        for member in members:
+            held += self._held(member.placement)
+            for block, owner, load in zip(
+                member.blocks, member.owners, loads_of(member.blocks, group.options), strict=True
+            ):
+                owned[owner] += math.prod(block.rect.shape)
+                kept[owner] += _overlap(block, member.placement.share_of[owner].region)
+                state[owner] += load.bytes
+                self.work[owner] += load.flops
+        computed = np.full(self.world, owned.sum()) if group.replicated else owned
+        self.state += state.sum() if group.replicated else state
+        self.working = np.maximum(self.working, 4 * _working_copies(group.options) * computed)
+        if self.world > 1:
+            self._add_traffic(members, group, owned, kept, state, held)
+
+    def _held(self, placement: Placement) -> np.ndarray:
+        """Entries of a parameter by rank; equal placements are one object."""
+        if id(placement) not in self._held_of:
+            found: np.ndarray = np.zeros(self.world, np.int64)
+            for region, ranks in placement.shares:
+                found[list(ranks)] += region.numel
+            self._held_of[id(placement)] = found
+        return self._held_of[id(placement)]
+
+    def _add_traffic(
+        self, members: Sequence[Member], group: _Group, owned: Any, kept: Any, state: Any, held: Any
+    ) -> None:
+        """Entries that a rank holds and does not own travel to their owner and back; `kept` does both."""
+        gradient, update = (2, 2) if group.options.wire == "bf16" else (members[0].parameter.element_size(), 4)
+        if members[0].placement.whole:  # the owner has the gradient; everybody needs the update
+            out, into = (self.world - 1) * update * owned, update * (owned.sum() - owned)
+        else:
+            out = gradient * (held - kept) + update * (owned - kept)
+            into = gradient * (owned - kept) + update * (held - kept)
+        if group.replicated:  # a step without a refresh is computed by everybody; a refresh changes state
+            out, into = out + (self.world - 1) * state, into + state.sum() - state
+            if group.options.algorithm == "elementwise":
+                return
+        else:
+            self.wire_step += out
+        self.wire_refresh += out
+        self.exchange = np.maximum(self.exchange, out + into)
+
+
+def _overlap(block: Block, region: Region) -> int:
+    """Entries of a block in a range of its parameter."""
+    return _before(block, region.start + region.numel) - _before(block, region.start)
+
+
+def _before(block: Block, position: int) -> int:
+    """Entries of a block whose row-major position in the parameter is below `position`."""
+    r: Rect = block.rect
+    row, column = divmod(position, block.view.columns)
+    row -= r.matrix * block.view.rows
+    rows = min(max(row - r.r0, 0), r.r1 - r.r0)
+    part = min(max(column - r.c0, 0), r.c1 - r.c0) if r.r0 <= row < r.r1 else 0
+    return rows * (r.c1 - r.c0) + part
 
 
 def _working_copies(options: Options) -> int:
@@ -213,16 +305,24 @@ def _working_copies(options: Options) -> int:
     return (8 if options.algorithm == "elementwise" else 12) + (8 if options.moments == "4bit_zipsr" else 0)
 
 
-def _refresh_cost(block: Block) -> int:
-    m, n = block.rect.shape
-    return m**3 + n**3
-
-
-def _replicated(size: int, world_size: int) -> Load:
-    return Load(size * world_size, size)
+def _is_factored(member: Member) -> bool:
+    return bool(member.blocks) and not isinstance(member.blocks[0].algorithm, Elementwise)
 
 
 # ---------------------------------------------------------------------------------------------- other optimizers
+
+
+@dataclass(frozen=True)
+class _Treated:
+    """A parameter, as other optimizers tell them apart."""
+
+    shape: tuple[int, ...]
+    embedding: bool
+    hidden_matrix: bool
+
+    @property
+    def elements(self) -> int:
+        return math.prod(self.shape)
 
 
 def _adamw(p: _Treated) -> int:
@@ -243,11 +343,23 @@ def _soap(p: _Treated) -> int:
 
 def _muon(p: _Treated) -> int:
     """KellerJordan/Muon: a momentum for hidden matrices, AdamW for the rest."""
-    return (4 if p.factored else 8) * p.elements
+    return (4 if p.hidden_matrix else 8) * p.elements
 
 
 OTHERS = {"AdamW, 32-bit": _adamw, "AdamW, 8-bit": _adamw_8bit, "SOAP": _soap, "Muon": _muon}
 """Optimizer -> bytes of its state for a float32 parameter."""
+
+
+def _others(model: nn.Module, factored: Sequence[Member], world: int, replicated: bool) -> dict[str, Load]:
+    embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    matrices = {id(member.parameter) for member in factored}
+    treated = [
+        _Treated(tuple(p.shape), id(p) in embeddings, id(p) in matrices) for p in model.parameters() if p.requires_grad
+    ]
+    sizes = {label: sum(map(size, treated)) for label, size in OTHERS.items()}
+    if replicated:
+        return {label: Load(size * world, size) for label, size in sizes.items()}
+    return {label: Load(size, -(-size // world)) for label, size in sizes.items()}
 
 
 # ---------------------------------------------------------------------------------------------- output
@@ -275,8 +387,8 @@ def _lines(p: Plan) -> list[str]:
         f"{'  exchange buffers':<40}{_size(p.exchange.largest):>12}",
         f"{'  peak':<40}{_size(p.peak):>12}",
         f"{'  sent in a step':<40}{_size(p.wire_step.largest):>12}",
-        f"{'  sent besides when roots are computed':<40}{_size(p.wire_refresh.largest):>12}",
-        f"refresh work of the busiest rank: {p.balance:.2f} times the mean",
+        f"{'  sent in a step that refreshes':<40}{_size(p.wire_refresh.largest):>12}",
+        f"work of the busiest rank: {p.balance:.2f} times the mean",
     ]
 
 

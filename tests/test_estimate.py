@@ -14,10 +14,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import hf_shampoo4 as s4
+from hf_shampoo4 import estimate, waves
 from hf_shampoo4.cli import main
+from hf_shampoo4.exchange import Ranks
 from hf_shampoo4.integrations.trainer import OPTIMS
-from hf_shampoo4.options import OptionError
+from hf_shampoo4.options import NAMES, OptionError, Options
+from hf_shampoo4.storage import nbytes
 from hf_shampoo4.train import ModelArguments, build_model
+from hf_shampoo4.waves import Wave, build
 
 SMALL_GPT2 = {"model": "gpt2_124m", "model_overrides": "n_embd=96,n_layer=2,n_head=2,vocab_size=500"}
 
@@ -134,6 +138,65 @@ def test_working_memory_is_what_a_step_allocates(options: dict[str, Any]) -> Non
     assert 0.4 * working < allocated.peak <= working
 
 
+def live_ranks(model: torch.nn.Module, world: int, sharding: str, options: dict[str, Any]) -> list[list[Wave]]:
+    """The waves that every rank of a real optimizer builds, without starting processes."""
+    groups = []
+    for group in s4.param_groups(model):
+        own = {key: value for key, value in group.items() if key in NAMES}
+        groups.append((Options(**{**options, **own}), group["params"]))
+    with pytest.MonkeyPatch.context() as patch:
+        if sharding == "fsdp2":
+            patch.setattr(
+                waves, "held_here", lambda p, rank, world: estimate._placement(tuple(p.shape), world, sharding)
+            )
+        built = [build(groups, Ranks(rank, world)) for rank in range(world)]
+    return [[wave for of_group in rank for wave in of_group] for rank in built]
+
+
+@pytest.mark.parametrize("world", [1, 3])
+@pytest.mark.parametrize(
+    ("sharding", "options"),
+    [("ddp", {}), ("ddp", {"shard_state": True}), ("fsdp2", {}), ("fsdp2", {"wire": "bf16", "algorithm": "soap"})],
+    ids=str,
+)
+def test_every_rank_holds_and_sends_what_is_said(sharding: str, options: dict[str, Any], world: int) -> None:
+    """Against the live stacks' bytes and, entry by entry, the pieces of the live routes."""
+    options = {**options, "block_size": 48}
+    model = build_model(ModelArguments(**SMALL_GPT2), 500)
+    made = s4.plan(model, world, sharding, **options)
+    state, step, refresh = [], [], []
+    for rank, found in enumerate(live_ranks(model, world, sharding, options)):
+        tensors = [[t for s in w.stacks for buffers in s.state.values() for t in buffers.values()] for w in found]
+        state.append(sum(t.numel() * t.element_size() for own in tensors for t in own))
+        always = often = 0
+        for wave in found if world > 1 else ():
+            gradient, update = (2, 2) if options.get("wire") == "bf16" else (4, 4)
+            collect, deliver = wave.split
+            sent = sum(gradient * p.numel for r, ps in collect.out.items() if r != rank for p in ps)
+            sent += sum(update * p.numel for r, ps in deliver.out.items() if r != rank for p in ps)
+            factored = any(hasattr(s.algorithm, "left") for s in wave.stacks)
+            if wave.replicated:
+                mine = [b for b, owner in enumerate(wave.owners) if owner == rank]
+                rows = {b: s for s in wave.stacks for b in s.blocks}
+                bytes_of = {id(s): sum(nbytes(x) for x in s.algorithm.storages().values()) for s in wave.stacks}
+                sent += (world - 1) * sum(bytes_of[id(rows[b])] for b in mine)
+                often += sent if factored else 0
+            else:
+                always, often = always + sent, often + sent
+        step.append(always)
+        refresh.append(often)
+    for load, ranks in ((made.state, state), (made.wire_step, step), (made.wire_refresh, refresh)):
+        assert (load.total, load.largest) == (sum(ranks), max(ranks))
+
+
+@pytest.mark.slow
+def test_a_cluster() -> None:
+    """LLaMA-405B on 4,096 ranks: the work and the state are spread."""
+    made = s4.plan("llama3_405b", world_size=4096, sharding="fsdp2")
+    assert made.balance < 1.5
+    assert made.state.total / 4096 <= made.state.largest < 2 * made.state.total / 4096
+
+
 def test_a_large_model_takes_seconds() -> None:
     """LLaMA-405B: from the published sizes, without its weights."""
     from transformers import LlamaConfig
@@ -166,13 +229,14 @@ def test_the_command_writes_table_json_and_picture(tmp_path, capsys) -> None:
     assert str(made) in printed
     assert (tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG")
     assert saved["state"]["total"] == 2 * saved["state"]["largest"]
+    assert saved["copies"] == 2
     assert saved["largest_block"] == [64, 64]
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"sharding": "magic"}, "sharding='magic' is not allowed: it must be one of ddp"),
+        ({"sharding": "magic"}, "sharding='magic' is not allowed: it must be one of ddp, fsdp2"),
         ({"world_size": 0}, "world_size=0 is not allowed"),
         ({"block_sizes": 3}, "did you mean 'block_size'"),
         ({"model_or_config": "no_such_model"}, "no_such_model"),
