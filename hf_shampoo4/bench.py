@@ -100,8 +100,13 @@ CONTESTANTS: dict[str, Contestant] = {
         "HeavyBall SOAP", "heavyball:SOAP", "heavyball", every=("precondition_frequency",), block="max_precond_dim"
     ),
     **{f"ours_{name}": _ours(f"ours: {name}, 4-bit", algorithm=name) for name in ALGORITHMS if name != "elementwise"},
+    "ours_shampoo_staggered": _ours("ours: shampoo, 4-bit, staggered", algorithm="shampoo", stagger=True),
+    "ours_kl_shampoo_staggered": _ours("ours: kl_shampoo, 4-bit, staggered", algorithm="kl_shampoo", stagger=True),
     "ours_shampoo32": _ours("ours: shampoo, 32-bit", algorithm="shampoo", factor="direct", bits=32, moments="fp32"),
 }  # fmt: skip
+
+
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 
 
 @dataclass(frozen=True)
@@ -117,12 +122,16 @@ class Settings:
     steps: int = 20
     threads: int = 2
     device: str = "cpu"
+    clock: str = "wall"
+    """`cpu`: this process's processor time, all threads together, for a machine that is busy with other work."""
 
     def __post_init__(self) -> None:
         if self.model not in MODELS:
             raise OptionError(f"unknown model {self.model!r}; known: {', '.join(MODELS)}")
         if not 1 <= self.layers <= MODELS[self.model].layers:
             raise OptionError(f"--layers {self.layers}: {self.model} has 1 to {MODELS[self.model].layers}")
+        if self.clock not in CLOCKS:
+            raise OptionError(f"--clock {self.clock}: one of {', '.join(CLOCKS)}")
         for name in ("warmup", "steps"):
             if getattr(self, name) < 1 or getattr(self, name) % self.every:
                 raise OptionError(f"--{name} {getattr(self, name)} must be whole refresh periods of {self.every} steps")
@@ -177,7 +186,7 @@ class Racer:
     def __init__(self, name: str, settings: Settings) -> None:
         contestant = CONTESTANTS[name]
         self.result = Result(name, contestant.label)
-        self.device = torch.device(settings.device)
+        self.device, self.clock = torch.device(settings.device), CLOCKS[settings.clock]
         generator = torch.Generator().manual_seed(0)
         self.parameters = [
             torch.nn.Parameter((0.02 * torch.randn(shape, generator=generator)).to(self.device))
@@ -190,10 +199,10 @@ class Racer:
         for parameter, gradient in zip(self.parameters, gradients, strict=True):
             parameter.grad = gradient.clone()
         _wait(self.device)
-        began = time.perf_counter()
+        began = self.clock()
         self.optimizer.step()
         _wait(self.device)
-        self.result.milliseconds.append(1e3 * (time.perf_counter() - began))
+        self.result.milliseconds.append(1e3 * (self.clock() - began))
 
     def inspect(self, gradients: Sequence[Tensor]) -> None:
         """A step whose matrix products and allocations are counted."""
@@ -324,19 +333,19 @@ def rates(settings: Settings) -> dict[str, float]:
     big = torch.randn(1 << 24, device=device)
     target = torch.empty_like(big)
     return {
-        "product_operations": 2 * settings.block**3 / _seconds(lambda: torch.mm(a, a), device),
-        "copy_bytes": 2 * 4 * big.numel() / _seconds(lambda: target.copy_(big), device),
+        "product_operations": 2 * settings.block**3 / _seconds(lambda: torch.mm(a, a), settings),
+        "copy_bytes": 2 * 4 * big.numel() / _seconds(lambda: target.copy_(big), settings),
     }
 
 
-def _seconds(run: Callable[[], Any], device: torch.device, times: int = 15) -> float:
-    taken = []
+def _seconds(run: Callable[[], Any], settings: Settings, times: int = 15) -> float:
+    device, clock, taken = torch.device(settings.device), CLOCKS[settings.clock], []
     for _ in range(times):
         _wait(device)
-        began = time.perf_counter()
+        began = clock()
         run()
         _wait(device)
-        taken.append(time.perf_counter() - began)
+        taken.append(clock() - began)
     return statistics.median(taken[2:])
 
 
@@ -405,7 +414,7 @@ def as_markdown(told: Mapping[str, Any]) -> str:
     lines = [
         f"{s['layers']} layers of {s['model']}, {told['parameters'] / 1e6:.1f}M parameters, block order {s['block']}, "
         f"refresh every {s['every']} steps, {s['threads']} threads of {m['accelerator'] or m['cpu']} ({m['cores']} "
-        f"cores{load}), torch {m['torch']}.",
+        f"cores{load}), torch {m['torch']}, {s['clock']} time.",
         f"float32 products {told['ceilings']['product_operations'] / 1e9:.0f} GFLOP/s, copies "
         f"{told['ceilings']['copy_bytes'] / 1e9:.1f} GB/s: the floor of Shampoo's apply is "
         f"{told['apply_floor_ms']:.0f} ms ({told['apply_operations'] / 1e9:.1f} GFLOP).",
@@ -503,6 +512,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--warmup", type=int, help=f"steps before the clock runs; default {default.warmup}")
     add("--steps", type=int, help=f"steps that are timed; default {default.steps}")
     add("--threads", type=int, help=f"default {default.threads}")
+    add("--clock", help=f"wall, or cpu: the process's own time, on a busy machine; default {default.clock}")
     add("--device", help=f"default {default.device}")
     add("--contestants", default="", help=f"comma-separated; default all: {','.join(CONTESTANTS)}")
     add("--sweep", action="store_true", help="ours again over block orders and sizes")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from pathlib import Path
 
@@ -51,7 +52,8 @@ def test_bytes_of_the_state_are_counted_once_whatever_they_are_nested_in() -> No
 
 
 def test_a_steps_transient_memory_does_not_grow_with_the_number_of_parameters(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hf_shampoo4.plan, "WAVE_ELEMENTS", 4 * 64 * 64)
+    module = importlib.import_module("hf_shampoo4.plan")  # `hf_shampoo4.plan` is a function
+    monkeypatch.setattr(module, "WAVE_ELEMENTS", 4 * 64 * 64)
 
     def transient(count: int) -> int:
         parameters = [torch.nn.Parameter(torch.randn(64, 64)) for _ in range(count)]
