@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ProgressCallback
 
@@ -187,7 +188,15 @@ def _curve(history: Sequence[Mapping[str, Any]], key: str) -> list[tuple[int, fl
 def state_bytes(optimizer: torch.optim.Optimizer) -> int:
     """Bytes of all tensors of an optimizer's state."""
     tensors = [t for entry in optimizer.state.values() for t in entry.values() if isinstance(t, torch.Tensor)]
-    return sum(t.numel() * t.element_size() for t in tensors)
+    return sum(_nbytes(tensor) for tensor in tensors)
+
+
+def _nbytes(tensor: torch.Tensor) -> int:
+    """Bytes of what a tensor is made of: torchao's states are subclasses that look like float32."""
+    if is_traceable_wrapper_subclass(tensor):
+        inner, _ = tensor.__tensor_flatten__()
+        return sum(_nbytes(getattr(tensor, name)) for name in inner)
+    return tensor.numel() * tensor.element_size()
 
 
 def peak_memory_bytes() -> int:

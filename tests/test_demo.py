@@ -3,10 +3,11 @@
 import json
 
 import pytest
+import torch
 from PIL import Image
 
 from hf_shampoo4 import cli
-from hf_shampoo4.demo import Outcome, draw, print_table, read_plan, write_json
+from hf_shampoo4.demo import Outcome, draw, print_table, read_plan, state_bytes, write_json
 
 
 def outcome(label, losses, **changes):
@@ -88,3 +89,12 @@ def test_sweep_resumes(tmp_path, capsys):
     assert "learning_rate=0.008" in capsys.readouterr().out
     assert cli.main([*arguments, "--optims", "sgd"]) == 2
     assert "error: the sweep has no optimizer 'sgd'; it has: adamw_torch" in capsys.readouterr().err
+
+
+def test_state_bytes_looks_into_tensor_subclasses():
+    torchao = pytest.importorskip("torchao.optim")
+    p = torch.nn.Parameter(torch.randn(1024, 256))
+    optimizer = torchao.AdamW4bit([p], block_size=128)
+    p.grad = torch.randn_like(p)
+    optimizer.step()
+    assert 1.06 < state_bytes(optimizer) / p.numel() < 1.1
