@@ -452,8 +452,8 @@ def draw_shares(title: str, rows: Sequence[Row], path: Path) -> None:
     import matplotlib
     from matplotlib.figure import Figure  # no pyplot: nothing global, no display
 
-    with matplotlib.rc_context({"font.size": 11, "axes.spines.top": False, "axes.spines.right": False}):
-        figure = Figure(figsize=(12, 1.6 + 0.45 * len(rows)), dpi=150, layout="constrained")
+    with matplotlib.rc_context({"font.size": 11, "axes.titlesize": 11, "axes.spines.top": False, "axes.spines.right": False}):
+        figure = Figure(figsize=(14, 1.6 + 0.45 * len(rows)), dpi=150, layout="constrained")
         losses, shares = figure.subplots(1, 2, sharey=True)
         for place, row in enumerate(rows):
             _draw_losses(losses, place, row)
@@ -461,7 +461,7 @@ def draw_shares(title: str, rows: Sequence[Row], path: Path) -> None:
         labels = [f"{row.label}  ({row.bytes_per_parameter:.2f} B/param)" for row in rows]
         losses.set_yticks(range(len(rows)), labels)
         losses.invert_yaxis()
-        losses.set(title="Final validation loss: each seed, and the mean", xlabel="loss")
+        losses.set(title="Final validation loss, each seed and the mean", xlabel="loss")
         shares.set(title=title, xlabel="per cent (bar: standard error)")
         _finish(shares, any(row.paper for row in rows))
         for axes in (losses, shares):
