@@ -452,7 +452,8 @@ def draw_shares(title: str, rows: Sequence[Row], path: Path) -> None:
     import matplotlib
     from matplotlib.figure import Figure  # no pyplot: nothing global, no display
 
-    with matplotlib.rc_context({"font.size": 11, "axes.titlesize": 11, "axes.spines.top": False, "axes.spines.right": False}):
+    look = {"font.size": 11, "axes.titlesize": 11, "axes.spines.top": False, "axes.spines.right": False}
+    with matplotlib.rc_context(look):
         figure = Figure(figsize=(14, 1.6 + 0.45 * len(rows)), dpi=150, layout="constrained")
         losses, shares = figure.subplots(1, 2, sharey=True)
         for place, row in enumerate(rows):
