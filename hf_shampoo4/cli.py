@@ -15,6 +15,7 @@ from hf_shampoo4.options import OptionError
 # name -> (module whose `main(arguments)` does it, what it does)
 COMMANDS = {
     "bench": ("hf_shampoo4.bench", "what an optimizer step costs in time and memory, beside other optimizers"),
+    "checkpoint": ("hf_shampoo4.checkpoint", "inspect a checkpoint's optimizer, or convert it for another mode"),
     "demo": ("hf_shampoo4.demo", "pretrain a small LLaMA with AdamW and with shampoo4bit, and compare them"),
     "errors": ("hf_shampoo4.errors", "what quantising preconditioners costs, beside the papers' tables"),
     "race": ("hf_shampoo4.race", "optimizers side by side, each at its best learning rate, over seeds"),

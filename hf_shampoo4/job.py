@@ -18,6 +18,7 @@ from .waves import Stack, Wave
 
 def run(jobs: Sequence[Job]) -> None:
     """Do the jobs in order; the next one's gradients and the last one's updates travel while one is computed."""
+    before: Job | None = None
     for i, job in enumerate(jobs):
         if i == 0:
             job.start()
@@ -25,10 +26,13 @@ def run(jobs: Sequence[Job]) -> None:
             jobs[i + 1].start()
         job.compute()
         job.deliver()
-        if i > 0:
-            jobs[i - 1].finish()
-    if jobs:
-        jobs[-1].finish()
+        if before is not None:
+            before.finish()
+        before = None if job.route.deliver.local else job
+        if before is None:  # nothing travels: do not keep the updates
+            job.finish()
+    if before is not None:
+        before.finish()
 
 
 @dataclass

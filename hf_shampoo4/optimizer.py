@@ -406,13 +406,14 @@ class Shampoo4bit(torch.optim.Optimizer):
 
 
 def _with_tuples(state_dict: dict[str, Any]) -> dict[str, Any]:
-    """The groups' tuples as tuples: torch's gathering of sharded state makes lists of them."""
+    """The groups' tuples as tuples: torch's full state dicts make lists of them and leave empty ones out."""
     groups = state_dict.get("param_groups")
-    if not isinstance(groups, list):
+    if not isinstance(groups, list) or any(group.get("format") != FORMAT for group in groups):
         return state_dict
-    names = ("betas", *(name for name in NAMES if isinstance(getattr(Options, name), tuple)))
-    restored = [{k: tuple(v) if k in names and isinstance(v, list) else v for k, v in g.items()} for g in groups]
-    return {**state_dict, "param_groups": restored}
+    names = [name for name in NAMES if isinstance(getattr(Options, name), tuple)]
+    tuples = [{name: tuple(group.get(name, ())) for name in names} for group in groups]
+    betas = [{"betas": tuple(group["betas"])} for group in groups]
+    return {**state_dict, "param_groups": [{**g, **t, **b} for g, t, b in zip(groups, tuples, betas, strict=True)]}
 
 
 def clean_name(name: str) -> str:

@@ -211,6 +211,7 @@ def _run(model: nn.Module, bare: nn.Module, optimizer: Shampoo4bit) -> Run:
 
 
 ENGINES: dict[str, Callable[..., Run]] = {
+    "single": lambda options, dtype=torch.float32: reference(options, 1, dtype),
     "ddp": ddp,
     "ddp_sharded": lambda options, dtype=torch.float32: ddp({**options, "shard_state": True}, dtype),
     "fsdp2": fsdp2,
@@ -252,6 +253,10 @@ class Case:
     def run(self, truths: dict[str, dict[str, Tensor]], folder: Path) -> dict[str, Any]:
         if self.options in FORMS:
             return checkpoint(self, folder)
+        if self.engine == "trainer":
+            return trainer(self, folder)
+        if self.options == "failing":
+            return failing(self)
         return reshard(self, folder) if "+" in self.options else equality(self, truths)
 
 
@@ -374,7 +379,7 @@ def reshard(case: Case, folder: Path) -> dict[str, Any]:
     """Load what other modes and numbers of ranks have saved, train on, and compare with one process that did both."""
     engine, source = case.engine, folder / case.options.replace("+", "-")
     run = ENGINES[engine]({}, torch.float32)
-    load(run, case.options.split("+")[1], source)
+    load(run, "plain" if engine == "single" else case.options.split("+")[1], source)
     found: list[Any] = [None]
     if dist.get_rank() == 0:
         alone = reference({}, 2)
@@ -385,6 +390,92 @@ def reshard(case: Case, folder: Path) -> dict[str, Any]:
     for t in range(case.steps, 2 * case.steps):
         run.step(t)
     return _compared(run.parameters(), found[0])
+
+
+def trainer(case: Case, folder: Path) -> dict[str, Any]:
+    """The Hugging Face Trainer with --fsdp: train, and resume from the middle."""
+    from accelerate import state
+    from accelerate.utils import DistributedType
+    from tiny import Tokens, arguments, llama
+    from transformers import Trainer
+
+    # accelerate shards on a CPU only if told that this is a machine with several devices
+    os.environ.update(ACCELERATE_TORCH_DEVICE="cpu", LOCAL_RANK=os.environ["RANK"], FSDP_STATE_DICT_TYPE=case.options)
+    state.PartialState._prepare_backend = lambda *a, **k: ("gloo", DistributedType.MULTI_GPU)
+    config = {
+        "version": 2, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"], "reshard_after_forward": True,
+        "state_dict_type": case.options,
+    }  # fmt: skip
+
+    def train(checkpoint: Path | None) -> tuple[list[float], dict[str, Tensor], Any]:
+        changes = {"save_strategy": "steps", "save_steps": 3, "max_steps": 5, "per_device_train_batch_size": 2}
+        args = arguments(folder / case.name, use_cpu=False, fsdp=True, fsdp_config=config, **changes)
+        found = Trainer(llama(), args, train_dataset=Tokens())
+        found.train(resume_from_checkpoint=checkpoint and str(checkpoint))
+        losses = [entry["loss"] for entry in found.state.log_history if "loss" in entry]
+        return losses, {n: full(p) for n, p in found.model_wrapped.named_parameters()}, found
+
+    losses, parameters, unbroken = train(None)
+    resumed_losses, resumed, _ = train(folder / case.name / "checkpoint-3")
+    kinds = {type(p).__name__ for p in unbroken.model_wrapped.parameters()}
+    held = sum(t.nbytes for entry in unbroken.optimizer.optimizer.state.values() for t in entry.values())
+    return {
+        **_compared(resumed, parameters), "losses": losses, "resumed_losses": resumed_losses, "kinds": sorted(kinds),
+        "state_bytes": held, "files": sorted(p.name for p in (folder / case.name / "checkpoint-3").iterdir()),
+    }  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------------------ failures
+
+
+def failing(case: Case) -> dict[str, Any]:
+    """What each rank says when rank 1 has other options, a gradient that cannot be used, or cannot compute."""
+    make, second = ENGINES[case.engine], dist.get_rank() == 1
+    said = {"disagree": _message(lambda: make({"damping": 1e-3 if second else 1e-6}, torch.float32).step(0))}
+
+    run = make({}, torch.float32)
+    if second:
+        run.optimizer._gradients_are_finite = lambda: (_ for _ in ()).throw(TypeError("a sparse gradient"))
+    said["gradient"] = _message(lambda: run.step(0))
+
+    run = make({}, torch.float32)
+    run.step(0)
+    if second:
+        for wave in run.optimizer._all_waves():
+            for stack in wave.stacks:
+                stack.algorithm = Broken(stack.algorithm)
+    said["compute"] = _message(lambda: [run.step(t) for t in range(1, 4)])
+
+    run = make({}, torch.float32)
+    run.step(0)
+    before = run.parameters()
+    if second:
+        finite = run.optimizer._gradients_are_finite
+        run.optimizer._gradients_are_finite = lambda: finite() and False
+    run.step(1)
+    unchanged = all(torch.equal(p, before[n]) for n, p in run.parameters().items())
+    return {"said": said, "skipped": run.optimizer.param_groups[0]["skipped_steps"], "unchanged": unchanged}
+
+
+class Broken:
+    """An algorithm that runs out of memory."""
+
+    def __init__(self, algorithm: Any) -> None:
+        self._algorithm = algorithm
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._algorithm, name)
+
+    def precondition(self, *arguments: Any) -> Any:
+        raise MemoryError("no memory left")
+
+
+def _message(action: Callable[[], Any]) -> str:
+    try:
+        action()
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
 
 
 def _compared(mine: dict[str, Tensor], truth: dict[str, Tensor]) -> dict[str, Any]:
@@ -437,23 +528,43 @@ def launch(world: int, *words: str, timeout: float = 300, script: Path = Path(__
         return [json.loads(file.read_text()) for file in files]
 
 
+def whole_matrix(steps: int, file: Path) -> None:
+    """Every engine with every set of options on 2, 3 and 4 ranks; takes hours on two cores."""
+    found: dict[str, Any] = {
+        "command": f"python tests/ranks.py --all --steps {steps}", "torch": torch.__version__, "backend": "gloo",
+        "gradients": "exact averages, see the docstring", "worlds": {},
+    }  # fmt: skip
+    for world in (2, 3, 4):
+        engines = [engine for engine in ENGINES if engine != "single" and (engine != "hsdp" or world % 2 == 0)]
+        cases = ",".join(f"{engine}-{options}" for options in OPTIONS for engine in engines)
+        ranks = launch(world, "--cases", cases, "--steps", str(steps), timeout=4 * 3600)
+        found["worlds"][str(world)] = {
+            case: {**there, "state_bytes": [rank[case].get("state_bytes") for rank in ranks]}
+            for case, there in ranks[0].items()
+        }
+        file.write_text(json.dumps(found, indent=1) + "\n")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--all", action="store_true", help="the whole matrix; writes docs/results/ranks.json")
+    parser.add_argument("--all", action="store_true", help="the whole matrix, written to docs/results/ranks.json")
     parser.add_argument("--world", type=int, default=2)
     parser.add_argument("--cases", default="ddp-shampoo,ddp_sharded-shampoo,fsdp2-shampoo", help="ENGINE-OPTIONS,...")
     parser.add_argument(
         "--checkpoints", default="/tmp/hf_shampoo4-ranks", help="folder that cases save to and load from"
     )
-    parser.add_argument("--steps", type=int, default=12)
-    parser.add_argument("--worker")
+    parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
     given = parser.parse_args()
-    cases = given.cases.split(",")
+    cases = [Case(*case.split("-"), given.steps) for case in given.cases.split(",")]
     if given.worker:
-        worker(Path(given.worker), [Case(*case.split("-"), given.steps) for case in cases], Path(given.checkpoints))
-    words = ["--cases", given.cases, "--steps", str(given.steps), "--checkpoints", given.checkpoints]
-    for name, there in launch(given.world, *words)[0].items():
-        print(name, there.get("error") or json.dumps(there))
+        worker(Path(given.worker), cases, Path(given.checkpoints))
+    elif given.all:
+        whole_matrix(given.steps, ROOT / "docs" / "results" / "ranks.json")
+    else:
+        words = ["--cases", given.cases, "--steps", str(given.steps), "--checkpoints", given.checkpoints]
+        for name, there in launch(given.world, *words)[0].items():
+            print(name, there.get("error") or json.dumps(there))
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ def test_help_lists_every_command_and_imports_nothing_heavy():
     code = "import sys; from hf_shampoo4.cli import main\ntry: main(['--help'])\nfinally: print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
     assert done.stdout.endswith("False\n")
-    assert all(f"    {name} " in done.stdout for name in cli.COMMANDS)
+    assert all(f"\n    {name}" in done.stdout for name in cli.COMMANDS)
 
 
 def test_an_unknown_command_is_refused(capsys):

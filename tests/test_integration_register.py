@@ -126,23 +126,31 @@ def test_bad_options_of_trainer_kwargs_are_refused(tmp_path):
         s4.trainer_kwargs(llama(), arguments(tmp_path), blocksize=64)
 
 
-@pytest.mark.parametrize(("field", "mode"), [("deepspeed", "DeepSpeed"), ("fsdp", "FSDP")])
-def test_sharded_training_is_refused_by_name(tmp_path, field, mode):
+@pytest.mark.parametrize(
+    ("changes", "mode"),
+    [({"deepspeed": True}, "DeepSpeed"), ({"fsdp": True, "fsdp_config": {"version": 1}}, "FSDP1")],
+)
+def test_flattened_parameters_are_refused_by_name(tmp_path, changes, mode):
     args = arguments(tmp_path)
-    setattr(args, field, True)  # a real one needs an accelerator
-    with pytest.raises(NotImplementedError, match=f"{mode} is not supported by hf_shampoo4 yet.*data parallelism"):
+    for field, value in changes.items():
+        setattr(args, field, value)  # a real one needs an accelerator
+    with pytest.raises(NotImplementedError, match=f"{mode} is not supported by hf_shampoo4 yet.*FSDP2"):
         Trainer.get_optimizer_cls_and_kwargs(args, llama())
 
 
-def test_tensor_parallel_parameters_are_refused(tmp_path):
-    model = llama()
-    model.lm_head.weight.device_mesh = "as a DTensor has"
-    with pytest.raises(NotImplementedError, match="tensor parallelism is not supported"):
-        s4.trainer_kwargs(model, arguments(tmp_path))
+def test_fsdp2_is_not_refused(tmp_path):
+    args = arguments(tmp_path)
+    args.fsdp, args.fsdp_config = True, {"version": 2}
+    assert Trainer.get_optimizer_cls_and_kwargs(args, llama())[0] is s4.Shampoo4bit
 
 
-def test_fsdp_of_accelerate_launch_is_refused(tmp_path, monkeypatch):
+@pytest.mark.parametrize(("version", "refused"), [("1", True), ("2", False)])
+def test_fsdp_of_accelerate_launch(tmp_path, monkeypatch, version, refused):
     args = arguments(tmp_path)
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    with pytest.raises(NotImplementedError, match="FSDP is not supported"):
+    monkeypatch.setenv("FSDP_VERSION", version)
+    if not refused:
+        s4.trainer_kwargs(llama(), args)
+        return
+    with pytest.raises(NotImplementedError, match="FSDP1 is not supported"):
         s4.trainer_kwargs(llama(), args)

@@ -51,6 +51,7 @@ LEVELS = {
     "finetune": 11,
     "runs": 11,
     "bench": 11,
+    "checkpoint": 11,
     "cli": 11,
     "_site": 11,
     "__main__": 11,

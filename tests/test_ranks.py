@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import fcntl
+import json
+import os
+from pathlib import Path
 from typing import Any
 
 import pytest
-from ranks import launch
+from ranks import SHAPES, launch
+
+from hf_shampoo4.checkpoint import by_position, described, read
 
 STEPS = "8"
 CASES = {
@@ -14,18 +20,46 @@ CASES = {
     3: ["ddp-kl_shampoo", "fsdp2-kl_shampoo", "fsdp2-cholesky_ef", "ddp_sharded-zipsr", "tp-elementwise"],
     4: ["hsdp-shampoo"],
 }  # fmt: skip
+SAVED = {2: ["fsdp2-full", "fsdp2-sharded", "ddp-plain", "ddp_sharded-plain"]}
+LOADED = {3: ["fsdp2-fsdp2+sharded", "ddp-fsdp2+full", "fsdp2-ddp+plain", "ddp_sharded-ddp+plain"],
+          1: ["single-fsdp2+full", "single-ddp_sharded+plain"]}  # fmt: skip
+FAILING = {2: ["fsdp2-failing", "ddp-failing"]}
+KINDS = (CASES, SAVED, LOADED, FAILING)
+WORLDS = (2, 3, 4, 1)
 
 
 @pytest.fixture(scope="module")
-def results() -> dict[tuple[int, str], list[dict[str, Any]]]:
-    found = {}
-    for world, cases in CASES.items():
-        ranks = launch(world, "--cases", ",".join(cases), "--steps", STEPS)
-        found.update({(world, case): [rank[case] for rank in ranks] for case in cases})
-    return found
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One for all workers of xdist."""
+    base = tmp_path_factory.getbasetemp()
+    base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    (base / "ranks").mkdir(exist_ok=True)
+    return base / "ranks"
 
 
-@pytest.mark.parametrize(("world", "case"), [(world, case) for world, cases in CASES.items() for case in cases])
+@pytest.fixture(scope="module")
+def results(folder: Path) -> dict[tuple[int, str], list[dict[str, Any]]]:
+    with open(folder / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        file = folder / "results.json"
+        if not file.exists():
+            found = {}
+            for world in WORLDS:
+                cases = ",".join(case for kind in KINDS for case in kind.get(world, ()))
+                words = ("--cases", cases, "--steps", STEPS, "--checkpoints", str(folder))
+                found[world] = launch(world, *words, timeout=800)
+            file.write_text(json.dumps(found))
+        found = json.loads(file.read_text())
+    return {(int(world), case): [rank[case] for rank in ranks] for world, ranks in found.items() for case in ranks[0]}
+
+
+def each(kind: dict[int, list[str]]) -> Any:
+    return pytest.mark.parametrize(
+        ("world", "case"), [(world, case) for world, cases in kind.items() for case in cases]
+    )
+
+
+@each(CASES)
 def test_ranks_train_as_one_process_does(results: dict, world: int, case: str) -> None:
     for rank in results[world, case]:
         assert "error" not in rank, rank["error"]
@@ -39,3 +73,52 @@ def test_state_is_spread_over_the_ranks(results: dict, world: int, case: str) ->
     held = [rank["state_bytes"] for rank in results[world, case]]
     assert sum(held) == results[world, case][0]["all_state_bytes"]
     assert max(held) <= sum(held) / world + results[world, case][0]["largest_block_bytes"]
+
+
+@each(SAVED)
+def test_a_resumed_run_goes_on_as_if_it_had_not_stopped(results: dict, world: int, case: str) -> None:
+    for rank in results[world, case]:
+        assert "error" not in rank, rank["error"]
+        assert rank["bitwise"], rank["differ"]
+
+
+@each(LOADED)
+def test_a_checkpoint_goes_on_in_another_mode_and_number_of_ranks(results: dict, world: int, case: str) -> None:
+    for rank in results[world, case]:
+        assert "error" not in rank, rank["error"]
+        assert rank["bitwise"], rank["differ"]
+
+
+def test_a_sharded_checkpoint_is_read_in_one_process(results: dict, folder: Path) -> None:
+    (folder / "reading").mkdir(exist_ok=True)
+    (folder / "reading" / "optimizer_0").symlink_to(folder / "fsdp2-sharded" / "dcp")
+    state_dict = read(folder / "reading")
+    trained = {f"layers.{i}.{name}" for i, shapes in enumerate(SHAPES) for name in shapes if name != "frozen"}
+    assert set(state_dict["state"]) == trained
+    numbered = by_position(state_dict)
+    assert set(numbered["state"]) == set(range(len(trained)))
+    assert [i for group in numbered["param_groups"] for i in group["params"]] == list(range(len(trained)))
+    lines = "\n".join(described(state_dict))
+    assert f"step {STEPS}" in lines
+    assert "block_size=32" in lines
+    assert "basis" in lines
+
+
+@each(FAILING)
+def test_all_ranks_raise_together(results: dict, world: int, case: str) -> None:
+    said = [rank["said"] for rank in results[world, case]]
+    for rank in said:
+        assert rank["disagree"].startswith(
+            "RuntimeError: ranks disagree on options or model: damping in parameter group 0"
+        )
+    assert said[0]["gradient"] == "RuntimeError: rank 1 failed, so no rank goes on; there: TypeError: a sparse gradient"
+    assert said[1]["gradient"] == "TypeError: a sparse gradient"
+    assert said[0]["compute"] == "RuntimeError: rank 1 failed, so no rank goes on; there: MemoryError: no memory left"
+    assert said[1]["compute"] == "MemoryError: no memory left"
+
+
+@each(FAILING)
+def test_a_gradient_that_is_not_finite_on_one_rank_skips_the_step_on_all(results: dict, world: int, case: str) -> None:
+    for rank in results[world, case]:
+        assert rank["skipped"] == 1
+        assert rank["unchanged"]

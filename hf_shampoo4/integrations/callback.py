@@ -32,6 +32,16 @@ class Shampoo4bitCallback(TrainerCallback):
         if state.is_world_process_zero:
             print(table(ours), flush=True)
 
+    def on_step_end(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
+        """Before a checkpoint, bring together the state that `shard_state` has spread: the Trainer asks rank 0 only."""
+        ours = _ours(optimizer)
+        if ours is not None and control.should_save:
+            ours.consolidate()
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
+        """The same, with `save_strategy="epoch"`."""
+        self.on_step_end(args, state, control, optimizer)
+
     def on_log(
         self, args: Any, state: Any, control: Any, logs: Any = None, optimizer: Any = None, **kwargs: Any
     ) -> None:

@@ -52,7 +52,7 @@ def trainer_kwargs(model: nn.Module, args: Any, **options: Any) -> dict[str, Any
 
     Raises:
         OptionError: an option that does not exist or has a value that is not allowed.
-        NotImplementedError: the parameters would be sharded (FSDP, DeepSpeed, tensor parallelism).
+        NotImplementedError: the parameters would be flattened (FSDP1, DeepSpeed).
         ValueError: there is no matrix to precondition, or optim_target_modules matches nothing.
     """
     return {"optimizer_cls_and_kwargs": _optimizer_cls_and_kwargs(args, model, resolve(options))}
@@ -63,7 +63,7 @@ def check_args(args: Any) -> None:
 
     Raises:
         OptionError: an item of `optim_args` that is not `key=value`, unknown, or not allowed.
-        NotImplementedError: the parameters would be sharded.
+        NotImplementedError: the parameters would be flattened (FSDP1, DeepSpeed).
     """
     if args.optim in OPTIMS:
         _options_of(args)
@@ -76,7 +76,7 @@ def _options_of(args: Any) -> dict[str, Any]:
 
 
 def _optimizer_cls_and_kwargs(args: Any, model: nn.Module | None, options: dict[str, Any]) -> tuple[Any, dict]:
-    _refuse_sharding(args, model)
+    _refuse_sharding(args)
     from ..optimizer import Shampoo4bit
 
     kwargs = {
@@ -130,19 +130,20 @@ def _target_rule(targets: str | list[str] | None, model: nn.Module) -> Callable[
     return is_target
 
 
-def _refuse_sharding(args: Any, model: nn.Module | None = None) -> None:
+def _refuse_sharding(args: Any) -> None:
+    """Refuse what flattens parameters; FSDP2, HSDP and tensor parallelism keep their shapes."""
     mode = ""
     if args.deepspeed or getattr(args, "deepspeed_plugin", None) is not None:
         mode = "DeepSpeed"
-    elif args.fsdp or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("true", "1"):
-        mode = "FSDP"
-    elif model is not None and any(hasattr(parameter, "device_mesh") for parameter in model.parameters()):
-        mode = "tensor parallelism"
+    elif args.fsdp:
+        mode = "FSDP1" if int((args.fsdp_config or {}).get("version", 2)) == 1 else ""
+    elif os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("true", "1"):
+        mode = "FSDP1" if os.environ.get("FSDP_VERSION", "1") == "1" else ""
     if mode:
         raise NotImplementedError(
-            f"{mode} is not supported by hf_shampoo4 yet: it needs whole parameters, on one device or with plain data "
-            "parallelism (torchrun, accelerate launch --multi_gpu).  Train without it, or choose another --optim, "
-            "such as adamw_torch."
+            f"{mode} is not supported by hf_shampoo4 yet: it hides the shapes of the parameters.  Use FSDP2 (--fsdp "
+            "with fsdp_config version 2; fsdp_version: 2 in an accelerate configuration) or plain data parallelism, "
+            "or choose another --optim, such as adamw_torch."
         )
 
 

@@ -1,0 +1,105 @@
+"""The optimizer's part of a checkpoint folder, whatever wrote it: `hf-shampoo4 checkpoint inspect|convert DIR`.
+
+    optimizer.pt     Trainer, one process or DDP: parameters by position
+    optimizer.bin    Trainer or accelerate under FSDP2 with FULL_STATE_DICT: parameters by name; accelerate otherwise
+    optimizer_0/     the same with SHARDED_STATE_DICT: torch.distributed.checkpoint
+
+`convert` writes `optimizer.pt` from any of them, which one process or DDP loads.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from .files import replacing
+from .options import NAMES, OptionError, Options
+
+FILES = ("optimizer.pt", "optimizer.bin", "optimizer_0")
+
+
+def main(arguments: Sequence[str]) -> None:
+    """The command line.
+
+    Raises:
+        FileNotFoundError: a folder without an optimizer.
+        FileExistsError: `convert` would replace a file.
+        OptionError: the optimizer in it is not ours.
+    """
+    parser = argparse.ArgumentParser(prog="hf-shampoo4 checkpoint", description=__doc__.split("\n")[0])
+    parser.add_argument("action", choices=["inspect", "convert"])
+    parser.add_argument("folder", type=Path, help="a checkpoint of the Trainer or of accelerate, any number of ranks")
+    parser.add_argument("--output", type=Path, help="convert: the file to write (default: DIR/optimizer.pt)")
+    given = parser.parse_args(arguments)
+    state_dict = read(given.folder)
+    if given.action == "inspect":
+        print("\n".join(described(state_dict)))
+        return
+    import torch
+
+    output = given.output or given.folder / "optimizer.pt"
+    if output.exists():
+        raise FileExistsError(f"{output} exists: remove it, or choose another --output")
+    with replacing(output) as temporary:
+        torch.save(by_position(state_dict), temporary)
+    print(f"wrote {output}")
+
+
+def read(folder: Path) -> dict[str, Any]:
+    """The optimizer's state dict of a checkpoint folder, all of it, in the CPU's memory.
+
+    Raises:
+        FileNotFoundError: there is none.
+        OptionError: it was not written by Shampoo4bit.
+    """
+    import torch
+
+    found = next((folder / name for name in FILES if (folder / name).exists()), None)
+    if found is None:
+        raise FileNotFoundError(f"{folder} holds none of {', '.join(FILES)}: not a checkpoint with an optimizer")
+    if found.is_dir():
+        from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+
+        with tempfile.TemporaryDirectory() as temporary:
+            dcp_to_torch_save(found, Path(temporary) / "full.pt")
+            state_dict = torch.load(Path(temporary) / "full.pt", weights_only=True)["optimizer"]
+    else:
+        state_dict = torch.load(found, map_location="cpu", weights_only=True)
+    if not all("format" in group and "block_size" in group for group in state_dict.get("param_groups", [{}])):
+        raise OptionError(f"the optimizer in {found} is not Shampoo4bit")
+    return state_dict
+
+
+def by_position(state_dict: dict[str, Any]) -> dict[str, Any]:
+    """The same keyed as `torch.optim.Optimizer.state_dict` keys it: parameters numbered through the groups."""
+    number: dict[Any, int] = {}
+    groups = []
+    for group in state_dict["param_groups"]:
+        names = group.get("param_names") or []
+        members = sorted(group["params"], key=names.index) if set(names) == set(group["params"]) else group["params"]
+        number.update({key: len(number) + i for i, key in enumerate(members)})
+        groups.append({**group, "params": [number[key] for key in members]})
+    return {"state": {number[key]: entry for key, entry in state_dict["state"].items()}, "param_groups": groups}
+
+
+def described(state_dict: dict[str, Any]) -> Iterator[str]:
+    """Lines about the groups: step, what differs from the defaults, and the bytes of each kind of tensor."""
+    for i, group in enumerate(state_dict["param_groups"]):
+        chosen = {n: group[n] for n in NAMES if n in group and _plain(group[n]) != getattr(Options, n)}
+        entries = [state_dict["state"].get(key, {}) for key in group["params"]]
+        yield f"group {i}: {len(entries)} parameters, step {group['step']}, {group['skipped_steps']} skipped"
+        yield f"  lr {group['lr']}, weight decay {group['weight_decay']}, betas {tuple(group['betas'])}"
+        yield "  options: " + (", ".join(f"{name}={value}" for name, value in chosen.items()) or "the defaults")
+        sizes: dict[str, int] = {}
+        for entry in entries:
+            for key, tensor in entry.items():
+                kind = key.split("/")[-1].split(".")[-2]
+                sizes[kind] = sizes.get(kind, 0) + tensor.nbytes
+        yield "  bytes: " + ", ".join(f"{kind} {size:,}" for kind, size in sorted(sizes.items()))
+
+
+def _plain(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
