@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import sys
 from pathlib import Path
 
@@ -160,25 +159,20 @@ def test_lora_plus():
 
 @pytest.mark.slow
 def test_trl_sft_unmodified(tmp_path):
-    """The command of TRL's own, below --exec; its second run resumes."""
+    """The command of TRL's own, below --exec (test_finetune.py resumes)."""
     model, data = chat_model(tmp_path / "model"), tmp_path / "data"
     data.mkdir()
     conversations(data / "train.jsonl")
     command = [
         "-m", "hf_shampoo4", "--exec", Path(sys.executable).parent / "trl", "sft", "--model_name_or_path", model,
         "--dataset_name", data, "--output_dir", tmp_path / "run", "--optim", "shampoo4bit", "--optim_args",
-        "stats_every=2,roots_every=2", "--max_steps", "4", "--save_steps", "2", "--logging_steps", "1",
+        "stats_every=2,roots_every=2", "--max_steps", "4", "--logging_steps", "1",
         "--per_device_train_batch_size", "4", "--max_length", "48", "--use_cpu", "--bf16", "false", "--report_to",
         "none", "--use_peft", "--lora_r", "4", "--lora_target_modules", "q_proj", "v_proj",
     ]  # fmt: skip
     done = python(*command)
     assert "Shampoo4bit state" in done.stdout, done.stdout[-2000:] + done.stderr[-4000:]
-    history = _history(tmp_path / "run" / "checkpoint-4")
-    shutil.rmtree(tmp_path / "run" / "checkpoint-4")
-    done = python(*command, "--resume_from_checkpoint", tmp_path / "run" / "checkpoint-2")
-    assert _history(tmp_path / "run" / "checkpoint-4") == history, done.stderr[-4000:]
-
-
-def _history(checkpoint: Path) -> list[float]:
-    state = json.loads((checkpoint / "trainer_state.json").read_text())
-    return [entry["loss"] for entry in state["log_history"] if "loss" in entry]
+    state = json.loads((tmp_path / "run" / "checkpoint-4" / "trainer_state.json").read_text())
+    losses = [entry["loss"] for entry in state["log_history"] if "loss" in entry]
+    assert len(losses) == 4
+    assert (tmp_path / "run" / "adapter_model.safetensors").is_file()
