@@ -67,7 +67,7 @@ class Contestant:
     every: tuple[str, ...] = ()
     """Keywords that take the steps between two refreshes."""
     block: str = ""
-    """Keyword that takes the largest order of a factor."""
+    """Keyword that takes the largest order of a factor, if longer sides are cut (and not left alone)."""
 
 
 ALGORITHMS: tuple[str, ...] = get_args(get_type_hints(Options)["algorithm"])
@@ -96,9 +96,7 @@ CONTESTANTS: dict[str, Contestant] = {
         {"start_preconditioning_step": 1},
         ("preconditioning_compute_steps", "statistics_compute_steps"), "block_size",
     ),
-    "heavyball_soap": Contestant(
-        "HeavyBall SOAP", "heavyball:SOAP", "heavyball", every=("precondition_frequency",), block="max_precond_dim"
-    ),
+    "heavyball_soap": Contestant("HeavyBall SOAP", "heavyball:SOAP", "heavyball", every=("precondition_frequency",)),
     **{f"ours_{name}": _ours(f"ours: {name}, 4-bit", algorithm=name) for name in ALGORITHMS if name != "elementwise"},
     "ours_shampoo_staggered": _ours("ours: shampoo, 4-bit, staggered", algorithm="shampoo", stagger=True),
     "ours_kl_shampoo_staggered": _ours("ours: kl_shampoo, 4-bit, staggered", algorithm="kl_shampoo", stagger=True),
@@ -461,8 +459,12 @@ def draw(told: Mapping[str, Any], path: Path) -> None:
             sizes.barh(place, r["transient_bytes"] / 1e6, left=left, color=colour, height=0.62, alpha=0.35)
         times.set_yticks(range(len(shown)), [r["label"] for r in shown])
         times.invert_yaxis()
-        times.set(title="Optimizer step: mean (bar), median (|), worst (>)", xlabel="milliseconds", xscale="log")
-        sizes.set(title="State, and a step's transient memory (pale)", xlabel="MB")
+        times.set(
+            title="Optimizer step: mean (bar), median (|), worst (>)",
+            xlabel=f"milliseconds ({told['settings']['clock']} time)",
+            xscale="log",
+        )
+        sizes.set(title="State (dark), transient (pale)", xlabel="MB")
         for axes in (times, sizes):
             axes.grid(axis="x", color="#e5e7eb", linewidth=0.8)
             axes.set_axisbelow(True)
