@@ -11,6 +11,7 @@ Blocks are cut in the parameter's global coordinates whatever the sharding; `ass
 
 from __future__ import annotations
 
+import bisect
 import math
 from collections import Counter
 from collections.abc import Sequence
@@ -69,11 +70,19 @@ class Placement:
 
     def holders(self, entry: int) -> tuple[int, ...]:
         """The ranks that hold an entry, by its row-major position."""
-        for region, ranks in self.shares:
+        last = bisect.bisect_right(self._starts, entry) if self._starts else len(self.shares)
+        for region, ranks in reversed(self.shares[:last]):
             run, within = divmod(entry - region.start, max(region.step, 1))
             if 0 <= run < region.runs and within < region.length:
                 return ranks
         raise ValueError(f"nobody holds entry {entry} of a parameter of shape {self.shape}")
+
+    @cached_property
+    def _starts(self) -> list[int]:
+        """Where the shares start, if they are in order."""
+        starts = [share.region.start for share in self.shares if share.region.numel]
+        filled = all(share.region.numel for share in self.shares[: len(starts)])
+        return starts if filled and starts == sorted(starts) else []
 
     @property
     def whole(self) -> bool:

@@ -231,6 +231,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "elementwise": {"algorithm": "elementwise"},
     "sgdm": {"base": "sgdm"},
     "zipsr": {"moments": "4bit_zipsr", "stochastic_from": 3},
+    "wire": {"wire": "bf16"},
     "bf16": {"dtype": "bfloat16", "stochastic_rounding": True},
 }
 
