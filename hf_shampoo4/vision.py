@@ -326,6 +326,7 @@ def draw(results: Sequence[Result], path: Path) -> None:
     """
     import matplotlib
     from matplotlib.figure import Figure  # no pyplot: nothing global, no display
+    from matplotlib.ticker import MaxNLocator
 
     models, bases = (list(dict.fromkeys(getattr(c, name) for c, _ in results)) for name in ("model", "base"))
     with matplotlib.rc_context({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False}):
@@ -337,6 +338,7 @@ def draw(results: Sequence[Result], path: Path) -> None:
             axes.set(title=f"{contestant.model}, {contestant.base}", xlabel="epoch", ylabel="test loss", yscale="log")
         for axes in panels.flat:
             axes.grid(color="#e5e7eb", linewidth=0.8, which="both")
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
             axes.legend(frameon=False, fontsize=8)
         write_figure(path, figure)
 
