@@ -354,6 +354,10 @@ class Shampoo4bit(torch.optim.Optimizer):
             return state_dict
         if not any(isinstance(key, str) for group in groups for key in group.get("params", ())):
             return state_dict
+        if not any(group.get("param_names") for group in self.param_groups):  # nameless here: only the order can tell
+            order = {key: i for i, key in enumerate(key for group in groups for key in group["params"])}
+            numbered = [{**group, "params": [order[key] for key in group["params"]]} for group in groups]
+            return {**state_dict, "param_groups": numbered, "state": {order.get(k, k): v for k, v in state.items()}}
         number: dict[str, int] = {}
         for index in range(len(self.param_groups)):
             number.update({name: len(number) + i for i, name in enumerate(self.names(index))})

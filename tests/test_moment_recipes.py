@@ -193,6 +193,7 @@ def zeros_like(entry: dict[str, Array]) -> dict[str, Array]:
 @pytest.mark.parametrize("shape", [(64, 64), (80, 65), (5000,)])
 def test_8_bits_as_bitsandbytes_adamw8bit(shape: tuple[int, ...]) -> None:
     optim = pytest.importorskip("bitsandbytes.optim")
+    optim.GlobalOptimManager.get_instance().initialize()  # a Trainer's overrides (32 bits) outlive its optimizer
     start = torch.randn(shape)
     p, q = torch.nn.Parameter(start.clone()), torch.nn.Parameter(start.clone())
     ours = optimizer([p], "8bit")
