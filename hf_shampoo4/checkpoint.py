@@ -1,15 +1,17 @@
-"""The optimizer's part of a checkpoint folder, whatever wrote it: `hf-shampoo4 checkpoint inspect|convert DIR`.
+"""The optimizer's part of a checkpoint folder, whatever wrote it: `hf-shampoo4 checkpoint inspect|convert|last DIR`.
 
     optimizer.pt     Trainer, one process or DDP: parameters by position
     optimizer.bin    Trainer or accelerate under FSDP2 with FULL_STATE_DICT: parameters by name; accelerate otherwise
     optimizer_0/     the same with SHARDED_STATE_DICT: torch.distributed.checkpoint
 
-`convert` writes `optimizer.pt` from any of them, which one process or DDP loads.
+`convert` writes `optimizer.pt` from any of them, which one process or DDP loads.  `last` prints the newest checkpoint
+of a Trainer's output folder that is complete (resume.py): for `--resume_from_checkpoint` after a crash.
 """
 
 from __future__ import annotations
 
 import argparse
+import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -17,6 +19,7 @@ from typing import Any
 
 from .files import replacing
 from .options import NAMES, OptionError, Options
+from .resume import last_complete
 
 FILES = ("optimizer.pt", "optimizer.bin", "optimizer_0")
 
@@ -25,15 +28,18 @@ def main(arguments: Sequence[str]) -> None:
     """The command line.
 
     Raises:
-        FileNotFoundError: a folder without an optimizer.
+        FileNotFoundError: a folder without an optimizer, or without a complete checkpoint.
         FileExistsError: `convert` would replace a file.
         OptionError: the optimizer in it is not ours.
     """
     parser = argparse.ArgumentParser(prog="hf-shampoo4 checkpoint", description=__doc__.split("\n")[0])
-    parser.add_argument("action", choices=["inspect", "convert"])
-    parser.add_argument("folder", type=Path, help="a checkpoint of the Trainer or of accelerate, any number of ranks")
+    parser.add_argument("action", choices=["inspect", "convert", "last"])
+    parser.add_argument("folder", type=Path, help="a checkpoint of the Trainer or accelerate (last: their folder)")
     parser.add_argument("--output", type=Path, help="convert: the file to write (default: DIR/optimizer.pt)")
     given = parser.parse_args(arguments)
+    if given.action == "last":
+        print(newest(given.folder))
+        return
     state_dict = read(given.folder)
     if given.action == "inspect":
         print("\n".join(described(state_dict)))
@@ -46,6 +52,20 @@ def main(arguments: Sequence[str]) -> None:
     with replacing(output) as temporary:
         torch.save(by_position(state_dict), temporary)
     print(f"wrote {output}")
+
+
+def newest(output_dir: Path) -> Path:
+    """The last complete checkpoint of a Trainer's output folder; those passed over are named on stderr.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    found, passed_over = last_complete(output_dir)
+    for name, reason in passed_over.items():
+        print(f"passed over {name}: {reason}", file=sys.stderr)
+    if found is None:
+        raise FileNotFoundError(f"{output_dir} holds no complete checkpoint")
+    return found
 
 
 def read(folder: Path) -> dict[str, Any]:

@@ -31,11 +31,11 @@ from transformers import (
     set_seed,
 )
 from transformers.trainer_callback import ProgressCallback
-from transformers.trainer_utils import get_last_checkpoint
 
 import hf_shampoo4
 from hf_shampoo4.data import ConfigError, DataArguments, TextData, collate, load_text
 from hf_shampoo4.integrations.trainer import check_args
+from hf_shampoo4.resume import incomplete, last_complete
 
 DEFAULT_CONFIG = "stdlib_tiny"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -385,13 +385,17 @@ def _perplexity(loss: float) -> float:
     return math.exp(loss) if loss < 700 else math.inf
 
 
+FINISHED = ("all_results.json", "model.safetensors", "adapter_model.safetensors")  # what a training leaves at its end
+
+
 def prepare_output(run: RunArguments, training: TrainingArguments) -> str | None:
     """The checkpoint to resume from, if any; refuses a folder with other content unless told to overwrite it."""
     folder = Path(training.output_dir)
     checkpoint = _checkpoint(training)
     if checkpoint or training.process_index != 0 or not folder.is_dir() or not any(folder.iterdir()):
         return checkpoint
-    if not run.overwrite_output_dir:
+    began = _is(training.resume_from_checkpoint, "auto") and not any((folder / name).exists() for name in FINISHED)
+    if not run.overwrite_output_dir and not began:
         raise ConfigError(f"output_dir {str(folder)!r} is not empty: choose another, or --overwrite_output_dir, "
                           "or continue with --resume_from_checkpoint auto")  # fmt: skip
     for old in folder.glob("checkpoint-*"):  # the Trainer's rotation would take them for newer ones of this run
@@ -400,18 +404,26 @@ def prepare_output(run: RunArguments, training: TrainingArguments) -> str | None
 
 
 def _checkpoint(training: TrainingArguments) -> str | None:
-    """`true`: the newest checkpoint, which must exist; `auto`: the newest, if there is one; else a folder."""
+    """`true`: the newest complete checkpoint, which must exist; `auto`: the newest, if there is one; else a folder."""
     asked = training.resume_from_checkpoint
-    if asked is None or str(asked).lower() in ("", "false", "none"):
+    if asked is None or _is(asked, "", "false", "none"):
         return None
-    if str(asked).lower() not in ("true", "auto"):
+    if not _is(asked, "true", "auto"):
         if not Path(asked).is_dir():
             raise ConfigError(f"resume_from_checkpoint {asked!r} does not exist; allowed: true, auto, or a folder")
+        if reason := incomplete(Path(asked)):
+            raise ConfigError(f"resume_from_checkpoint {asked!r} is not a complete checkpoint: {reason}")
         return str(asked)
-    newest = get_last_checkpoint(training.output_dir) if Path(training.output_dir).is_dir() else None
-    if newest is None and str(asked).lower() == "true":
-        raise ConfigError(f"resume_from_checkpoint=true: there is no checkpoint in {training.output_dir!r}")
-    return newest
+    newest, passed_over = last_complete(Path(training.output_dir))
+    for name, reason in passed_over.items():
+        print(f"passed over {name}, which is not complete: {reason}", flush=True)
+    if newest is None and _is(asked, "true"):
+        raise ConfigError(f"resume_from_checkpoint=true: there is no complete checkpoint in {training.output_dir!r}")
+    return None if newest is None else str(newest)
+
+
+def _is(asked: Any, *words: str) -> bool:
+    return str(asked).lower() in words
 
 
 def main(arguments: Sequence[str]) -> None:

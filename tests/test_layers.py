@@ -22,6 +22,7 @@ LEVELS = {
     "blocks": 0,
     "clock": 0,
     "files": 0,
+    "resume": 0,
     "matrix": 1,
     "placement": 1,
     "rounding": 1,

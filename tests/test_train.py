@@ -96,7 +96,7 @@ def test_a_folder_with_content_is_not_overwritten(settings, tmp_path):
 
 @pytest.mark.parametrize(
     ("asked", "message"),
-    [("true", "there is no checkpoint in"), ("/nowhere", r"'/nowhere' does not exist; allowed: true, auto")],
+    [("true", "there is no complete checkpoint in"), ("/nowhere", r"'/nowhere' does not exist; allowed: true, auto")],
 )
 def test_a_missing_checkpoint_is_named(asked, message, settings):
     with pytest.raises(ConfigError, match=message):

@@ -2,30 +2,50 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
 from typing import Any
 
-from transformers.trainer_callback import TrainerCallback
+from transformers.trainer_callback import ExportableState, TrainerCallback
 
-from ..optimizer import Shampoo4bit
+from ..optimizer import CheckpointError, Shampoo4bit
 from ..report import metrics, table
+from ..resume import CALLBACK, STATE, incomplete
 from .trainer import check_args
 
 
-class Shampoo4bitCallback(TrainerCallback):
+class Shampoo4bitCallback(TrainerCallback, ExportableState):
     """Reports about `Shampoo4bit`; with any other optimizer it does nothing.
 
     `hf_shampoo4.register()` puts it before the trackers of `report_to`, so that they log what it adds.
     """
+
+    def __init__(self) -> None:
+        self.world_size = self.local_world_size = 1
+
+    def state(self) -> dict[str, Any]:
+        """For `trainer_state.json`: who comes back must know how many ranks had to finish (resume.py)."""
+        sizes = {"world_size": self.world_size, "local_world_size": self.local_world_size}
+        return {"args": {}, "attributes": sizes}
 
     def on_init_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Refuse a bad option when the Trainer is made, not after the data were prepared."""
         check_args(args)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
-        """Turn shares of training into steps, and print what is preconditioned how."""
+        """Refuse a half-written checkpoint, turn shares of training into steps, and print what is preconditioned how.
+
+        Raises:
+            CheckpointError: the checkpoint that the Trainer has resumed from is not whole.
+        """
+        self.world_size = args.world_size
+        self.local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", self.world_size))
+        state.stateful_callbacks.setdefault(CALLBACK, self.state())  # a checkpoint from before may lack it
         ours = _ours(optimizer)
         if ours is None:
             return
+        if state.global_step:
+            _check_whole(args, state.global_step)
         for group in ours.param_groups:
             if group["stochastic_last"]:
                 group["stochastic_from"] = 1 + round(state.max_steps * (1 - group["stochastic_last"]))
@@ -34,6 +54,8 @@ class Shampoo4bitCallback(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
         """Before a checkpoint, bring together the state that `shard_state` has spread: the Trainer asks rank 0 only."""
+        if control.should_save and state.is_world_process_zero:  # about to be replaced file by file: no longer whole
+            (_folder(args, state.global_step) / STATE).unlink(missing_ok=True)
         ours = _ours(optimizer)
         if ours is not None and control.should_save:
             ours.consolidate()
@@ -57,6 +79,22 @@ class Shampoo4bitCallback(TrainerCallback):
         logs.update(extra)
         if state.log_history:
             state.log_history[-1].update(extra)  # for trainer_state.json: a copy of the logs, made before the callbacks
+
+
+def _folder(args: Any, step: int) -> Path:
+    return Path(args.output_dir) / f"checkpoint-{step}"
+
+
+def _check_whole(args: Any, step: int) -> None:
+    """The Trainer passes over what a checkpoint lacks (a rank's random state, an optimizer) and goes on otherwise."""
+    asked = args.resume_from_checkpoint
+    folder = Path(asked) if isinstance(asked, str) and Path(asked).is_dir() else _folder(args, step)
+    reason = incomplete(folder) if folder.is_dir() else ""
+    if reason:
+        raise CheckpointError(
+            f"checkpoint {str(folder)!r} is not complete, its training must have been stopped while it was written: "
+            f"{reason}.  `hf-shampoo4 checkpoint last {folder.parent}` finds the last one that is."
+        )
 
 
 def _ours(optimizer: Any) -> Shampoo4bit | None:
