@@ -21,6 +21,7 @@ from torch.distributed.tensor import Shard
 from .algorithms import Elementwise
 from .blocks import Rect
 from .files import write_figure, write_json
+from .held import held_itself
 from .integrations.groups import param_groups
 from .integrations.trainer import OPTIMS
 from .options import NAMES, OptionError, Options, parse_optim_args, resolve
@@ -145,8 +146,8 @@ def plan(
         sharding=sharding,
         copies=world_size if groups[0].replicated else 1,
         options=chosen,
-        parameters=sum(member.parameter.numel() for member in members),
-        preconditioned=sum(member.parameter.numel() for member in factored),
+        parameters=sum(member.numel for member in members),
+        preconditioned=sum(member.numel for member in factored),
         tensors=len(members),
         preconditioned_tensors=len(factored),
         blocks=len(blocks),
@@ -195,7 +196,7 @@ def _groups(model: nn.Module, chosen: Mapping[str, Any], world: int, sharding: s
         options = Options(**{**chosen, **{key: value for key, value in group.items() if key in NAMES}})
         cut = {shape: blocks_of(shape, options) for shape in {tuple(p.shape) for _, p in group["params"]}}
         members = [
-            Member(name, p, _placement(tuple(p.shape), world, sharding), blocks, [0] * len(blocks))
+            Member(held_itself(name, p), _placement(tuple(p.shape), world, sharding), blocks, [0] * len(blocks))
             for name, p in group["params"]
             for blocks in [cut[tuple(p.shape)]]
         ]
@@ -230,10 +231,8 @@ class _Tally:
 
     def add(self, group: _Group) -> None:
         """Count a group, wave by wave."""
-        of = {id(member.parameter): member for member in group.members}
-        parts = {key: len(member.placement.shares) for key, member in of.items()}
-        for batch in _in_waves([(m.name, m.parameter) for m in group.members], lambda p: parts[id(p)]):
-            self._add_wave([of[id(p)] for _, p in batch], group)
+        for batch in _in_waves(group.members):
+            self._add_wave(batch, group)
 
     def _add_wave(self, members: Sequence[Member], group: _Group) -> None:
         counts: np.ndarray = np.zeros((4, self.world), np.int64)

@@ -64,11 +64,11 @@ class Job:
         members, side = self.wave.members, self.route.collect
         self._sources = [{m: members[m].gradient() for m in self.wanted}]
         if self.context.coupled_decay:
-            self._sources.append({m: members[m].weights() for m in self.wanted})
+            self._sources.append({m: members[m].held.weights() for m in self.wanted})
         if not side.local:
             out = {r: [p.of_flat(s[p.member]) for s in self._sources for p in there] for r, there in side.out.items()}
             sizes = {r: len(self._sources) * _numel(there) for r, there in side.into.items()}
-            like = self._on_wire(members[0].weights()[:0], side)
+            like = self._on_wire(members[0].held.weights()[:0], side)
             self._collecting = self.wave.ranks.all_to_all("gradients", out, sizes, like)
 
     def compute(self) -> None:
@@ -119,10 +119,10 @@ class Job:
         for theirs, received in self._arrived(self._delivering, self.route.deliver):
             pieces += theirs
             updates += received
-        flats = {m: members[m].weights() for m in self.wanted}
+        flats = {m: members[m].held.weights() for m in self.wanted}
         self._apply(pieces, [p.of_flat(flats[p.member]) for p in pieces], updates)
         for m, flat in flats.items():
-            members[m].write_back(flat)
+            members[m].held.write_back(flat)
         self._updates, self._delivering = {}, None
 
     def _rows(self, stack: Stack) -> Tensor | None:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import difflib
 import hashlib
 import math
-from collections.abc import Callable, Iterable
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
@@ -17,11 +19,12 @@ from .blocks import matrix_view
 from .clock import Stopwatch
 from .diagnostics import Probe
 from .exchange import Ranks
+from .held import Held, check, full_shape, held_by_deepspeed, held_itself, in_deepspeed
 from .job import Job, raise_together, run
 from .moments import make_moments
 from .options import NAMES, OF_THE_RUN, STRUCTURAL, OptionError, Options, resolve
-from .plan import blocks_of, refreshes, state_layout
-from .waves import Entry, Wave, build, local_tensor
+from .plan import Block, blocks_of, refreshes, state_layout
+from .waves import Entry, Wave, build
 
 FORMAT = 1  # of the state; in every param group, so that a checkpoint says what wrote it
 
@@ -68,6 +71,8 @@ class Shampoo4bit(torch.optim.Optimizer):
     ) -> None:
         chosen = Options(**resolve(options, preset=preset, config=config))
         base = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        self._groups: list[dict[str, Any]] = []
+        self._models: list[list[weakref.ref[Tensor]]] = []
         self._reset()
         super().__init__(params, {**base, **vars(chosen), "step": 0, "skipped_steps": 0, "format": FORMAT})
         self._require_matrices()
@@ -85,39 +90,29 @@ class Shampoo4bit(torch.optim.Optimizer):
             RuntimeError: ranks with different options or models, or another rank that failed.
         """
         loss = None if closure is None else torch.enable_grad()(closure)()
-        usable, wanted = self._agree()
-        for index, group in enumerate(self.param_groups):
-            if not usable:
-                group["skipped_steps"] += 1
-                continue
-            group["step"] += 1
-            options, decay = Options.of(group), group["weight_decay"]
-            coupled, decoupled = (decay, 0.0) if options.base == "sgdm" else (0.0, decay)
-            probe = Probe() if options.diagnose_every and group["step"] % options.diagnose_every == 0 else None
-            context = Context(options, group["step"], group["betas"], group["eps"], self._stopwatch, coupled, probe)
-            jobs = []
-            for wave in self._waves(index):
-                present = {m for m, member in enumerate(wave.members) if id(member.parameter) in wanted}
-                split = not wave.replicated or (self._ranks.world > 1 and refreshes(options, group["step"]))
-                if present:
-                    jobs.append(Job(wave, present, split, context, float(group["lr"]), decoupled))
-            run(jobs)
-            if probe:
-                self._probes[index] = probe
+        units = self._units()
+        usable, wanted = self._agree(units)
+        for unit in units:
+            if usable:
+                self._update(unit, wanted)
+            else:
+                unit.group["skipped_steps"] += 1
         return loss
 
     def state_dict(self) -> dict[str, Any]:
         """The state in a form that has no rank in it, so that any number of ranks can load it.
 
-        Where parameters are sharded (FSDP2), every rank must call it.  With `shard_state` under DDP every rank must
-        have called `consolidate()` since the last step.
+        Under DeepSpeed, which keeps a file for each rank, it is this rank's part of that form, and every parameter's
+        entry says under "blocks" which blocks it has.  Where parameters are sharded (FSDP2), every rank must call it.
+        With `shard_state` under DDP every rank must have called `consolidate()` since the last step.
 
         Raises:
             RuntimeError: that was not done.
         """
-        saved = self._saved()
-        packed = super().state_dict()
-        members = [p for group in self.param_groups for p in group["params"]]
+        with self._as_made():
+            saved = self._saved()
+            packed = super().state_dict()
+            members = [p for group in self.param_groups for p in group["params"]]
         packed["state"] = {
             key: saved.get(members[key], entry) if isinstance(key, int) else entry
             for key, entry in packed["state"].items()
@@ -149,10 +144,13 @@ class Shampoo4bit(torch.optim.Optimizer):
         chosen = resolve(given, beneath={name: self.defaults[name] for name in NAMES})
         super().add_param_group({**group, **chosen})
         group = self.param_groups[-1]
+        self._groups.append(group)
+        self._models.append([weakref.ref(p) for p in group["params"]])
         try:
             _check_group(group)
         except Exception:
-            self.param_groups.pop()
+            for groups in (self.param_groups, self._groups, self._models):
+                groups.pop()
             raise
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -165,16 +163,15 @@ class Shampoo4bit(torch.optim.Optimizer):
             CheckpointError: written by another optimizer, for another model or with other structural options, or
                 incomplete.  Nothing is changed then.
         """
-        state_dict = self._numbered(_with_tuples(state_dict))
-        self._check_checkpoint(state_dict)
-        # torch casts all per-parameter state to the parameter's dtype, codes too: show it wrapped values only.
-        hidden = {
-            key: {name: _Opaque(value) for name, value in entry.items()} for key, entry in state_dict["state"].items()
-        }
-        of_the_run = [{name: group[name] for name in OF_THE_RUN} for group in self.param_groups]
-        super().load_state_dict({**state_dict, "state": hidden})
-        for group, kept in zip(self.param_groups, of_the_run, strict=True):
-            group.update(kept)
+        with self._as_made():
+            state_dict = self._numbered(_with_tuples(state_dict))
+            self._check_checkpoint(state_dict)
+            # torch casts all per-parameter state to the parameter's dtype, codes too: show it wrapped values only.
+            hidden = {key: {n: _Opaque(v) for n, v in entry.items()} for key, entry in state_dict["state"].items()}
+            of_the_run = [{name: group[name] for name in OF_THE_RUN} for group in self.param_groups]
+            super().load_state_dict({**state_dict, "state": hidden})
+            for group, kept in zip(self.param_groups, of_the_run, strict=True):
+                group.update(kept)
         for p, entry in self.state.items():
             for name, wrapped in entry.items():
                 entry[name] = wrapped.value.to(p.device, copy=True)  # never alias the caller's dict
@@ -185,6 +182,9 @@ class Shampoo4bit(torch.optim.Optimizer):
         for group in self.param_groups:
             for name, value in self.defaults.items():
                 group.setdefault(name, value)
+        self._groups = list(self.param_groups)
+        if "_models" not in vars(self):  # a copy
+            self._models = [[weakref.ref(p) for p in group["params"]] for group in self.param_groups]
         self._reset()
 
     def refresh_seconds(self) -> float:
@@ -198,41 +198,82 @@ class Shampoo4bit(torch.optim.Optimizer):
 
     def names(self, index: int) -> list[str]:
         """A name for every parameter of group `index`, the same in every run: its own, or its position."""
-        group = self.param_groups[index]
-        names = group.get("param_names") or []
-        if len(names) == len(group["params"]):
-            return [clean_name(name) for name in names]
-        return [f"{index}.{i}" for i in range(len(group["params"]))]
+        names, count = self._groups[index].get("param_names") or [], len(self.parameters(index))
+        return [clean_name(name) for name in names] if len(names) == count else [f"{index}.{i}" for i in range(count)]
+
+    def parameters(self, index: int) -> list[Tensor]:
+        """The parameters of group `index`: the model's, also where DeepSpeed has put its own tensors in their place."""
+        models = [ref() for ref in self._models[index]]
+        if any(p is not None and in_deepspeed(p) for p in models):
+            return [p for p in models if p is not None]
+        return self._groups[index]["params"]
 
     def _reset(self) -> None:
         self._ranks = Ranks()
-        self._built: dict[int, _Built] = {}
-        self._probes: dict[int, Probe] = {}
+        self._built: dict[tuple[int, int], _Built] = {}
+        self._probes: dict[tuple[int, int], Probe] = {}
         self._consolidated: dict[Tensor, Entry] = {}
         self._stopwatch = Stopwatch()
 
-    def _agree(self) -> tuple[bool, set[int]]:
+    def _units(self) -> list[_Unit]:
+        """What this call is to update: all groups or, as DeepSpeed calls it, one group or a part of one."""
+        if len(self.param_groups) == len(self._groups):  # frameworks may replace the dicts; DeepSpeed takes some out
+            self._groups = list(self.param_groups)
+        units = []
+        for index, group in enumerate(self._groups):
+            if not any(group is there for there in self.param_groups):
+                continue
+            named = [(n, p) for n, p in zip(self.names(index), self.parameters(index), strict=True) if p.requires_grad]
+            if any(in_deepspeed(p) for _, p in named):
+                found = [held_by_deepspeed(buffer, named) for buffer in group["params"]]
+            else:
+                found = [[held_itself(name, p) for name, p in named]]
+            first = {name: i for i, (name, _) in enumerate(named)}
+            units += [_Unit((index, first[held[0].name] if held else 0), group, held) for held in found]
+        return units
+
+    def _update(self, unit: _Unit, wanted: set[int]) -> None:
+        """One step of the parameters that have a gradient on some rank (their ids)."""
+        group, built = unit.group, self._built[unit.key]
+        if built.step == group["step"]:  # of several parts of a group, the first counts the step
+            group["step"] += 1
+        built.step = group["step"]
+        options, decay = Options.of(group), group["weight_decay"]
+        coupled, decoupled = (decay, 0.0) if options.base == "sgdm" else (0.0, decay)
+        probe = Probe() if options.diagnose_every and group["step"] % options.diagnose_every == 0 else None
+        context = Context(options, group["step"], group["betas"], group["eps"], self._stopwatch, coupled, probe)
+        jobs = []
+        for wave in built.waves:
+            present = {m for m, member in enumerate(wave.members) if id(member.parameter) in wanted}
+            split = not wave.replicated or (self._ranks.world > 1 and refreshes(options, group["step"]))
+            if present:
+                jobs.append(Job(wave, present, split, context, float(group["lr"]), decoupled))
+        run(jobs)
+        if probe:
+            self._probes[unit.key] = probe
+
+    def _agree(self, units: Sequence[_Unit]) -> tuple[bool, set[int]]:
         """Have a plan, and see the same on every rank: whether the gradients are finite, and which there are (ids)."""
         self._consolidated.clear()
         error: Exception | None = None
-        live = [p for group in self.param_groups for p in group["params"] if p.requires_grad]
-        stale = any(self._stale(index) for index in range(len(self.param_groups)))
+        live = [held for unit in units for held in unit.members]
+        stale = any(self._stale(unit) for unit in units)
         if not self._built:
-            self._ranks = Ranks.here() if all(group["communicate"] for group in self.param_groups) else Ranks()
+            self._ranks = Ranks.here() if all(group["communicate"] for group in self._groups) else Ranks()
             self._introduce()
         try:
-            usable = self._gradients_are_finite()
+            usable = self._gradients_are_finite(live)
         except TypeError as refused:
             error, usable = refused, True
-        seen = [error is not None, not usable, stale, *(p.grad is not None for p in live)]
+        seen = [error is not None, not usable, stale, *(held.buffer.grad is not None for held in live)]
         if self._ranks.world > 1:
-            device = live[0].device if live else torch.device("cpu")
+            device = live[0].buffer.device if live else torch.device("cpu")
             seen = self._ranks.reduce(torch.tensor(seen, dtype=torch.int32, device=device), largest=True).tolist()
         if seen[0]:
             raise_together(self._ranks, error)
         if seen[2]:
-            self._plan()
-        return not seen[1], {id(p) for p, there in zip(live, seen[3:], strict=True) if there}
+            self._plan(units)
+        return not seen[1], {id(held.parameter) for held, there in zip(live, seen[3:], strict=True) if there}
 
     def _introduce(self) -> None:
         """Make sure that all ranks train the same model in the same way.
@@ -245,11 +286,9 @@ class Shampoo4bit(torch.optim.Optimizer):
         mine = [
             {
                 **{name: group[name] for name in (*NAMES, "lr", "betas", "eps", "weight_decay", "step")},
-                **{
-                    name: (tuple(p.shape), str(p.dtype)) for name, p in zip(self.names(i), group["params"], strict=True)
-                },
+                **{n: (full_shape(p), str(p.dtype)) for n, p in zip(self.names(i), self.parameters(i), strict=True)},
             }
-            for i, group in enumerate(self.param_groups)
+            for i, group in enumerate(self._groups)
         ]
         digests = self._ranks.gather(hashlib.sha256(repr(mine).encode()).hexdigest())
         if len(set(digests)) > 1:
@@ -257,47 +296,61 @@ class Shampoo4bit(torch.optim.Optimizer):
             raise RuntimeError(f"ranks disagree on options or model: {_difference(theirs)}")
 
     def _waves(self, index: int) -> list[Wave]:
-        return self._built[index].waves
+        return [wave for (group, _), built in self._built.items() if group == index for wave in built.waves]
 
     def _all_waves(self) -> list[Wave]:
         return [wave for built in self._built.values() for wave in built.waves]
 
-    def _live(self, index: int) -> list[tuple[str, Tensor]]:
-        group = self.param_groups[index]
-        return [(name, p) for name, p in zip(self.names(index), group["params"], strict=True) if p.requires_grad]
+    def _stale(self, unit: _Unit) -> bool:
+        """Whether a unit has no plan, or one on other parameters, state tensors or options."""
+        built = self._built.get(unit.key)
+        return built is None or built.identity != unit.identity() or not self._holds(built)
 
-    def _stale(self, index: int) -> bool:
-        """Whether a group has no plan, or one on other parameters, state tensors or options."""
-        built = self._built.get(index)
-        return built is None or built.identity != self._identity(index) or not self._holds(built)
-
-    def _identity(self, index: int) -> Any:
-        group = self.param_groups[index]
-        live = [(id(p), p.device, p.dtype, p.shape) for _, p in self._live(index)]
-        return [group[name] for name in (*STRUCTURAL, *OF_THE_RUN)], live
-
-    def _plan(self) -> None:
-        """Plan all groups: at the first step, and again when parameters, their state or options changed.
+    def _plan(self, units: Sequence[_Unit]) -> None:
+        """Plan what is to be updated: at the first step, and when parameters, their state or options changed.
 
         Raises:
-            RuntimeError: state that was there at the step before is gone.
+            RuntimeError: state that was there at the step before is gone, or another rank failed.
+            ValueError: parameters or a checkpoint that these ranks cannot train.
         """
-        self._require_matrices()
-        for index, before in self._built.items():
-            for name, p in self._live(index):
-                if before.lost(p) and not self.state.get(p):
-                    raise RuntimeError(f"the optimizer state of {name!r} is gone: load the last checkpoint again")
+        before = [self._built.get(unit.key) for unit in units]
+        with self._together():
+            self._require_matrices()
+            self._require_state(units)
         if self._ranks.world > 1:  # owners may change
-            for wave in self._all_waves():
+            for wave in [wave for built in before if built for wave in built.waves]:
                 wave.adopt([self.state[member.parameter] for member in wave.members])
                 self.state.update({wave.members[m].parameter: entry for m, entry in wave.saved().items()})
-        groups = [(Options.of(group), self._live(index)) for index, group in enumerate(self.param_groups)]
-        for index, waves in enumerate(build(groups, self._ranks)):
+        with self._together():
+            planned = build([(Options.of(unit.group), unit.members) for unit in units], self._ranks)
+            for wave in [wave for waves in planned for wave in waves]:
+                wave.check([self.state[member.parameter] for member in wave.members])
+        for unit, waves, old in zip(units, planned, before, strict=True):
             for wave in waves:
                 wave.adopt([self.state[member.parameter] for member in wave.members])
                 self.state.update({wave.members[m].parameter: entry for m, entry in wave.live().items()})
-            views = {p: dict(self.state[p]) for _, p in groups[index][1]}
-            self._built[index] = _Built(self._identity(index), list(self.param_groups[index]["params"]), views, waves)
+            views = {held.parameter: dict(self.state[held.parameter]) for held in unit.members}
+            others = (built.start for (index, _), built in self._built.items() if index == unit.key[0])
+            start = old.step if old else next(others, unit.group["step"])
+            self._built[unit.key] = _Built(unit.identity(), list(unit.group["params"]), views, waves, start, start)
+
+    @contextmanager
+    def _together(self) -> Iterator[None]:
+        """All ranks leave the block, or all raise; a rank must not fail in it before others wait for it."""
+        error: Exception | None = None
+        try:
+            yield
+        except Exception as failed:
+            error = failed
+        if any(self._ranks.gather(error is not None)):
+            raise_together(self._ranks, error)
+
+    def _require_state(self, units: Sequence[_Unit]) -> None:
+        for unit in units:
+            before = self._built.get(unit.key)
+            for held in unit.members if before else ():
+                if before and before.lost(held.parameter) and not self.state.get(held.parameter):
+                    raise RuntimeError(f"the optimizer state of {held.name!r} is gone: load the last checkpoint again")
 
     def _holds(self, built: _Built) -> bool:
         """Whether `state` still holds the very tensors that the plan works on (offloading replaces them)."""
@@ -305,13 +358,32 @@ class Shampoo4bit(torch.optim.Optimizer):
             self.state[p].get(key) is tensor for p, entry in built.state.items() for key, tensor in entry.items()
         )
 
+    @contextmanager
+    def _as_made(self) -> Iterator[None]:
+        """The groups with the model's parameters in them, where an engine has put its own tensors in their place."""
+        theirs = [group["params"] for group in self._groups]
+        for index, group in enumerate(self._groups):
+            group["params"] = self.parameters(index)
+        known = {p for group in self._groups for p in group["params"]}
+        for p in [p for p in self.state if isinstance(p, Tensor) and p not in known and not self.state[p]]:
+            del self.state[p]  # DeepSpeed has looked its own tensors up
+        try:
+            yield
+        finally:
+            for group, params in zip(self._groups, theirs, strict=True):
+                group["params"] = params
+
     def _saved(self) -> dict[Tensor, Entry]:
-        """Parameter -> its whole state, of those whose state is spread over the ranks."""
+        """Parameter -> its whole state, of those whose state is spread over the ranks; under DeepSpeed this rank's."""
         saved = dict(self._consolidated)
         for wave in self._all_waves():
-            if wave.replicated or wave.members[0].parameter in saved:
+            first = wave.members[0]
+            if wave.replicated or first.parameter in saved:
                 continue
-            if wave.members[0].placement.whole:
+            if in_deepspeed(first.parameter):
+                saved.update({wave.members[m].parameter: entry for m, entry in wave.share().items()})
+                continue
+            if first.placement.whole:
                 raise RuntimeError(
                     "with shard_state the state is spread over the ranks: call optimizer.consolidate() on every rank "
                     "before state_dict() (in the Trainer, hf_shampoo4's callback does)"
@@ -319,31 +391,26 @@ class Shampoo4bit(torch.optim.Optimizer):
             saved.update({wave.members[m].parameter: entry for m, entry in wave.saved().items()})
         return saved
 
-    def _gradients_are_finite(self) -> bool:
+    def _gradients_are_finite(self, live: Sequence[Held]) -> bool:
         by_device: dict[torch.device, list[Tensor]] = {}
-        for index, group in enumerate(self.param_groups):
-            for i, p in enumerate(group["params"]):
-                if p.grad is None or not p.requires_grad or not p.numel():
-                    continue
-                if p.grad.layout != torch.strided:
-                    _refuse_sparse(self.names(index)[i])
-                gradient = local_tensor(p.grad)
-                if gradient.numel():
-                    by_device.setdefault(gradient.device, []).append(gradient)
+        for held in live:
+            if held.buffer.grad is not None and held.buffer.grad.layout != torch.strided:
+                _refuse_sparse(held.name)
+            gradient = held.gradient()
+            if gradient is not None and gradient.numel():
+                by_device.setdefault(gradient.device, []).append(gradient)
         return all(_finite(gradients) for gradients in by_device.values())
 
     def _require_matrices(self) -> None:
         if self.defaults["algorithm"] == "elementwise":
             return
-        groups = [group for group in self.param_groups if group["algorithm"] != "elementwise"]
-        if any(matrix_view(tuple(p.shape), group["matrix_view"]) for group in groups for p in group["params"]):
+        shaped = [(group, full_shape(p)) for i, group in enumerate(self._groups) for p in self.parameters(i)]
+        if any(g["algorithm"] != "elementwise" and matrix_view(shape, g["matrix_view"]) for g, shape in shaped):
             return
-        parameters = [p for group in self.param_groups for p in group["params"]]
-        shapes = ", ".join(sorted({str(tuple(p.shape)) for p in parameters})[:5])
+        shapes = ", ".join(sorted({str(shape) for _, shape in shaped})[:5])
         raise ValueError(
-            f"nothing to precondition: none of the {len(parameters)} parameters has a matrix that is neither an "
+            f"nothing to precondition: none of the {len(shaped)} parameters has a matrix that is neither an "
             f"embedding nor the output head (shapes: {shapes}). "
-            "Sharding that flattens parameters (FSDP1, DeepSpeed) hides them: train with DDP or one process. "
             "For the base optimizer alone set algorithm='elementwise' (--optim adamw4bit)."
         )
 
@@ -406,7 +473,7 @@ class Shampoo4bit(torch.optim.Optimizer):
                 raise CheckpointError(f"checkpoint of another model: parameter {saved_names[i]!r} there, {name!r} here")
             entry = state.get(key, {})
             if entry or (p.requires_grad and saved.get("step", 0)):
-                _check_entry(name, entry, state_layout(blocks_of(tuple(p.shape), Options.of(group))))
+                _check_entry(name, entry, blocks_of(full_shape(p), Options.of(group)))
 
 
 def _with_tuples(state_dict: dict[str, Any]) -> dict[str, Any]:
@@ -449,15 +516,33 @@ class _Opaque:
         self.value = value
 
 
-@dataclass(frozen=True)
+class _Unit(NamedTuple):
+    """What one call updates together: a group, or the part of it that is in one tensor of DeepSpeed's."""
+
+    key: tuple[int, int]
+    """Position of the group, and of the first of its parameters in it."""
+    group: dict[str, Any]
+    members: list[Held]
+
+    def identity(self) -> Any:
+        """What a plan depends on."""
+        live = [(id(held.buffer), held.buffer.device, held.buffer.dtype, held.shape) for held in self.members]
+        return [self.group[name] for name in (*STRUCTURAL, *OF_THE_RUN)], live
+
+
+@dataclass
 class _Built:
-    """A group's plan, and what it was built on."""
+    """A unit's plan, and what it was built on."""
 
     identity: Any
     members: list[Tensor]
     """All parameters of the group, frozen ones too."""
     state: dict[Tensor, dict[str, Tensor]]
     waves: list[Wave]
+    start: int
+    """The group's step before any of its units was updated."""
+    step: int
+    """The group's step at which this one was updated last."""
 
     def lost(self, p: Tensor) -> bool:
         """Whether a parameter without state must have had one: it was trained, or put in a trained one's place."""
@@ -485,9 +570,7 @@ def _check_group(group: dict[str, Any]) -> None:
     group["betas"] = tuple(betas)
     make_moments((1,), Options.of(group), quantise=True)  # raises if a storage needs a package that is missing
     for p in group["params"]:
-        if not p.is_floating_point():
-            shape = tuple(p.shape)
-            raise TypeError(f"parameter of shape {shape} is {p.dtype}: only real floating point can be trained")
+        check(p)
 
 
 def _is_number(value: Any) -> bool:
@@ -496,7 +579,7 @@ def _is_number(value: Any) -> bool:
 
 def _check_row_splits(groups: list[dict[str, Any]]) -> None:
     for splits in {group["row_splits"] for group in groups} - {()}:
-        shapes = [(tuple(p.shape), g["matrix_view"]) for g in groups if g["row_splits"] == splits for p in g["params"]]
+        shapes = [(full_shape(p), g["matrix_view"]) for g in groups if g["row_splits"] == splits for p in g["params"]]
         rows = {view.rows for view in (matrix_view(*shape) for shape in shapes) if view}
         if sum(splits) not in rows:
             raise OptionError(
@@ -505,8 +588,11 @@ def _check_row_splits(groups: list[dict[str, Any]]) -> None:
             )
 
 
-def _check_entry(name: str, entry: dict[str, Any], layout: dict[str, tuple[tuple[int, ...], torch.dtype]]) -> None:
-    missing, foreign = sorted(layout.keys() - entry.keys()), sorted(entry.keys() - layout.keys())
+def _check_entry(name: str, entry: dict[str, Any], blocks: list[Block]) -> None:
+    if "blocks" in entry:  # a part of the state: of these blocks
+        blocks = [blocks[i] for i in entry["blocks"].tolist()]
+    layout = state_layout(blocks)
+    missing, foreign = sorted(layout.keys() - entry.keys()), sorted(entry.keys() - layout.keys() - {"blocks"})
     if missing or foreign:
         raise CheckpointError(f"state of {name!r} does not fit: missing {missing[:3]}, not known {foreign[:3]}")
     for key, (shape, dtype) in layout.items():

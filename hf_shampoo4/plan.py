@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Protocol, TypeVar
 
 import torch
-from torch import Tensor
 
 from .algorithms import Algorithm, Elementwise, make_algorithm
 from .blocks import MatrixView, Rect, matrix_view, partition, strips
@@ -96,24 +96,37 @@ def state_key(algorithm: Algorithm, tensor: str, buffer: str) -> str:
     return f"{'x'.join(map(str, algorithm.shape))}/{tensor}.{buffer}"
 
 
-def _in_waves(
-    parameters: Iterable[tuple[str, Tensor]], shares: Callable[[Tensor], int] = lambda p: 1
-) -> Iterator[list[tuple[str, Tensor]]]:
-    """Parameters of one device, dtype and number of shares, as many as fit `WAVE_ELEMENTS` a rank; at least one.
+class Planned(Protocol):
+    """A parameter that waits for its wave."""
 
-    Args:
-        shares: parts that the ranks hold different ones of; 1: whole on every rank.
-    """
-    alike: dict[tuple[torch.device, torch.dtype, int], list[tuple[str, Tensor]]] = {}
-    for name, p in parameters:
-        alike.setdefault((p.device, p.dtype, shares(p)), []).append((name, p))
-    for (_, _, parts), candidates in alike.items():
-        wave: list[tuple[str, Tensor]] = []
+    @property
+    def kind(self) -> Hashable:
+        """Only equal kinds share a wave."""
+
+    @property
+    def numel(self) -> int:
+        """Entries of all of it."""
+
+    @property
+    def parts(self) -> int:
+        """Into how many the ranks have cut it; 1: it is whole on every rank."""
+
+
+P = TypeVar("P", bound=Planned)
+
+
+def _in_waves(parameters: Iterable[P]) -> Iterator[list[P]]:
+    """Parameters of one kind and number of parts, as many as fit `WAVE_ELEMENTS` a rank; at least one."""
+    alike: dict[Hashable, list[P]] = {}
+    for p in parameters:
+        alike.setdefault((p.kind, p.parts), []).append(p)
+    for candidates in alike.values():
+        wave: list[P] = []
         elements = 0
-        for name, p in candidates:
-            if wave and elements + p.numel() > WAVE_ELEMENTS * parts:
+        for p in candidates:
+            if wave and elements + p.numel > WAVE_ELEMENTS * p.parts:
                 yield wave
                 wave, elements = [], 0
-            wave.append((name, p))
-            elements += p.numel()
+            wave.append(p)
+            elements += p.numel
         yield wave

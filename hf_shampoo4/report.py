@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from .algorithms import Eigenbasis, Elementwise
+from .held import full_shape
 from .optimizer import Shampoo4bit
 from .options import Options
 from .plan import Block, blocks_of
@@ -32,12 +33,13 @@ class Row:
 def rows(optimizer: Shampoo4bit) -> list[Row]:
     """One row for each shape and treatment, the largest state first; from geometry, before any step."""
     grouped: dict[tuple[str, tuple[int, ...], str, int], int] = Counter()
-    for group in optimizer.param_groups:
+    for index, group in enumerate(optimizer.param_groups):
         options = Options.of(group)
-        for p in group["params"]:
-            if p.requires_grad and p.numel():
-                blocks = blocks_of(tuple(p.shape), options)
-                grouped[_treatment(blocks, options), tuple(p.shape), _cut(blocks), block_bytes(blocks)] += 1
+        for p in optimizer.parameters(index):
+            shape = full_shape(p)
+            if p.requires_grad and _elements(shape):
+                blocks = blocks_of(shape, options)
+                grouped[_treatment(blocks, options), shape, _cut(blocks), block_bytes(blocks)] += 1
     table = [
         Row(treatment, shape, count, cut, count * _elements(shape), count * size)
         for (treatment, shape, cut, size), count in grouped.items()

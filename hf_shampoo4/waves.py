@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -25,8 +25,9 @@ from torch import Tensor
 from .algorithms import Algorithm, Elementwise, State
 from .blocks import MatrixView, Rect
 from .exchange import Cut, Exchange, Piece, Ranks, Route, route
+from .held import Held
 from .options import Options
-from .placement import Placement, assign, held_here, sharded, whole
+from .placement import Placement, assign, held_here, ranges, sharded, whole
 from .plan import Block, _in_waves, blocks_of, loads_of, state_key
 from .storage import allocate
 
@@ -38,33 +39,41 @@ Entry = dict[str, Tensor]
 class Member:
     """A parameter of a wave."""
 
-    name: str
-    """The same in every run and on every rank."""
-    parameter: Tensor
+    held: Held
     placement: Placement
     blocks: list[Block]
     owners: list[int]
     """Of the blocks, in canonical order."""
 
-    def weights(self) -> Tensor:
-        """What this rank holds, flat: a view, or a copy where the memory is not row-major (channels last)."""
-        return local_tensor(self.parameter).reshape(-1)
+    @property
+    def name(self) -> str:
+        """The same in every run and on every rank."""
+        return self.held.name
+
+    @property
+    def parameter(self) -> Tensor:
+        """The model's."""
+        return self.held.parameter
+
+    @property
+    def kind(self) -> Hashable:
+        """What the parameters of a wave have in common."""
+        return self.held.buffer.device, self.held.buffer.dtype
+
+    @property
+    def numel(self) -> int:
+        """Entries of all of it."""
+        return self.held.numel
+
+    @property
+    def parts(self) -> int:
+        """Into how many the ranks have cut it."""
+        return len(self.placement.shares)
 
     def gradient(self) -> Tensor:
-        """Its gradient in the same order; zeros if there is none here."""
-        grad: Any = self.parameter.grad
-        if grad is None:
-            return torch.zeros_like(local_tensor(self.parameter)).reshape(-1)
-        mine: Any = self.parameter
-        if hasattr(grad, "placements") and grad.placements != mine.placements:
-            grad = grad.redistribute(placements=mine.placements)
-        return local_tensor(grad).reshape(-1)
-
-    def write_back(self, flat: Tensor) -> None:
-        """Copy changed weights back, if `weights` had to copy them."""
-        local = local_tensor(self.parameter)
-        if flat.untyped_storage().data_ptr() != local.untyped_storage().data_ptr():
-            local.copy_(flat.view(local.shape))
+        """What this rank has of its gradient, flat; zeros if there is none."""
+        found = self.held.gradient()
+        return torch.zeros_like(self.held.weights()) if found is None else found
 
     @cached_property
     def salts(self) -> list[int]:
@@ -126,7 +135,7 @@ class Wave:
     @property
     def device(self) -> torch.device:
         """Where all of it is computed."""
-        return self.members[0].parameter.device
+        return self.members[0].held.buffer.device
 
     @cached_property
     def owners(self) -> list[int]:
@@ -190,6 +199,34 @@ class Wave:
         state.move(state.route.deliver, "save", state.live, held)
         return state.entries(held)
 
+    def share(self) -> dict[int, Entry]:
+        """Member -> the state that this rank keeps, and under "blocks" of which of its blocks: int64, ascending."""
+        return {m: {"blocks": torch.tensor(self._kept(m)), **entry} for m, entry in self.live().items()}
+
+    def _kept(self, member: int) -> list[int]:
+        """The blocks whose state this rank keeps."""
+        return [k for k, owner in enumerate(self.members[member].owners) if self.keeps(owner)]
+
+    def keeps(self, owner: int) -> bool:
+        """Whether this rank keeps the state of a block."""
+        return self.replicated or owner == self.ranks.rank
+
+    def check(self, saved: Sequence[Mapping[str, Any]]) -> None:
+        """Make sure that `adopt` can take the members' state over.
+
+        Raises:
+            ValueError: a part of the state (`share`) of other blocks than are this rank's here.
+        """
+        for m, entry in enumerate(saved):
+            mine = self._kept(m)
+            if "blocks" in entry and entry["blocks"].tolist() != mine:
+                raise ValueError(
+                    f"the checkpoint has blocks {_few(entry['blocks'].tolist())} of {self.members[m].name!r} for this "
+                    f"rank, which has {_few(mine)} here: another number of ranks, ZeRO stage or DeepSpeed "
+                    "configuration.  Make one file of it that fits any: hf-shampoo4 checkpoint convert DIR, and give "
+                    "that to optimizer.load_state_dict"
+                )
+
     def adopt(self, saved: Sequence[Mapping[str, Any]]) -> None:
         """Take the members' state over from what `saved` or `live` gave; every rank must call it.
 
@@ -246,7 +283,7 @@ class StateMap:
     def kept(self, group: int) -> list[int]:
         """The blocks of a group whose state lives on this rank."""
         owners = self.cuts[group].owners
-        return [k for k, owner in enumerate(owners) if self.wave.replicated or owner == self.wave.ranks.rank]
+        return [k for k, owner in enumerate(owners) if self.wave.keeps(owner)]
 
     def of_members(self, wanted: set[int]) -> set[int]:
         """The groups of some parameters."""
@@ -319,23 +356,45 @@ class StateMap:
         return found
 
 
-def build(groups: Sequence[tuple[Options, Sequence[tuple[str, Tensor]]]], ranks: Ranks) -> list[list[Wave]]:
+def build(groups: Sequence[tuple[Options, Sequence[Held]]], ranks: Ranks) -> list[list[Wave]]:
     """Waves over the parameters of each group, with freshly initialised state; the same plan on every rank.
 
     Args:
-        groups: options, and (name, parameter) for every parameter, the name being the same in every run.
+        groups: options, and the parameters in the same order on every rank.
 
     Raises:
-        ValueError: a parameter that lives in a way that `held_here` does not know.
+        ValueError: a parameter that lives in a way that `held_here` does not know, or not completely on these ranks.
     """
-    members = [[_member(name, p, options, ranks) for name, p in parameters] for options, parameters in groups]
+    flat = [held for _, members in groups for held in members if held.range is not None]
+    placed = dict(zip(map(id, flat), _ranges(flat, ranks), strict=True))
+    members = [
+        [_member(held, placed.get(id(held)), options, ranks) for held in of_group] for options, of_group in groups
+    ]
     _assign(members, [options for options, _ in groups], ranks.world)
     return [_waves(found, options, ranks) for found, (options, _) in zip(members, groups, strict=True)]
 
 
-def _member(name: str, p: Tensor, options: Options, ranks: Ranks) -> Member:
-    blocks = blocks_of(tuple(p.shape), options)
-    return Member(name, p, held_here(p, ranks.rank, ranks.world), blocks, [0] * len(blocks))
+def _ranges(flat: Sequence[Held], ranks: Ranks) -> list[Placement]:
+    """Where all of each parameter is, from the range that each rank says it has."""
+    if not flat:
+        return []
+    by_rank = ranks.gather([(held.range.start, held.range.start + held.range.numel) for held in flat if held.range])
+    placements = [ranges(held.shape, bounds) for held, bounds in zip(flat, zip(*by_rank, strict=True), strict=True)]
+    for held, placement in zip(flat, placements, strict=True):
+        if sum(share.region.numel for share in placement.shares) != held.numel:
+            bounds = [(share.region.start, share.region.start + share.region.numel) for share in placement.shares]
+            raise ValueError(
+                f"the {ranks.world} ranks that train together hold entries {bounds[:4]} of the {held.numel} of "
+                f"{held.name!r}: leave out communicate=false, and use FSDP or DeepSpeed over all ranks"
+            )
+    return placements
+
+
+def _member(held: Held, placement: Placement | None, options: Options, ranks: Ranks) -> Member:
+    blocks = blocks_of(held.shape, options)
+    if placement is None:
+        placement = held_here(held.parameter, ranks.rank, ranks.world)
+    return Member(held, placement, blocks, [0] * len(blocks))
 
 
 def _assign(groups: list[list[Member]], options: list[Options], world: int) -> None:
@@ -360,21 +419,11 @@ def _assign(groups: list[list[Member]], options: list[Options], world: int) -> N
 
 
 def _waves(members: list[Member], options: Options, ranks: Ranks) -> list[Wave]:
-    of = {id(member.parameter): member for member in members}
     waves = []
-    for batch in _in_waves(
-        [(member.name, member.parameter) for member in members], lambda p: len(of[id(p)].placement.shares)
-    ):
-        chosen = [of[id(p)] for _, p in batch]
-        replicated = ranks.world == 1 or (chosen[0].placement.whole and not options.shard_state)
-        waves.append(_wave(chosen, ranks, replicated))
+    for batch in _in_waves(members):
+        replicated = ranks.world == 1 or (batch[0].placement.whole and not options.shard_state)
+        waves.append(_wave(batch, ranks, replicated))
     return waves
-
-
-def local_tensor(t: Tensor) -> Tensor:
-    """What this rank holds of a parameter or gradient, detached."""
-    held: Any = t.detach()
-    return held.to_local() if hasattr(held, "to_local") else held
 
 
 def _wave(members: list[Member], ranks: Ranks, replicated: bool) -> Wave:
@@ -385,7 +434,7 @@ def _wave(members: list[Member], ranks: Ranks, replicated: bool) -> Wave:
             if replicated or owner == ranks.rank:
                 rows.setdefault(block.algorithm, []).append((m, first + k, member.salts[k]))
         first += len(member.blocks)
-    device = members[0].parameter.device
+    device = members[0].held.buffer.device
     return Wave(members, [_stack(a, found, len(members), device) for a, found in rows.items()], ranks, replicated)
 
 
@@ -434,3 +483,7 @@ def _row_bytes(t: Tensor) -> int:
 
 def _empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     return torch.empty(shape, dtype=dtype, device=device)
+
+
+def _few(numbers: list[int]) -> str:
+    return f"{numbers}" if len(numbers) <= 4 else f"{numbers[:4]} and {len(numbers) - 4} more"

@@ -22,6 +22,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from hf_shampoo4.exchange import Exchange, Ranks
+from hf_shampoo4.held import held_itself
 from hf_shampoo4.options import Options
 from hf_shampoo4.placement import sharded
 from hf_shampoo4.plan import loads_of
@@ -65,7 +66,7 @@ def planned(model: str, world: int, sharding: str, options: Options) -> dict[str
     mesh = init_device_mesh("cpu", size)
     matrices, rest = shapes(*MODELS[model])
     groups = [
-        (o, [(f"{i}.{k}", parameter(shape, mesh, placements, rank)) for k, shape in enumerate(of_group)])
+        (o, [held_itself(f"{i}.{k}", parameter(shape, mesh, placements, rank)) for k, shape in enumerate(of_group)])
         for i, (o, of_group) in enumerate([(options, matrices), (Options(algorithm="elementwise"), rest)])
     ]
     start = time.perf_counter()

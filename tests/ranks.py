@@ -8,6 +8,8 @@ left to differ is the optimizer.  Judged is a result file a rank, not how a proc
 from __future__ import annotations
 
 import argparse
+import copy
+import functools
 import hashlib
 import json
 import os
@@ -29,6 +31,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from hf_shampoo4 import Shampoo4bit  # noqa: E402
+from hf_shampoo4.held import full_shape  # noqa: E402
+from hf_shampoo4.optimizer import clean_name  # noqa: E402
 from hf_shampoo4.options import Options  # noqa: E402
 from hf_shampoo4.plan import blocks_of, loads_of  # noqa: E402
 
@@ -115,6 +119,11 @@ def optimizer_of(model: nn.Module, options: dict[str, Any]) -> Shampoo4bit:
     return Shampoo4bit(groups, **chosen)
 
 
+def bare(parameters: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Under the names of the model that was not wrapped."""
+    return {clean_name(name): p for name, p in parameters.items()}
+
+
 def full(t: Tensor) -> Tensor:
     t = t.detach()
     return t.full_tensor() if hasattr(t, "full_tensor") else t
@@ -131,19 +140,40 @@ class Run:
     optimizer: Shampoo4bit
     step: Callable[..., None]
     parameters: Callable[[], dict[str, Tensor]]
+    missing: str = "none"
+    """What the engine hands to a parameter that no rank has a gradient of: `none`, `zeros` or the `last` one."""
+    copies: torch.dtype | None = None
+    """Of the model, if it is a rounded copy of what the optimizer updates."""
 
 
-def reference(options: dict[str, Any], world: int, dtype: torch.dtype = torch.float32) -> Run:
+def reference(
+    options: dict[str, Any],
+    world: int,
+    dtype: torch.dtype = torch.float32,
+    missing: str = "none",
+    copies: torch.dtype | None = None,
+) -> Run:
     """One process that is given the mean gradient."""
     model = Linear(dtype)
+    if copies is not None:
+        model = model.to(copies).to(dtype)
     optimizer = optimizer_of(model, {**options, "communicate": False})
+    last: list[dict[str, Tensor]] = [{} for _ in SHAPES]
 
     def step(t: int, ranks: int = world) -> None:
+        gradients = mean_coefficients(t, ranks)
+        for kept, of_layer in zip(last, gradients, strict=True):
+            if missing != "none":
+                of_layer.update({n: c if missing == "last" else 0 * c for n, c in kept.items() if n not in of_layer})
+            kept.update(of_layer)
         optimizer.zero_grad()
-        model(mean_coefficients(t, ranks)).backward()
+        model(gradients).backward()
         optimizer.step()
 
-    return Run(model, optimizer, step, lambda: {n: full(p) for n, p in model.named_parameters()})
+    def parameters() -> dict[str, Tensor]:
+        return {n: full(p).to(copies or dtype) for n, p in model.named_parameters()}
+
+    return Run(model, optimizer, step, parameters)
 
 
 def ddp(options: dict[str, Any], dtype: torch.dtype = torch.float32) -> Run:
@@ -199,6 +229,67 @@ def tensor_parallel(options: dict[str, Any], dtype: torch.dtype = torch.float32)
     return Run(model, optimizer, step, lambda: {n: full(p) for n, p in model.named_parameters()})
 
 
+ZERO: dict[str, dict[str, Any]] = {
+    "zero1": {"stage": 1},
+    "zero2": {"stage": 2},
+    "zero3": {"stage": 3},
+    "zero1_robin": {"stage": 1, "round_robin_gradients": True},
+    "zero2_robin": {"stage": 2, "round_robin_gradients": True},
+    "zero2_aligned": {"stage": 2, "parameter_alignment": True, "round_robin_gradients": True},
+    "zero3_groups": {"stage": 3, "sub_group_size": 3000},
+    "zero2_offload": {"stage": 2, "offload_optimizer": {"device": "cpu"}},
+    "zero3_offload": {"stage": 3, "offload_optimizer": {"device": "cpu"}, "sub_group_size": 3000},
+    "zero2_accumulated": {"stage": 2},
+    "zero3_accumulated": {"stage": 3},
+    "zero1_bf16": {"stage": 1},
+    "zero2_bf16": {"stage": 2},
+    "zero3_bf16": {"stage": 3},
+    "zero1_bf16_optimizer": {"stage": 1},  # DeepSpeed's class BF16_Optimizer
+}
+
+
+def zero_config(kind: str) -> dict[str, Any]:
+    """A DeepSpeed configuration; it clips gradients by default."""
+    config: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 2 if "accumulated" in kind else 1,
+        "zero_optimization": ZERO[kind], "zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False,
+        "gradient_clipping": 0.0, "bf16": {"enabled": "bf16" in kind}, "steps_per_print": 10**9,
+    }  # fmt: skip
+    if kind == "zero1_bf16_optimizer":
+        config["data_types"] = {"grad_accum_dtype": "fp32"}
+    return config
+
+
+def deepspeed_without_compiler() -> Any:
+    """DeepSpeed for several processes of one CPU without its extension in shared memory, which it would compile."""
+    import deepspeed
+    import deepspeed.ops
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(dist_backend="gloo", verbose=False)
+    return deepspeed
+
+
+def zero(options: dict[str, Any], dtype: torch.dtype = torch.float32, kind: str = "") -> Run:
+    deepspeed, config = deepspeed_without_compiler(), zero_config(kind)
+    rank, world, model = dist.get_rank(), dist.get_world_size(), Linear()
+    copies = torch.bfloat16 if "bf16" in kind else None
+    model = model.to(copies or dtype)
+    optimizer = optimizer_of(model, options)
+    engine = deepspeed.initialize(model=model, optimizer=optimizer, config=config)[0]
+
+    def step(t: int) -> None:
+        for _ in range(config["gradient_accumulation_steps"]):  # of the same gradient: their mean is exact
+            engine.backward(engine(coefficients(t, rank, world)))
+            engine.step()
+
+    # DeepSpeed 0.19.8 hands zeros or, with stage 3 or offloading, the last gradient once more
+    missing = "last" if "zero3" in kind or "offload" in kind else "zeros"
+    return Run(
+        engine, optimizer, step, lambda: bare(whole(engine)), missing, torch.bfloat16 if "bf16" in kind else None
+    )
+
+
 def _run(model: nn.Module, bare: nn.Module, optimizer: Shampoo4bit) -> Run:
     rank, world = dist.get_rank(), dist.get_world_size()
 
@@ -219,6 +310,7 @@ ENGINES: dict[str, Callable[..., Run]] = {
     "fsdp2_offload": lambda options, dtype=torch.float32: fsdp2(options, dtype, "offload"),
     "hsdp": lambda options, dtype=torch.float32: fsdp2(options, dtype, "hsdp"),
     "tp": tensor_parallel,
+    **{kind: functools.partial(zero, kind=kind) for kind in ZERO},
 }
 
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -266,20 +358,21 @@ def equality(case: Case, truths: dict[str, dict[str, Tensor]]) -> dict[str, Any]
     options = dict(OPTIONS[case.options])
     dtype = getattr(torch, options.pop("dtype", "float32"))
     world = dist.get_world_size()
-    if case.options not in truths:
-        alone = reference(options, world, dtype)
+    run = ENGINES[case.engine](options, dtype)
+    key = f"{case.options} {run.missing} {run.copies}"
+    if key not in truths:
+        alone = reference(options, world, dtype, run.missing, run.copies)
         if dist.get_rank() == 0:
             for t in range(case.steps):
                 alone.step(t)
         found = [alone.parameters()]
         dist.broadcast_object_list(found)
-        truths[case.options] = found[0]
-    run = ENGINES[case.engine](options, dtype)
+        truths[key] = found[0]
     start = time.perf_counter()
     for t in range(case.steps):
         run.step(t)
     seconds = time.perf_counter() - start
-    mine, truth = run.parameters(), truths[case.options]
+    mine, truth = run.parameters(), truths[key]
     digest = hashlib.sha256(b"".join(p.float().numpy().tobytes() for _, p in sorted(mine.items()))).hexdigest()
     digests: list[Any] = [None] * world
     dist.all_gather_object(digests, digest)
@@ -288,9 +381,9 @@ def equality(case: Case, truths: dict[str, dict[str, Tensor]]) -> dict[str, Any]
     )
     loads = [
         load
-        for group in run.optimizer.param_groups
-        for p in group["params"]
-        for load in loads_of(blocks_of(tuple(p.shape), Options.of(group)), Options.of(group))
+        for i, group in enumerate(run.optimizer._groups)
+        for p in run.optimizer.parameters(i)
+        for load in loads_of(blocks_of(full_shape(p), Options.of(group)), Options.of(group))
     ]
     return {
         "bitwise": all(torch.equal(mine[n], p) for n, p in truth.items()),
@@ -394,36 +487,61 @@ def reshard(case: Case, folder: Path) -> dict[str, Any]:
 
 
 def trainer(case: Case, folder: Path) -> dict[str, Any]:
-    """The Hugging Face Trainer with --fsdp: train, and resume from the middle."""
+    """The Hugging Face Trainer with --fsdp or --deepspeed: train, and resume from the middle."""
     from accelerate import state
     from accelerate.utils import DistributedType
     from tiny import Tokens, arguments, llama
     from transformers import Trainer
 
     # accelerate shards on a CPU only if told that this is a machine with several devices
-    os.environ.update(ACCELERATE_TORCH_DEVICE="cpu", LOCAL_RANK=os.environ["RANK"], FSDP_STATE_DICT_TYPE=case.options)
+    os.environ.update(ACCELERATE_TORCH_DEVICE="cpu")
     state.PartialState._prepare_backend = lambda *a, **k: ("gloo", DistributedType.MULTI_GPU)
-    config = {
-        "version": 2, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"], "reshard_after_forward": True,
-        "state_dict_type": case.options,
-    }  # fmt: skip
+    if case.options in ZERO:
+        deepspeed_without_compiler()
+        config = {"train_micro_batch_size_per_gpu": "auto", "gradient_clipping": "auto"}
+        sharding: dict[str, Any] = {"deepspeed": {**config, "zero_optimization": ZERO[case.options]}}
+    else:
+        os.environ.update(FSDP_STATE_DICT_TYPE=case.options)
+        sharding = {"fsdp": True, "fsdp_config": {
+            "version": 2, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"], "reshard_after_forward": True,
+            "state_dict_type": case.options,
+        }}  # fmt: skip
 
     def train(checkpoint: Path | None) -> tuple[list[float], dict[str, Tensor], Any]:
         changes = {"save_strategy": "steps", "save_steps": 3, "max_steps": 5, "per_device_train_batch_size": 2}
-        args = arguments(folder / case.name, use_cpu=False, fsdp=True, fsdp_config=config, **changes)
+        args = arguments(folder / case.name, use_cpu=False, **copy.deepcopy(sharding), **changes)
         found = Trainer(llama(), args, train_dataset=Tokens())
         found.train(resume_from_checkpoint=checkpoint and str(checkpoint))
         losses = [entry["loss"] for entry in found.state.log_history if "loss" in entry]
-        return losses, {n: full(p) for n, p in found.model_wrapped.named_parameters()}, found
+        return losses, whole(found.model_wrapped), found
 
     losses, parameters, unbroken = train(None)
     resumed_losses, resumed, _ = train(folder / case.name / "checkpoint-3")
-    kinds = {type(p).__name__ for p in unbroken.model_wrapped.parameters()}
-    held = sum(t.nbytes for entry in unbroken.optimizer.optimizer.state.values() for t in entry.values())
+    ours = unwrapped(unbroken.optimizer)
     return {
-        **_compared(resumed, parameters), "losses": losses, "resumed_losses": resumed_losses, "kinds": sorted(kinds),
-        "state_bytes": held, "files": sorted(p.name for p in (folder / case.name / "checkpoint-3").iterdir()),
+        **_compared(resumed, parameters), "losses": losses, "resumed_losses": resumed_losses,
+        "kind": type(unbroken.model_wrapped).__name__, "optimizer": type(ours).__name__,
+        "state_bytes": sum(t.nbytes for entry in ours.state.values() for t in entry.values()),
+        "files": sorted(p.name for p in (folder / case.name / "checkpoint-3").iterdir()),
     }  # fmt: skip
+
+
+def whole(model: nn.Module) -> dict[str, Tensor]:
+    """All of a wrapped model's parameters."""
+    if "deepspeed" in type(model).__module__:
+        import deepspeed
+
+        sharded = any(hasattr(p, "ds_id") for p in model.parameters())
+        with deepspeed.zero.GatheredParameters(list(model.parameters()), enabled=sharded):
+            return {name: p.detach().clone() for name, p in model.named_parameters()}
+    return {name: full(p) for name, p in model.named_parameters()}
+
+
+def unwrapped(optimizer: Any) -> Any:
+    """Without accelerate's and DeepSpeed's wrappers."""
+    while hasattr(optimizer, "optimizer"):
+        optimizer = optimizer.optimizer
+    return optimizer
 
 
 # ------------------------------------------------------------------------------------------------------ failures
@@ -436,7 +554,7 @@ def failing(case: Case) -> dict[str, Any]:
 
     run = make({}, torch.float32)
     if second:
-        run.optimizer._gradients_are_finite = lambda: (_ for _ in ()).throw(TypeError("a sparse gradient"))
+        run.optimizer._gradients_are_finite = lambda live: (_ for _ in ()).throw(TypeError("a sparse gradient"))
     said["gradient"] = _message(lambda: run.step(0))
 
     run = make({}, torch.float32)
@@ -452,7 +570,7 @@ def failing(case: Case) -> dict[str, Any]:
     before = run.parameters()
     if second:
         finite = run.optimizer._gradients_are_finite
-        run.optimizer._gradients_are_finite = lambda: finite() and False
+        run.optimizer._gradients_are_finite = lambda live: finite(live) and False
     run.step(1)
     unchanged = all(torch.equal(p, before[n]) for n, p in run.parameters().items())
     return {"said": said, "skipped": run.optimizer.param_groups[0]["skipped_steps"], "unchanged": unchanged}
@@ -511,7 +629,13 @@ def launch(world: int, *words: str, timeout: float = 300, script: Path = Path(__
         folder = Path(name)
         workers = []
         for rank in range(world):
-            environment = {**os.environ, **BITWISE, "RANK": str(rank), "WORLD_SIZE": str(world)}
+            environment = {
+                **os.environ,
+                **BITWISE,
+                "RANK": str(rank),
+                "LOCAL_RANK": str(rank),
+                "WORLD_SIZE": str(world),
+            }
             with open(folder / f"log{rank}", "w") as log:
                 command = [sys.executable, str(script), "--worker", name, *words]
                 workers.append(subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT))

@@ -171,7 +171,7 @@ def test_kl_shampoo_whitens_a_kronecker_gradient() -> None:
 
 
 def momentum_in_the_parameters_coordinates(optimizer: Shampoo4bit, p: Tensor) -> Tensor:
-    stack = optimizer._built[0].waves[0].stacks[0]
+    stack = optimizer._waves(0)[0].stacks[0]
     a, state = stack.algorithm, stack.state
     sides = [OpenSide(side, algorithms._side(state, name), p) for side, name in ((a.left, "left"), (a.right, "right"))]
     m = a.moments.first.read(state["first"])
@@ -221,7 +221,7 @@ def test_a_zero_momentum_leaves_the_gradients_statistic() -> None:
 @pytest.mark.parametrize("algorithm", FAMILY)
 def test_bases_stay_orthogonal_in_4_bits(algorithm: str) -> None:
     _, optimizer = train((128, 96), 60, algorithm=algorithm, stats_every=2, refresh_warmup=10)
-    stack = optimizer._built[0].waves[0].stacks[0]
+    stack = optimizer._waves(0)[0].stacks[0]
     for name, side in (("left", stack.algorithm.left), ("right", stack.algorithm.right)):
         u = OpenSide(side, algorithms._side(stack.state, name), torch.zeros(1, 128, 96)).vectors
         defect = torch.linalg.matrix_norm(u.mT @ u - torch.eye(side.order)) / side.order**0.5

@@ -17,6 +17,7 @@ import hf_shampoo4 as s4
 from hf_shampoo4 import estimate, waves
 from hf_shampoo4.cli import main
 from hf_shampoo4.exchange import Ranks
+from hf_shampoo4.held import held_itself
 from hf_shampoo4.integrations.trainer import OPTIMS
 from hf_shampoo4.options import NAMES, OptionError, Options
 from hf_shampoo4.storage import nbytes
@@ -143,7 +144,7 @@ def live_ranks(model: torch.nn.Module, world: int, sharding: str, options: dict[
     groups = []
     for group in s4.param_groups(model):
         own = {key: value for key, value in group.items() if key in NAMES}
-        groups.append((Options(**{**options, **own}), group["params"]))
+        groups.append((Options(**{**options, **own}), [held_itself(name, p) for name, p in group["params"]]))
     with pytest.MonkeyPatch.context() as patch:
         if sharding == "fsdp2":
             patch.setattr(

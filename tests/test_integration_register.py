@@ -7,6 +7,7 @@ import dataclasses
 import io
 import json
 import pickle
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -127,30 +128,27 @@ def test_bad_options_of_trainer_kwargs_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("changes", "mode"),
-    [({"deepspeed": True}, "DeepSpeed"), ({"fsdp": True, "fsdp_config": {"version": 1}}, "FSDP1")],
+    ("config", "message"),
+    [
+        ({"optimizer": {"type": "AdamW"}}, 'has an "optimizer" of its own, which would be used instead of hf_shampoo4'),
+        (
+            {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "nvme"}}},
+            "offloads the optimizer to NVMe",
+        ),
+        ({"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}, "would use DeepSpeedCPUAdam"),
+    ],
 )
-def test_flattened_parameters_are_refused_by_name(tmp_path, changes, mode):
+def test_deepspeed_configurations_that_would_train_otherwise_are_refused(tmp_path, config, message):
     args = arguments(tmp_path)
-    for field, value in changes.items():
-        setattr(args, field, value)  # a real one needs an accelerator
-    with pytest.raises(NotImplementedError, match=f"{mode} is not supported by hf_shampoo4 yet.*FSDP2"):
+    args.hf_deepspeed_config = SimpleNamespace(config=config)  # a real one needs several processes
+    with pytest.raises(ValueError, match=message):
         Trainer.get_optimizer_cls_and_kwargs(args, llama())
+    with pytest.raises(ValueError, match=message):
+        Trainer(llama(), args, train_dataset=Tokens())
 
 
-def test_fsdp2_is_not_refused(tmp_path):
+def test_other_sharding_is_not_refused(tmp_path):
     args = arguments(tmp_path)
-    args.fsdp, args.fsdp_config = True, {"version": 2}
+    offload = {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}
+    args.hf_deepspeed_config = SimpleNamespace(config={**offload, "zero_force_ds_cpu_optimizer": False})
     assert Trainer.get_optimizer_cls_and_kwargs(args, llama())[0] is s4.Shampoo4bit
-
-
-@pytest.mark.parametrize(("version", "refused"), [("1", True), ("2", False)])
-def test_fsdp_of_accelerate_launch(tmp_path, monkeypatch, version, refused):
-    args = arguments(tmp_path)
-    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    monkeypatch.setenv("FSDP_VERSION", version)
-    if not refused:
-        s4.trainer_kwargs(llama(), args)
-        return
-    with pytest.raises(NotImplementedError, match="FSDP1 is not supported"):
-        s4.trainer_kwargs(llama(), args)

@@ -23,6 +23,7 @@ LEVELS = {
     "clock": 0,
     "files": 0,
     "resume": 0,
+    "held": 0,
     "matrix": 1,
     "placement": 1,
     "rounding": 1,
@@ -72,7 +73,7 @@ MATHEMATICS = {
     "moments",
     "algorithms",
 }
-MOVEMENT = {"blocks", "placement", "exchange"}
+MOVEMENT = {"blocks", "placement", "exchange", "held"}
 
 # What the optimizer itself may need; everything else (transformers, datasets, ...) belongs to the top level.
 CORE_DEPENDENCIES = {"torch", "numpy", "yaml", "bitsandbytes", "triton"}

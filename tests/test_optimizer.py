@@ -386,7 +386,6 @@ def test_complex_and_integer_parameters_are_refused(dtype: torch.dtype) -> None:
 def test_a_model_without_a_matrix_is_refused_loudly(shapes: list[tuple[int, ...]]) -> None:
     with pytest.raises(ValueError, match=r"nothing to precondition: none of the .* parameters has a matrix") as caught:
         Shampoo4bit(parameters(shapes))
-    assert "FSDP1, DeepSpeed" in str(caught.value)
     assert "--optim adamw4bit" in str(caught.value)
     Shampoo4bit(parameters(shapes), algorithm="elementwise")
 

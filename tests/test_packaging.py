@@ -82,7 +82,7 @@ def test_wheel_has_nothing_else(names: set[str]) -> None:
 def test_wheel_metadata(wheel: Path, names: set[str]) -> None:
     metadata = _metadata(wheel)
     assert metadata["License-Expression"] == "Apache-2.0"
-    extras = {"train", "trl", "bnb", "race", "vision", "bench", "triton", "docs", "test", "dev"}
+    extras = {"train", "trl", "bnb", "race", "vision", "bench", "triton", "deepspeed", "docs", "test", "dev"}
     assert set(metadata.get_all("Provides-Extra")) == extras
     assert any(name.endswith("licenses/LICENSE") for name in names)
 

@@ -16,15 +16,18 @@ from hf_shampoo4.checkpoint import by_position, described, read
 STEPS = "8"
 CASES = {
     2: ["ddp-shampoo", "ddp_sharded-shampoo", "fsdp2-shampoo", "fsdp2_mixed-shampoo", "fsdp2_offload-shampoo",
-        "tp-shampoo", "ddp-soap", "fsdp2-soap", "fsdp2-sgdm", "fsdp2-bf16"],
-    3: ["ddp-kl_shampoo", "fsdp2-kl_shampoo", "fsdp2-cholesky_ef", "ddp_sharded-zipsr", "tp-elementwise"],
+        "tp-shampoo", "ddp-soap", "fsdp2-soap", "fsdp2-sgdm", "fsdp2-bf16", "zero1-shampoo", "zero2_robin-shampoo",
+        "zero3_groups-kl_shampoo", "zero1_bf16_optimizer-shampoo"],
+    3: ["ddp-kl_shampoo", "fsdp2-kl_shampoo", "fsdp2-cholesky_ef", "ddp_sharded-zipsr", "tp-elementwise",
+        "zero2-soap", "zero3-shampoo"],
     4: ["hsdp-shampoo"],
 }  # fmt: skip
 SAVED = {2: ["fsdp2-full", "fsdp2-sharded", "ddp-plain", "ddp_sharded-plain"]}
 LOADED = {3: ["fsdp2-fsdp2+sharded", "ddp-fsdp2+full", "fsdp2-ddp+plain", "ddp_sharded-ddp+plain"],
           1: ["single-fsdp2+full", "single-ddp_sharded+plain"]}  # fmt: skip
 FAILING = {2: ["fsdp2-failing", "ddp-failing"]}
-KINDS = (CASES, SAVED, LOADED, FAILING)
+TRAINER = {2: ["trainer-zero2", "trainer-zero3"]}
+KINDS = (CASES, SAVED, LOADED, FAILING, TRAINER)
 WORLDS = (2, 3, 4, 1)
 
 
@@ -79,6 +82,16 @@ def test_state_is_spread_over_the_ranks(results: dict, world: int, case: str) ->
 def test_a_resumed_run_goes_on_as_if_it_had_not_stopped(results: dict, world: int, case: str) -> None:
     for rank in results[world, case]:
         assert "error" not in rank, rank["error"]
+        assert rank["bitwise"], rank["differ"]
+
+
+@each(TRAINER)
+def test_the_trainer_trains_and_resumes(results: dict, world: int, case: str) -> None:
+    for rank in results[world, case]:
+        assert "error" not in rank, rank["error"]
+        assert (rank["kind"], rank["optimizer"]) == ("DeepSpeedEngine", "Shampoo4bit")
+        assert rank["losses"][-1] < rank["losses"][0] - 0.1
+        assert rank["resumed_losses"] == rank["losses"]
         assert rank["bitwise"], rank["differ"]
 
 

@@ -98,5 +98,6 @@ def _check_whole(args: Any, step: int) -> None:
 
 
 def _ours(optimizer: Any) -> Shampoo4bit | None:
-    inner = getattr(optimizer, "optimizer", optimizer)  # accelerate wraps it
-    return inner if isinstance(inner, Shampoo4bit) else None
+    while hasattr(optimizer, "optimizer"):  # accelerate wraps it, DeepSpeed too
+        optimizer = optimizer.optimizer
+    return optimizer if isinstance(optimizer, Shampoo4bit) else None

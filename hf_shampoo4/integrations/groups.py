@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..held import full_shape, remember
+
 # The names that Trainer.get_decay_parameter_names leaves undecayed.
 _NO_DECAY_NAME = re.compile(r"bias|layernorm|rmsnorm|(?:^|\.)norm(?:$|\.)|_norm(?:$|\.)", re.IGNORECASE)
 
@@ -47,6 +49,7 @@ def param_groups(
         Groups `{"params": [(name, parameter), ...], "weight_decay": ..., ...}`, none of them empty, in an order that
         depends on the model and the arguments alone.
     """
+    remember(model)
     kinds = {**_KINDS, "head": {"algorithm": "elementwise", **(head or {})}}
     members: dict[tuple[str, bool], list[tuple[str, nn.Parameter]]] = {
         (kind, decayed): [] for kind in kinds for decayed in (True, False)
@@ -60,7 +63,7 @@ def param_groups(
         if not parameter.requires_grad:
             continue
         key = id(parameter)
-        vector = parameter.ndim < 2 or key in norms
+        vector = len(full_shape(parameter)) < 2 or key in norms
         matrix = not vector and key in targets and key not in lookups and not _LOOKUP_NAME.search(name)
         kind = "elementwise" if not matrix else "conv1d" if key in convolutions else "matrix"
         kind = "head" if head and key in heads else kind

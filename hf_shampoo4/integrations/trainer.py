@@ -5,7 +5,6 @@ Imports neither torch nor transformers until a training starts.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -52,8 +51,8 @@ def trainer_kwargs(model: nn.Module, args: Any, **options: Any) -> dict[str, Any
 
     Raises:
         OptionError: an option that does not exist or has a value that is not allowed.
-        NotImplementedError: the parameters would be flattened (FSDP1, DeepSpeed).
-        ValueError: there is no matrix to precondition, or optim_target_modules matches nothing.
+        ValueError: there is no matrix to precondition, optim_target_modules matches nothing, or DeepSpeed is configured
+            in a way in which this optimizer would not be used or could not work.
     """
     return {"optimizer_cls_and_kwargs": _optimizer_cls_and_kwargs(args, model, resolve(options))}
 
@@ -63,11 +62,11 @@ def check_args(args: Any) -> None:
 
     Raises:
         OptionError: an item of `optim_args` that is not `key=value`, unknown, or not allowed.
-        NotImplementedError: the parameters would be flattened (FSDP1, DeepSpeed).
+        ValueError: DeepSpeed is configured in a way in which this optimizer would not be used or could not work.
     """
     if args.optim in OPTIMS:
         _options_of(args)
-        _refuse_sharding(args)
+        _check_deepspeed(args)
 
 
 def _options_of(args: Any) -> dict[str, Any]:
@@ -76,7 +75,7 @@ def _options_of(args: Any) -> dict[str, Any]:
 
 
 def _optimizer_cls_and_kwargs(args: Any, model: nn.Module | None, options: dict[str, Any]) -> tuple[Any, dict]:
-    _refuse_sharding(args)
+    _check_deepspeed(args)
     from ..optimizer import Shampoo4bit
 
     kwargs = {
@@ -130,21 +129,23 @@ def _target_rule(targets: str | list[str] | None, model: nn.Module) -> Callable[
     return is_target
 
 
-def _refuse_sharding(args: Any) -> None:
-    """Refuse what flattens parameters; FSDP2, HSDP and tensor parallelism keep their shapes."""
-    mode = ""
-    if args.deepspeed or getattr(args, "deepspeed_plugin", None) is not None:
-        mode = "DeepSpeed"
-    elif args.fsdp:
-        mode = "FSDP1" if int((args.fsdp_config or {}).get("version", 2)) == 1 else ""
-    elif os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("true", "1"):
-        mode = "FSDP1" if os.environ.get("FSDP_VERSION", "1") == "1" else ""
-    if mode:
-        raise NotImplementedError(
-            f"{mode} is not supported by hf_shampoo4 yet: it hides the shapes of the parameters.  Use FSDP2 (--fsdp "
-            "with fsdp_config version 2; fsdp_version: 2 in an accelerate configuration) or plain data parallelism, "
-            "or choose another --optim, such as adamw_torch."
+def _check_deepspeed(args: Any) -> None:
+    """Refuse configurations under which another optimizer would train instead, or ours could not."""
+    found = getattr(args, "hf_deepspeed_config", None)
+    config: dict[str, Any] = found.config if found is not None else {}
+    offload = config.get("zero_optimization", {}).get("offload_optimizer", {}).get("device", "none")
+    problem = ""
+    if "optimizer" in config:
+        problem = 'has an "optimizer" of its own, which would be used instead of hf_shampoo4: remove it'
+    elif offload == "nvme":
+        problem = 'offloads the optimizer to NVMe, which hf_shampoo4 cannot follow: set "offload_optimizer" to the CPU'
+    elif offload != "none" and config.get("zero_force_ds_cpu_optimizer", True):
+        problem = (
+            "offloads the optimizer and would use DeepSpeedCPUAdam instead of hf_shampoo4: "
+            'add "zero_force_ds_cpu_optimizer": false'
         )
+    if problem:
+        raise ValueError(f"the DeepSpeed configuration {problem}")
 
 
 def _extend_trainer(module: ModuleType) -> None:

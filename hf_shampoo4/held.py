@@ -1,0 +1,202 @@
+"""What a rank holds of a parameter, and where: the parameter itself, or a range of it in an engine's flat buffer.
+
+    one process, DDP                            the parameter
+    FSDP2, HSDP, tensor parallelism             the local tensor of a DTensor
+    FSDP1 (use_orig_params)                     the parameter, which FSDP1 has made a 1-D range of the real one
+    DeepSpeed ZeRO-1, ZeRO-2, ZeRO-3            a range of the float32 tensor that takes the parameters' place
+
+DeepSpeed says where a parameter is in attributes of the model's own parameters, FSDP1 in its modules only: `remember`
+notes it on the parameters.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch.distributed as dist
+from torch import Tensor, nn
+
+_NOTE = "_hf_shampoo4_range"
+
+
+class Range(NamedTuple):
+    """Entries [start, start + numel) of a parameter, row-major, are at [offset, offset + numel) of a buffer."""
+
+    start: int
+    numel: int
+    offset: int = 0
+
+
+@dataclass(frozen=True)
+class Held:
+    """A parameter that is trained, as this rank sees it."""
+
+    name: str
+    """The same in every run and on every rank."""
+    parameter: Tensor
+    """The model's; its state is kept under it."""
+    shape: tuple[int, ...]
+    """Of all of it."""
+    buffer: Tensor
+    """What a step changes; its `.grad` is the gradient."""
+    range: Range | None = None
+    """Of the parameter in the buffer, if that is flat."""
+
+    @property
+    def numel(self) -> int:
+        """Of all of it."""
+        return math.prod(self.shape)
+
+    def weights(self) -> Tensor:
+        """What this rank holds, flat: a view, or a copy where the memory is not row-major (channels last)."""
+        return self._part(local_tensor(self.buffer).reshape(-1))
+
+    def gradient(self) -> Tensor | None:
+        """Its gradient in the same order; None if this rank has none."""
+        grad: Any = self.buffer.grad
+        if grad is None:
+            return None
+        mine: Any = self.buffer
+        if hasattr(grad, "placements") and grad.placements != mine.placements:
+            grad = grad.redistribute(placements=mine.placements)
+        return self._part(local_tensor(grad).reshape(-1))
+
+    def write_back(self, flat: Tensor) -> None:
+        """Copy changed weights back, if `weights` had to copy them."""
+        local = local_tensor(self.buffer)
+        if flat.untyped_storage().data_ptr() != local.untyped_storage().data_ptr():
+            local.copy_(flat.view(local.shape))
+
+    def _part(self, flat: Tensor) -> Tensor:
+        return flat if self.range is None else flat[self.range.offset : self.range.offset + self.range.numel]
+
+
+def local_tensor(t: Tensor) -> Tensor:
+    """What this rank holds of a parameter or gradient, detached."""
+    held: Any = t.detach()
+    return held.to_local() if hasattr(held, "to_local") else held
+
+
+def full_shape(p: Tensor) -> tuple[int, ...]:
+    """A parameter's shape before an engine took it apart."""
+    if hasattr(p, "ds_shape"):  # ZeRO-3, zero.Init
+        return tuple(p.ds_shape)
+    return getattr(p, _NOTE)[0] if hasattr(p, _NOTE) else tuple(p.shape)
+
+
+def held_itself(name: str, p: Tensor) -> Held:
+    """A parameter that is in the optimizer's groups itself."""
+    return Held(name, p, full_shape(p), p, getattr(p, _NOTE)[1] if hasattr(p, _NOTE) else None)
+
+
+def check(p: Tensor) -> None:
+    """Refuse what cannot be trained.
+
+    Raises:
+        TypeError: a parameter that is not real floating point.
+        ValueError: a parameter of FSDP1 whose shape cannot be known.
+    """
+    shape = tuple(p.shape)
+    if not p.is_floating_point():
+        raise TypeError(f"parameter of shape {shape} is {p.dtype}: only real floating point can be trained")
+    if getattr(p, "_is_flat_param", False):
+        raise ValueError(
+            "FSDP1 has joined parameters into one flat tensor, in which matrices cannot be told apart: wrap the model "
+            "with use_orig_params=True (fsdp_use_orig_params: true in an accelerate configuration), or use FSDP2"
+        )
+    if getattr(p, "_fsdp_flattened", False) and not hasattr(p, _NOTE):
+        raise ValueError(
+            f"FSDP1 has flattened a parameter of now {p.numel()} entries and only the model knows its shape: pass "
+            "hf_shampoo4.param_groups(model) instead of model.parameters(), after the model was wrapped, or use FSDP2"
+        )
+
+
+def remember(model: nn.Module) -> None:
+    """Note on every parameter that FSDP1 has flattened which range of it this rank has."""
+    if not any(getattr(p, "_fsdp_flattened", False) for p in model.parameters()):
+        return
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    for module in FullyShardedDataParallel.fsdp_modules(model):
+        flat: Any = module._handle.flat_param if module._handle is not None else None
+        if flat is None or flat._params is None:  # None: use_orig_params=False
+            continue
+        for p, shape, info in zip(flat._params, flat._shapes, flat._shard_param_infos, strict=True):
+            here = Range(info.intra_param_start_idx, info.numel_in_shard) if info.in_shard else Range(0, 0)
+            setattr(p, _NOTE, (tuple(shape), here))
+
+
+# ------------------------------------------------------------------------------------------------------ DeepSpeed
+
+
+def in_deepspeed(p: Tensor) -> bool:
+    """Whether DeepSpeed's ZeRO keeps the float32 weights of a parameter of the model in a tensor of its own."""
+    return hasattr(p, "_z3_optimizer") or hasattr(p, "_dp_group")
+
+
+def held_by_deepspeed(buffer: Tensor, named: Sequence[tuple[str, Tensor]]) -> list[Held]:
+    """The parameters of a group that are in one of its flat float32 tensors.
+
+    Args:
+        buffer: what DeepSpeed has put into the group: this rank's part of a group (ZeRO-1, ZeRO-2) or of a part of it
+            (ZeRO-3), its gradient in `.grad`.
+        named: the model's parameters that were in the group, with their names.
+
+    Raises:
+        ValueError: partitions over a part of the ranks, optimizer state on NVMe, or a buffer of another engine.
+    """
+    of_zero3 = next((p for _, p in named if hasattr(p, "_z3_optimizer")), None)
+    found = _zero12(buffer, named) if of_zero3 is None else _zero3(buffer, named, of_zero3)
+    return [Held(name, p, full_shape(p), buffer, here) for name, p, here in found]
+
+
+def _zero12(buffer: Tensor, named: Sequence[tuple[str, Tensor]]) -> list[tuple[str, Tensor, Range]]:
+    """The parameters are views of one flat tensor that is cut into equal parts, one a rank.
+
+    Their places in it are right in every configuration; DeepSpeed's own `_hp_mapping` is not under
+    round_robin_gradients.
+    """
+    size, found = buffer.numel(), []
+    low = dist.get_rank() * size
+    for name, p in named:
+        group: Any = getattr(p, "_dp_group", None)
+        if group is None:  # without elements
+            continue
+        _check_group(group)
+        if p.untyped_storage().nbytes() != dist.get_world_size() * size * p.element_size():
+            raise ValueError(f"parameter {name!r} is not in the flat tensor of DeepSpeed's that is to be updated")
+        at = int(p.storage_offset())
+        start, stop = max(at, low), min(at + p.numel(), low + size)
+        here = Range(start - at, stop - start, start - low) if start < stop else Range(0, 0)
+        found.append((name, p, here))
+    return found
+
+
+def _zero3(buffer: Tensor, named: Sequence[tuple[str, Tensor]], first: Any) -> list[tuple[str, Tensor, Range]]:
+    """Every parameter is cut into equal parts on its own, one a rank; a sub-group's parts lie in one tensor."""
+    engine, names, found = first._z3_optimizer, {id(p): name for name, p in named}, []
+    if engine.swap_optimizer:
+        raise ValueError(
+            "the optimizer state of DeepSpeed is offloaded to NVMe, which hf_shampoo4 cannot follow: "
+            'set "offload_optimizer": {"device": "cpu"} in the DeepSpeed configuration, or leave it out'
+        )
+    index = next((i for i, flat in enumerate(engine.fp32_partitioned_groups_flat) if flat is buffer), None)
+    if index is None:
+        raise ValueError("the optimizer was given a tensor that is none of DeepSpeed's sub-groups")
+    for p in engine.fp16_groups[index]:
+        _check_group(p.ds_process_group)
+        _, offset, size = engine.grad_position[engine.get_param_id(p)]
+        start = min(dist.get_rank() * size, p.ds_numel)
+        found.append((names[id(p)], p, Range(start, min(size, p.ds_numel - start), offset)))
+    return found
+
+
+def _check_group(group: Any) -> None:
+    if dist.get_world_size(group) != dist.get_world_size():
+        raise ValueError(
+            f"DeepSpeed partitions a parameter over {dist.get_world_size(group)} of {dist.get_world_size()} ranks "
+            "(expert or tensor parallelism, MiCS), which is not supported: use ZeRO over all ranks, or FSDP2"
+        )
