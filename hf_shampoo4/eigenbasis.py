@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .matrix import bjorck, finite_blocks, or_identity
+from .matrix import bjorck, finite_blocks, or_identity, safe_qr
 from .options import Options
 from .storage import SMALL, Blockwise, Buffers, Dense, Storage
 
@@ -103,7 +103,7 @@ class OpenSide:
         a = factor_in_basis(self.eigenvalues, sample, memory)
         # Q = qr(U^T A U).Q: one orthogonal iteration from U;  U <- U Q
         good = finite_blocks(a)
-        q, r = torch.linalg.qr(or_identity(a, good))
+        q, r = safe_qr(or_identity(a, good))
         q = q * torch.where(r.diagonal(dim1=-2, dim2=-1) < 0, -1.0, 1.0).unsqueeze(-2)  # no vector changes its sign
         good &= finite_blocks(q)
         basis.write(self._state["basis"], old @ or_identity(q, good))

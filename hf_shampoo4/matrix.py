@@ -6,8 +6,8 @@ mantissa bits are too few for a Kronecker factor.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 
 import torch
 from torch import Tensor
@@ -44,7 +44,7 @@ def power_qr(a: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         u: (B, k, k), the Q of A V.
         eigenvalues: (B, k), diag(U^T A U), not below 0.
     """
-    u = torch.linalg.qr(a @ v).Q
+    u, _ = safe_qr(a @ v)
     return u, (u * (a @ u)).sum(-2).clamp_min(0.0)
 
 
@@ -142,6 +142,12 @@ def largest_eigenvalue(a: Tensor, iterations: int = 50) -> Tensor:
     return torch.linalg.vector_norm(a @ x, dim=(-2, -1))
 
 
+def safe_qr(a: Tensor) -> tuple[Tensor, Tensor]:
+    """Q and R of each block (B, k, k); NaN in the blocks in which the decomposition fails."""
+    q, r = _solved(torch.linalg.qr, a, a.shape, a.shape)
+    return q, r
+
+
 def safe_cholesky(a: Tensor, jitter: float, attempts: int = 6) -> Tensor:
     """C = chol(A + eps I) of each block, eps = `jitter` times the mean of A's diagonal, tenfold at each new attempt.
 
@@ -152,7 +158,8 @@ def safe_cholesky(a: Tensor, jitter: float, attempts: int = 6) -> Tensor:
     """
     shift = jitter * a.diagonal(dim1=-2, dim2=-1).mean(-1).clamp_min(torch.finfo(a.dtype).tiny * 1e8)
     for _ in range(attempts):
-        c, info = torch.linalg.cholesky_ex(a + torch.diag_embed(shift.unsqueeze(-1).expand(a.shape[:-1])))
+        shifted = a + torch.diag_embed(shift.unsqueeze(-1).expand(a.shape[:-1]))
+        c, info = _solved(torch.linalg.cholesky_ex, shifted, a.shape, a.shape[:-2])
         if not info.any():
             break
         shift = torch.where(info > 0, 10 * shift, shift)
@@ -225,20 +232,20 @@ def _scaled_back(x: Tensor, bound: Tensor, exponent: float, residual: Tensor) ->
 
 
 def _eigh(a: Tensor) -> tuple[Tensor, Tensor]:
-    try:
-        return torch.linalg.eigh(a)
-    except torch.linalg.LinAlgError:
-        # One bad block fails the whole batch: take them one by one in float64, and mark what still fails with NaN.
-        return _eigh_one_by_one(a)
-
-
-def _eigh_one_by_one(a: Tensor) -> tuple[Tensor, Tensor]:
-    eigenvalues = torch.full(a.shape[:-1], torch.nan, dtype=a.dtype, device=a.device)
-    vectors = torch.full_like(a, torch.nan)
-    for i, block in enumerate(a):
-        try:
-            lam, u = torch.linalg.eigh(block.double())
-        except torch.linalg.LinAlgError:
-            continue
-        eigenvalues[i], vectors[i] = lam, u
+    eigenvalues, vectors = _solved(torch.linalg.eigh, a, a.shape[:-1], a.shape)
     return eigenvalues, vectors
+
+
+def _solved(solve: Callable[[Tensor], Iterable[Tensor]], a: Tensor, *shapes: torch.Size) -> Iterable[Tensor]:
+    """What `solve` gives of the blocks of `a`, of these shapes.
+
+    One bad block fails the whole batch: then they are taken one by one in float64, and what still fails is NaN.
+    """
+    with suppress(torch.linalg.LinAlgError):
+        return solve(a)
+    found = [torch.full(shape, torch.nan, dtype=a.dtype, device=a.device) for shape in shapes]
+    for i, block in enumerate(a):
+        with suppress(torch.linalg.LinAlgError):
+            for of_all, of_block in zip(found, solve(block.double()), strict=True):
+                of_all[i] = of_block
+    return found
