@@ -2,8 +2,8 @@
 
     python scripts/crash.py --kills 120 --seed 0
 
-For each mode (one process, DDP on 2 ranks, FSDP2 with full and with sharded checkpoints) the same training is run once
-unbroken.  Then it is started, killed by SIGKILL (all ranks, or one of them) and started again, always from the last
+For each mode (one process; DDP, FSDP2 with full and with sharded checkpoints, and ZeRO on 2 ranks) a training is run
+once unbroken.  Then it is started, killed by SIGKILL (all ranks, or one of them) and started again, always from the last
 complete checkpoint, until it ends; then anew in an empty folder, until there were enough kills.  Every loss that any
 of these processes logs must be the unbroken run's of that step, bit for bit, and so must the parameters and the
 optimizer's state at the end.  A checkpoint that all ranks had finished must be found to be complete.
@@ -41,6 +41,7 @@ os.environ.update(OMP_NUM_THREADS="1", MKL_CBWR="COMPATIBLE", HF_HUB_OFFLINE="1"
 import torch  # noqa: E402
 from accelerate import state as accelerate_state  # noqa: E402
 from accelerate.utils import DistributedType  # noqa: E402
+from ranks import ZERO, deepspeed_without_compiler, unwrapped, whole  # noqa: E402
 from tiny import Tokens, arguments, llama  # noqa: E402
 from transformers import Trainer, TrainerCallback  # noqa: E402
 
@@ -49,7 +50,7 @@ from hf_shampoo4.files import write_json  # noqa: E402
 from hf_shampoo4.resume import last_complete  # noqa: E402
 
 with contextlib.suppress(ImportError):
-    import deepspeed  # noqa: F401  # accelerate imports it where it is installed: here once, not in every child
+    import deepspeed.ops  # noqa: F401  # accelerate imports it where it is installed: here once, not in every child
 
 STEPS, SAVE_EVERY = 24, 4
 WAITING, STEP, REFRESH, SAVE = range(4)
@@ -77,12 +78,20 @@ def _fsdp(kind: str) -> Mode:
     return Mode(2, {"use_cpu": False, "fsdp": True, "fsdp_config": config})
 
 
+def _zero(kind: str) -> Mode:
+    config = {"train_micro_batch_size_per_gpu": "auto", "gradient_clipping": "auto", "zero_optimization": ZERO[kind]}
+    return Mode(2, {"use_cpu": False, "deepspeed": config})
+
+
 MODES = {
     "single": Mode(1),
     "ddp": Mode(2),
     "ddp_sharded": Mode(2, {"shard_state": True}),
     "fsdp2_full": _fsdp("FULL_STATE_DICT"),
     "fsdp2_sharded": _fsdp("SHARDED_STATE_DICT"),
+    "zero1": _zero("zero1"),
+    "zero2": _zero("zero2"),
+    "zero3": _zero("zero3"),
 }
 
 
@@ -157,16 +166,19 @@ def _train(mode: Mode, options: str, folder: Path, board: Blackboard, rank: int)
     settings = dict(mode.settings)
     optim, optim_args = OPTIONS[options]
     optim_args += ",shard_state=true" if settings.pop("shard_state", False) else ""
-    if "fsdp" in settings:  # accelerate shards on a CPU only if told that this is a machine with several devices
-        kind = settings["fsdp_config"]["state_dict_type"]
-        os.environ.update(ACCELERATE_TORCH_DEVICE="cpu", FSDP_STATE_DICT_TYPE=kind)
+    if "use_cpu" in settings:  # accelerate shards on a CPU only if told that this is a machine with several devices
+        os.environ.update(ACCELERATE_TORCH_DEVICE="cpu")
         accelerate_state.PartialState._prepare_backend = lambda *a, **k: ("gloo", DistributedType.MULTI_GPU)
+    if "fsdp" in settings:
+        os.environ.update(FSDP_STATE_DICT_TYPE=settings["fsdp_config"]["state_dict_type"])
+    if "deepspeed" in settings:
+        deepspeed_without_compiler()
     _mark_refreshes(board, rank)
     args = arguments(
         folder / "run", optim=optim, optim_args=optim_args, max_steps=STEPS, save_strategy="steps",
         save_steps=SAVE_EVERY, save_total_limit=2, per_device_train_batch_size=2, weight_decay=0.1,
-        lr_scheduler_type="cosine", warmup_steps=3, ddp_backend="gloo" if mode.ranks > 1 and "fsdp" not in settings
-        else None, **settings,
+        lr_scheduler_type="cosine", warmup_steps=3, ddp_backend="gloo" if mode.ranks > 1 and "use_cpu" not in
+        settings else None, **settings,
     )  # fmt: skip
     checkpoint, _ = last_complete(folder / "run")
     trainer = Trainer(
@@ -188,18 +200,16 @@ def _mark_refreshes(board: Blackboard, rank: int) -> None:
 
 
 def _digests(trainer: Trainer) -> dict[str, str]:
-    """Of this rank's parameters and optimizer state, every bit."""
-    parameters = [p.detach() for _, p in sorted(trainer.model_wrapped.named_parameters())]
-    inner = trainer.optimizer.optimizer
-    state = [t for group in inner.param_groups for p in group["params"] for _, t in sorted(inner.state[p].items())]
-    return {"parameters": _digest(parameters), "state": _digest(state)}
+    """Of all parameters and this rank's optimizer state, every bit."""
+    parameters = [p for _, p in sorted(whole(trainer.model_wrapped).items())]
+    entries = [_digest([t for _, t in sorted(entry.items())]) for entry in unwrapped(trainer.optimizer).state.values()]
+    return {"parameters": _digest(parameters), "state": " ".join(sorted(entries))}
 
 
 def _digest(tensors: list[torch.Tensor]) -> str:
     found = hashlib.sha256()
     for t in tensors:
-        local = t.to_local() if hasattr(t, "to_local") else t
-        found.update(local.detach().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+        found.update(t.detach().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
     return found.hexdigest()
 
 
