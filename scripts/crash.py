@@ -3,9 +3,9 @@
     python scripts/crash.py --kills 120 --seed 0
 
 For each mode (one process; DDP, FSDP2 with full and with sharded checkpoints, and ZeRO on 2 ranks) a training is run
-once unbroken.  Then it is started, killed by SIGKILL (all ranks, or one of them) and started again, always from the last
-complete checkpoint, until it ends; then anew in an empty folder, until there were enough kills.  Every loss that any
-of these processes logs must be the unbroken run's of that step, bit for bit, and so must the parameters and the
+once unbroken.  Then it is started, killed by SIGKILL (all ranks, or one of them) and started again, always from the
+last complete checkpoint, until it ends; then anew in an empty folder, until there were enough kills.  Every loss that
+any of these processes logs must be the unbroken run's of that step, bit for bit, and so must the parameters and the
 optimizer's state at the end.  A checkpoint that all ranks had finished must be found to be complete.
 
 To be cheap, the processes are forked from this one, which has imported everything; a process says in shared memory

@@ -141,7 +141,7 @@ def _farthest(optimizer: Shampoo4bit) -> float:
         return float("inf")
     if options["algorithm"] in ("soap", "kl_soap") and options["moments"] in ("fp32", "bf16", "8bit"):
         # after a spike a basis turns and the first moment with it, but the second stays, tiny where the spike was small
-        return 100.0
+        return 1000.0
     return 0.1
 
 
