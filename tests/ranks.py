@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import dataclasses
 import functools
 import hashlib
 import json
@@ -31,7 +32,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from hf_shampoo4 import Shampoo4bit  # noqa: E402
-from hf_shampoo4.held import full_shape  # noqa: E402
+from hf_shampoo4.held import full_shape, remember  # noqa: E402
 from hf_shampoo4.optimizer import clean_name  # noqa: E402
 from hf_shampoo4.options import Options  # noqa: E402
 from hf_shampoo4.plan import blocks_of, loads_of  # noqa: E402
@@ -202,6 +203,36 @@ def fsdp2(options: dict[str, Any], dtype: torch.dtype = torch.float32, kind: str
     return _run(model, model, optimizer_of(model, options))
 
 
+FSDP1 = {
+    "fsdp1": "FULL_SHARD", "fsdp1_grad_op": "SHARD_GRAD_OP", "fsdp1_hybrid": "HYBRID_SHARD",
+    "fsdp1_no_shard": "NO_SHARD", "fsdp1_mixed": "FULL_SHARD",
+}  # fmt: skip
+
+
+def fsdp1(options: dict[str, Any], dtype: torch.dtype = torch.float32, kind: str = "") -> Run:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecision, ShardingStrategy
+
+    world, strategy = dist.get_world_size(), ShardingStrategy[FSDP1[kind]]
+    settings: dict[str, Any] = {"sharding_strategy": strategy, "use_orig_params": True, "device_id": torch.device("cpu")}
+    if kind == "fsdp1_hybrid":
+        settings["device_mesh"] = init_device_mesh("cpu", (2, world // 2), mesh_dim_names=("replicate", "shard"))
+    if kind == "fsdp1_mixed":
+        settings["mixed_precision"] = MixedPrecision(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    inner = Linear(dtype)
+    inner.first = None  # the layer would have two names
+    for i, layer in enumerate(inner.layers):
+        inner.layers[i] = FullyShardedDataParallel(layer, **settings)
+    model = FullyShardedDataParallel(inner, **settings)
+    remember(model)
+
+    def parameters() -> dict[str, Tensor]:
+        with FullyShardedDataParallel.summon_full_params(model):
+            return {clean_name(name): p.detach().clone() for name, p in model.named_parameters()}
+
+    return dataclasses.replace(_run(model, model, optimizer_of(model, options)), parameters=parameters, missing="zeros")
+
+
 def tensor_parallel(options: dict[str, Any], dtype: torch.dtype = torch.float32) -> Run:
     """Parameters cut by rows, by columns or not at all, with the gradient of all ranks in each."""
     from torch.distributed.device_mesh import init_device_mesh
@@ -310,6 +341,7 @@ ENGINES: dict[str, Callable[..., Run]] = {
     "fsdp2_offload": lambda options, dtype=torch.float32: fsdp2(options, dtype, "offload"),
     "hsdp": lambda options, dtype=torch.float32: fsdp2(options, dtype, "hsdp"),
     "tp": tensor_parallel,
+    **{kind: functools.partial(fsdp1, kind=kind) for kind in FSDP1},
     **{kind: functools.partial(zero, kind=kind) for kind in ZERO},
 }
 
