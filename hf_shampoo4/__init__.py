@@ -24,21 +24,24 @@ if TYPE_CHECKING:
     from .optimizer import Shampoo4bit
     from .options import OptionError
     from .report import metrics
+    from .side import load_optimizer, save_optimizer
 
 _HOMES = {
     "OptionError": ".options",
     "Shampoo4bit": ".optimizer",
     "Shampoo4bitCallback": ".integrations.callback",
+    "load_optimizer": ".side",
     "metrics": ".report",
     "param_groups": ".integrations.groups",
     "plan": ".estimate",
     "register": ".integrations.trainer",
+    "save_optimizer": ".side",
     "trainer_kwargs": ".integrations.trainer",
 }
 
 __all__ = [
     "OptionError", "Shampoo4bit", "Shampoo4bitCallback",
-    "metrics", "param_groups", "plan", "register", "trainer_kwargs",
+    "load_optimizer", "metrics", "param_groups", "plan", "register", "save_optimizer", "trainer_kwargs",
 ]  # fmt: skip
 
 

@@ -3,14 +3,18 @@
     optimizer.pt     Trainer, one process or DDP: parameters by position
     optimizer.bin    Trainer or accelerate under FSDP2 with FULL_STATE_DICT: parameters by name; accelerate otherwise
     optimizer_0/     the same with SHARDED_STATE_DICT: torch.distributed.checkpoint
+    global_step*/    DeepSpeed ZeRO, a file for each rank
+    groups.json      hf_shampoo4.save_optimizer
 
-`convert` writes `optimizer.pt` from any of them, which one process or DDP loads.  `last` prints the newest checkpoint
+`convert` writes `optimizer.pt` from any of them: the Trainer loads it in one process or under DDP, and
+`optimizer.load_state_dict` everywhere.  `last` prints the newest checkpoint
 of a Trainer's output folder that is complete (resume.py): for `--resume_from_checkpoint` after a crash.
 """
 
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -20,6 +24,8 @@ from typing import Any
 from .files import replacing
 from .options import NAMES, OptionError, Options
 from .resume import last_complete
+from .saved import CheckpointError, join, unpack
+from .side import GROUPS, read_whole
 
 FILES = ("optimizer.pt", "optimizer.bin", "optimizer_0")
 
@@ -78,9 +84,15 @@ def read(folder: Path) -> dict[str, Any]:
     import torch
 
     found = next((folder / name for name in FILES if (folder / name).exists()), None)
-    if found is None:
-        raise FileNotFoundError(f"{folder} holds none of {', '.join(FILES)}: not a checkpoint with an optimizer")
-    if found.is_dir():
+    of_deepspeed = _of_deepspeed(folder)
+    if (folder / GROUPS).exists():
+        found, state_dict = folder, read_whole(folder)
+    elif of_deepspeed:
+        found, state_dict = folder, _joined(of_deepspeed)
+    elif found is None:
+        files = ", ".join([*FILES, "global_step*", GROUPS])
+        raise FileNotFoundError(f"{folder} holds none of {files}: not a checkpoint with an optimizer")
+    elif found.is_dir():
         from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
         with tempfile.TemporaryDirectory() as temporary:
@@ -88,9 +100,59 @@ def read(folder: Path) -> dict[str, Any]:
             state_dict = torch.load(Path(temporary) / "full.pt", weights_only=True)["optimizer"]
     else:
         state_dict = torch.load(found, map_location="cpu", weights_only=True)
+    state_dict = unpack(state_dict)
     if not all("format" in group and "block_size" in group for group in state_dict.get("param_groups", [{}])):
         raise OptionError(f"the optimizer in {found} is not Shampoo4bit")
     return state_dict
+
+
+def _of_deepspeed(folder: Path) -> list[Path]:
+    """The files of all ranks, in their order: of the step that `latest` names, or of the folder itself."""
+    latest = folder / "latest"
+    at = folder / latest.read_text(encoding="utf-8").strip() if latest.is_file() else folder
+    files = {
+        int(m[1]): path for path in at.glob("*_optim_states.pt") if (m := re.search(r"_pp_rank_(\d+)_", path.name))
+    }
+    return [files[rank] for rank in sorted(files)]
+
+
+def _joined(files: list[Path]) -> dict[str, Any]:
+    """One state dict of DeepSpeed's file for each rank.
+
+    Raises:
+        CheckpointError: a rank's file or a block is missing.
+        OptionError: another optimizer's.
+    """
+    parts = []
+    for file in files:
+        part = _without_classes(file)["optimizer_state_dict"]
+        count = part["partition_count"]
+        world = count if isinstance(count, int) else max(count)
+        if world != len(files):
+            raise CheckpointError(f"{file.parent} was written by {world} ranks, but has {len(files)} of their files")
+        parts.append(part.get("base_optimizer_state") or part.get("optimizer_state_dict"))
+    if not all("format" in group for part in parts for group in part["param_groups"]):
+        raise OptionError(f"the optimizer in {files[0].parent} is not Shampoo4bit")
+    keys = dict.fromkeys(key for part in parts for key in part["state"])
+    state = {key: join(str(key), [part["state"].get(key, {}) for part in parts]) for key in keys}
+    return {"state": state, "param_groups": parts[0]["param_groups"]}
+
+
+def _without_classes(file: Path) -> dict[str, Any]:
+    """A file of DeepSpeed's, with what is there of its own classes left out: nothing in it is run."""
+    import torch
+
+    names = torch.serialization.get_unsafe_globals_in_checkpoint(file)
+    stubs: list[Any] = [(_Nothing, name) for name in names if name.startswith("deepspeed.")]
+    with torch.serialization.safe_globals(stubs):
+        return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+
+
+class _Nothing:
+    """In place of an object of DeepSpeed's."""
+
+    def __init__(self, *arguments: Any) -> None:
+        pass
 
 
 def by_position(state_dict: dict[str, Any]) -> dict[str, Any]:

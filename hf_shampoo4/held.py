@@ -92,6 +92,11 @@ def held_itself(name: str, p: Tensor) -> Held:
     return Held(name, p, full_shape(p), p, getattr(p, _NOTE)[1] if hasattr(p, _NOTE) else None)
 
 
+def in_fsdp1(p: Tensor) -> bool:
+    """Whether FSDP1 has flattened a parameter."""
+    return hasattr(p, _NOTE)
+
+
 def check(p: Tensor) -> None:
     """Refuse what cannot be trained.
 

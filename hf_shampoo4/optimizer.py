@@ -19,18 +19,13 @@ from .blocks import matrix_view
 from .clock import Stopwatch
 from .diagnostics import Probe
 from .exchange import Ranks
-from .held import Held, check, full_shape, held_by_deepspeed, held_itself, in_deepspeed
+from .held import Held, check, full_shape, held_by_deepspeed, held_itself, in_deepspeed, in_fsdp1
 from .job import Job, raise_together, run
 from .moments import make_moments
 from .options import NAMES, OF_THE_RUN, STRUCTURAL, OptionError, Options, resolve
-from .plan import Block, blocks_of, refreshes, state_layout
-from .waves import Entry, Wave, build
-
-FORMAT = 1  # of the state; in every param group, so that a checkpoint says what wrote it
-
-
-class CheckpointError(ValueError):
-    """A state dict that does not belong to this optimizer and model; nothing was loaded from it."""
+from .plan import blocks_of, refreshes, state_layout
+from .saved import FORMAT, CheckpointError, Entry, check_entry, clean_name, pack, unpack, with_tuples
+from .waves import Wave, build
 
 
 class Shampoo4bit(torch.optim.Optimizer):
@@ -56,6 +51,8 @@ class Shampoo4bit(torch.optim.Optimizer):
         TypeError: a complex parameter.
         ValueError: no parameter has a matrix to precondition.
     """
+
+    _reader: Callable[[dict[str, Tensor]], None] | None
 
     def __init__(
         self,
@@ -102,9 +99,10 @@ class Shampoo4bit(torch.optim.Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """The state in a form that has no rank in it, so that any number of ranks can load it.
 
-        Under DeepSpeed, which keeps a file for each rank, it is this rank's part of that form, and every parameter's
-        entry says under "blocks" which blocks it has.  Where parameters are sharded (FSDP2), every rank must call it.
-        With `shard_state` under DDP every rank must have called `consolidate()` since the last step.
+        Under DeepSpeed, which keeps a file for each rank, it is this rank's part of that form; under FSDP1, which lets
+        tensors of other shapes than the parameters' through in no other way, it is bytes in the first group (saved.py).
+        Where parameters are sharded, every rank must call it.  With `shard_state` under DDP every rank must have called
+        `consolidate()` since the last step.
 
         Raises:
             RuntimeError: that was not done.
@@ -117,7 +115,7 @@ class Shampoo4bit(torch.optim.Optimizer):
             key: saved.get(members[key], entry) if isinstance(key, int) else entry
             for key, entry in packed["state"].items()
         }
-        return packed
+        return pack(packed) if any(map(in_fsdp1, members)) else packed
 
     def consolidate(self) -> None:
         """Bring the state that `shard_state` has spread over the ranks to all of them, for `state_dict()`.
@@ -163,9 +161,38 @@ class Shampoo4bit(torch.optim.Optimizer):
             CheckpointError: written by another optimizer, for another model or with other structural options, or
                 incomplete.  Nothing is changed then.
         """
+        self._load(state_dict)
+
+    def load_blocks(self, groups: list[dict[str, Any]], read: Callable[[dict[str, Tensor]], None]) -> None:
+        """Take over the groups' options now, and the blocks' state when the next step has told which are this rank's.
+
+        Args:
+            groups: as in a state dict, without "params".
+            read: fills the tensors that it is given, under the names of `Wave.rows`; it raises if one is missing.
+
+        Raises:
+            CheckpointError: as `load_state_dict`.
+        """
+        sizes = [len(self.parameters(index)) for index in range(len(self._groups))]
+        first = [sum(sizes[:i]) for i in range(len(sizes))]
+        numbered = [{**g, "params": list(range(f, f + n))} for g, f, n in zip(groups, first, sizes, strict=False)]
+        self._load({"state": {}, "param_groups": [*numbered, *groups[len(sizes) :]]}, whole=False)
+        self._reader = read
+
+    def rows(self) -> dict[str, Tensor]:
+        """The state of the blocks that this rank keeps, as `Wave.rows` names it; views.
+
+        Raises:
+            RuntimeError: no step has been made that says which these are.
+        """
+        if not self._built:
+            raise RuntimeError("which rank keeps which block is known after the first step (also after loading)")
+        return {name: row for wave in self._all_waves() for name, row in wave.rows().items()}
+
+    def _load(self, state_dict: dict[str, Any], whole: bool = True) -> None:
         with self._as_made():
-            state_dict = self._numbered(_with_tuples(state_dict))
-            self._check_checkpoint(state_dict)
+            state_dict = self._numbered(with_tuples(unpack(state_dict)))
+            self._check_checkpoint(state_dict, whole)
             # torch casts all per-parameter state to the parameter's dtype, codes too: show it wrapped values only.
             hidden = {key: {n: _Opaque(v) for n, v in entry.items()} for key, entry in state_dict["state"].items()}
             of_the_run = [{name: group[name] for name in OF_THE_RUN} for group in self.param_groups]
@@ -174,7 +201,10 @@ class Shampoo4bit(torch.optim.Optimizer):
                 group.update(kept)
         for p, entry in self.state.items():
             for name, wrapped in entry.items():
-                entry[name] = wrapped.value.to(p.device, copy=True)  # never alias the caller's dict
+                value = (
+                    wrapped.value
+                )  # never alias the caller's dict, but leave what this rank wants a part of in place
+                entry[name] = value if in_fsdp1(p) or in_deepspeed(p) else value.to(p.device, copy=True)
         self._reset()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -186,6 +216,16 @@ class Shampoo4bit(torch.optim.Optimizer):
         if "_models" not in vars(self):  # a copy
             self._models = [[weakref.ref(p) for p in group["params"]] for group in self.param_groups]
         self._reset()
+
+    @property
+    def rank(self) -> int:
+        """Of this process among those that train together; 0 before the first step."""
+        return self._ranks.rank
+
+    @property
+    def world_size(self) -> int:
+        """How many processes train together; 1 before the first step."""
+        return self._ranks.world
 
     def refresh_seconds(self) -> float:
         """Time spent on factors and roots since construction or the last load."""
@@ -208,11 +248,23 @@ class Shampoo4bit(torch.optim.Optimizer):
             return [p for p in models if p is not None]
         return self._groups[index]["params"]
 
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """All ranks leave the block, or all raise; a rank must not fail in it before others wait for it."""
+        error: Exception | None = None
+        try:
+            yield
+        except Exception as failed:
+            error = failed
+        if any(self._ranks.gather(error is not None)):
+            raise_together(self._ranks, error)
+
     def _reset(self) -> None:
         self._ranks = Ranks()
         self._built: dict[tuple[int, int], _Built] = {}
         self._probes: dict[tuple[int, int], Probe] = {}
         self._consolidated: dict[Tensor, Entry] = {}
+        self._reader = None
         self._stopwatch = Stopwatch()
 
     def _units(self) -> list[_Unit]:
@@ -314,14 +366,14 @@ class Shampoo4bit(torch.optim.Optimizer):
             ValueError: parameters or a checkpoint that these ranks cannot train.
         """
         before = [self._built.get(unit.key) for unit in units]
-        with self._together():
+        with self.together():
             self._require_matrices()
             self._require_state(units)
         if self._ranks.world > 1:  # owners may change
             for wave in [wave for built in before if built for wave in built.waves]:
                 wave.adopt([self.state[member.parameter] for member in wave.members])
                 self.state.update({wave.members[m].parameter: entry for m, entry in wave.saved().items()})
-        with self._together():
+        with self.together():
             planned = build([(Options.of(unit.group), unit.members) for unit in units], self._ranks)
             for wave in [wave for waves in planned for wave in waves]:
                 wave.check([self.state[member.parameter] for member in wave.members])
@@ -333,17 +385,10 @@ class Shampoo4bit(torch.optim.Optimizer):
             others = (built.start for (index, _), built in self._built.items() if index == unit.key[0])
             start = old.step if old else next(others, unit.group["step"])
             self._built[unit.key] = _Built(unit.identity(), list(unit.group["params"]), views, waves, start, start)
-
-    @contextmanager
-    def _together(self) -> Iterator[None]:
-        """All ranks leave the block, or all raise; a rank must not fail in it before others wait for it."""
-        error: Exception | None = None
-        try:
-            yield
-        except Exception as failed:
-            error = failed
-        if any(self._ranks.gather(error is not None)):
-            raise_together(self._ranks, error)
+        if self._reader is not None:
+            fresh = [waves for waves, old in zip(planned, before, strict=True) if old is None]
+            with self.together():
+                self._reader({name: row for waves in fresh for wave in waves for name, row in wave.rows().items()})
 
     def _require_state(self, units: Sequence[_Unit]) -> None:
         for unit in units:
@@ -375,6 +420,8 @@ class Shampoo4bit(torch.optim.Optimizer):
 
     def _saved(self) -> dict[Tensor, Entry]:
         """Parameter -> its whole state, of those whose state is spread over the ranks; under DeepSpeed this rank's."""
+        if self._reader is not None and not self._built:
+            raise RuntimeError("the state is read at the first step after loading: make one before saving it again")
         saved = dict(self._consolidated)
         for wave in self._all_waves():
             first = wave.members[0]
@@ -383,7 +430,7 @@ class Shampoo4bit(torch.optim.Optimizer):
             if in_deepspeed(first.parameter):
                 saved.update({wave.members[m].parameter: entry for m, entry in wave.share().items()})
                 continue
-            if first.placement.whole:
+            if first.placement.whole and not in_fsdp1(first.parameter):
                 raise RuntimeError(
                     "with shard_state the state is spread over the ranks: call optimizer.consolidate() on every rank "
                     "before state_dict() (in the Trainer, hf_shampoo4's callback does)"
@@ -437,7 +484,7 @@ class Shampoo4bit(torch.optim.Optimizer):
             renamed.append({**group, "params": [number[name] for name in names], "param_names": names})
         return {**state_dict, "param_groups": renamed, "state": {number[clean_name(k)]: v for k, v in state.items()}}
 
-    def _check_checkpoint(self, state_dict: dict[str, Any]) -> None:
+    def _check_checkpoint(self, state_dict: dict[str, Any], whole: bool = True) -> None:
         saved_groups, state = state_dict.get("param_groups"), state_dict.get("state")
         if not isinstance(saved_groups, list) or not isinstance(state, dict):
             raise CheckpointError("not an optimizer state dict: it needs 'state' and 'param_groups'")
@@ -455,9 +502,9 @@ class Shampoo4bit(torch.optim.Optimizer):
         if strange:
             raise CheckpointError(f"damaged checkpoint: state entries that are no parameter's state: {strange[:3]}")
         for index, saved in enumerate(saved_groups):
-            self._check_saved_group(index, saved, state)
+            self._check_saved_group(index, saved, state, whole)
 
-    def _check_saved_group(self, index: int, saved: dict[str, Any], state: dict[Any, Any]) -> None:
+    def _check_saved_group(self, index: int, saved: dict[str, Any], state: dict[Any, Any], whole: bool) -> None:
         group = self.param_groups[index]
         for name in STRUCTURAL:
             there, here = saved.get(name), group[name]
@@ -472,26 +519,8 @@ class Shampoo4bit(torch.optim.Optimizer):
             if group.get("param_names") and saved_names and saved_names[i] != name:
                 raise CheckpointError(f"checkpoint of another model: parameter {saved_names[i]!r} there, {name!r} here")
             entry = state.get(key, {})
-            if entry or (p.requires_grad and saved.get("step", 0)):
-                _check_entry(name, entry, blocks_of(full_shape(p), Options.of(group)))
-
-
-def _with_tuples(state_dict: dict[str, Any]) -> dict[str, Any]:
-    """The groups' tuples as tuples: torch's full state dicts make lists of them and leave empty ones out."""
-    groups = state_dict.get("param_groups")
-    if not isinstance(groups, list) or any(group.get("format") != FORMAT for group in groups):
-        return state_dict
-    names = [name for name in NAMES if isinstance(getattr(Options, name), tuple)]
-    tuples = [{name: tuple(group.get(name, ())) for name in names} for group in groups]
-    betas = [{"betas": tuple(group["betas"])} for group in groups]
-    return {**state_dict, "param_groups": [{**g, **t, **b} for g, t, b in zip(groups, tuples, betas, strict=True)]}
-
-
-def clean_name(name: str) -> str:
-    """A parameter's name without what wrappers (DDP, torch.compile, FSDP) put before it."""
-    for wrapper in ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module."):
-        name = name.replace(wrapper, "")
-    return name.removeprefix("module.")
+            if whole and (entry or (p.requires_grad and saved.get("step", 0))):
+                check_entry(name, entry, state_layout(blocks_of(full_shape(p), Options.of(group))))
 
 
 def _difference(ranks: list[list[dict[str, Any]]]) -> str:
@@ -586,20 +615,6 @@ def _check_row_splits(groups: list[dict[str, Any]]) -> None:
                 f"row_splits={splits} add up to {sum(splits)}, but the matrices have {sorted(rows)} rows: "
                 "give the sizes along dim 0 of a fused parameter"
             )
-
-
-def _check_entry(name: str, entry: dict[str, Any], blocks: list[Block]) -> None:
-    if "blocks" in entry:  # a part of the state: of these blocks
-        blocks = [blocks[i] for i in entry["blocks"].tolist()]
-    layout = state_layout(blocks)
-    missing, foreign = sorted(layout.keys() - entry.keys()), sorted(entry.keys() - layout.keys() - {"blocks"})
-    if missing or foreign:
-        raise CheckpointError(f"state of {name!r} does not fit: missing {missing[:3]}, not known {foreign[:3]}")
-    for key, (shape, dtype) in layout.items():
-        there = entry[key]
-        if not isinstance(there, Tensor) or tuple(there.shape) != shape or there.dtype != dtype:
-            found = f"{tuple(there.shape)} {there.dtype}" if isinstance(there, Tensor) else type(there).__name__
-            raise CheckpointError(f"state of {name!r}: {key} is {found}, expected {shape} {dtype}: another model?")
 
 
 def _refuse_sparse(name: str) -> NoReturn:

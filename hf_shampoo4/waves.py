@@ -29,10 +29,8 @@ from .held import Held
 from .options import Options
 from .placement import Placement, assign, held_here, ranges, sharded, whole
 from .plan import Block, _in_waves, blocks_of, loads_of, state_key
+from .saved import CheckpointError, Entry, blocks_key
 from .storage import allocate
-
-Entry = dict[str, Tensor]
-"""What `optimizer.state` keeps of one parameter."""
 
 
 @dataclass
@@ -200,32 +198,42 @@ class Wave:
         return state.entries(held)
 
     def share(self) -> dict[int, Entry]:
-        """Member -> the state that this rank keeps, and under "blocks" of which of its blocks: int64, ascending."""
-        return {m: {"blocks": torch.tensor(self._kept(m)), **entry} for m, entry in self.live().items()}
+        """Member -> the part of its state that this rank keeps (saved.py); plain tensors."""
+        found, state = self.live(), self.state_map
+        for g, (m, algorithm) in enumerate(state.groups):
+            found[m][blocks_key(state_key(algorithm, "", ""))] = torch.tensor(state.kept(g), dtype=torch.long)
+        return found
 
-    def _kept(self, member: int) -> list[int]:
-        """The blocks whose state this rank keeps."""
-        return [k for k, owner in enumerate(self.members[member].owners) if self.keeps(owner)]
-
-    def keeps(self, owner: int) -> bool:
-        """Whether this rank keeps the state of a block."""
-        return self.replicated or owner == self.ranks.rank
+    def rows(self) -> dict[str, Tensor]:
+        """The state that this rank keeps, block by block: "<parameter>/<state key>/<row of the whole>" -> a view."""
+        state = self.state_map
+        return {
+            f"{self.members[m].name}/{key}/{k}": t[i]
+            for g, (m, _) in enumerate(state.groups)
+            for key, t in state.live[g].items()
+            for i, k in enumerate(state.kept(g))
+        }
 
     def check(self, saved: Sequence[Mapping[str, Any]]) -> None:
         """Make sure that `adopt` can take the members' state over.
 
         Raises:
-            ValueError: a part of the state (`share`) of other blocks than are this rank's here.
+            CheckpointError: a part of the state (`share`) of other blocks than are this rank's here.
         """
-        for m, entry in enumerate(saved):
-            mine = self._kept(m)
-            if "blocks" in entry and entry["blocks"].tolist() != mine:
-                raise ValueError(
-                    f"the checkpoint has blocks {_few(entry['blocks'].tolist())} of {self.members[m].name!r} for this "
-                    f"rank, which has {_few(mine)} here: another number of ranks, ZeRO stage or DeepSpeed "
-                    "configuration.  Make one file of it that fits any: hf-shampoo4 checkpoint convert DIR, and give "
-                    "that to optimizer.load_state_dict"
+        state = self.state_map
+        for g, (m, algorithm) in enumerate(state.groups):
+            there = saved[m].get(blocks_key(state_key(algorithm, "", "")))
+            if there is not None and there.tolist() != state.kept(g):
+                raise CheckpointError(
+                    f"the checkpoint has blocks {_few(there.tolist())} of {self.members[m].name!r} for this rank, "
+                    f"which has {_few(state.kept(g))} here: another number of ranks, ZeRO stage or configuration of "
+                    "DeepSpeed.  Make one file of it that fits any: hf-shampoo4 checkpoint convert DIR, and give that "
+                    "to optimizer.load_state_dict"
                 )
+
+    def keeps(self, owner: int) -> bool:
+        """Whether this rank keeps the state of a block."""
+        return self.replicated or owner == self.ranks.rank
 
     def adopt(self, saved: Sequence[Mapping[str, Any]]) -> None:
         """Take the members' state over from what `saved` or `live` gave; every rank must call it.

@@ -31,7 +31,9 @@ from torch import Tensor, nn
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+import hf_shampoo4 as s4  # noqa: E402
 from hf_shampoo4 import Shampoo4bit  # noqa: E402
+from hf_shampoo4.checkpoint import by_position, read  # noqa: E402
 from hf_shampoo4.held import full_shape, remember  # noqa: E402
 from hf_shampoo4.optimizer import clean_name  # noqa: E402
 from hf_shampoo4.options import Options  # noqa: E402
@@ -71,9 +73,14 @@ class Layer(nn.Module):
 class Linear(nn.Module):
     """Loss linear in the parameters; `0.tied` is used in the first and, as the root's, in no other layer."""
 
+    start: dict[str, Tensor] | None = None
+    """The parameters that models are made with, if not the random ones."""
+
     def __init__(self, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
         self.layers = nn.ModuleList(Layer(shapes, i, dtype) for i, shapes in enumerate(SHAPES))
+        if Linear.start is not None:
+            self.load_state_dict(Linear.start)
         self.first = self.layers[0]  # shared module: its parameters appear once, under two names
 
     def forward(self, coefficients: list[dict[str, Tensor]]) -> Tensor:
@@ -91,7 +98,7 @@ def coefficients(step: int, rank: int, world: int) -> list[dict[str, Tensor]]:
         of_layer = {}
         for name, shape in shapes.items():
             c = torch.randn(shape, generator=generator).mul_(4).round_().clamp_(-9, 9) * (world / 64)
-            if name != "frozen" and not (f"{i}.{name}" in RARELY and step % 3 == 2):
+            if name != "frozen" and not (f"{i}.{name}" in RARELY and step % 3 == 1):
                 of_layer[name] = c
         found.append(of_layer)
     return found
@@ -161,12 +168,12 @@ def reference(
     optimizer = optimizer_of(model, {**options, "communicate": False})
     last: list[dict[str, Tensor]] = [{} for _ in SHAPES]
 
-    def step(t: int, ranks: int = world) -> None:
+    def step(t: int, ranks: int = world, missing: str = missing) -> None:
         gradients = mean_coefficients(t, ranks)
         for kept, of_layer in zip(last, gradients, strict=True):
+            kept.update(of_layer)
             if missing != "none":
                 of_layer.update({n: c if missing == "last" else 0 * c for n, c in kept.items() if n not in of_layer})
-            kept.update(of_layer)
         optimizer.zero_grad()
         model(gradients).backward()
         optimizer.step()
@@ -175,6 +182,13 @@ def reference(
         return {n: full(p).to(copies or dtype) for n, p in model.named_parameters()}
 
     return Run(model, optimizer, step, parameters)
+
+
+def missing_of(engine: str) -> str:
+    """What an engine hands to a parameter that no rank has a gradient of (DeepSpeed 0.19.8, torch 2.13)."""
+    if engine in ZERO:
+        return "last" if "zero3" in engine or "offload" in engine else "zeros"
+    return "zeros" if engine in FSDP1 else "none"
 
 
 def ddp(options: dict[str, Any], dtype: torch.dtype = torch.float32) -> Run:
@@ -214,7 +228,11 @@ def fsdp1(options: dict[str, Any], dtype: torch.dtype = torch.float32, kind: str
     from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecision, ShardingStrategy
 
     world, strategy = dist.get_world_size(), ShardingStrategy[FSDP1[kind]]
-    settings: dict[str, Any] = {"sharding_strategy": strategy, "use_orig_params": True, "device_id": torch.device("cpu")}
+    settings: dict[str, Any] = {
+        "sharding_strategy": strategy,
+        "use_orig_params": True,
+        "device_id": torch.device("cpu"),
+    }
     if kind == "fsdp1_hybrid":
         settings["device_mesh"] = init_device_mesh("cpu", (2, world // 2), mesh_dim_names=("replicate", "shard"))
     if kind == "fsdp1_mixed":
@@ -226,11 +244,8 @@ def fsdp1(options: dict[str, Any], dtype: torch.dtype = torch.float32, kind: str
     model = FullyShardedDataParallel(inner, **settings)
     remember(model)
 
-    def parameters() -> dict[str, Tensor]:
-        with FullyShardedDataParallel.summon_full_params(model):
-            return {clean_name(name): p.detach().clone() for name, p in model.named_parameters()}
-
-    return dataclasses.replace(_run(model, model, optimizer_of(model, options)), parameters=parameters, missing="zeros")
+    run = _run(model, model, optimizer_of(model, options))
+    return dataclasses.replace(run, parameters=lambda: bare(whole(model)), missing=missing_of(kind))
 
 
 def tensor_parallel(options: dict[str, Any], dtype: torch.dtype = torch.float32) -> Run:
@@ -433,7 +448,7 @@ def equality(case: Case, truths: dict[str, dict[str, Tensor]]) -> dict[str, Any]
 
 # ---------------------------------------------------------------------------------------------------- checkpoints
 
-FORMS = ("plain", "full", "sharded")
+FORMS = ("plain", "full", "sharded", "own", "side")
 
 
 def save(run: Run, form: str, folder: Path) -> None:
@@ -442,23 +457,46 @@ def save(run: Run, form: str, folder: Path) -> None:
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
 
     folder.mkdir(parents=True, exist_ok=True)
-    parameters, rank = run.parameters(), dist.get_rank()
+    parameters, rank, found = run.parameters(), dist.get_rank(), None
     if form == "plain":
         run.optimizer.consolidate()
-        found = run.optimizer.state_dict() if rank == 0 else {}  # the Trainer's way under DDP: the others never ask
+        found = run.optimizer.state_dict() if rank == 0 else None  # the Trainer's way under DDP: the others never ask
+    elif form == "own":
+        run.model.save_checkpoint(str(folder))
+    elif form == "side":
+        s4.save_optimizer(run.optimizer, folder)
+    elif is_fsdp1(run.model):
+        found = fsdp1_state(run, form)
     elif form == "full":
         options = StateDictOptions(full_state_dict=True, cpu_offload=True)
         found = get_optimizer_state_dict(run.model, run.optimizer, options=options)
     else:
-        dcp.save({"optimizer": get_optimizer_state_dict(run.model, run.optimizer)}, checkpoint_id=folder / "dcp")
-        found = {}
+        found = get_optimizer_state_dict(run.model, run.optimizer)
+    if form == "sharded":
+        dcp.save({"optimizer": found}, checkpoint_id=folder / "optimizer_0")
+    elif found and rank == 0:
+        torch.save(found, folder / ("optimizer.pt" if form == "plain" else "optimizer.bin"))
     if rank == 0:
-        torch.save((found, parameters), folder / "full.pt")
+        torch.save(parameters, folder / "parameters.pt")
     dist.barrier()
 
 
-def load(run: Run, form: str, folder: Path) -> None:
-    """The counterpart of `save`, in any mode and with any number of ranks."""
+def is_fsdp1(model: nn.Module) -> bool:
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    return isinstance(model, FullyShardedDataParallel)
+
+
+def fsdp1_state(run: Run, form: str) -> dict[str, Any]:
+    """As accelerate asks FSDP1 for it."""
+    from torch.distributed.fsdp import FullyShardedDataParallel, StateDictType
+
+    with FullyShardedDataParallel.state_dict_type(run.model, StateDictType[f"{form.upper()}_STATE_DICT"]):
+        return FullyShardedDataParallel.optim_state_dict(run.model, run.optimizer)
+
+
+def resumed(engine: str, form: str, folder: Path) -> Run:
+    """A new run of the same mode and number of ranks that goes on, as its users do it."""
     from torch.distributed import checkpoint as dcp
     from torch.distributed.checkpoint.state_dict import (
         StateDictOptions,
@@ -466,24 +504,44 @@ def load(run: Run, form: str, folder: Path) -> None:
         set_optimizer_state_dict,
     )
 
-    found, parameters = torch.load(folder / "full.pt", weights_only=True)
-    with torch.no_grad():
-        for name, p in run.model.named_parameters():
-            value = parameters[name.removeprefix("module.")]
-            if hasattr(p, "device_mesh"):
-                from torch.distributed.tensor import distribute_tensor
-
-                value = distribute_tensor(value, p.device_mesh, p.placements)
-            p.copy_(value)
+    run = begun(engine, folder)
+    found = next((torch.load(file, weights_only=True) for file in folder.glob("optimizer.*")), {})
     if form == "plain":
         run.optimizer.load_state_dict(found)
+    elif form == "own":
+        assert run.model.load_checkpoint(str(folder))[0]
+    elif form == "side":
+        s4.load_optimizer(run.optimizer, folder)
+    elif is_fsdp1(run.model):
+        fsdp1_load(run, form, found, folder)
     elif form == "full":
-        options = StateDictOptions(full_state_dict=True)
-        set_optimizer_state_dict(run.model, run.optimizer, found, options=options)
+        set_optimizer_state_dict(run.model, run.optimizer, found, options=StateDictOptions(full_state_dict=True))
     else:
         template = {"optimizer": get_optimizer_state_dict(run.model, run.optimizer)}
-        dcp.load(template, checkpoint_id=folder / "dcp")
+        dcp.load(template, checkpoint_id=folder / "optimizer_0")
         set_optimizer_state_dict(run.model, run.optimizer, template["optimizer"])
+    return run
+
+
+def fsdp1_load(run: Run, form: str, found: dict[str, Any], folder: Path) -> None:
+    from torch.distributed import checkpoint as dcp
+    from torch.distributed.fsdp import FullyShardedDataParallel, StateDictType
+
+    with FullyShardedDataParallel.state_dict_type(run.model, StateDictType[f"{form.upper()}_STATE_DICT"]):
+        if form == "sharded":
+            template = {"optimizer": FullyShardedDataParallel.optim_state_dict(run.model, run.optimizer)}
+            dcp.load(template, checkpoint_id=folder / "optimizer_0")
+            found = template["optimizer"]
+        flat = FullyShardedDataParallel.optim_state_dict_to_load(run.model, run.optimizer, found)
+        run.optimizer.load_state_dict(flat)
+
+
+def begun(engine: str, folder: Path, options: dict[str, Any] | None = None) -> Run:
+    """A new run with the parameters of a checkpoint."""
+    Linear.start = torch.load(folder / "parameters.pt", weights_only=True)
+    run = ENGINES[engine](options or {}, torch.float32)
+    Linear.start = None
+    return run
 
 
 def checkpoint(case: Case, folder: Path) -> dict[str, Any]:
@@ -494,23 +552,31 @@ def checkpoint(case: Case, folder: Path) -> dict[str, Any]:
     save(run, case.options, folder / case.name)
     for t in range(case.steps, 2 * case.steps):
         run.step(t)
-    resumed = ENGINES[case.engine]({}, torch.float32)
-    load(resumed, case.options, folder / case.name)
+    again = resumed(case.engine, case.options, folder / case.name)
     for t in range(case.steps, 2 * case.steps):
-        resumed.step(t)
-    return _compared(resumed.parameters(), run.parameters())
+        again.step(t)
+    return _compared(again.parameters(), run.parameters())
 
 
 def reshard(case: Case, folder: Path) -> dict[str, Any]:
-    """Load what other modes and numbers of ranks have saved, train on, and compare with one process that did both."""
-    engine, source = case.engine, folder / case.options.replace("+", "-")
-    run = ENGINES[engine]({}, torch.float32)
-    load(run, "plain" if engine == "single" else case.options.split("+")[1], source)
+    """Go on from what other modes and numbers of ranks have saved, and compare with one process that did both."""
+    source, form = case.options.split("+")
+    saved = folder / f"{source}-{form}"
+    if case.engine.startswith("fsdp2") and form in ("full", "sharded") and source.startswith("fsdp2"):
+        run = resumed(case.engine, form, saved)
+    else:
+        run = begun(case.engine, saved)
+        if form == "side":
+            s4.load_optimizer(run.optimizer, saved)
+        else:
+            run.optimizer.load_state_dict(by_position(read(saved)))
     found: list[Any] = [None]
     if dist.get_rank() == 0:
         alone = reference({}, 2)
-        for t in range(2 * case.steps):
-            alone.step(t, 2 if t < case.steps else dist.get_world_size())
+        for t in range(case.steps):
+            alone.step(t, 2, missing_of(source))
+        for t in range(case.steps, 2 * case.steps):
+            alone.step(t, dist.get_world_size(), missing_of(case.engine))
         found = [alone.parameters()]
     dist.broadcast_object_list(found)
     for t in range(case.steps, 2 * case.steps):
@@ -533,11 +599,13 @@ def trainer(case: Case, folder: Path) -> dict[str, Any]:
         config = {"train_micro_batch_size_per_gpu": "auto", "gradient_clipping": "auto"}
         sharding: dict[str, Any] = {"deepspeed": {**config, "zero_optimization": ZERO[case.options]}}
     else:
-        os.environ.update(FSDP_STATE_DICT_TYPE=case.options)
-        sharding = {"fsdp": True, "fsdp_config": {
-            "version": 2, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"], "reshard_after_forward": True,
-            "state_dict_type": case.options,
-        }}  # fmt: skip
+        kind = "SHARDED_STATE_DICT" if case.options == "fsdp1" else case.options
+        os.environ.update(FSDP_STATE_DICT_TYPE=kind)
+        version: dict[str, Any] = {"version": 2, "reshard_after_forward": True, "state_dict_type": kind}
+        if case.options == "fsdp1":
+            first = {"sync_module_states": "false", "use_orig_params": "true", "reshard_after_forward": "FULL_SHARD"}
+            version = {"version": 1, "state_dict_type": kind, **first}
+        sharding = {"fsdp": True, "fsdp_config": {"transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"], **version}}
 
     def train(checkpoint: Path | None) -> tuple[list[float], dict[str, Tensor], Any]:
         changes = {"save_strategy": "steps", "save_steps": 3, "max_steps": 5, "per_device_train_batch_size": 2}
@@ -565,6 +633,11 @@ def whole(model: nn.Module) -> dict[str, Tensor]:
 
         sharded = any(hasattr(p, "ds_id") for p in model.parameters())
         with deepspeed.zero.GatheredParameters(list(model.parameters()), enabled=sharded):
+            return {name: p.detach().clone() for name, p in model.named_parameters()}
+    if is_fsdp1(model):
+        from torch.distributed.fsdp import FullyShardedDataParallel
+
+        with FullyShardedDataParallel.summon_full_params(model):
             return {name: p.detach().clone() for name, p in model.named_parameters()}
     return {name: full(p) for name, p in model.named_parameters()}
 
@@ -721,7 +794,7 @@ def main() -> None:
     else:
         words = ["--cases", given.cases, "--steps", str(given.steps), "--checkpoints", given.checkpoints]
         for name, there in launch(given.world, *words)[0].items():
-            print(name, there.get("error") or json.dumps(there))
+            print(name, there.get("error") or json.dumps(there), flush=True)
 
 
 if __name__ == "__main__":
