@@ -207,7 +207,7 @@ class Eigenbasis:
             with context.stopwatch.on(g.device), _part(state, rotated, rows) as (part, some):
                 all_rows = part is state
                 here = (left, right) if all_rows else self._opened(part, some)
-                part["failures"]["dense"] += self._turn(*here, part, some, memory, o.momentum_share)
+                part["failures"]["dense"] += self._turn(*here, part, some, memory)
                 some = here[1].turned(here[0].turned(some).mT).mT
             if all_rows:
                 rotated = some
@@ -239,15 +239,13 @@ class Eigenbasis:
         left.follow((squares / by_right.unsqueeze(-2)).mean(-1), beta)
         right.follow((squares / by_left.unsqueeze(-1)).mean(-2), beta)
 
-    def _turn(
-        self, left: OpenSide, right: OpenSide, state: State, rotated: Tensor, memory: float, share: float
-    ) -> Tensor:
+    def _turn(self, left: OpenSide, right: OpenSide, state: State, rotated: Tensor, memory: float) -> Tensor:
         """Turn both bases and carry the first moment over; the blocks of which one failed."""
-        m = self.moments.first.read(state["first"])
-        by_right, by_left = self._whitening(right).clone(), self._whitening(left).clone()
-        failed = left.turn(statistic(rotated, m, by_right, share), memory)
-        failed |= right.turn(statistic(rotated.mT, m.mT, by_left, share), memory)
+        of_left, of_right = statistic(rotated, self._whitening(right)), statistic(rotated.mT, self._whitening(left))
+        failed = left.turn(of_left, memory)
+        failed |= right.turn(of_right, memory)
         # m' <- T_L m' T_R^T
+        m = self.moments.first.read(state["first"])
         self.moments.first.write(state["first"], right.turned(left.turned(m).mT).mT)
         return failed
 

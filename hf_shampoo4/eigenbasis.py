@@ -37,7 +37,7 @@ class Side:
     basis: Storage | None
     """None: the side is not rotated, and its factor counts as the identity."""
     rectify: int = 0
-    """Bjorck steps on the decoded basis."""
+    """Bjorck steps on the decoded basis before it turns, so that its rounding does not add up over the turns."""
 
     def storages(self) -> dict[str, Storage]:
         return {} if self.basis is None else {"basis": self.basis, "eigenvalues": Dense((self.order,))}
@@ -48,10 +48,6 @@ class Side:
             like = state["eigenvalues"]["dense"]
             self.basis.write(state["basis"], torch.eye(self.order, device=like.device).expand(*like.shape, self.order))
 
-    def read(self, state: State, basis: Storage) -> Tensor:
-        """U, (B, k, k), orthogonal up to what `rectify` leaves of the rounding."""
-        return bjorck(basis.read(state["basis"]), self.rectify)
-
 
 class OpenSide:
     """A stack's side while a step works on it: decoded once, written through.
@@ -61,8 +57,8 @@ class OpenSide:
 
     def __init__(self, side: Side, state: State, x: Tensor) -> None:
         self._side, self._state = side, state
-        self.vectors = None if side.basis is None else side.read(state, side.basis)
-        """U, or None."""
+        self.vectors = None if side.basis is None else side.basis.read(state["basis"])
+        """U, or None; orthogonal up to the rounding."""
         self.eigenvalues = state["eigenvalues"]["dense"] if state else x.new_ones(x.shape[0], 1)
         """lambda, (B, k), the buffer itself; (B, 1) ones for a side that is not rotated."""
         self._turn: Tensor | None = None
@@ -99,19 +95,20 @@ class OpenSide:
         basis = self._side.basis
         if self.vectors is None or basis is None:
             return torch.zeros(sample.shape[0], dtype=torch.bool, device=sample.device)
-        old = self.vectors.clone()  # a float32 basis is the buffer itself
         a = factor_in_basis(self.eigenvalues, sample, memory)
-        # Q = qr(U^T A U).Q: one orthogonal iteration from U;  U <- U Q
+        # Q R = A', one orthogonal iteration from U;  U <- U Q;  T = Q^T
         good = finite_blocks(a)
         q, r = safe_qr(or_identity(a, good))
-        q = q * torch.where(r.diagonal(dim1=-2, dim2=-1) < 0, -1.0, 1.0).unsqueeze(-2)  # no vector changes its sign
-        good &= finite_blocks(q)
-        basis.write(self._state["basis"], old @ or_identity(q, good))
-        self.vectors = new = self._side.read(self._state, basis)
-        # T = U_new^T U with the basis as it is stored;  lambda <- diag(T U^T A U T^T)
-        self._turn = new.mT @ old
-        turned = ((self._turn @ a) * self._turn).sum(-1).clamp_min(0.0)
-        self.eigenvalues.copy_(torch.where(good[:, None], turned, self.eigenvalues))
+        signs = torch.where(r.diagonal(dim1=-2, dim2=-1) < 0, -1.0, 1.0)  # no vector changes its direction
+        q, r = q * signs.unsqueeze(-2), r * signs.unsqueeze(-1)
+        good &= finite_blocks(q, r)
+        q = or_identity(q, good)
+        turned = bjorck(self.vectors, self._side.rectify) @ q
+        basis.write(self._state["basis"], torch.where(good[:, None, None], turned, self.vectors))
+        self.vectors, self._turn = basis.read(self._state["basis"]), q.mT
+        # lambda <- diag(Q^T A' Q) = diag(R Q)
+        diagonal = (r * q.mT).sum(-1).clamp_min(0.0)
+        self.eigenvalues.copy_(torch.where(good[:, None], diagonal, self.eigenvalues))
         return ~good
 
     def adopt(self, turned: OpenSide, rows: list[int]) -> None:
@@ -136,31 +133,21 @@ def _side(order: int, is_long: bool, options: Options) -> Side:
         return Side(order, None)
     if options.bits == 32 or order * order < SMALL:
         return Side(order, Dense(shape))
-    basis = Blockwise(shape, options.codebook, options.bits, options.quant_block, columns=True)
+    basis = Blockwise(shape, options.factor_codebook, options.bits, options.quant_block, columns=True)
     return Side(order, basis, options.rectify_stats)
 
 
-def statistic(g: Tensor, m: Tensor, whitening: Tensor, share: float) -> Tensor:
-    """A factor's sample: X diag(1 / whitening) X^T / n of the gradient, mixed with that of the momentum.
-
-    One gradient is a sample of low rank and much noise; the momentum remembers many.
+def statistic(g: Tensor, whitening: Tensor) -> Tensor:
+    """A factor's sample, X diag(1 / whitening) X^T / n.
 
     Args:
         g: (B, k, n), the gradient in the basis.
-        m: (B, k, n), the first moment in the basis.
         whitening: (B, n) or (B, 1).
-        share: of the momentum's sample, scaled to the trace of the gradient's; 0 where there is no momentum yet.
 
     Returns:
         (B, k, k).
     """
-    now = _gram(g, whitening)
-    if not share:
-        return now
-    past = _gram(m, whitening)
-    ratio = _trace(now) / _trace(past)
-    usable = torch.isfinite(ratio) & (ratio > 0)
-    return torch.where(usable, torch.lerp(now, past * ratio, share), now)
+    return (g / whitening.clamp_min(TINY).unsqueeze(-2)) @ g.mT / g.shape[-1]
 
 
 def factor_in_basis(eigenvalues: Tensor, sample: Tensor, memory: float) -> Tensor:
@@ -173,11 +160,3 @@ def factor_in_basis(eigenvalues: Tensor, sample: Tensor, memory: float) -> Tenso
     scale = torch.where(diagonal > 0, (eigenvalues / diagonal).sqrt(), 0.0)
     a = sample * ((1 - memory) * scale.unsqueeze(-1)) * scale.unsqueeze(-2)
     return torch.diagonal_scatter(a, eigenvalues, dim1=-2, dim2=-1)
-
-
-def _gram(x: Tensor, whitening: Tensor) -> Tensor:
-    return (x / whitening.clamp_min(TINY).unsqueeze(-2)) @ x.mT / x.shape[-1]
-
-
-def _trace(a: Tensor) -> Tensor:
-    return a.diagonal(dim1=-2, dim2=-1).sum(-1)[:, None, None]

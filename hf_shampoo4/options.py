@@ -22,9 +22,11 @@ CONFIG_ENV = "HF_SHAMPOO4_CONFIG"
 class Options:
     """What one parameter group does; stored key by key in `optimizer.param_groups`."""
 
-    algorithm: Literal["shampoo", "soap", "kl_shampoo", "kl_soap", "elementwise"] = "shampoo"
-    """`shampoo`: Kronecker preconditioner per matrix; `soap`, `kl_shampoo`, `kl_soap`: moments in the eigenbasis of the
-    factors; `elementwise`: the base optimizer alone."""
+    algorithm: Literal["shampoo", "soap", "kl_shampoo", "kl_soap", "elementwise"] = "kl_shampoo"
+    """`shampoo`: Kronecker preconditioner per matrix, with inverse roots, as in the papers; `soap`, `kl_shampoo`,
+    `kl_soap`: moments in the eigenbasis of the factors; `elementwise`: the base optimizer alone.
+
+    Where it is not given and an option of `SHAMPOO_ONLY` is, that chooses `shampoo`."""
     factor: Literal["eigen", "direct", "cholesky", "cholesky_ef"] = "eigen"
     """What is kept of a Kronecker factor: its eigenvectors and eigenvalues, the matrix itself, or its Cholesky factor,
     without or with error feedback."""
@@ -48,8 +50,9 @@ class Options:
     """Largest order of a factor: a larger side of a matrix is cut into equal blocks."""
     quant_block: int = 64
     """Entries of a factor's column that share one scale."""
-    codebook: Literal["linear2", "dynamic", "nf4"] = "linear2"
-    """Levels that a factor's entries are rounded to (nf4 has 4 bits only)."""
+    codebook: Literal["auto", "linear2", "dynamic", "nf4"] = "auto"
+    """Levels that a factor's entries are rounded to (auto: nf4 for the 4-bit bases of SOAP and KL-Shampoo, linear2 for
+    all else; nf4 has 4 bits only)."""
     stats_every: int = 10
     """T1: steps between two updates of Shampoo's factors, or between two turns of SOAP's and KL-Shampoo's bases."""
     roots_every: int = 10
@@ -60,8 +63,6 @@ class Options:
     When a block's turn comes depends on its parameter's name and its place there."""
     refresh_warmup: int = 100
     """Steps at the start of training in which SOAP's and KL-Shampoo's bases turn at every step."""
-    momentum_share: float = 0.5
-    """Share of the momentum, beside the gradient, in the statistic that turns SOAP's and KL-Shampoo's bases."""
     factor_beta: float = 0.95
     """Decay of the factors' moving average, per update of a Shampoo factor, per step in the eigenbasis family."""
     damping: float = 1e-6
@@ -105,10 +106,16 @@ class Options:
         _require("factor_beta", self.factor_beta, 0.0 <= self.factor_beta < 1.0, "a number in [0, 1)")
         _require("damping", self.damping, 0.0 < self.damping < 1.0, "a number in (0, 1)")
         _require("row_splits", self.row_splits, all(n >= 1 for n in self.row_splits), "positive sizes")
-        _require("momentum_share", self.momentum_share, 0.0 <= self.momentum_share < 1.0, "a number in [0, 1)")
         _check_algorithm(self)
         _check_factor(self)
         _check_moments(self)
+
+    @property
+    def factor_codebook(self) -> str:
+        """`codebook`, chosen.  The columns of an eigenbasis are nearly Gaussian: nf4 errs by .095, linear2 by .11."""
+        if self.codebook != "auto":
+            return self.codebook
+        return "nf4" if self.algorithm in EIGENBASIS and self.bits == 4 else "linear2"
 
     @classmethod
     def of(cls, group: Mapping[str, Any]) -> Options:
@@ -118,15 +125,19 @@ class Options:
 
 EIGENBASIS = ("soap", "kl_shampoo", "kl_soap")
 
+# Whoever gives one of these means the papers' Shampoo: the others have no inverse roots.
+SHAMPOO_ONLY = ("factor", "base", "roots_every", "rectify_roots", "root", "graft")
+
 
 def _check_algorithm(o: Options) -> None:
     """Refuse options that the algorithm does not have."""
     if o.algorithm in EIGENBASIS:
-        _require("factor", o.factor, o.factor == "eigen", f"eigen with algorithm={o.algorithm}: it works in eigenbases")
-        _require("base", o.base, o.base == "adamw", f"adamw with algorithm={o.algorithm}: its moments are Adam's")
-        _left_out(o, ("roots_every", "rectify_roots", "root", "graft"), "it has no inverse root and needs no graft")
+        why = f"with algorithm={o.algorithm}; algorithm=shampoo has the others"
+        _require("factor", o.factor, o.factor == "eigen", f"eigen {why}")
+        _require("base", o.base, o.base == "adamw", f"adamw {why}")
+        _left_out(o, ("roots_every", "rectify_roots", "root", "graft"), "it is for algorithm=shampoo")
     elif o.algorithm == "shampoo":  # the base alone carries the options of its neighbours along
-        _left_out(o, ("refresh_warmup", "momentum_share"), "these are for soap, kl_shampoo and kl_soap")
+        _left_out(o, ("refresh_warmup",), "it is for soap, kl_shampoo and kl_soap")
 
 
 def _left_out(o: Options, names: tuple[str, ...], why: str) -> None:
@@ -195,20 +206,23 @@ OF_THE_RUN: tuple[str, ...] = ("shard_state", "wire", "communicate")
 PRESETS: dict[str, dict[str, Any]] = {
     # 2405.18144, LLM runs: T1 = T2 = 200, t1 = 1, t2 = 4, order <= 1200 (LLaMA-350M), first-order states in 16 bits.
     "paper_eigen": {
-        "factor": "eigen", "bits": 4, "block_size": 1200, "quant_block": 64, "codebook": "linear2",
+        "algorithm": "shampoo", "factor": "eigen",
+        "bits": 4, "block_size": 1200, "quant_block": 64, "codebook": "linear2",
         "stats_every": 200, "roots_every": 200, "factor_beta": 0.95, "damping": 1e-6,
         "rectify_stats": 1, "rectify_roots": 4, "graft": "norm", "moments": "bf16",
     },
     # 2412.10663: error feedback .95, beta .95, eps 1e-6, roots by Schur-Newton; what it does not say of its LLM run
     # (intervals, order, moments) as in 2405.18144's.
     "paper_cholesky": {
-        "factor": "cholesky_ef", "bits": 4, "block_size": 1200, "quant_block": 64, "codebook": "linear2",
+        "algorithm": "shampoo", "factor": "cholesky_ef",
+        "bits": 4, "block_size": 1200, "quant_block": 64, "codebook": "linear2",
         "stats_every": 200, "roots_every": 200, "factor_beta": 0.95, "error_beta": 0.95, "damping": 1e-6,
         "root": "newton", "graft": "norm", "moments": "bf16",
     },
     # The 32-bit Shampoo that the paper compares with, at the same intervals and orders.
     "shampoo32": {
-        "factor": "direct", "bits": 32, "block_size": 1200, "stats_every": 200, "roots_every": 200,
+        "algorithm": "shampoo", "factor": "direct",
+        "bits": 32, "block_size": 1200, "stats_every": 200, "roots_every": 200,
         "factor_beta": 0.95, "damping": 1e-6, "graft": "norm", "moments": "bf16",
     },
 }  # fmt: skip
@@ -252,6 +266,8 @@ def resolve(
     merged: dict[str, Any] = dict(PRESETS[preset]) if preset is not None else {}
     for source in (from_file, given):
         merged.update({name: _cast(name, value) for name, value in source.items()})
+    if "algorithm" not in {**(beneath or {}), **merged} and any(name in merged for name in SHAMPOO_ONLY):
+        merged["algorithm"] = "shampoo"
     Options(**{**(beneath or {}), **merged})  # range checks, before any training time is spent
     return merged
 

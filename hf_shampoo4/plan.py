@@ -13,14 +13,14 @@ from typing import Protocol, TypeVar
 
 import torch
 
-from .algorithms import Algorithm, Elementwise, make_algorithm
+from .algorithms import Algorithm, Eigenbasis, Shampoo, make_algorithm
 from .blocks import MatrixView, Rect, matrix_view, partition, strips
 from .options import Options
 from .placement import Load
 from .storage import SMALL, nbytes
 
 WAVE_ELEMENTS = 1 << 24  # 64 MiB of float32 gradient
-MOMENT_FLOPS, STATS_CUBES, ROOT_CUBES = 50, 12, 25  # an entry's decode, update, encode; k^3 of a factor of order k
+MOMENT_FLOPS, STATS_CUBES, ROOT_CUBES, TURN_CUBES = 50, 12, 25, 12  # an entry's work; k^3 of a factor of order k
 STRIP = 1 << 20  # entries of a block of an embedding: as many as a block of 1024 x 1024
 
 
@@ -64,11 +64,16 @@ def loads_of(blocks: Sequence[Block], options: Options) -> list[Load]:
 def _load(block: Block, options: Options) -> Load:
     m, n = block.rect.shape
     flops = MOMENT_FLOPS * m * n
-    if not isinstance(block.algorithm, Elementwise):
+    if isinstance(block.algorithm, Shampoo):
         products, cubes = 2 * m * n * (m + n), m**3 + n**3
         # P = L^-1/4 G R^-1/4;  G G^T, G^T G, Bjorck and QR of each;  eigh or Newton of each
         flops += products + (products + STATS_CUBES * cubes) // options.stats_every
         flops += ROOT_CUBES * cubes // options.roots_every
+    elif isinstance(block.algorithm, Eigenbasis):
+        # of each side that is rotated: into the basis and out;  the statistic, carrying m and G' over, Bjorck, QR, U Q
+        for side in (block.algorithm.left, block.algorithm.right):
+            k = side.order if side.basis is not None else 0
+            flops += 4 * k * m * n + (6 * k * m * n + TURN_CUBES * k**3) // options.stats_every
     return Load(flops, sum(nbytes(storage) for storage in block.algorithm.storages().values()))
 
 
@@ -76,8 +81,9 @@ def refreshes(options: Options, step: int) -> bool:
     """Whether a step works on factors, which is most of what steps cost."""
     if options.algorithm == "elementwise" or options.stagger:  # staggered, there is a little to do at every step
         return False
-    warm = options.algorithm != "shampoo" and step <= options.refresh_warmup
-    return warm or step % options.stats_every == 0 or step % options.roots_every == 0
+    if options.algorithm == "shampoo":
+        return step % options.stats_every == 0 or step % options.roots_every == 0
+    return step <= options.refresh_warmup or step % options.stats_every == 0
 
 
 def state_layout(blocks: Sequence[Block]) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:

@@ -17,7 +17,7 @@ import os
 import statistics
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -101,6 +101,19 @@ def _contestant(name: str, given: Mapping[str, Any], common: Settings, rates: in
     return Contestant(name, label, sweep, {**common, **entry}, shares)
 
 
+def some_of(grid: Grid, names: Sequence[str]) -> Grid:
+    """The grid with the named contestants alone, in the order of the names; no name at all: with all of them.
+
+    Raises:
+        ConfigError: a name that the grid does not have.
+    """
+    known = {contestant.name: contestant for contestant in grid.contestants}
+    wanted = [name.strip() for name in names if name.strip()]
+    if strange := [name for name in wanted if name not in known]:
+        raise ConfigError(f"race {grid.name!r} has no contestant {strange[0]!r}; it has: {', '.join(known)}")
+    return replace(grid, contestants=tuple(known[name] for name in wanted or known))
+
+
 def read_finished(folder: Path) -> list[Settings]:
     """The finished runs in a folder, of all processes and grids."""
     files = sorted(folder.glob("runs.*.json"))
@@ -122,7 +135,7 @@ def best_rate(contestant: Contestant, seed: int, finished: Sequence[Settings]) -
 
 
 def carry_out(grid: Grid, folder: Path, shard: tuple[int, int] = (0, 1)) -> None:
-    """Run what is not finished, and keep each result in `runs.I.json` at once.
+    """Run what is not finished, and keep each result in `runs.I.json` at once: all sweeps first, then the other seeds.
 
     Args:
         grid: the race.
@@ -134,14 +147,16 @@ def carry_out(grid: Grid, folder: Path, shard: tuple[int, int] = (0, 1)) -> None
     """
     index, processes = shard
     first, *others = grid.seeds
-    for contestant in grid.contestants[index::processes]:
+    mine = grid.contestants[index::processes]
+    for contestant in mine:
+        if not contestant.learning_rates:
+            raise ConfigError(f"contestant {contestant.name!r} of race {grid.name!r} needs a learning_rate")
         for rate in contestant.learning_rates:
             _run_once(contestant, contestant.run(rate, first), folder, index)
-        best = best_rate(contestant, first, read_finished(folder))
-        if best is None:
-            raise ConfigError(f"contestant {contestant.name!r} of race {grid.name!r} needs a learning_rate")
-        for seed in others:
-            _run_once(contestant, contestant.run(best, seed), folder, index)
+    for seed in others:
+        for contestant in mine:
+            if best := best_rate(contestant, first, read_finished(folder)):
+                _run_once(contestant, contestant.run(best, seed), folder, index)
 
 
 def _run_once(contestant: Contestant, settings: Settings, folder: Path, index: int) -> None:
@@ -515,7 +530,7 @@ def main(arguments: Sequence[str]) -> None:
     grid = read_grid(chosen.grid, chosen.quick, {"max_steps": chosen.steps} if chosen.steps else None)
     folder = Path(chosen.output_dir)
     if not chosen.report_only:
-        carry_out(grid, folder, chosen.shard)
+        carry_out(some_of(grid, chosen.contestants.split(",")), folder, chosen.shard)
     if chosen.shard[1] == 1:
         report(grid, folder)
 
@@ -526,6 +541,7 @@ def _parser() -> argparse.ArgumentParser:
     add("grid", help="a grid of configs/race.yaml")
     add("--output_dir", default="runs/race", help="default: runs/race")
     add("--shard", type=_shard, default=(0, 1), metavar="I/N", help="take every N-th contestant from the I-th")
+    add("--contestants", default="", help="run these alone, comma-separated; the report is of all that have finished")
     add("--steps", type=int, help="steps of each run")
     add("--report_only", action="store_true", help="no runs: put together what is finished, of all processes")
     add("--quick", action="store_true", help="a few steps of a tiny model: does it work here?")

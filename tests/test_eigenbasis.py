@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from hf_shampoo4 import Shampoo4bit, algorithms, report
 from hf_shampoo4.eigenbasis import OpenSide, factor_in_basis, statistic
 from hf_shampoo4.integrations.trainer import OPTIMS
+from hf_shampoo4.matrix import bjorck
 from hf_shampoo4.optimizer import CheckpointError
 from hf_shampoo4.options import OptionError, parse_optim_args
 
@@ -45,8 +46,8 @@ def train(shape: tuple[int, ...], steps: int, **options: object) -> tuple[nn.Par
 class Literal:
     """One block, in plain numpy and in the parameter's coordinates wherever the papers are: bases in full precision."""
 
-    def __init__(self, w: Array, algorithm: str, beta: float, share: float, damping: float) -> None:
-        self.w, self.algorithm, self.beta, self.share, self.damping = w, algorithm, beta, share, damping
+    def __init__(self, w: Array, algorithm: str, beta: float, damping: float) -> None:
+        self.w, self.algorithm, self.beta, self.damping = w, algorithm, beta, damping
         m, n = w.shape
         self.u = [np.eye(m), np.eye(n)]
         self.rotated = [m < 4 * n, n < 4 * m]
@@ -94,15 +95,9 @@ class Literal:
             if not self.rotated[side]:
                 continue
             other = before[1 - side] if kl else np.ones_like(before[1 - side])
-            samples = []
-            for matrix in (g, self.momentum):
-                x = bases[0].T @ matrix @ bases[1]
-                x = x if side == 0 else x.T
-                samples.append(x @ np.diag(1 / other) @ x.T / x.shape[1])
-            sample = samples[0]
-            if np.trace(samples[1]) > 0:
-                scaled = samples[1] * np.trace(samples[0]) / np.trace(samples[1])
-                sample = (1 - self.share) * sample + self.share * scaled
+            x = bases[0].T @ g @ bases[1]
+            x = x if side == 0 else x.T
+            sample = x @ np.diag(1 / other) @ x.T / x.shape[1]
             correlations = sample / np.sqrt(np.outer(np.diag(sample), np.diag(sample)))
             mixed = memory * np.eye(len(sample)) + (1 - memory) * correlations
             root = np.diag(np.sqrt(before[side]))
@@ -119,9 +114,9 @@ class Literal:
 def test_32_bit_whole_run_agrees_with_the_literal_one(
     algorithm: str, shape: tuple[int, int], every: int, warmup: int
 ) -> None:
-    options = {"factor_beta": 0.9, "momentum_share": 0.3, "damping": 1e-4}
+    options = {"factor_beta": 0.9, "damping": 1e-4}
     torch.manual_seed(0)
-    literal = Literal(torch.randn(shape).double().numpy(), algorithm, 0.9, 0.3, 1e-4)
+    literal = Literal(torch.randn(shape).double().numpy(), algorithm, 0.9, 1e-4)
     for t in range(8):
         memory = 0.9 if t < warmup else 0.9**every if (t + 1) % every == 0 else None
         literal.step(gradient(shape, t).double().numpy(), 0.05, 0.1, memory)
@@ -152,7 +147,7 @@ def test_kl_shampoo_whitens_a_kronecker_gradient() -> None:
         p = nn.Parameter(torch.zeros(8, 12))
         optimizer = Shampoo4bit(
             [p], lr=1.0, betas=(0.0, 0.98), weight_decay=0.0, algorithm="kl_shampoo", bits=32, moments="fp32",
-            stats_every=stats_every, refresh_warmup=0, factor_beta=0.99, momentum_share=0.0,
+            stats_every=stats_every, refresh_warmup=0, factor_beta=0.99,
         )  # fmt: skip
         steps = []
         for _ in range(700):
@@ -187,7 +182,7 @@ def moment_error(shape: tuple[int, int], **options: object) -> float:
 
 
 @pytest.mark.parametrize("algorithm", FAMILY)
-@pytest.mark.parametrize(("bits", "moments", "bound"), [(32, "fp32", 1e-5), (8, "bf16", 0.01), (4, "fp32", 0.2)])
+@pytest.mark.parametrize(("bits", "moments", "bound"), [(32, "fp32", 1e-5), (8, "bf16", 0.02), (4, "fp32", 0.3)])
 def test_the_momentum_is_carried_over_at_every_turn(algorithm: str, bits: int, moments: str, bound: float) -> None:
     assert moment_error((96, 80), algorithm=algorithm, bits=bits, moments=moments) < bound
 
@@ -206,26 +201,26 @@ def test_a_wrong_carry_over_is_found(
 def test_factor_in_basis_is_semidefinite_and_keeps_its_diagonal() -> None:
     torch.manual_seed(0)
     x, eigenvalues = torch.randn(3, 20, 4), torch.logspace(0, -6, 20).expand(3, 20)  # a sample of rank 4
-    a = factor_in_basis(eigenvalues, statistic(x, x, torch.ones(3, 1), 0.0), 0.6)
+    a = factor_in_basis(eigenvalues, statistic(x, torch.ones(3, 1)), 0.6)
     torch.testing.assert_close(a.diagonal(dim1=-2, dim2=-1), eigenvalues)
     scale = eigenvalues.double().rsqrt()
     correlations = a.double() * scale.unsqueeze(-1) * scale.unsqueeze(-2)
     assert torch.linalg.eigvalsh(correlations).min() > 0.6 - 1e-4
 
 
-def test_a_zero_momentum_leaves_the_gradients_statistic() -> None:
-    g = torch.randn(2, 6, 5)
-    torch.testing.assert_close(statistic(g, torch.zeros_like(g), torch.ones(2, 1), 0.5), g @ g.mT / 5)
-
-
 @pytest.mark.parametrize("algorithm", FAMILY)
-def test_bases_stay_orthogonal_in_4_bits(algorithm: str) -> None:
+def test_rounding_does_not_add_up_over_the_turns(algorithm: str) -> None:
+    """After 35 turns; rounding once gives .15, of which a Bjorck step, with which a turn begins, leaves a tenth."""
     _, optimizer = train((128, 96), 60, algorithm=algorithm, stats_every=2, refresh_warmup=10)
     stack = optimizer._waves(0)[0].stacks[0]
     for name, side in (("left", stack.algorithm.left), ("right", stack.algorithm.right)):
         u = OpenSide(side, algorithms._side(stack.state, name), torch.zeros(1, 128, 96)).vectors
-        defect = torch.linalg.matrix_norm(u.mT @ u - torch.eye(side.order)) / side.order**0.5
-        assert defect < 0.1, f"{name}: {float(defect)}"
+        assert defect(u) < 0.2, name
+        assert defect(bjorck(u, 1)) < 0.1, name
+
+
+def defect(u: Tensor) -> float:
+    return float(torch.linalg.matrix_norm(u.mT @ u - torch.eye(u.shape[-1]))) / u.shape[-1] ** 0.5
 
 
 @pytest.mark.parametrize("algorithm", FAMILY)
@@ -356,7 +351,7 @@ def model_of(optimizer: Shampoo4bit) -> list[Tensor]:
 def test_another_algorithms_checkpoint_is_refused(algorithm: str) -> None:
     there = optimizer_of(model(), algorithm=algorithm)
     advance(there, range(2))
-    here = Shampoo4bit(model(), lr=1e-2, block_size=100)
+    here = Shampoo4bit(model(), lr=1e-2, block_size=100, algorithm="shampoo")
     with pytest.raises(CheckpointError, match=f"algorithm={algorithm}, this run has algorithm=shampoo"):
         here.load_state_dict(there.state_dict())
 
@@ -368,7 +363,6 @@ def test_another_algorithms_checkpoint_is_refused(algorithm: str) -> None:
         ({"base": "sgdm", "moments": "fp32"}, "base='sgdm' is not allowed: it must be adamw with algorithm=soap"),
         ({"roots_every": 20}, "roots_every=20 is not allowed: it must be left out with algorithm=soap"),
         ({"graft": "none"}, "graft='none' is not allowed: it must be left out with algorithm=soap"),
-        ({"momentum_share": 1.0}, "momentum_share=1.0 is not allowed"),
         ({"algorithm": "shampoo", "refresh_warmup": 5}, "refresh_warmup=5 is not allowed: it must be left out"),
     ],
 )

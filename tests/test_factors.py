@@ -156,7 +156,7 @@ def test_feedback_reduces_the_bias_of_repeated_storing() -> None:
 def test_at_32_bits_all_factors_and_solvers_agree(factor: str, root: str) -> None:
     """Against the eigendecomposition of the same moving average in float64."""
     order, beta = 48, 0.9
-    side = make_factor(order, Options(factor=factor, bits=32, root=root, factor_beta=beta))
+    side = make_factor(order, Options(algorithm="shampoo", factor=factor, bits=32, root=root, factor_beta=beta))
     state = _state(side)
     a = 1e-6 * torch.eye(order, dtype=torch.float64)
     for step in range(60):
@@ -172,7 +172,7 @@ def test_at_32_bits_all_factors_and_solvers_agree(factor: str, root: str) -> Non
 
 @pytest.mark.parametrize("factor", FACTORS)
 def test_a_bad_block_keeps_its_last_good_state(factor: str) -> None:
-    side = make_factor(64, Options(factor=factor))
+    side = make_factor(64, Options(algorithm="shampoo", factor=factor))
     state = _state(side, blocks=2)
     side.update(state, _gram(64, 80, blocks=2))
     side.refresh(state)
@@ -188,7 +188,8 @@ def test_a_bad_block_keeps_its_last_good_state(factor: str) -> None:
 
 @pytest.mark.parametrize("factor", FACTORS)
 def test_the_statistic_is_not_changed(factor: str) -> None:
-    side = make_factor(64, Options(factor=factor, root="newton" if factor.startswith("chol") else "eigh"))
+    root = "newton" if factor.startswith("chol") else "eigh"
+    side = make_factor(64, Options(algorithm="shampoo", factor=factor, root=root))
     state, gram = _state(side), _gram(64, 80)
     before = gram.clone()
     side.update(state, gram)

@@ -29,13 +29,13 @@ def buffers(adam: Adam, blocks: int) -> dict:
     ],
 )
 def test_storage_of_moments(moments: str, quantise: bool, shape: tuple[int, ...], first, second) -> None:
-    assert make_moments(shape, Options(moments=moments), quantise) == Adam(first, second)
+    assert make_moments(shape, Options(algorithm="shampoo", moments=moments), quantise) == Adam(first, second)
 
 
 @pytest.mark.parametrize("betas", [(0.9, 0.999), (0.0, 0.0), (0.95, 0.0), (0.0, 0.99)])
 def test_blocks_count_their_own_steps(betas: tuple[float, float]) -> None:
     """Block i started i steps late, as a parameter does whose first gradients were None."""
-    adam = make_moments((3, 5), Options(moments="fp32"), quantise=False)
+    adam = make_moments((3, 5), Options(algorithm="shampoo", moments="fp32"), quantise=False)
     state, steps = buffers(adam, 3), torch.zeros(3)
     m, v = torch.zeros(3, 3, 5, dtype=torch.float64), torch.zeros(3, 3, 5, dtype=torch.float64)
     for t in range(1, 8):
@@ -54,7 +54,7 @@ def test_blocks_count_their_own_steps(betas: tuple[float, float]) -> None:
 
 
 def test_bias_correction_keeps_its_digits_near_one() -> None:
-    adam = make_moments((1,), Options(moments="fp32"), quantise=False)
+    adam = make_moments((1,), Options(algorithm="shampoo", moments="fp32"), quantise=False)
     state = buffers(adam, 1)
     u = adam.direction(state, torch.ones(1, 1), (0.999999, 0.9999999), 0.0, torch.ones(1))
     torch.testing.assert_close(u, torch.ones(1, 1), rtol=1e-5, atol=0)
@@ -62,8 +62,8 @@ def test_bias_correction_keeps_its_digits_near_one() -> None:
 
 def test_the_gradient_is_not_changed_and_the_update_uses_moments_before_they_are_stored() -> None:
     shape = (64, 64)
-    quantised = make_moments(shape, Options(moments="4bit"), quantise=True)
-    exact = make_moments(shape, Options(moments="fp32"), quantise=False)
+    quantised = make_moments(shape, Options(algorithm="shampoo", moments="4bit"), quantise=True)
+    exact = make_moments(shape, Options(algorithm="shampoo", moments="fp32"), quantise=False)
     g = torch.randn(2, *shape)
     before = g.clone()
     u = quantised.direction(buffers(quantised, 2), g, BETAS, EPS, torch.ones(2))
@@ -73,7 +73,7 @@ def test_the_gradient_is_not_changed_and_the_update_uses_moments_before_they_are
 
 def test_a_zero_gradient_gives_a_zero_update() -> None:
     for moments in ("fp32", "bf16", "4bit"):
-        adam = make_moments((64, 64), Options(moments=moments), quantise=True)
+        adam = make_moments((64, 64), Options(algorithm="shampoo", moments=moments), quantise=True)
         state = buffers(adam, 1)
         for t in (1.0, 2.0):
             u = adam.direction(state, torch.zeros(1, 64, 64), BETAS, EPS, torch.tensor([t]))
@@ -82,7 +82,7 @@ def test_a_zero_gradient_gives_a_zero_update() -> None:
 
 def test_no_stored_second_moment_is_zero_where_its_row_and_column_are_not() -> None:
     """The zero-point problem: 1 / sqrt(0) would explode (2309.01507, section 4.1)."""
-    adam = make_moments((64, 64), Options(moments="4bit"), quantise=True)
+    adam = make_moments((64, 64), Options(algorithm="shampoo", moments="4bit"), quantise=True)
     state = buffers(adam, 1)
     g = torch.randn(1, 64, 64) * 10.0 ** torch.randint(-6, 2, (1, 64, 64))
     adam.direction(state, g, BETAS, EPS, torch.ones(1))
@@ -90,7 +90,7 @@ def test_no_stored_second_moment_is_zero_where_its_row_and_column_are_not() -> N
 
 
 def test_a_bf16_second_moment_decays() -> None:
-    adam = make_moments((8, 8), Options(moments="bf16"), quantise=True)
+    adam = make_moments((8, 8), Options(algorithm="shampoo", moments="bf16"), quantise=True)
     state = buffers(adam, 1)
     adam.direction(state, torch.ones(1, 8, 8), BETAS, EPS, torch.ones(1))
     start = adam.second.read(state["second"]).clone()

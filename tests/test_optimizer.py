@@ -76,7 +76,7 @@ def test_shampoo_before_its_first_root_is_adamw() -> None:
 
 def test_tensor_lr_and_closure() -> None:
     p = nn.Parameter(torch.ones(4, 4))
-    optimizer = Shampoo4bit([p], lr=torch.tensor(0.1))
+    optimizer = Shampoo4bit([p], lr=torch.tensor(0.1), algorithm="shampoo")
 
     def closure() -> torch.Tensor:
         optimizer.zero_grad()

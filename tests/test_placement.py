@@ -128,7 +128,7 @@ MODELS = {
 }
 
 
-PAPER = Options(block_size=1200, stats_every=200, roots_every=200)
+PAPER = Options(algorithm="shampoo", block_size=1200, stats_every=200, roots_every=200)
 
 
 # LLaMA-1B in blocks of 1200 has 1104 of them: on 256 ranks 80 must have five, of 4.3 on average.
