@@ -70,4 +70,4 @@ def test_a_checkpoint_of_another_geometry_is_refused(tmp_path):
     changes = {"max_steps": 2, "save_strategy": "steps", "save_steps": 2}
     run(arguments(tmp_path, **changes), torch.float32)
     with pytest.raises(ValueError, match="block_size"):
-        run(arguments(tmp_path, **changes, optim_args="block_size=32"), torch.float32, resume=True)
+        run(arguments(tmp_path, **changes, optim_args="algorithm=shampoo,block_size=32"), torch.float32, resume=True)
