@@ -70,6 +70,29 @@ def test_lora_by_the_command(model: Path, data: Path, tmp_path: Path, capsys: py
     assert results["train_mem_optimizer_state"] > 0
 
 
+@pytest.mark.parametrize("optim", ["shampoo4bit", "soap4bit", "kl_shampoo4bit"])
+def test_qlora_and_its_resume(model: Path, data: Path, tmp_path: Path, optim: str) -> None:
+    """On a base model in 4 bits (bitsandbytes' nf4, on a CPU), with gradient checkpointing and accumulation."""
+    pytest.importorskip("bitsandbytes")
+    adapter = {"load_in_4bit": True, "use_peft": True, "lora_r": 4, "lora_target_modules": "all-linear"}
+    chosen = {"optim": optim, "optim_args": "stats_every=2", "dtype": "bfloat16", "gradient_checkpointing": True}
+    chosen |= {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "bf16": True}
+    whole = run(parse(settings(model, data, tmp_path / "a", **adapter, **chosen)))
+    kinds = {type(module).__name__ for module in whole.trainer.model.modules()}
+    assert "Linear4bit" in kinds
+    trained = [name for name, p in whole.trainer.model.named_parameters() if p.requires_grad]
+    assert trained
+    assert all("lora_" in name for name in trained)
+    losses = [entry["loss"] for entry in whole.trainer.state.log_history if "loss" in entry]
+    assert losses[-1] < losses[0]
+    shutil.copytree(tmp_path / "a" / "checkpoint-2", tmp_path / "b" / "checkpoint-2")
+    the_same = settings(model, data, tmp_path / "b", **adapter, **chosen)
+    resumed = run(parse(the_same, ["--resume_from_checkpoint", "auto"]))
+    again = [entry["loss"] for entry in resumed.trainer.state.log_history if "loss" in entry]
+    assert again == pytest.approx(losses, rel=1e-3)  # TRL makes the adapter bfloat16, PEFT reads it back as float32
+    assert resumed.trainer.optimizer.optimizer.param_groups[0]["step"] == 4
+
+
 def test_examples_without_a_known_column_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "odd.jsonl"
     path.write_text('{"question": "?", "answer": "!"}\n')

@@ -47,6 +47,8 @@ def same(a: object, b: object) -> bool:
         (torch.bfloat16, "shampoo4bit", OPTIONS),
         (torch.bfloat16, "adamw4bit", "stochastic_rounding=true"),
         (torch.float32, "shampoo4bit", "stats_every=2,roots_every=3,moments=fp32,block_size=48"),
+        (torch.bfloat16, "soap4bit", "stats_every=2,refresh_warmup=3,stochastic_rounding=true"),
+        (torch.float32, "kl_shampoo4bit", "stats_every=2,refresh_warmup=3"),
     ],
 )
 def test_a_resumed_run_equals_an_unbroken_one(tmp_path, dtype, optim, options):

@@ -70,6 +70,20 @@ def test_trackio_receives_the_numbers(tmp_path):
     assert any(row.keys() >= {f"train/{key}" for key in KEYS} for row in rows), rows
 
 
+def test_wandb_receives_the_numbers(tmp_path, monkeypatch):
+    """Offline: its own process keeps what it would send in a file, and answers with the summary."""
+    wandb = pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    trainer = train(arguments(tmp_path / "run", report_to="wandb", max_steps=2))
+    kept = dict(wandb.run.summary)
+    wandb.finish()
+    assert kept.keys() >= {f"train/{key}" for key in KEYS}
+    assert kept["train/optim/state_bytes"] == trainer.state.log_history[-1]["train_mem_optimizer_state"]
+    assert list(tmp_path.rglob("run-*.wandb"))
+
+
 def test_without_patching(tmp_path, capsys):
     args = arguments(tmp_path, optim="adamw_torch", optim_args=None)
     model = llama()

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 from accelerate import Accelerator
 from tiny import Tokens, arguments, chat_model, conversations, llama, python
 from torch.utils.data import DataLoader
-from transformers import EarlyStoppingCallback, Trainer
+from transformers import EarlyStoppingCallback, Trainer, TrainerCallback
 
 import hf_shampoo4 as s4
 from hf_shampoo4.integrations.trainer import OPTIMS
 
+SECOND_ORDER = [name for name in OPTIMS if name != "adamw4bit"]
 OFTEN = {"stats_every": 2, "roots_every": 2}  # Shampoo's; the others have no roots
 
 LOOP = '''
@@ -72,6 +75,59 @@ def test_trainer_features_together(tmp_path, optim):
     assert trainer.state.best_model_checkpoint.endswith(f"checkpoint-{best}")
     assert trainer.state.global_step < 8, "it did not stop early"
     assert trainer.evaluate()["eval_loss"] == pytest.approx(evaluations[best], rel=1e-6)
+
+
+@pytest.mark.parametrize("optim", SECOND_ORDER)
+def test_a_compiled_model_and_its_resume(tmp_path, optim):
+    """`torch_compile`: parameters are grouped as those of the plain model, and a resumed run is the unbroken one."""
+    settings = {"optim": optim, "optim_args": "stats_every=2", "max_steps": 4}
+    settings |= {"save_strategy": "steps", "save_steps": 2}
+    settings |= {"torch_compile": True, "torch_compile_backend": "eager"}  # all of it but what needs a C++ compiler
+    found = []
+    for checkpoint in (None, str(tmp_path / "checkpoint-2")):
+        trainer = Trainer(llama(num_hidden_layers=1), arguments(tmp_path, **settings), train_dataset=Tokens(16))
+        trainer.train(resume_from_checkpoint=checkpoint)
+        assert type(trainer.model_wrapped).__name__ == "OptimizedModule"
+        found.append(digest(trainer.optimizer.optimizer, trainer.model))
+        torch._dynamo.reset()
+    assert found[0] == found[1]
+    names = {name for group in s4.param_groups(llama(num_hidden_layers=1)) for name, _ in group["params"]}
+    assert {name for i in range(3) for name in trainer.optimizer.optimizer.names(i)} == names
+
+
+def digest(optimizer: s4.Shampoo4bit, model: torch.nn.Module) -> str:
+    """Of all state and all parameters."""
+    state = [tensor for entry in optimizer.state.values() for tensor in entry.values()]
+    found = hashlib.sha256(str([group["step"] for group in optimizer.param_groups]).encode())
+    for tensor in [*state, *model.parameters()]:
+        found.update(tensor.detach().contiguous().view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()
+
+
+@pytest.mark.parametrize("optim", SECOND_ORDER)
+def test_steps_that_the_loss_scaler_leaves_out(tmp_path, optim):
+    """fp16: an overflow changes nothing, and the step is counted.  (Accelerate has no scaler on a CPU: it gets one.)"""
+    seen = []
+
+    class Watch(TrainerCallback):
+        def on_pre_optimizer_step(self, args, state, control, model=None, optimizer=None, **kwargs):
+            self.before = digest(optimizer.optimizer, model)
+
+        def on_step_end(self, args, state, control, model=None, optimizer=None, **kwargs):
+            seen.append((optimizer.step_was_skipped, digest(optimizer.optimizer, model) == self.before))
+
+    args = arguments(tmp_path, optim=optim, optim_args="stats_every=2", fp16=True, max_steps=8)
+    trainer = Trainer(llama(), args, train_dataset=Tokens(48), callbacks=[Watch()])
+    trainer.accelerator.native_amp = True
+    trainer.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**19, growth_factor=16.0, growth_interval=2)
+    trainer.train()
+    skipped = [was_skipped for was_skipped, _ in seen]
+    assert skipped == [unchanged for _, unchanged in seen]
+    assert not skipped[0], "state was there"
+    assert 1 <= skipped.count(True) <= 4
+    logged = [entry["optim/skipped_steps"] for entry in trainer.state.log_history if "loss" in entry]
+    assert logged[-1] == sum(skipped)
+    assert trainer.optimizer.optimizer.param_groups[0]["step"] == skipped.count(False)
 
 
 def test_hyperparameter_search(tmp_path):

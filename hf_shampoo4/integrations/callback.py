@@ -53,16 +53,16 @@ class Shampoo4bitCallback(TrainerCallback, ExportableState):
             print(table(ours), flush=True)
 
     def on_step_end(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
-        """Before a checkpoint, bring together the state that `shard_state` has spread: the Trainer asks rank 0 only."""
-        if control.should_save and state.is_world_process_zero:  # about to be replaced file by file: no longer whole
-            (_folder(args, state.global_step) / STATE).unlink(missing_ok=True)
+        """Count a step that a loss scaler (fp16) left out: then the optimizer was not called and cannot."""
         ours = _ours(optimizer)
-        if ours is not None and control.should_save:
-            ours.consolidate()
+        if ours is not None and getattr(optimizer, "step_was_skipped", False):
+            for group in ours.param_groups:
+                group["skipped_steps"] += 1
+        _before_a_checkpoint(args, state, control, ours)
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
-        """The same, with `save_strategy="epoch"`."""
-        self.on_step_end(args, state, control, optimizer)
+        """With `save_strategy="epoch"` a checkpoint comes next."""
+        _before_a_checkpoint(args, state, control, _ours(optimizer))
 
     def on_log(
         self, args: Any, state: Any, control: Any, logs: Any = None, optimizer: Any = None, **kwargs: Any
@@ -79,6 +79,16 @@ class Shampoo4bitCallback(TrainerCallback, ExportableState):
         logs.update(extra)
         if state.log_history:
             state.log_history[-1].update(extra)  # for trainer_state.json: a copy of the logs, made before the callbacks
+
+
+def _before_a_checkpoint(args: Any, state: Any, control: Any, ours: Shampoo4bit | None) -> None:
+    """Bring together the state that `shard_state` has spread: the Trainer asks rank 0 only for it."""
+    if not control.should_save:
+        return
+    if state.is_world_process_zero:  # about to be replaced file by file: no longer whole
+        (_folder(args, state.global_step) / STATE).unlink(missing_ok=True)
+    if ours is not None:
+        ours.consolidate()
 
 
 def _folder(args: Any, step: int) -> Path:

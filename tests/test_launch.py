@@ -1,0 +1,65 @@
+"""Every launch file of configs/accelerate, started by `accelerate launch` as a user does it, with fewer processes.
+
+`ddp.yaml` is started by test_runner_launch.py, with the Trainer; here it is a plain loop, tests/launched.py.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+from accelerate.commands.config.config_args import load_config_from_file
+from tiny import ROOT, python
+
+from hf_shampoo4.train import config_root
+
+FILES = {path.stem: path for path in sorted((config_root() / "accelerate").glob("*.yaml"))}
+
+# file -> processes, flags that make it fit so few, and what the model must have become
+LAUNCHED = {
+    "single": (1, [], {"model": "Model", "mesh": []}),
+    "fsdp2": (2, [], {"model": "FSDPModel", "mesh": [2]}),
+    "hsdp": (4, ["--parallelism_config_dp_shard_size", "2"], {"model": "FSDPModel", "mesh": [2, 2]}),
+}
+
+
+def launch(name: str, processes: int, flags: list[str], folder: Path) -> list[dict]:
+    """What the ranks say after a training, started by the file."""
+    command = ["-m", "accelerate.commands.launch", "--config_file", FILES[name], "--num_processes", processes]
+    command += ["--main_process_port", "0", *flags, "-m", "hf_shampoo4", ROOT / "tests" / "launched.py"]
+    done = python(*command, "--result", folder / "result")
+    files = [folder / f"result.{rank}" for rank in range(processes)]
+    assert all(file.exists() for file in files), done.stdout[-2000:] + done.stderr[-4000:]
+    return [json.loads(file.read_text()) for file in files]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", LAUNCHED)
+def test_a_launch_file_trains(name: str, tmp_path: Path) -> None:
+    processes, flags, expected = LAUNCHED[name]
+    ranks = launch(name, processes, flags, tmp_path)
+    for rank in ranks:
+        assert {key: rank[key] for key in expected} == expected, "another engine than the file names"
+        assert (rank["world"], rank["precision"], rank["steps"]) == (processes, "bf16", 8)
+        assert rank["losses"] == ranks[0]["losses"]
+        assert rank["losses"][-1] < rank["losses"][0] - 0.5
+    if rank["mesh"]:
+        held = [rank["state_bytes"] for rank in ranks]
+        assert max(held) < 0.8 * sum(held), "every rank keeps the same state"
+
+
+def test_every_launch_file_is_started_by_a_test() -> None:
+    assert set(FILES) == {"ddp", *LAUNCHED}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_launch_file_is_read_by_accelerate_and_asks_for_whole_groups(name: str) -> None:
+    config = load_config_from_file(str(FILES[name]))  # refuses keys that it does not know
+    sizes = config.parallelism_config.values()
+    assert config.num_processes == (1 if name == "single" else 8)
+    assert not sizes or config.num_processes == 2 * 4 == sorted(sizes)[0] * sorted(sizes)[1]
+    comment = FILES[name].read_text().splitlines()[0]
+    assert comment.startswith("# ")
+    assert yaml.safe_load(FILES[name].read_text())["mixed_precision"] == "bf16"
