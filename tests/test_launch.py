@@ -1,6 +1,7 @@
 """Every launch file of configs/accelerate, started by `accelerate launch` as a user does it, with fewer processes.
 
-`ddp.yaml` is started by test_runner_launch.py, with the Trainer; here it is a plain loop, tests/launched.py.
+Here it is a plain loop, tests/launched.py.  With the Trainer: ddp.yaml by test_runner_launch.py, and the files of
+configs/deepspeed by test_ranks.py.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
+from test_ranks import TRAINER
 from tiny import ROOT, python
 
 from hf_shampoo4.train import config_root
@@ -22,6 +24,9 @@ LAUNCHED = {
     "single": (1, [], {"model": "Model", "mesh": []}),
     "fsdp2": (2, [], {"model": "FSDPModel", "mesh": [2]}),
     "hsdp": (4, ["--parallelism_config_dp_shard_size", "2"], {"model": "FSDPModel", "mesh": [2, 2]}),
+    "zero1": (2, [], {"model": "DeepSpeedEngine", "stage": 1}),
+    "zero2": (2, [], {"model": "DeepSpeedEngine", "stage": 2}),
+    "zero3": (2, [], {"model": "DeepSpeedEngine", "stage": 3}),
 }
 
 
@@ -45,19 +50,29 @@ def test_a_launch_file_trains(name: str, tmp_path: Path) -> None:
         assert (rank["world"], rank["precision"], rank["steps"]) == (processes, "bf16", 8)
         assert rank["losses"] == ranks[0]["losses"]
         assert rank["losses"][-1] < rank["losses"][0] - 0.5
-    if rank["mesh"]:
+    if name not in ("single", "ddp"):
         held = [rank["state_bytes"] for rank in ranks]
         assert max(held) < 0.8 * sum(held), "every rank keeps the same state"
 
 
 def test_every_launch_file_is_started_by_a_test() -> None:
     assert set(FILES) == {"ddp", *LAUNCHED}
+    assert {path.stem for path in (config_root() / "deepspeed").iterdir()} == {"zero1", "zero2", "zero3"}
+    assert {case for cases in TRAINER.values() for case in cases} >= {"trainer-zero1", "trainer-zero2", "trainer-zero3"}
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_a_deepspeed_file_names_its_stage_and_leaves_the_rest_to_the_trainer(stage: int) -> None:
+    config = json.loads((config_root() / "deepspeed" / f"zero{stage}.json").read_text())
+    assert config["zero_optimization"]["stage"] == stage
+    assert "optimizer" not in config
+    assert config["train_micro_batch_size_per_gpu"] == config["gradient_clipping"] == "auto"
 
 
 @pytest.mark.parametrize("name", FILES)
 def test_a_launch_file_is_read_by_accelerate_and_asks_for_whole_groups(name: str) -> None:
     config = load_config_from_file(str(FILES[name]))  # refuses keys that it does not know
-    sizes = config.parallelism_config.values()
+    sizes = (config.parallelism_config or {}).values()
     assert config.num_processes == (1 if name == "single" else 8)
     assert not sizes or config.num_processes == 2 * 4 == sorted(sizes)[0] * sorted(sizes)[1]
     comment = FILES[name].read_text().splitlines()[0]

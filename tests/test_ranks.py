@@ -26,7 +26,7 @@ SAVED = {2: ["fsdp2-full", "fsdp2-sharded", "ddp-plain", "ddp_sharded-plain"]}
 LOADED = {3: ["fsdp2-fsdp2+sharded", "ddp-fsdp2+full", "fsdp2-ddp+plain", "ddp_sharded-ddp+plain"],
           1: ["single-fsdp2+full", "single-ddp_sharded+plain"]}  # fmt: skip
 FAILING = {2: ["fsdp2-failing", "ddp-failing"]}
-TRAINER = {2: ["trainer-zero2", "trainer-zero3"]}
+TRAINER = {2: ["trainer-zero1", "trainer-zero2", "trainer-zero3"]}
 KINDS = (CASES, SAVED, LOADED, FAILING, TRAINER)
 WORLDS = (2, 3, 4, 1)
 

@@ -101,9 +101,11 @@ def test_a_script(train, tmp_path):
 
 @pytest.mark.slow
 def test_two_processes_of_accelerate_launch(train, tmp_path):
+    """By the launch file for plain data parallelism; it says bf16, which a Trainer takes from there."""
+    file = Path(__file__).resolve().parent.parent / "configs" / "accelerate" / "ddp.yaml"
     launch = [
-        "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1",
-        "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0", "-m", "hf_shampoo4",
+        "-m", "accelerate.commands.launch", "--config_file", str(file), "--num_processes", "2",
+        "--main_process_port", "0", "-m", "hf_shampoo4",
     ]  # fmt: skip
     check(train(*launch, processes=2), tmp_path / "train.py")
 
