@@ -10,13 +10,14 @@ import argparse
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Union
 
 import numpy as np
 import torch
 from torch import nn
-from torch.distributed.tensor import Shard
+from torch.distributed.tensor import Replicate, Shard
 
 from .algorithms import Elementwise
 from .blocks import Rect
@@ -25,7 +26,7 @@ from .held import held_itself
 from .integrations.groups import param_groups
 from .integrations.trainer import OPTIMS
 from .options import NAMES, OptionError, Options, parse_optim_args, resolve
-from .placement import Placement, Region, sharded, whole
+from .placement import Placement, Region, ranges, sharded, whole
 from .plan import Block, _in_waves, blocks_of, loads_of
 from .waves import Member, _assign
 
@@ -35,7 +36,14 @@ if TYPE_CHECKING:
 SHARDINGS = {
     "ddp": "every rank holds the whole model",
     "fsdp2": "every rank holds some rows of every parameter, and the state of the blocks it owns",
+    "hsdp": "the ranks of a group share the rows of every parameter, and all ranks the state of the blocks they own",
+    "zero1": "every rank holds a range of all float32 weights (DeepSpeed), and the state of the blocks it owns",
+    "zero2": "every rank holds a range of all float32 weights (DeepSpeed), and the state of the blocks it owns",
+    "zero3": "every rank holds a range of every parameter (DeepSpeed), and the state of the blocks it owns",
 }
+
+NODE = 8  # ranks that share a copy of the model under HSDP, unless said otherwise: the GPUs of a machine
+SUB_GROUP = 1_000_000_000  # entries of a rank that ZeRO-3 updates together: DeepSpeed's default sub_group_size
 
 
 @dataclass(frozen=True)
@@ -58,6 +66,8 @@ class Plan:
     model: str
     world_size: int
     sharding: str
+    shards: int
+    """Ranks that share one copy of the model's weights."""
     copies: int
     """Of the state: 1 where the ranks share it, else one a rank."""
     options: dict[str, Any]
@@ -108,7 +118,11 @@ class Plan:
 
 
 def plan(
-    model_or_config: Union[nn.Module, PreTrainedConfig, str], world_size: int = 1, sharding: str = "ddp", **options: Any
+    model_or_config: Union[nn.Module, PreTrainedConfig, str],
+    world_size: int = 1,
+    sharding: str = "ddp",
+    shards: int | None = None,
+    **options: Any,
 ) -> Plan:
     """Memory, balance and traffic of training a model with `Shampoo4bit`, without its weights and without a GPU.
 
@@ -116,7 +130,8 @@ def plan(
         model_or_config: a module (on any device, meta too), a transformers configuration, or what `--model` of
             `hf-shampoo4 train` takes: a preset of configs/models, a config.json, a folder or a hub name.
         world_size: ranks.
-        sharding: a name of `SHARDINGS`.
+        sharding: ddp, fsdp2, hsdp, zero1, zero2 or zero3.
+        shards: under hsdp, the ranks that share one copy of the model; it divides `world_size` (default: 8, or all).
         options: options of the optimizer, `preset` and `config` among them.
 
     Returns:
@@ -129,9 +144,10 @@ def plan(
         raise OptionError(f"sharding={sharding!r} is not allowed: it must be one of {', '.join(SHARDINGS)}")
     if world_size < 1:
         raise OptionError(f"world_size={world_size!r} is not allowed: it must be an integer >= 1")
+    layout = _layout(sharding, world_size, shards)
     chosen = resolve(options)
     name, model = _named_model(model_or_config)
-    groups = _groups(model, chosen, world_size, sharding)
+    groups = _groups(model, chosen, layout)
     members = [member for group in groups for member in group.members]
     factored = [member for member in members if _is_factored(member)]
     if not factored and chosen.get("algorithm") != "elementwise":
@@ -144,6 +160,7 @@ def plan(
         model=name,
         world_size=world_size,
         sharding=sharding,
+        shards=layout.shards,
         copies=world_size if groups[0].replicated else 1,
         options=chosen,
         parameters=sum(member.numel for member in members),
@@ -190,23 +207,98 @@ class _Group:
     """Whether every rank keeps all of the state."""
 
 
-def _groups(model: nn.Module, chosen: Mapping[str, Any], world: int, sharding: str) -> list[_Group]:
+@dataclass(frozen=True)
+class _Layout:
+    """How the ranks share the parameters."""
+
+    sharding: str
+    world: int
+    shards: int
+
+    @property
+    def in_deepspeed(self) -> bool:
+        """DeepSpeed has the optimizer update one parameter group at a time, so owners are chosen for each alone."""
+        return self.sharding.startswith("zero")
+
+    def units(self, named: list[tuple[str, nn.Parameter]]) -> list[list[tuple[str, nn.Parameter]]]:
+        """The parameters of a group that are updated together."""
+        if self.sharding != "zero3":
+            return [named]
+        units: list[list[tuple[str, nn.Parameter]]] = [[]]
+        filled = 0
+        for name, p in named:
+            if filled >= SUB_GROUP:
+                units.append([])
+                filled = 0
+            units[-1].append((name, p))
+            filled += -(-p.numel() // self.world)
+        return units
+
+    def placements(self, shapes: list[tuple[int, ...]]) -> list[Placement]:
+        """Where the parameters of a unit live."""
+        ranks = tuple(range(self.world))
+        if self.sharding == "ddp":
+            return [whole(shape, self.world) for shape in shapes]
+        if self.sharding == "fsdp2":
+            return [sharded(shape, ranks, (self.world,), (Shard(0),)) for shape in shapes]
+        if self.sharding == "hsdp":
+            mesh = (self.world // self.shards, self.shards)
+            return [sharded(shape, ranks, mesh, (Replicate(), Shard(0))) for shape in shapes]
+        if self.sharding == "zero3":
+            return [_cut_evenly(shape, self.world) for shape in shapes]
+        return _in_one_buffer(shapes, self.world)
+
+
+def _layout(sharding: str, world: int, shards: int | None) -> _Layout:
+    if sharding != "hsdp":
+        if shards is not None:
+            raise OptionError(f"shards={shards!r} is for sharding='hsdp'; with {sharding!r} leave it out")
+        return _Layout(sharding, world, 1 if sharding == "ddp" else world)
+    chosen = min(NODE, world) if shards is None else shards
+    if chosen < 1 or world % chosen:
+        raise OptionError(f"shards={chosen!r} is not allowed: it must divide world_size={world}")
+    return _Layout(sharding, world, chosen)
+
+
+@cache
+def _cut_evenly(shape: tuple[int, ...], world: int) -> Placement:
+    """ZeRO-3: every parameter in equal ranges, the last ones shorter."""
+    numel = math.prod(shape)
+    size = -(-numel // world)
+    return ranges(shape, [(min(r * size, numel), min((r + 1) * size, numel)) for r in range(world)])
+
+
+def _in_one_buffer(shapes: list[tuple[int, ...]], world: int) -> list[Placement]:
+    """ZeRO-1 and ZeRO-2: the parameters of a group one after the other, and that in equal ranges (aligned to 2)."""
+    size = 2 * -(-sum(map(math.prod, shapes)) // (2 * world))
+    placements, at = [], 0
+    for shape in shapes:
+        numel = math.prod(shape)
+        bounds = [(0, 0)] * world
+        for rank in range(at // size, min(-(-(at + numel) // size), world)):
+            bounds[rank] = max(rank * size - at, 0), min((rank + 1) * size - at, numel)
+        placements.append(ranges(shape, bounds))
+        at += numel
+    return placements
+
+
+def _groups(model: nn.Module, chosen: Mapping[str, Any], layout: _Layout) -> list[_Group]:
     groups = []
     for group in param_groups(model):
         options = Options(**{**chosen, **{key: value for key, value in group.items() if key in NAMES}})
+        replicated = layout.world == 1 or (layout.sharding == "ddp" and not options.shard_state)
         cut = {shape: blocks_of(shape, options) for shape in {tuple(p.shape) for _, p in group["params"]}}
-        members = [
-            Member(held_itself(name, p), _placement(tuple(p.shape), world, sharding), blocks, [0] * len(blocks))
-            for name, p in group["params"]
-            for blocks in [cut[tuple(p.shape)]]
-        ]
-        groups.append(_Group(options, members, world == 1 or (sharding == "ddp" and not options.shard_state)))
-    _assign([group.members for group in groups], [group.options for group in groups], world)
+        for unit in layout.units(group["params"]):
+            placements = layout.placements([tuple(p.shape) for _, p in unit])
+            members = [
+                Member(held_itself(name, p), placement, blocks, [0] * len(blocks))
+                for (name, p), placement in zip(unit, placements, strict=True)
+                for blocks in [cut[tuple(p.shape)]]
+            ]
+            groups.append(_Group(options, members, replicated))
+    for assigned in [[group] for group in groups] if layout.in_deepspeed else [groups]:
+        _assign([group.members for group in assigned], [group.options for group in assigned], layout.world)
     return groups
-
-
-def _placement(shape: tuple[int, ...], world: int, sharding: str) -> Placement:
-    return whole(shape, world) if sharding == "ddp" else sharded(shape, tuple(range(world)), (world,), (Shard(0),))
 
 
 RANK_FIGURES = ("state", "working", "exchange", "work", "wire_step", "wire_refresh")
@@ -235,10 +327,11 @@ class _Tally:
             self._add_wave(batch, group)
 
     def _add_wave(self, members: Sequence[Member], group: _Group) -> None:
-        counts: np.ndarray = np.zeros((4, self.world), np.int64)
-        owned, kept, state, held = counts
+        counts: np.ndarray = np.zeros((5, self.world), np.int64)
+        owned, kept, state, held, asked = counts
         for member in members:
             held += self._held(member.placement)
+            asked += self._asked(member)
             for block, owner, load in zip(
                 member.blocks, member.owners, loads_of(member.blocks, group.options), strict=True
             ):
@@ -250,7 +343,7 @@ class _Tally:
         self.state += state.sum() if group.replicated else state
         self.working = np.maximum(self.working, 4 * _working_copies(group.options) * computed)
         if self.world > 1:
-            self._add_traffic(members, group, owned, kept, state, held)
+            self._add_traffic(members, group, *counts)
 
     def _held(self, placement: Placement) -> np.ndarray:
         """Entries of a parameter by rank; equal placements are one object."""
@@ -261,15 +354,27 @@ class _Tally:
             self._held_of[id(placement)] = found
         return self._held_of[id(placement)]
 
+    def _asked(self, member: Member) -> np.ndarray:
+        """Entries of the gradient that each rank gives to owners: of replicas, the one in the owner's place does."""
+        replicas = next(len(ranks) for region, ranks in member.placement.shares if region.numel)
+        if member.placement.whole or replicas == 1:
+            return self._held(member.placement)
+        found: np.ndarray = np.zeros(self.world, np.int64)
+        for block, owner in zip(member.blocks, member.owners, strict=True):
+            for region, ranks in member.placement.shares:
+                found[ranks[owner * len(ranks) // self.world]] += _overlap(block, region)
+        return found
+
     def _add_traffic(
-        self, members: Sequence[Member], group: _Group, owned: Any, kept: Any, state: Any, held: Any
+        self, members: Sequence[Member], group: _Group, owned: Any, kept: Any, state: Any, held: Any, asked: Any
     ) -> None:
-        """Entries that a rank holds and does not own travel to their owner and back; `kept` does both."""
+        """Entries that a rank gives and does not own travel to their owner, and back to all that hold them."""
         gradient, update = (2, 2) if group.options.wire == "bf16" else (members[0].parameter.element_size(), 4)
         if members[0].placement.whole:  # the owner has the gradient; everybody needs the update
             out, into = (self.world - 1) * update * owned, update * (owned.sum() - owned)
         else:
-            out = gradient * (held - kept) + update * (owned - kept)
+            copies = held.sum() // owned.sum()
+            out = gradient * (asked - kept) + update * (copies * owned - kept)
             into = gradient * (owned - kept) + update * (held - kept)
         if group.replicated:  # a step without a refresh is computed by everybody; a refresh changes state
             out, into = out + (self.world - 1) * state, into + state.sum() - state
@@ -370,7 +475,7 @@ def _lines(p: Plan) -> list[str]:
     share = p.preconditioned / p.parameters
     return [
         f"{p.model}: {p.parameters:,} parameters in {p.tensors:,} tensors; {settings}",
-        f"{p.world_size:,} x {p.sharding}: {SHARDINGS[p.sharding]}",
+        f"{_spread(p)}: {SHARDINGS[p.sharding]}",
         f"preconditioned: {p.preconditioned:,} parameters ({share:.1%}) of {p.preconditioned_tensors:,} tensors, "
         f"in {p.blocks:,} blocks of up to {p.largest_block[0]} x {p.largest_block[1]}",
         "",
@@ -389,6 +494,12 @@ def _lines(p: Plan) -> list[str]:
         f"{'  sent in a step that refreshes':<40}{_size(p.wire_refresh.largest):>12}",
         f"work of the busiest rank: {p.balance:.2f} times the mean",
     ]
+
+
+def _spread(p: Plan) -> str:
+    """The ranks, as people write them."""
+    groups = f"{p.world_size // p.shards:,} x {p.shards:,}" if p.sharding == "hsdp" else f"{p.world_size:,}"
+    return f"{groups} x {p.sharding}"
 
 
 def _size(size: int) -> str:
@@ -422,7 +533,7 @@ def draw(p: Plan, path: Path) -> None:
             axes.annotate(text, (end, row), xytext=(6, 0), textcoords="offset points", va="center")
         axes.invert_yaxis()
         axes.set(xlim=(0, 1.45 * max(ends)), xlabel="GB on the fullest rank")
-        axes.set_title(f"Optimizer state of {p.model}, {p.world_size:,} x {p.sharding}")
+        axes.set_title(f"Optimizer state of {p.model}, {_spread(p)}")
         axes.legend(frameon=False, loc="lower right")
         write_figure(path, figure)
 
@@ -431,7 +542,7 @@ def main(arguments: Sequence[str]) -> None:
     """`hf-shampoo4 plan`."""
     chosen = _parser().parse_args(arguments)
     options = {**OPTIMS[chosen.optim], **parse_optim_args(chosen.optim_args)}
-    made = plan(chosen.model, chosen.world_size, chosen.sharding, **options)
+    made = plan(chosen.model, chosen.world_size, chosen.sharding, chosen.shards, **options)
     print(made)
     if chosen.output_dir:
         write_json(chosen.output_dir / "plan.json", made.to_dict())
@@ -445,6 +556,7 @@ def _parser() -> argparse.ArgumentParser:
     add("model", help="a preset of configs/models, a config.json, a folder or a hub name")
     add("--world-size", "--world_size", type=int, default=1, metavar="N", help="ranks (default: 1)")
     add("--sharding", choices=SHARDINGS, default="ddp", help="how the ranks share the model (default: ddp)")
+    add("--shards", type=int, metavar="N", help="under hsdp, ranks that share one copy of the model (default: 8)")
     add("--optim", choices=OPTIMS, default="shampoo4bit", help="as in --optim of a training (default: shampoo4bit)")
     add("--optim_args", "--optim-args", help='as in a training: "block_size=512,preset=paper_eigen"')
     add("--output_dir", "--output-dir", type=Path, help="write plan.json and plan.png there")

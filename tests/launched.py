@@ -17,6 +17,7 @@ from torch import Tensor, nn
 import hf_shampoo4 as s4
 
 BATCH, STEPS = 4, 4
+OPTIONS = {"stats_every": 2, "roots_every": 2, "block_size": 16}
 
 
 class Block(nn.Module):
@@ -68,7 +69,7 @@ def train() -> dict[str, object]:
 
     torch.manual_seed(0)
     accelerator, model = Accelerator(), Model()
-    optimizer = s4.Shampoo4bit(s4.param_groups(model, weight_decay=0.1), lr=1e-2, stats_every=2, roots_every=2)
+    optimizer = s4.Shampoo4bit(s4.param_groups(model, weight_decay=0.1), lr=1e-2, **OPTIONS)
     batches = DataLoader(torch.randint(64, (BATCH * STEPS * accelerator.num_processes, 16)), batch_size=BATCH)
     model, optimizer, batches = accelerator.prepare(model, optimizer, batches)
     losses = []
@@ -87,6 +88,7 @@ def train() -> dict[str, object]:
         "stage": getattr(model, "zero_optimization_stage", int)(),
         "mesh": list(getattr(next(iter(model.parameters())), "device_mesh", torch.zeros(())).shape),
         "state_bytes": s4.metrics(inner)["optim/state_bytes"], "steps": inner.param_groups[0]["step"],
+        "sent": dict(inner._ranks.sent),
     }  # fmt: skip
     Path(f"{sys.argv[sys.argv.index('--result') + 1]}.{accelerator.process_index}").write_text(json.dumps(found))
     accelerator.wait_for_everyone()
