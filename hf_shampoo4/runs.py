@@ -11,7 +11,7 @@ import html
 import io
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +22,15 @@ COLOURS = ("#d9480f", "#1971c2", "#2f9e44", "#862e9c", "#e8590c", "#495057", "#0
 
 # what a run may have logged -> the title of its curve
 CURVES = {
-    "loss": "Training loss",
     "eval_loss": "Validation loss",
+    "loss": "Training loss",
     "learning_rate": "Learning rate",
     "grad_norm": "Gradient norm",
     "optim/refresh_seconds": "Seconds spent on factors and bases so far",
     "optim/skipped_steps": "Steps skipped for a gradient that was not finite",
     "optim/failed_refreshes": "Blocks whose refresh failed and kept the last good one",
 }
+COUNTS = ("optim/skipped_steps", "optim/failed_refreshes")  # of things that should not happen: drawn if they did
 
 
 @dataclass(frozen=True)
@@ -74,9 +75,18 @@ def read_run(folder: Path) -> Run:
     return Run(folder.resolve().name, log, found)
 
 
+def _told_apart(runs: Sequence[Run], folders: Sequence[Path]) -> list[Run]:
+    """Runs whose folders have the same name are called by their folders' parents too."""
+    names = [run.name for run in runs]
+    return [
+        replace(run, name="/".join(folder.resolve().parts[-2:])) if names.count(run.name) > 1 else run
+        for run, folder in zip(runs, folders, strict=True)
+    ]
+
+
 def page(runs: Sequence[Run]) -> str:
     """The runs as an HTML page without any other file: a table, and a picture for every curve that one of them has."""
-    pictures = [_picture(title, key, runs) for key, title in CURVES.items() if any(len(r.curve(key)) > 1 for r in runs)]
+    pictures = [_picture(title, key, runs) for key, title in CURVES.items() if any(_is_drawn(run, key) for run in runs)]
     names = ", ".join(html.escape(run.name) for run in runs)
     return f"""<!doctype html>
 <html lang="en">
@@ -88,12 +98,14 @@ body {{ font: 15px/1.5 system-ui, sans-serif; color: #212529; margin: 2rem auto;
 h1 {{ font-size: 1.4rem }}
 .wide {{ overflow-x: auto }}
 table {{ border-collapse: collapse; margin: 1rem 0 2rem }}
-th, td {{ padding: .35rem .8rem; border-bottom: 1px solid #dee2e6; text-align: right; white-space: nowrap }}
-th:first-child, td:first-child {{ text-align: left }}
+th, td {{ padding: .35rem .7rem; border-bottom: 1px solid #dee2e6; text-align: right; vertical-align: bottom }}
+th {{ font-weight: 600; color: #495057 }}
+th:first-child, td:first-child {{ text-align: left; white-space: nowrap }}
+.swatch {{ display: inline-block; width: .8rem; height: .8rem; margin-right: .5rem; border-radius: .15rem }}
 .curves {{ display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 30rem), 1fr)); gap: 1rem }}
 svg {{ width: 100%; height: auto }}
 </style>
-<h1>{names}</h1>
+<h1>Training runs: {names}</h1>
 <div class="wide">{_table(runs)}</div>
 <div class="curves">
 {"".join(pictures)}
@@ -102,16 +114,27 @@ svg {{ width: 100%; height: auto }}
 """
 
 
+def _is_drawn(run: Run, key: str) -> bool:
+    curve = run.curve(key)
+    return len(curve) > 1 and (key not in COUNTS or curve[-1][1] > 0)
+
+
 def _table(runs: Sequence[Run]) -> str:
-    """Final figures, one row a run; columns that no run has are left out."""
+    """Final figures, one row a run in the colour of its curves; the best validation loss is bold."""
     rows = [_figures(run) for run in runs]
     columns = [name for name in rows[0] if any(row[name] for row in rows)]
     head = "".join(f"<th>{name}</th>" for name in ("run", *columns))
-    body = "".join(
-        f"<tr><td>{html.escape(run.name)}</td>" + "".join(f"<td>{row[name]}</td>" for name in columns) + "</tr>\n"
-        for run, row in zip(runs, rows, strict=True)
-    )
+    best = min((row[BEST] for row in rows if row[BEST]), default="")
+    body = ""
+    for i, (run, row) in enumerate(zip(runs, rows, strict=True)):
+        swatch = f'<span class="swatch" style="background:{COLOURS[i % len(COLOURS)]}"></span>'
+        bold = {BEST: f"<b>{best}</b>"} if len(runs) > 1 and best and row[BEST] == best else {}
+        cells = "".join(f"<td>{value}</td>" for value in ({**row, **bold}[name] for name in columns))
+        body += f"<tr><td>{swatch}{html.escape(run.name)}</td>{cells}</tr>\n"
     return f"<table>\n<tr>{head}</tr>\n{body}</table>"
+
+
+BEST = "lowest validation loss"
 
 
 def _figures(run: Run) -> dict[str, str]:
@@ -119,14 +142,14 @@ def _figures(run: Run) -> dict[str, str]:
     size = run.last("optim/state_bytes") or run.last("train_mem_optimizer_state")
     return {
         "steps": _number(max((entry["step"] for entry in run.log if "step" in entry), default=None), ".0f"),
-        "peak learning rate": _number(max((value for _, value in rates), default=None), ".3g"),
         "training loss": _number(run.last("loss"), ".4f"),
         "validation loss": _number(run.last("eval_loss"), ".4f"),
-        "lowest": _number(min((value for _, value in evaluated), default=None), ".4f"),
-        "time, s": _number(run.last("train_runtime"), ".1f"),
-        "samples/s": _number(run.last("train_samples_per_second"), ".1f"),
-        "of it refreshes, s": _number(run.last("optim/refresh_seconds"), ".1f"),
+        BEST: _number(min((value for _, value in evaluated), default=None), ".4f"),
         "optimizer state, MB": _number(size / 1e6 if size else None, ".2f"),
+        "time, s": _number(run.last("train_runtime"), ".1f"),
+        "of it on factors and bases, s": _number(run.last("optim/refresh_seconds"), ".1f"),
+        "samples/s": _number(run.last("train_samples_per_second"), ".1f"),
+        "peak learning rate": _number(max((value for _, value in rates), default=None), ".3g"),
         "skipped steps": _number(run.last("optim/skipped_steps") or None, ".0f"),
         "failed refreshes": _number(run.last("optim/failed_refreshes") or None, ".0f"),
     }
@@ -147,8 +170,12 @@ def _picture(title: str, key: str, runs: Sequence[Run]) -> str:
         axes = figure.subplots()
         for i, run in enumerate(runs):
             if curve := run.curve(key):
-                axes.plot(*zip(*curve, strict=True), color=COLOURS[i % len(COLOURS)], linewidth=1.6, label=run.name)
+                width = 1.6 + 1.4 * (len(runs) - 1 - i)  # equal curves lie under each other and are all seen
+                colour = COLOURS[i % len(COLOURS)]
+                axes.plot(*zip(*curve, strict=True), color=colour, linewidth=min(width, 6.0), label=run.name)
         axes.set(title=title, xlabel="step")
+        if key in COUNTS:
+            axes.yaxis.get_major_locator().set_params(integer=True)
         axes.grid(color="#e5e7eb", linewidth=0.8)
         axes.set_axisbelow(True)
         if len(runs) > 1:
@@ -166,5 +193,5 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--output", type=Path, help="the page (default: report.html in the first folder)")
     chosen = parser.parse_args(arguments)
     output = chosen.output or chosen.runs[0] / "report.html"
-    write_text(output, page([read_run(folder) for folder in chosen.runs]))
+    write_text(output, page(_told_apart([read_run(folder) for folder in chosen.runs], chosen.runs)))
     print(output)

@@ -67,9 +67,21 @@ def test_two_runs_on_one_page(tmp_path, capsys):
     parser = Balanced()
     parser.feed(text)
     assert parser.open == []
-    assert "adam & eve, mine" in parser.text
-    assert text.count("<svg") == 7  # every curve that one of them logged
+    assert "Training runs: adam & eve, mine" in parser.text
+    assert text.count("<svg") == 5  # every curve that one of them logged; nothing was skipped and nothing failed
     assert "optimizer state, MB" in text
+
+
+def test_runs_of_the_same_name_are_told_apart_and_what_went_wrong_is_drawn(tmp_path, capsys):
+    runs = [trainer_run(tmp_path / parent / "run") for parent in ("a", "b")]
+    state = json.loads((runs[1] / "trainer_state.json").read_text())
+    state["log_history"] += [{"step": step, "optim/skipped_steps": step - 1} for step in (1, 2)]
+    (runs[1] / "trainer_state.json").write_text(json.dumps(state))
+    assert main(["report", *map(str, runs)]) == 0
+    text = (runs[0] / "report.html").read_text()
+    assert "Training runs: a/run, b/run" in text
+    assert "Steps skipped for a gradient that was not finite" in text
+    assert text.count("<b>1.2500</b>") == 2
 
 
 def test_nothing_is_loaded_from_elsewhere(tmp_path):
@@ -83,7 +95,7 @@ def test_figures_are_the_runs(tmp_path):
     run = read_run(trainer_run(tmp_path / "a", inside="checkpoint-5"))
     assert run.curve("eval_loss") == [(3, 1.5), (5, 1.25)]
     text = page([run])
-    assert "<td>5</td><td>0.001</td><td>1.0000</td><td>1.2500</td><td>1.2500</td>" in text
+    assert "<td>5</td><td>1.0000</td><td>1.2500</td><td>1.2500</td><td>0.001</td>" in text
     loop = read_run(own_loop(tmp_path / "mine"))
     assert loop.last("optim/state_bytes") > 0
     assert loop.last("optim/skipped_steps") == 0
