@@ -163,6 +163,7 @@ def _picture(title: str, key: str, runs: Sequence[Run]) -> str:
     """One curve of every run, as SVG without its XML header."""
     import matplotlib
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     style = {"font.size": 11, "axes.spines.top": False, "axes.spines.right": False, "svg.hashsalt": key}
     with matplotlib.rc_context(style):
@@ -175,7 +176,7 @@ def _picture(title: str, key: str, runs: Sequence[Run]) -> str:
                 axes.plot(*zip(*curve, strict=True), color=colour, linewidth=min(width, 6.0), label=run.name)
         axes.set(title=title, xlabel="step")
         if key in COUNTS:
-            axes.yaxis.get_major_locator().set_params(integer=True)
+            axes.yaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(color="#e5e7eb", linewidth=0.8)
         axes.set_axisbelow(True)
         if len(runs) > 1:

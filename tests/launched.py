@@ -69,6 +69,8 @@ def train() -> dict[str, object]:
 
     torch.manual_seed(0)
     accelerator, model = Accelerator(), Model()
+    if os.environ.get("FSDP_VERSION") == "1":  # the optimizer must know how it has taken the parameters apart
+        model = accelerator.prepare(model)
     optimizer = s4.Shampoo4bit(s4.param_groups(model, weight_decay=0.1), lr=1e-2, **OPTIONS)
     batches = DataLoader(torch.randint(64, (BATCH * STEPS * accelerator.num_processes, 16)), batch_size=BATCH)
     model, optimizer, batches = accelerator.prepare(model, optimizer, batches)
