@@ -4,7 +4,8 @@
 
 The script is not part of this repository: it comes with a checkout of transformers.  A tiny LLaMA is trained in
 bfloat16 on some of the standard library's source, with gradient checkpointing and accumulation; then again from the
-checkpoint in the middle.  Both must end with the same losses and the same weights, byte for byte.
+checkpoint in the middle.  Both must end with the same losses and the same weights, byte for byte.  Flags that are not
+known here are the script's: `--torch_compile`, for one.
 """
 
 from __future__ import annotations
@@ -73,7 +74,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("script", type=Path, help="run_clm.py of a transformers checkout")
     parser.add_argument("--output", type=Path, help="write the outcome there as JSON")
-    chosen = parser.parse_args()
+    chosen, more = parser.parse_known_args()
     runs: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
@@ -81,15 +82,16 @@ def main() -> None:
         for optim in OPTIMS:
             for processes in (1, 2):
                 name = f"{optim}, {processes} process{'es' if processes > 1 else ''}"
-                flags = [*FLAGS, *data, "--optim", optim, "--optim_args", "stats_every=2"]
+                flags = [*FLAGS, *data, *more, "--optim", optim, "--optim_args", "stats_every=2"]
                 whole = train(launched(chosen.script, processes, flags), folder / name / "whole")
                 middle = folder / name / "whole" / f"checkpoint-{STEPS // 2}"
                 again = [*flags, "--resume_from_checkpoint", str(middle)]
                 resumed = train(launched(chosen.script, processes, again), folder / name / "resumed")
                 runs[name] = {**whole, "resumed": resumed == whole}
                 print(f"{name}: losses {whole['losses']}, resumed: {'the same' if resumed == whole else resumed}")
+    words = ["python -m hf_shampoo4 run_clm.py", *FLAGS, *more, "--optim NAME --optim_args stats_every=2"]
     found = {
-        "command": f"python -m hf_shampoo4 run_clm.py {' '.join(FLAGS)} --optim NAME --optim_args stats_every=2 ...",
+        "command": " ".join(words),
         "script_sha256": hashlib.sha256(chosen.script.read_bytes()).hexdigest(),
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
         "runs": runs,

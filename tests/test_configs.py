@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from hf_shampoo4.demo import read_plan
+from hf_shampoo4.integrations.trainer import OPTIMS
 from hf_shampoo4.options import PRESETS, Options, parse_optim_args
 from hf_shampoo4.train import ModelArguments, build_model, config_root, load_model_config, parse, read_config
 
@@ -88,6 +89,12 @@ def test_every_options_file_goes_into_optim_args(path):
     assert chosen
     if path.stem in PRESETS:
         assert chosen == PRESETS[path.stem]
+
+
+@pytest.mark.parametrize("name", OPTIMS)
+def test_every_optimizer_has_a_file_that_is_its_default(name):
+    chosen = parse_optim_args(f"config={config_root() / 'optimizers' / f'{name}.yaml'}")
+    assert Options(**{**OPTIMS[name], **chosen}) == Options(**OPTIMS[name])
 
 
 def test_every_preset_has_a_file_and_the_template_is_the_default():

@@ -62,11 +62,24 @@ def test_python_blocks_run_one_after_the_other(page: Path, names: dict[str, Any]
 @pytest.mark.parametrize("page", of_language("bash"), ids=lambda page: page.stem)
 def test_commands_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
+    for run in ("adamw_torch_fused", "shampoo4bit"):  # the demo's, as far as a report needs them
+        (tmp_path / "runs" / "demo" / run).mkdir(parents=True)
+        (tmp_path / "runs" / "demo" / run / "metrics.jsonl").write_text(
+            '{"step": 1, "loss": 2.0}\n{"step": 2, "loss": 1.0}'
+        )
     for block in blocks(page):
         for line in block.code.splitlines() if block.language == "bash" and not block.skipped else ():
             command, *words = shlex.split(line, comments=True)
             assert command == "hf-shampoo4", f"{page.name}: mark the block '<!-- not run: why -->': {line}"
             assert main(words) == 0
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_files_of_the_repository_that_commands_and_marks_name_are_there(page: Path) -> None:
+    """Also of the blocks that are not run here."""
+    for found in FENCE.finditer(page.read_text(encoding="utf-8")):
+        for path in re.findall(r"(?<![\w/.])(?:configs|scripts|tests)/[\w/.]+\.\w+", found[0]):
+            assert (ROOT / path).is_file(), path
 
 
 @pytest.mark.parametrize("page", of_language("yaml", "json"), ids=lambda page: page.stem)
