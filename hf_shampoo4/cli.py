@@ -10,6 +10,7 @@ import importlib
 import sys
 from collections.abc import Sequence
 
+from hf_shampoo4.extras import MissingPackage, named
 from hf_shampoo4.options import OptionError
 
 # name -> (module whose `main(arguments)` does it, what it does)
@@ -38,8 +39,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     items = list(sys.argv[1:] if arguments is None else arguments)
     chosen = _overview().parse_args(items[:1] or ["--help"])
     try:
-        importlib.import_module(COMMANDS[chosen.command][0]).main(items[1:])
-    except (OptionError, FileNotFoundError, FileExistsError) as error:
+        with named():
+            importlib.import_module(COMMANDS[chosen.command][0]).main(items[1:])
+    except (OptionError, MissingPackage, FileNotFoundError, FileExistsError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0

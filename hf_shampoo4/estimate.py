@@ -21,6 +21,7 @@ from torch.distributed.tensor import Replicate, Shard
 
 from .algorithms import Elementwise
 from .blocks import Rect
+from .extras import named
 from .files import write_figure, write_json
 from .held import held_itself
 from .integrations.groups import param_groups
@@ -139,6 +140,7 @@ def plan(
 
     Raises:
         OptionError: an option, sharding, world size or model that is not allowed.
+        MissingPackage: a model by name or configuration without transformers (the extra `train`).
     """
     if sharding not in SHARDINGS:
         raise OptionError(f"sharding={sharding!r} is not allowed: it must be one of {', '.join(SHARDINGS)}")
@@ -181,9 +183,10 @@ def _named_model(given: Union[nn.Module, PreTrainedConfig, str]) -> tuple[str, n
     """A module with the parameters' shapes, on the meta device unless it was one already."""
     if isinstance(given, nn.Module):
         return type(given).__name__, given
-    import transformers
+    with named():
+        import transformers
 
-    from .train import ModelArguments, load_model_config
+        from .train import ModelArguments, load_model_config
 
     config = load_model_config(ModelArguments(model=given)) if isinstance(given, str) else given
     architecture = getattr(transformers, (config.architectures or [""])[0], None)

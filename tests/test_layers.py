@@ -21,6 +21,7 @@ LEVELS = {
     "codebooks": 0,
     "blocks": 0,
     "clock": 0,
+    "extras": 0,
     "files": 0,
     "resume": 0,
     "held": 0,
@@ -79,7 +80,7 @@ MOVEMENT = {"blocks", "placement", "exchange", "held"}
 
 # What the optimizer itself may need; everything else (transformers, datasets, ...) belongs to the top level.
 CORE_DEPENDENCIES = {"torch", "numpy", "yaml", "bitsandbytes", "triton"}
-WITHOUT_TORCH = {"options", "codebooks", "blocks", "files"}
+WITHOUT_TORCH = {"options", "codebooks", "blocks", "files", "extras"}
 
 
 def _modules() -> dict[str, list[Path]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import email
+import os
 import re
 import shutil
 import subprocess
@@ -99,6 +100,48 @@ def test_wheel_imports_and_runs_outside_the_tree(wheel: Path, tmp_path: Path) ->
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "demo" in done.stdout
+
+
+WITHOUT = """
+import sys
+from hf_shampoo4.extras import EXTRAS
+sys.modules.update(dict.fromkeys([*EXTRAS, "scipy", "trackio", "wandb", "optuna"]))  # None: as if not installed
+import torch
+import hf_shampoo4 as s4
+from hf_shampoo4.cli import main
+
+model = torch.nn.Sequential(torch.nn.Linear(80, 80), torch.nn.Linear(80, 8))
+optimizer = s4.Shampoo4bit(s4.param_groups(model), lr=1e-3, stats_every=1)
+model(torch.ones(2, 80)).square().sum().backward()
+optimizer.step()
+assert s4.metrics(optimizer)["optim/state_bytes"] > 0
+s4.register()
+print(s4.plan(model).state.total)
+for words in (["plan", "llama_tiny"], ["train", "stdlib_tiny"], ["demo"], ["finetune", "lora"], ["race", "moments"]):
+    assert main(words) == 2, words
+for make in (lambda: s4.plan("llama_tiny"), lambda: s4.Shampoo4bit(model.parameters(), moments="8bit").step()):
+    try:
+        make()
+    except ImportError as error:
+        print(error, file=sys.stderr)
+"""
+
+
+def test_without_any_optional_package_the_extra_is_named(tmp_path: Path) -> None:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", WITHOUT]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) > 0
+    said = done.stderr.splitlines()
+    extras = [re.findall(r"hf-shampoo4\[(\w+)\]", line) for line in said]
+    assert extras == [["train"]] * 6 + [["bnb"]], done.stderr
+
+
+def test_every_extra_that_code_names_exists(project: dict[str, Any]) -> None:
+    from hf_shampoo4.extras import EXTRAS
+
+    assert set(EXTRAS.values()) <= set(project["project"]["optional-dependencies"])
 
 
 def test_sub_packages_are_listed(project: dict[str, Any]) -> None:
