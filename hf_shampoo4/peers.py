@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import nn
 
 from hf_shampoo4.data import ConfigError
@@ -23,7 +25,10 @@ def muon(model: nn.Module, args: Any) -> Chosen:
     ]
     betas = (args.adam_beta1, args.adam_beta2)
     kwargs = {"lr": args.learning_rate, "adamw_lr": args.learning_rate, "adamw_betas": betas, "use_adjusted_lr": True}
-    return _of_pytorch_optimizer("Muon"), {**kwargs, "params": groups}
+    chosen = _of_pytorch_optimizer("Muon")
+    if not torch.accelerator.is_available():
+        _in_float32(importlib.import_module("pytorch_optimizer.optimizer.muon.base"))
+    return chosen, {**kwargs, "params": groups}
 
 
 def soap(model: nn.Module, args: Any) -> Chosen:
@@ -33,6 +38,13 @@ def soap(model: nn.Module, args: Any) -> Chosen:
         for group in param_groups(model, args.weight_decay)
     ]
     return _of_pytorch_optimizer("SOAP"), {"lr": args.learning_rate, "max_precondition_dim": 2048, "params": groups}
+
+
+def _in_float32(module: Any) -> None:
+    """Have Muon iterate in float32: a CPU without bfloat16 products takes a hundred times as long for those."""
+    name = "zero_power_via_newton_schulz_5"
+    iterate = getattr(module, name)
+    setattr(module, name, functools.partial(getattr(iterate, "func", iterate), dtype=torch.float32))
 
 
 def _of_pytorch_optimizer(name: str) -> type:
