@@ -34,6 +34,7 @@ sys.path.insert(0, str(ROOT))
 import hf_shampoo4 as s4  # noqa: E402
 from hf_shampoo4 import Shampoo4bit  # noqa: E402
 from hf_shampoo4.checkpoint import by_position, read  # noqa: E402
+from hf_shampoo4.files import write_json  # noqa: E402
 from hf_shampoo4.held import full_shape, remember  # noqa: E402
 from hf_shampoo4.optimizer import clean_name  # noqa: E402
 from hf_shampoo4.options import Options  # noqa: E402
@@ -723,7 +724,7 @@ def worker(folder: Path, cases: list[Case], checkpoints: Path) -> None:
         except Exception:
             found[case.name] = {"error": traceback.format_exc()}
         print(f"rank {rank}: {case.name} {found[case.name]}", flush=True)
-    (folder / f"rank{rank}.json").write_text(json.dumps(found))
+        write_json(folder / f"rank{rank}.json", found)  # after every case: whoever stops it keeps what was done
     sys.stdout.flush()
     os._exit(0)
 
@@ -758,26 +759,44 @@ def launch(world: int, *words: str, timeout: float = 300, script: Path = Path(__
         return [json.loads(file.read_text()) for file in files]
 
 
-def whole_matrix(steps: int, file: Path) -> None:
-    """Every engine with every set of options on 2, 3 and 4 ranks; takes hours on two cores."""
-    found: dict[str, Any] = {
-        "command": f"python tests/ranks.py --all --steps {steps}", "torch": torch.__version__, "backend": "gloo",
-        "gradients": "exact averages, see the docstring", "worlds": {},
+# One engine of each kind is tried with every set of options, its variants with one of each way to treat a matrix.
+KINDS = ("ddp", "ddp_sharded", "fsdp2", "tp", "fsdp1", "zero1", "zero2", "zero3")
+FOR_VARIANTS = ("shampoo", "kl_shampoo")
+
+
+def matrix(world: int) -> list[str]:
+    engines = [engine for engine in ENGINES if engine != "single" and ("h" != engine[0] or world % 2 == 0)]
+    engines = [engine for engine in engines if engine != "fsdp1_hybrid" or world % 2 == 0]
+    of = {engine: [*OPTIONS] if engine in KINDS else FOR_VARIANTS for engine in engines}
+    # parameters in bfloat16 are another thing under ZeRO, which keeps float32 ones: the variants *_bf16
+    return [f"{e}-{o}" for o in OPTIONS for e in engines if o in of[e] and not (o == "bf16" and e in ZERO)]
+
+
+def whole_matrix(steps: int, worlds: list[int], hours: float, file: Path) -> None:
+    """Every kind of engine with every set of options; what the file has of other numbers of ranks stays there."""
+    found: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {"worlds": {}}
+    found = {
+        "command": "python tests/ranks.py --all", "torch": torch.__version__, "backend": "gloo",
+        "gradients": "exact averages, see the docstring", "worlds": found["worlds"],
     }  # fmt: skip
-    for world in (2, 3, 4):
-        engines = [engine for engine in ENGINES if engine != "single" and (engine != "hsdp" or world % 2 == 0)]
-        cases = ",".join(f"{engine}-{options}" for options in OPTIONS for engine in engines)
-        ranks = launch(world, "--cases", cases, "--steps", str(steps), timeout=4 * 3600)
-        found["worlds"][str(world)] = {
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout
+    for world in worlds:
+        ranks = launch(world, "--cases", ",".join(matrix(world)), "--steps", str(steps), timeout=hours * 3600)
+        cases = {
             case: {**there, "state_bytes": [rank[case].get("state_bytes") for rank in ranks]}
             for case, there in ranks[0].items()
+            if all(case in rank for rank in ranks)
         }
+        found["worlds"][str(world)] = {"steps": steps, "commit": commit.strip(), "cases": cases}
         file.write_text(json.dumps(found, indent=1) + "\n")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--all", action="store_true", help="the whole matrix, written to docs/results/ranks.json")
+    parser.add_argument("--worlds", type=int, nargs="*", default=[2, 3, 4], help="with --all")
+    parser.add_argument("--hours", type=float, default=4, help="with --all: at most, for each number of ranks")
+    parser.add_argument("--output", type=Path, default=ROOT / "docs" / "results" / "ranks.json", help="with --all")
     parser.add_argument("--world", type=int, default=2)
     parser.add_argument("--cases", default="ddp-shampoo,ddp_sharded-shampoo,fsdp2-shampoo", help="ENGINE-OPTIONS,...")
     parser.add_argument(
@@ -790,7 +809,7 @@ def main() -> None:
     if given.worker:
         worker(Path(given.worker), cases, Path(given.checkpoints))
     elif given.all:
-        whole_matrix(given.steps, ROOT / "docs" / "results" / "ranks.json")
+        whole_matrix(given.steps, given.worlds, given.hours, given.output)
     else:
         words = ["--cases", given.cases, "--steps", str(given.steps), "--checkpoints", given.checkpoints]
         for name, there in launch(given.world, *words)[0].items():
