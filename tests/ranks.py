@@ -765,8 +765,8 @@ FOR_VARIANTS = ("shampoo", "kl_shampoo")
 
 
 def matrix(world: int) -> list[str]:
-    engines = [engine for engine in ENGINES if engine != "single" and ("h" != engine[0] or world % 2 == 0)]
-    engines = [engine for engine in engines if engine != "fsdp1_hybrid" or world % 2 == 0]
+    engines = [engine for engine in ENGINES if engine != "single" and (engine != "hsdp" or world % 2 == 0)]
+    engines = [engine for engine in engines if engine != "fsdp1_hybrid" or world == 4]  # needs two shards a replica
     of = {engine: [*OPTIONS] if engine in KINDS else FOR_VARIANTS for engine in engines}
     # parameters in bfloat16 are another thing under ZeRO, which keeps float32 ones: the variants *_bf16
     return [f"{e}-{o}" for o in OPTIONS for e in engines if o in of[e] and not (o == "bf16" and e in ZERO)]
