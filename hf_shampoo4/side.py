@@ -75,9 +75,7 @@ def load_optimizer(optimizer: Shampoo4bit, folder: str | Path) -> None:
         missing = sorted(rows.keys() - stored)
         if missing:
             raise CheckpointError(f"{folder} lacks {len(missing)} blocks' tensors that are this rank's: {missing[:3]}")
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # that no process group is used, as it is meant
-            checkpoint.load(dict(rows), checkpoint_id=folder, no_dist=True)
+        _load(rows, folder)
 
     optimizer.load_blocks(bare, read)
 
@@ -100,7 +98,7 @@ def read_whole(folder: Path) -> dict[str, Any]:
     groups = read_groups(folder)
     stored: dict[str, Any] = checkpoint.FileSystemReader(folder).read_metadata().state_dict_metadata
     rows = {name: torch.empty(found.size, dtype=found.properties.dtype) for name, found in stored.items()}
-    checkpoint.load(rows, checkpoint_id=folder, no_dist=True)
+    _load(rows, folder)
     of: dict[str, dict[str, dict[int, Tensor]]] = {}
     for path, row in rows.items():
         name, shape, kind, k = path.rsplit("/", 3)
@@ -115,6 +113,23 @@ def read_whole(folder: Path) -> dict[str, Any]:
         "state": state,
         "param_groups": [{**group, "params": list(group.pop("parameters"))} for group in groups],
     }
+
+
+def _load(rows: dict[str, Tensor], folder: Path) -> None:
+    """Fill tensors, each rank for itself.
+
+    Raises:
+        CheckpointError: a file cannot be read.
+    """
+    from torch.distributed import checkpoint
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that no process group is used, as it is meant
+            checkpoint.load(dict(rows), checkpoint_id=folder, no_dist=True)
+    except checkpoint.CheckpointException as error:  # no Exception, so that whoever cleans up after those would not
+        reasons = "; ".join(sorted({f"{type(e).__name__}: {e}" for e, _ in error.failures.values()}))
+        raise CheckpointError(f"{folder} cannot be read: {reasons}") from error
 
 
 def _described(optimizer: Shampoo4bit, index: int) -> dict[str, Any]:

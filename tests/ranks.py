@@ -14,6 +14,7 @@ import functools
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -24,6 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -398,6 +400,8 @@ class Case:
             return trainer(self, folder)
         if self.options == "failing":
             return failing(self)
+        if self.options == "refused":
+            return refused(self, folder)
         return reshard(self, folder) if "+" in self.options else equality(self, truths)
 
 
@@ -407,6 +411,7 @@ def equality(case: Case, truths: dict[str, dict[str, Tensor]]) -> dict[str, Any]
     dtype = getattr(torch, options.pop("dtype", "float32"))
     world = dist.get_world_size()
     run = ENGINES[case.engine](options, dtype)
+    EXCHANGES.clear()
     key = f"{case.options} {run.missing} {run.copies}"
     if key not in truths:
         alone = reference(options, world, dtype, run.missing, run.copies)
@@ -443,8 +448,46 @@ def equality(case: Case, truths: dict[str, dict[str, Tensor]]) -> dict[str, Any]
         "all_state_bytes": sum(load.bytes for load in loads),
         "largest_block_bytes": max(load.bytes for load in loads),
         "sent": dict(run.optimizer._ranks.sent),
+        "theory": theory(run, case.steps),
+        "exchanges": EXCHANGES.pop("made", 0),
+        "waves": len(run.optimizer._all_waves()),
         "ms_per_step": round(1e3 * seconds / case.steps, 1),
     }
+
+
+EXCHANGES: dict[str, int] = {}
+"""How many all-to-alls this process has made since it was cleared."""
+
+
+def count_exchanges() -> None:
+    exchange = dist.all_to_all_single
+
+    def counted(*arguments: Any, **settings: Any) -> Any:
+        EXCHANGES["made"] = EXCHANGES.get("made", 0) + 1
+        return exchange(*arguments, **settings)
+
+    dist.all_to_all_single = counted
+
+
+def theory(run: Run, steps: int) -> dict[str, int]:
+    """The bytes that this rank has to send, counted entry by entry: who holds it, and who owns its block."""
+    rank, sent = dist.get_rank(), {"gradients": 0, "updates": 0}
+    for wave in run.optimizer._all_waves():
+        for member in wave.members:
+            shape = member.blocks[0].view
+            owner = np.full((shape.count, shape.rows, shape.columns), -1)
+            for block, of_block in zip(member.blocks, member.owners, strict=True):
+                rect = block.rect
+                owner[rect.matrix, rect.r0 : rect.r1, rect.c0 : rect.c1] = of_block
+            rare = member.name.endswith(RARELY) and run.missing == "none"
+            times = sum(1 for t in range(steps) if not (rare and t % 3 == 1))
+            for region, ranks in member.placement.shares:
+                starts = region.start + region.step * np.arange(region.runs)
+                of_share = owner.flatten()[(starts[:, None] + np.arange(region.length)).flatten()]
+                if ranks == (rank,):
+                    sent["gradients"] += 4 * times * int((of_share != rank).sum())
+                sent["updates"] += 4 * times * int((of_share == rank).sum()) * len(set(ranks) - {rank})
+    return sent
 
 
 # ---------------------------------------------------------------------------------------------------- checkpoints
@@ -682,6 +725,29 @@ def failing(case: Case) -> dict[str, Any]:
     return {"said": said, "skipped": run.optimizer.param_groups[0]["skipped_steps"], "unchanged": unchanged}
 
 
+def refused(case: Case, folder: Path) -> dict[str, Any]:
+    """What each rank says to checkpoints that do not fit: `zero2-own` and `zero2-side` were saved by two ranks."""
+    saved, side, rank = folder / "zero2-own", folder / "zero2-side", dist.get_rank()
+    files = sorted(saved.glob("global_step*/*_optim_states.pt"))
+    said = {"engine": _message(lambda: resumed("zero2", "own", saved))}
+
+    run = begun(case.engine, saved)
+    part = torch.load(files[rank % len(files)], weights_only=False)["optimizer_state_dict"]["base_optimizer_state"]
+    run.optimizer.load_state_dict(part)
+    said["part"] = _message(lambda: run.step(0))
+
+    run = begun(case.engine, saved)
+    said["options"] = _message(lambda: s4.load_optimizer(begun(case.engine, saved, {"bits": 8}).optimizer, side))
+    lacking = folder / f"lacking{rank}"  # every rank its own, as on disks that are not shared
+    shutil.copytree(side, lacking, dirs_exist_ok=True)
+    if rank == 1:
+        for file in lacking.glob("*.distcp"):
+            file.unlink()
+    s4.load_optimizer(run.optimizer, lacking)
+    said["lacking"] = _message(lambda: run.step(0))
+    return {"said": said}
+
+
 class Broken:
     """An algorithm that runs out of memory."""
 
@@ -716,6 +782,7 @@ def worker(folder: Path, cases: list[Case], checkpoints: Path) -> None:
     torch.set_num_threads(1)
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
+    count_exchanges()
     found: dict[str, Any] = {}
     truths: dict[str, dict[str, Tensor]] = {}
     for case in cases:
@@ -772,29 +839,31 @@ def matrix(world: int) -> list[str]:
     return [f"{e}-{o}" for o in OPTIONS for e in engines if o in of[e] and not (o == "bf16" and e in ZERO)]
 
 
-def whole_matrix(steps: int, worlds: list[int], hours: float, file: Path) -> None:
-    """Every kind of engine with every set of options; what the file has of other numbers of ranks stays there."""
+def whole_matrix(given: argparse.Namespace) -> None:
+    """Every kind of engine with every set of options; what the file has of other cases stays there."""
+    file: Path = given.output
     found: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {"worlds": {}}
     found = {
         "command": "python tests/ranks.py --all", "torch": torch.__version__, "backend": "gloo",
         "gradients": "exact averages, see the docstring", "worlds": found["worlds"],
     }  # fmt: skip
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout
-    for world in worlds:
-        ranks = launch(world, "--cases", ",".join(matrix(world)), "--steps", str(steps), timeout=hours * 3600)
-        cases = {
-            case: {**there, "state_bytes": [rank[case].get("state_bytes") for rank in ranks]}
-            for case, there in ranks[0].items()
-            if all(case in rank for rank in ranks)
-        }
-        found["worlds"][str(world)] = {"steps": steps, "commit": commit.strip(), "cases": cases}
-        file.write_text(json.dumps(found, indent=1) + "\n")
+    for world in given.worlds:
+        cases = [case for case in matrix(world) if case.startswith(tuple(given.engines))]
+        words = ("--cases", ",".join(cases), "--steps", str(given.steps))
+        ranks = launch(world, *words, timeout=given.hours * 3600)
+        of_world = found["worlds"].setdefault(str(world), {})
+        for case in [case for case in cases if all(case in rank for rank in ranks)]:
+            spread = {"state_bytes": [rank[case].get("state_bytes") for rank in ranks]}
+            of_world[case] = {**ranks[0][case], **spread, "steps": given.steps, "commit": commit.strip()}
+        write_json(file, found)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--all", action="store_true", help="the whole matrix, written to docs/results/ranks.json")
     parser.add_argument("--worlds", type=int, nargs="*", default=[2, 3, 4], help="with --all")
+    parser.add_argument("--engines", nargs="*", default=[""], help="with --all: those that begin so")
     parser.add_argument("--hours", type=float, default=4, help="with --all: at most, for each number of ranks")
     parser.add_argument("--output", type=Path, default=ROOT / "docs" / "results" / "ranks.json", help="with --all")
     parser.add_argument("--world", type=int, default=2)
@@ -809,7 +878,7 @@ def main() -> None:
     if given.worker:
         worker(Path(given.worker), cases, Path(given.checkpoints))
     elif given.all:
-        whole_matrix(given.steps, given.worlds, given.hours, given.output)
+        whole_matrix(given)
     else:
         words = ["--cases", given.cases, "--steps", str(given.steps), "--checkpoints", given.checkpoints]
         for name, there in launch(given.world, *words)[0].items():
