@@ -637,6 +637,9 @@ def trainer(case: Case, folder: Path) -> dict[str, Any]:
 
     # accelerate shards on a CPU only if told that this is a machine with several devices
     os.environ.update(ACCELERATE_TORCH_DEVICE="cpu")
+    for left_over in ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP"):  # by another case in this process
+        os.environ.pop(left_over, None)
+    state.AcceleratorState._reset_state(reset_partial_state=True)
     state.PartialState._prepare_backend = lambda *a, **k: ("gloo", DistributedType.MULTI_GPU)
     if case.options in ZERO:
         deepspeed_without_compiler()

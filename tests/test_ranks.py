@@ -16,18 +16,21 @@ from hf_shampoo4.checkpoint import by_position, described, read
 STEPS = "8"
 CASES = {
     2: ["ddp-shampoo", "ddp_sharded-shampoo", "fsdp2-shampoo", "fsdp2_mixed-shampoo", "fsdp2_offload-shampoo",
-        "tp-shampoo", "ddp-soap", "fsdp2-soap", "fsdp2-sgdm", "fsdp2-bf16", "zero1-shampoo", "zero2_robin-shampoo",
-        "zero3_groups-kl_shampoo", "zero1_bf16_optimizer-shampoo"],
+        "tp-shampoo", "ddp-soap", "fsdp2-soap", "fsdp2-sgdm", "fsdp2-bf16", "fsdp1-shampoo", "zero1-shampoo",
+        "zero2_robin-shampoo", "zero3_groups-kl_shampoo", "zero1_bf16_optimizer-shampoo"],
     3: ["ddp-kl_shampoo", "fsdp2-kl_shampoo", "fsdp2-cholesky_ef", "ddp_sharded-zipsr", "tp-elementwise",
-        "zero2-soap", "zero3-shampoo"],
-    4: ["hsdp-shampoo"],
+        "fsdp1_grad_op-soap", "zero3-shampoo"],
+    4: ["hsdp-shampoo", "fsdp1_hybrid-shampoo"],
 }  # fmt: skip
-SAVED = {2: ["fsdp2-full", "fsdp2-sharded", "ddp-plain", "ddp_sharded-plain"]}
-LOADED = {3: ["fsdp2-fsdp2+sharded", "ddp-fsdp2+full", "fsdp2-ddp+plain", "ddp_sharded-ddp+plain"],
-          1: ["single-fsdp2+full", "single-ddp_sharded+plain"]}  # fmt: skip
-FAILING = {2: ["fsdp2-failing", "ddp-failing"]}
-TRAINER = {2: ["trainer-zero1", "trainer-zero2", "trainer-zero3"]}
-KINDS = (CASES, SAVED, LOADED, FAILING, TRAINER)
+SAVED = {2: ["fsdp2-full", "fsdp2-sharded", "ddp-plain", "ddp_sharded-plain", "zero2-own", "zero2-side",
+             "fsdp1-full", "fsdp1-sharded"]}  # fmt: skip
+LOADED = {3: ["fsdp2-fsdp2+sharded", "ddp-fsdp2+full", "fsdp2-ddp+plain", "ddp_sharded-ddp+plain", "zero3-zero2+own",
+              "fsdp1-zero2+side", "fsdp2-fsdp1+full"],
+          1: ["single-fsdp2+full", "single-ddp_sharded+plain", "single-zero2+own", "single-fsdp1+sharded"]}  # fmt: skip
+FAILING = {2: ["fsdp2-failing", "ddp-failing", "zero2-failing", "fsdp1-failing"]}
+REFUSED = {2: ["zero3-refused"], 3: ["fsdp1-refused"]}
+TRAINER = {2: ["trainer-zero1", "trainer-zero2", "trainer-zero3", "trainer-fsdp1"]}
+KINDS = (CASES, SAVED, LOADED, FAILING, REFUSED, TRAINER)
 WORLDS = (2, 3, 4, 1)
 
 
@@ -71,7 +74,19 @@ def test_ranks_train_as_one_process_does(results: dict, world: int, case: str) -
         assert rank["bitwise"], rank["differ"]
 
 
-@pytest.mark.parametrize(("world", "case"), [(2, "ddp_sharded-shampoo"), (2, "fsdp2-shampoo"), (3, "fsdp2-kl_shampoo")])
+SHARDED = [(2, "ddp_sharded-shampoo"), (2, "fsdp2-shampoo"), (3, "fsdp2-kl_shampoo"), (3, "zero3-shampoo"),
+           (3, "fsdp1_grad_op-soap"), (2, "zero3_groups-kl_shampoo")]  # fmt: skip
+
+
+@pytest.mark.parametrize(("world", "case"), SHARDED)
+def test_what_is_sent_is_what_must_be_and_at_once(results: dict, world: int, case: str) -> None:
+    """`theory` looks at every entry: who holds it, and who owns its block."""
+    for rank in results[world, case]:
+        assert {"gradients": 0, **rank["sent"]} == rank["theory"]
+        assert rank["exchanges"] <= 2 * rank["waves"] * int(STEPS)
+
+
+@pytest.mark.parametrize(("world", "case"), SHARDED)
 def test_state_is_spread_over_the_ranks(results: dict, world: int, case: str) -> None:
     held = [rank["state_bytes"] for rank in results[world, case]]
     assert sum(held) == results[world, case][0]["all_state_bytes"]
@@ -89,7 +104,8 @@ def test_a_resumed_run_goes_on_as_if_it_had_not_stopped(results: dict, world: in
 def test_the_trainer_trains_and_resumes(results: dict, world: int, case: str) -> None:
     for rank in results[world, case]:
         assert "error" not in rank, rank["error"]
-        assert (rank["kind"], rank["optimizer"]) == ("DeepSpeedEngine", "Shampoo4bit")
+        engine = "FullyShardedDataParallel" if "fsdp1" in case else "DeepSpeedEngine"
+        assert (rank["kind"], rank["optimizer"]) == (engine, "Shampoo4bit")
         assert rank["losses"][-1] < rank["losses"][0] - 0.1
         assert rank["resumed_losses"] == rank["losses"]
         assert rank["bitwise"], rank["differ"]
@@ -126,6 +142,23 @@ def test_all_ranks_raise_together(results: dict, world: int, case: str) -> None:
     assert said[1]["gradient"] == "TypeError: a sparse gradient"
     assert said[0]["compute"] == "RuntimeError: rank 1 failed, so no rank goes on; there: MemoryError: no memory left"
     assert said[1]["compute"] == "MemoryError: no memory left"
+
+
+@each(REFUSED)
+def test_a_checkpoint_that_does_not_fit_is_refused_on_all_ranks(results: dict, world: int, case: str) -> None:
+    said = [rank["said"] for rank in results[world, case]]
+    for i, rank in enumerate(said):
+        assert (
+            rank["part"].startswith("CheckpointError: the checkpoint has blocks ")
+            or "so no rank goes on" in rank["part"]
+        )
+        assert "checkpoint convert DIR" in rank["part"]
+        assert rank["options"].startswith(
+            "CheckpointError: the checkpoint was written with bits=4, this run has bits=8"
+        )
+        failed = "" if i == 1 else "RuntimeError: rank 1 failed, so no rank goes on; there: "
+        assert rank["lacking"].startswith(f"{failed}CheckpointError: ")
+        assert ("DP world size of 2 but the current world size is 3" in rank["engine"]) == (world == 3)
 
 
 @each(FAILING)
