@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 CONFIG_ENV = "HF_SHAMPOO4_CONFIG"
+LARGEST_YAML = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -261,8 +262,8 @@ def resolve(
         raise OptionError(f"{config}: an options file cannot name another one (key 'config')")
     file_preset = from_file.pop("preset", None)
     preset = explicit_preset if explicit_preset is not None else file_preset
-    if preset is not None and preset not in PRESETS:
-        raise OptionError(f"unknown preset {preset!r}; valid presets: {', '.join(sorted(PRESETS))}")
+    if preset is not None and (not isinstance(preset, str) or preset not in PRESETS):
+        raise OptionError(f"unknown preset {_shown(preset)}; valid presets: {', '.join(sorted(PRESETS))}")
     merged: dict[str, Any] = dict(PRESETS[preset]) if preset is not None else {}
     for source in (from_file, given):
         merged.update({name: _cast(name, value) for name, value in source.items()})
@@ -295,19 +296,47 @@ def _split_items(text: str) -> dict[str, str]:
     return items
 
 
-def _read_config(path: str) -> dict[str, Any]:
+def read_yaml(path: Path) -> Any:
+    """What a small YAML file of plain values says.
+
+    Raises:
+        ValueError: why it is not one, in words that follow its name.
+    """
     import yaml
 
+    class Loader(yaml.SafeLoader):
+        """Plain values; without references, of which a small file can make a value that nobody can print."""
+
+        def compose_node(self, parent: Any, index: Any) -> Any:
+            if self.check_event(yaml.AliasEvent):
+                raise yaml.YAMLError(f"references (*{self.peek_event().anchor}) are not allowed")
+            return super().compose_node(parent, index)
+
     try:
-        content = yaml.safe_load(Path(path).expanduser().read_text())
+        if path.exists() and not path.is_file():
+            raise ValueError("is not a file")
+        if path.stat().st_size > LARGEST_YAML:
+            raise ValueError(f"is larger than {LARGEST_YAML:,} bytes")
+        return yaml.load(path.read_text(encoding="utf-8"), Loader=Loader)
     except OSError as error:
-        raise OptionError(f"options file {path!r} cannot be read: {error.strerror}") from error
+        raise ValueError(f"cannot be read: {error.strerror}") from error
+    except RecursionError as error:
+        raise ValueError("is not valid YAML: nested too deeply") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise OptionError(f"options file {path!r} is not valid YAML: {error}") from error
+        raise ValueError(f"is not valid YAML: {' '.join(str(error).split())}") from error
+
+
+def _read_config(path: Any) -> dict[str, Any]:
+    if not isinstance(path, (str, os.PathLike)):
+        raise OptionError(f"option config={_shown(path)} is not allowed: it must be the path of a YAML file")
+    try:
+        content = read_yaml(Path(path).expanduser())
+    except (ValueError, RuntimeError) as error:  # RuntimeError: there is no such user's home
+        raise OptionError(f"options file {str(path)!r} {error}") from error
     if content is None:
         return {}
     if not isinstance(content, dict):
-        raise OptionError(f"options file {path!r} must map option names to values, not {type(content).__name__}")
+        raise OptionError(f"options file {str(path)!r} must map option names to values, not {type(content).__name__}")
     return {str(key): value for key, value in content.items()}
 
 
@@ -320,13 +349,13 @@ def _cast(name: str, value: Any) -> Any:
     kind = _TYPES[name]
     if get_origin(kind) is Literal:
         for allowed in get_args(kind):
-            if value == allowed or (isinstance(value, str) and value == str(allowed)):
+            if isinstance(value, (str, int, float)) and value in (allowed, str(allowed)):
                 return allowed
         _require(name, value, False, "one of " + ", ".join(str(a) for a in get_args(kind)))
     caster = {bool: _as_bool, int: _as_int, float: _as_float}.get(kind, _as_sizes)
     try:
         return caster(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         expected = {bool: "true or false", int: "an integer", float: "a number"}.get(kind, "sizes such as 64;32;32")
         _require(name, value, False, expected)
 
@@ -359,4 +388,13 @@ def _as_sizes(value: Any) -> tuple[int, ...]:
 
 def _require(name: str, value: Any, holds: bool, allowed: str) -> None:
     if not holds:
-        raise OptionError(f"option {name}={value!r} is not allowed: it must be {allowed}")
+        raise OptionError(f"option {name}={_shown(value)} is not allowed: it must be {allowed}")
+
+
+def _shown(value: Any) -> str:
+    """As Python writes it, of a length that a message can hold."""
+    try:
+        text = repr(value)
+    except ValueError:  # an integer of more digits than Python prints
+        text = f"<{type(value).__name__}>"
+    return text if len(text) <= 200 else f"{text[:200]}..."

@@ -35,6 +35,7 @@ from transformers.trainer_callback import ProgressCallback
 import hf_shampoo4
 from hf_shampoo4.data import ConfigError, DataArguments, TextData, collate, load_text
 from hf_shampoo4.integrations.trainer import check_args
+from hf_shampoo4.options import read_yaml
 from hf_shampoo4.resume import incomplete, last_complete
 
 DEFAULT_CONFIG = "stdlib_tiny"
@@ -119,18 +120,19 @@ def read_config(path: Union[str, Path], kind: str = "train") -> dict[str, Any]:
     Raises:
         ConfigError: no such file, not YAML, or not a mapping.
     """
-    import yaml
-
     shipped = config_root() / kind
-    candidates = (Path(path).expanduser(), shipped / f"{path}.yaml", shipped / path)
-    found = next((candidate for candidate in candidates if candidate.is_file()), None)
+    try:
+        candidates = (Path(path).expanduser(), shipped / f"{path}.yaml", shipped / path)
+        found = next((candidate for candidate in candidates if candidate.is_file()), None)
+    except (ValueError, RuntimeError) as error:  # no path can be called that, or there is no such user's home
+        raise ConfigError(f"config {str(path)!r} does not exist: {error}") from error
     if found is None:
         names = ", ".join(sorted(file.stem for file in shipped.glob("*.yaml")))
         raise ConfigError(f"config {str(path)!r} does not exist; allowed: a YAML file, or one of {names}")
     try:
-        content = yaml.safe_load(found.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"config {str(path)!r} is not valid YAML: {' '.join(str(error).split())}") from error
+        content = read_yaml(found)
+    except ValueError as error:
+        raise ConfigError(f"config {str(path)!r} {error}") from error
     if not isinstance(content, dict):
         raise ConfigError(f"config {str(path)!r} must map settings to values, not {type(content).__name__}")
     return content
