@@ -24,7 +24,7 @@ from typing import Any
 from .files import replacing
 from .options import NAMES, OptionError, Options
 from .resume import last_complete
-from .saved import CheckpointError, join, unpack
+from .saved import CheckpointError, check_metadata, join, unpack, well_formed
 from .side import GROUPS, read_whole
 
 FILES = ("optimizer.pt", "optimizer.bin", "optimizer_0")
@@ -36,7 +36,7 @@ def main(arguments: Sequence[str]) -> None:
     Raises:
         FileNotFoundError: a folder without an optimizer, or without a complete checkpoint.
         FileExistsError: `convert` would replace a file.
-        OptionError: the optimizer in it is not ours.
+        CheckpointError: the optimizer in it is damaged, or not ours.
     """
     parser = argparse.ArgumentParser(prog="hf-shampoo4 checkpoint", description=__doc__.split("\n")[0])
     parser.add_argument("action", choices=["inspect", "convert", "last"])
@@ -79,7 +79,7 @@ def read(folder: Path) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: there is none.
-        OptionError: it was not written by Shampoo4bit.
+        CheckpointError: it is damaged, or was not written by Shampoo4bit.
     """
     import torch
 
@@ -95,21 +95,37 @@ def read(folder: Path) -> dict[str, Any]:
     elif found.is_dir():
         from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
+        check_metadata(found)
         with tempfile.TemporaryDirectory() as temporary:
             dcp_to_torch_save(found, Path(temporary) / "full.pt")
             state_dict = torch.load(Path(temporary) / "full.pt", weights_only=True)["optimizer"]
     else:
-        state_dict = torch.load(found, map_location="cpu", weights_only=True)
-    state_dict = unpack(state_dict)
-    if not all("format" in group and "block_size" in group for group in state_dict.get("param_groups", [{}])):
-        raise OptionError(f"the optimizer in {found} is not Shampoo4bit")
-    return state_dict
+        state_dict = _loaded(found)
+    try:
+        return well_formed(unpack(state_dict))
+    except CheckpointError as error:
+        raise CheckpointError(f"{found}: {error}") from error
+
+
+def _loaded(file: Path) -> Any:
+    """What torch.save has written.
+
+    Raises:
+        CheckpointError: it is cut off, damaged, or holds what only unpickling could load.
+    """
+    import torch
+
+    try:
+        return torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # whatever bytes can do to torch.load
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise CheckpointError(f"{file} cannot be read: {reason[0]}") from error
 
 
 def _of_deepspeed(folder: Path) -> list[Path]:
     """The files of all ranks, in their order: of the step that `latest` names, or of the folder itself."""
     latest = folder / "latest"
-    at = folder / latest.read_text(encoding="utf-8").strip() if latest.is_file() else folder
+    at = folder / Path(latest.read_text(encoding="utf-8").strip()).name if latest.is_file() else folder
     files = {
         int(m[1]): path for path in at.glob("*_optim_states.pt") if (m := re.search(r"_pp_rank_(\d+)_", path.name))
     }
@@ -125,8 +141,11 @@ def _joined(files: list[Path]) -> dict[str, Any]:
     """
     parts = []
     for file in files:
-        part = _without_classes(file)["optimizer_state_dict"]
-        count = part["partition_count"]
+        try:
+            part = _without_classes(file)["optimizer_state_dict"]
+            count = part["partition_count"]
+        except Exception as error:  # whatever bytes can do to torch.load
+            raise CheckpointError(f"{file} cannot be read: {error}") from error
         world = count if isinstance(count, int) else max(count)
         if world != len(files):
             raise CheckpointError(f"{file.parent} was written by {world} ranks, but has {len(files)} of their files")

@@ -257,7 +257,7 @@ def load(path: Path) -> Matrix:
     """
     if not path.is_file():
         raise ConfigError(f"matrix {str(path)!r} does not exist")
-    a = torch.from_numpy(np.load(path)).double()
+    a = torch.from_numpy(np.load(path, allow_pickle=False)).double()
     if a.dim() != 2 or a.shape[0] != a.shape[1] or not a.isfinite().all():
         raise ConfigError(f"matrix {str(path)!r} must be a square matrix of finite numbers, not {tuple(a.shape)}")
     paper = {**PAPER_A1, Scheme("C", "linear2", 4): PAPER_CHOLESKY_REAL[Scheme("C", "linear2", 4)]}

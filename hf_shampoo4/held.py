@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
@@ -105,8 +106,10 @@ def check(p: Tensor) -> None:
         ValueError: a parameter of FSDP1 whose shape cannot be known.
     """
     shape = tuple(p.shape)
-    if not p.is_floating_point():
-        raise TypeError(f"parameter of shape {shape} is {p.dtype}: only real floating point can be trained")
+    if p.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+        raise TypeError(
+            f"parameter of shape {shape} is {p.dtype}: only real floating point can be trained, in 16 bits or more"
+        )
     if getattr(p, "_is_flat_param", False):
         raise ValueError(
             "FSDP1 has joined parameters into one flat tensor, in which matrices cannot be told apart: wrap the model "

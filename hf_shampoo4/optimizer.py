@@ -22,9 +22,9 @@ from .exchange import Ranks
 from .held import Held, check, full_shape, held_by_deepspeed, held_itself, in_deepspeed, in_fsdp1
 from .job import Job, raise_together, run
 from .moments import make_moments
-from .options import NAMES, OF_THE_RUN, STRUCTURAL, OptionError, Options, resolve
+from .options import NAMES, OF_THE_RUN, STRUCTURAL, OptionError, Options, check_rates, resolve
 from .plan import blocks_of, refreshes, state_layout
-from .saved import FORMAT, CheckpointError, Entry, check_entry, clean_name, pack, unpack, with_tuples
+from .saved import FORMAT, CheckpointError, Entry, check_entry, clean_name, pack, unpack, well_formed
 from .waves import Wave, build
 
 
@@ -191,7 +191,7 @@ class Shampoo4bit(torch.optim.Optimizer):
 
     def _load(self, state_dict: dict[str, Any], whole: bool = True) -> None:
         with self._as_made():
-            state_dict = self._numbered(with_tuples(unpack(state_dict)))
+            state_dict = self._numbered(well_formed(unpack(state_dict)))
             self._check_checkpoint(state_dict, whole)
             # torch casts all per-parameter state to the parameter's dtype, codes too: show it wrapped values only.
             hidden = {key: {n: _Opaque(v) for n, v in entry.items()} for key, entry in state_dict["state"].items()}
@@ -463,10 +463,8 @@ class Shampoo4bit(torch.optim.Optimizer):
 
     def _numbered(self, state_dict: dict[str, Any]) -> dict[str, Any]:
         """A state dict keyed by the parameters' names, as FSDP's files are, keyed by their positions as torch's are."""
-        groups, state = state_dict.get("param_groups"), state_dict.get("state")
-        if not isinstance(groups, list) or not isinstance(state, dict):
-            return state_dict
-        if not any(isinstance(key, str) for group in groups for key in group.get("params", ())):
+        groups, state = state_dict["param_groups"], state_dict["state"]
+        if not any(isinstance(key, str) for group in groups for key in group["params"]):
             return state_dict
         if not any(group.get("param_names") for group in self.param_groups):  # nameless here: only the order can tell
             order = {key: i for i, key in enumerate(key for group in groups for key in group["params"])}
@@ -485,22 +483,10 @@ class Shampoo4bit(torch.optim.Optimizer):
         return {**state_dict, "param_groups": renamed, "state": {number[clean_name(k)]: v for k, v in state.items()}}
 
     def _check_checkpoint(self, state_dict: dict[str, Any], whole: bool = True) -> None:
-        saved_groups, state = state_dict.get("param_groups"), state_dict.get("state")
-        if not isinstance(saved_groups, list) or not isinstance(state, dict):
-            raise CheckpointError("not an optimizer state dict: it needs 'state' and 'param_groups'")
-        if any(group.get("format") != FORMAT for group in saved_groups):
-            keys = sorted({name for entry in state.values() if isinstance(entry, dict) for name in entry})[:4]
-            raise CheckpointError(
-                f"the checkpoint was not written by Shampoo4bit (state format {FORMAT}); its state holds {keys}. "
-                "Resume with the optimizer that wrote it, or load the model alone and start the optimizer afresh."
-            )
+        saved_groups, state = state_dict["param_groups"], state_dict["state"]
         sizes, ours = [len(g["params"]) for g in saved_groups], [len(g["params"]) for g in self.param_groups]
         if sizes != ours:
             raise CheckpointError(f"checkpoint of another model: groups of {sizes} parameters, here {ours}")
-        known = {key for saved in saved_groups for key in saved["params"]}
-        strange = [key for key, entry in state.items() if key not in known or not isinstance(entry, dict)]
-        if strange:
-            raise CheckpointError(f"damaged checkpoint: state entries that are no parameter's state: {strange[:3]}")
         for index, saved in enumerate(saved_groups):
             self._check_saved_group(index, saved, state, whole)
 
@@ -587,23 +573,16 @@ def _check_keys(group: dict[str, Any]) -> None:
 
 
 def _check_group(group: dict[str, Any]) -> None:
-    for name in ("lr", "eps", "weight_decay"):
-        if not _is_number(group[name]) or not 0 <= float(group[name]) < math.inf:
-            raise OptionError(f"{name}={group[name]!r} is not allowed: it must be a number >= 0")
+    check_rates(group)
     betas = group["betas"]
-    pair = isinstance(betas, (tuple, list)) and len(betas) == 2 and all(map(_is_number, betas))
-    if not pair or not all(0 <= beta < 1 for beta in betas):
-        raise OptionError(f"betas={betas!r} is not allowed: it must be two numbers in [0, 1)")
     if group["nesterov"] and betas[0] == 0:
         raise OptionError(f"betas={betas!r} is not allowed: nesterov needs a momentum, the first number in (0, 1)")
     group["betas"] = tuple(betas)
     make_moments((1,), Options.of(group), quantise=True)  # raises if a storage needs a package that is missing
+    if len({id(p) for p in group["params"]}) < len(group["params"]):
+        raise ValueError("a parameter is in its group twice: it would be updated twice a step")
     for p in group["params"]:
         check(p)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) or (isinstance(value, Tensor) and value.numel() == 1)
 
 
 def _check_row_splits(groups: list[dict[str, Any]]) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -384,6 +385,29 @@ def _as_float(value: Union[str, int, float]) -> float:
 def _as_sizes(value: Any) -> tuple[int, ...]:
     parts = [part for part in value.split(";") if part.strip()] if isinstance(value, str) else value
     return tuple(_as_int(part) for part in parts)
+
+
+def check_rates(group: Mapping[str, Any]) -> None:
+    """The numbers of a parameter group that are every optimizer's, as far as they are there.
+
+    Raises:
+        OptionError: lr, eps, weight_decay or betas that no training can have.
+    """
+    for name in ("lr", "eps", "weight_decay"):
+        if name in group and not (_is_number(group[name]) and 0 <= float(group[name]) < math.inf):
+            raise OptionError(f"{name}={_shown(group[name])} is not allowed: it must be a number >= 0")
+    betas = group.get("betas", (0.0, 0.0))
+    pair = isinstance(betas, (tuple, list)) and len(betas) == 2 and all(map(_is_number, betas))
+    if not pair or not all(0 <= float(beta) < 1 for beta in betas):
+        raise OptionError(f"betas={_shown(betas)} is not allowed: it must be two numbers in [0, 1)")
+
+
+def _is_number(value: Any) -> bool:
+    """Or a tensor of one."""
+    try:
+        return not isinstance(value, (str, bytes)) and isinstance(float(value), float)
+    except (TypeError, ValueError, OverflowError, RuntimeError):
+        return False
 
 
 def _require(name: str, value: Any, holds: bool, allowed: str) -> None:

@@ -33,6 +33,10 @@ CURVES = {
 COUNTS = ("optim/skipped_steps", "optim/failed_refreshes")  # of things that should not happen: drawn if they did
 
 
+LARGEST = 1e15
+FIGURES = ("step", "train_runtime", "train_samples_per_second", "optim/state_bytes", "train_mem_optimizer_state")
+
+
 @dataclass(frozen=True)
 class Run:
     """What a folder holds."""
@@ -68,9 +72,10 @@ def read_run(folder: Path) -> Run:
         elif lines.is_file():
             log = [json.loads(line) for line in lines.read_text(encoding="utf-8").splitlines() if line.strip()]
         else:
-            raise ConfigError(f"run {str(folder)!r} has neither trainer_state.json nor metrics.jsonl")
+            raise ConfigError("it has neither trainer_state.json nor metrics.jsonl")
         found = json.loads(results.read_text(encoding="utf-8")) if results.is_file() else {}
-    except (json.JSONDecodeError, KeyError, UnicodeDecodeError) as error:
+        _check([*log, found])
+    except (ValueError, TypeError, KeyError, RecursionError) as error:  # ConfigError is a ValueError too
         raise ConfigError(f"run {str(folder)!r} cannot be read: {error}") from error
     return Run(folder.resolve().name, log, found)
 
@@ -82,6 +87,18 @@ def _told_apart(runs: Sequence[Run], folders: Sequence[Path]) -> list[Run]:
         replace(run, name="/".join(folder.resolve().parts[-2:])) if names.count(run.name) > 1 else run
         for run, folder in zip(runs, folders, strict=True)
     ]
+
+
+def _check(entries: list[Any]) -> None:
+    """Figures must be numbers: what is drawn and printed of a run comes from a file that anybody may have written."""
+    for entry in entries:
+        if not isinstance(entry, dict):
+            raise ValueError(f"a line of the log is {type(entry).__name__}, not names and numbers")
+        for name in (*FIGURES, *CURVES):
+            value = entry.get(name, 0)
+            finite_if_exact = isinstance(value, float) or (type(value) is int and abs(value) < LARGEST)
+            if not finite_if_exact or (name == "step" and not abs(value) < LARGEST):
+                raise ValueError(f"{name} in the log is no number")
 
 
 def page(runs: Sequence[Run]) -> str:

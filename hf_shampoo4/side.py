@@ -21,7 +21,7 @@ from torch import Tensor
 from .files import write_json
 from .held import full_shape
 from .optimizer import Shampoo4bit
-from .saved import CheckpointError, Entry
+from .saved import CheckpointError, Entry, check_metadata
 
 GROUPS = "groups.json"
 
@@ -71,6 +71,7 @@ def load_optimizer(optimizer: Shampoo4bit, folder: str | Path) -> None:
     def read(rows: dict[str, Tensor]) -> None:
         from torch.distributed import checkpoint
 
+        check_metadata(folder)
         stored = set(checkpoint.FileSystemReader(folder).read_metadata().state_dict_metadata)
         missing = sorted(rows.keys() - stored)
         if missing:
@@ -85,10 +86,19 @@ def read_groups(folder: Path) -> list[dict[str, Any]]:
 
     Raises:
         FileNotFoundError: no complete side checkpoint.
+        CheckpointError: the file is damaged.
     """
     if not (folder / GROUPS).is_file():
         raise FileNotFoundError(f"{folder} has no {GROUPS}: it is no optimizer saved by save_optimizer, or half of one")
-    return json.loads((folder / GROUPS).read_text(encoding="utf-8"))
+    try:
+        groups = json.loads((folder / GROUPS).read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{folder / GROUPS} is not JSON: {error}") from error
+    if not isinstance(groups, list) or not all(
+        isinstance(group, dict) and isinstance(group.get("parameters"), dict) for group in groups
+    ):
+        raise CheckpointError(f"{folder / GROUPS} is no list of parameter groups")
+    return groups
 
 
 def read_whole(folder: Path) -> dict[str, Any]:
@@ -96,6 +106,7 @@ def read_whole(folder: Path) -> dict[str, Any]:
     from torch.distributed import checkpoint
 
     groups = read_groups(folder)
+    check_metadata(folder)
     stored: dict[str, Any] = checkpoint.FileSystemReader(folder).read_metadata().state_dict_metadata
     rows = {name: torch.empty(found.size, dtype=found.properties.dtype) for name, found in stored.items()}
     _load(rows, folder)

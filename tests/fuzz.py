@@ -34,18 +34,20 @@ from hf_shampoo4.resume import incomplete, last_complete  # noqa: E402
 
 # ------------------------------------------------------------------------------------------------------ what is odd
 
-words = st.sampled_from(
-    ["", " ", "0", "1", "-1", "4", "64", "true", "false", "None", "nan", "inf", "-inf", "1e400", "0.5", "1e-6", "9" * 400,
-     "shampoo", "soap", "kl_soap", "elementwise", "eigen", "cholesky_ef", "4bit", "4bit_zipsr", "fp32", "sgdm", "newton",
-     "none", "block", "64;32", ";", "1;-1", "paper_eigen", "~", "~nobody/x", "/", "/dev/zero", "/dev/stdin", ".", "..",
-     "a\x00b", "ü", "=", "a=b", "{}", "[1]", "!!python/object:os.system"]
-)  # fmt: skip
+words = st.sampled_from([
+    "", " ", "0", "1", "-1", "4", "64", "true", "false", "None", "nan", "inf", "-inf", "1e400", "0.5", "1e-6", "ü",
+    "9" * 400, "shampoo", "soap", "kl_soap", "elementwise", "eigen", "cholesky_ef", "4bit", "4bit_zipsr", "fp32", "=",
+    "none", "block", "64;32", ";", "1;-1", "paper_eigen", "~", "~nobody/x", "/", "/dev/zero", "/dev/stdin", ".", "..",
+    "a\x00b", "a=b", "{}", "[1]", "!!python/object:os.system", "sgdm", "newton",
+])  # fmt: skip
 odd = st.one_of(
     words, st.text(max_size=8), st.integers(), st.floats(), st.booleans(), st.none(), st.binary(max_size=4),
     st.lists(st.integers(-3, 100), max_size=3), st.dictionaries(st.text(max_size=3), st.integers(), max_size=2),
     st.sampled_from([10**400, -(10**400), object(), Path("/"), torch.ones(2), torch.ones(()), float, 1j]),
 )  # fmt: skip
-names = st.one_of(st.sampled_from([*NAMES, "preset", "config"]), st.text(max_size=8), st.sampled_from(["lr", "block_sise"]))
+names = st.one_of(
+    st.sampled_from([*NAMES, "preset", "config"]), st.text(max_size=8), st.sampled_from(["lr", "block_sise"])
+)
 some_options = st.dictionaries(names, odd, max_size=3)
 
 
@@ -194,14 +196,18 @@ def parameters(given_parameters: list[tuple[tuple[int, ...], torch.dtype]], opti
     assert all(torch.isfinite(p.float()).all() for p in live)
     assert all(torch.isfinite(t.float()).all() for entry in optimizer.state.values() for t in entry.values())
     assert optimizer.param_groups[0]["step"] == 3
-    twin = Shampoo4bit(optimizer.param_groups and [{**g, "params": g["params"]} for g in _bare(optimizer)], lr=0.01, **options)
+    twin = Shampoo4bit(
+        optimizer.param_groups and [{**g, "params": g["params"]} for g in _bare(optimizer)], lr=0.01, **options
+    )
     twin.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     assert optimizer.state.keys() == twin.state.keys()
 
 
 def _bare(optimizer: Shampoo4bit) -> list[dict[str, Any]]:
     keys = ("params", "param_names", *NAMES)
-    return [{key: group[key] for key in keys if key in group and key != "param_names"} for group in optimizer.param_groups]
+    return [
+        {key: group[key] for key in keys if key in group and key != "param_names"} for group in optimizer.param_groups
+    ]
 
 
 def _optimizer(**options: Any) -> Shampoo4bit:
@@ -339,7 +345,9 @@ def checkpoint_folders(data: Any) -> None:
             parent: Any = state
             for key in path:
                 parent = parent[key]
-            parent[last] = data.draw(st.sampled_from([None, [], {}, "x", -1, 1e308, [1], {"a": 1}, True, "<script>", 1e400]))
+            parent[last] = data.draw(
+                st.sampled_from([None, [], {}, "x", -1, 1e308, [1], {"a": 1}, True, "<script>", 1e400])
+            )
         (folder / "trainer_state.json").write_text(json.dumps(state))
         for file in data.draw(st.lists(st.sampled_from(
             ["optimizer.pt", "scheduler.pt", "rng_state_0.pth", "rng_state_1.pth", "model.safetensors", "rng_state.pth",
