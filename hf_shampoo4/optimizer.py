@@ -487,6 +487,8 @@ class Shampoo4bit(torch.optim.Optimizer):
         sizes, ours = [len(g["params"]) for g in saved_groups], [len(g["params"]) for g in self.param_groups]
         if sizes != ours:
             raise CheckpointError(f"checkpoint of another model: groups of {sizes} parameters, here {ours}")
+        if len({key for group in saved_groups for key in group["params"]}) < sum(sizes):
+            raise CheckpointError("damaged checkpoint: a parameter is there twice")
         for index, saved in enumerate(saved_groups):
             self._check_saved_group(index, saved, state, whole)
 

@@ -314,8 +314,8 @@ def read_yaml(path: Path) -> Any:
             return super().compose_node(parent, index)
 
     try:
-        if path.exists() and not path.is_file():
-            raise ValueError("is not a file")
+        if path.is_dir() or (path.exists() and not path.is_file()):  # a device may have no end
+            raise ValueError(f"cannot be read: {'Is a directory' if path.is_dir() else 'not a file'}")
         if path.stat().st_size > LARGEST_YAML:
             raise ValueError(f"is larger than {LARGEST_YAML:,} bytes")
         return yaml.load(path.read_text(encoding="utf-8"), Loader=Loader)

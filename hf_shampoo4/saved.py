@@ -101,8 +101,6 @@ def well_formed(state_dict: Any) -> dict[str, Any]:
     keys = [key for group in groups for key in group["params"]]
     if {type(key) for key in keys} not in ({int}, {str}, set()):
         raise CheckpointError("damaged checkpoint: parameters must all be numbered or all be named")
-    if len(set(keys)) < len(keys):
-        raise CheckpointError("damaged checkpoint: a parameter is there twice")
     strange = [key for key, entry in state.items() if key not in set(keys) or not _has_names(entry)]
     if strange:
         raise CheckpointError(f"damaged checkpoint: state entries that are no parameter's state: {strange[:3]}")
