@@ -23,8 +23,8 @@ TEMPLATE = (
 RATES = [2e-3, 5e-3, 1.2e-2]
 GRID = {
     "AdamW": ("adamw_torch", "", RATES),
-    "Shampoo, long side in blocks of 64": ("shampoo4bit", "block_size=64", RATES),
-    "Shampoo, whole sides": ("shampoo4bit", "", RATES),
+    "Shampoo, long side in blocks of 64": ("shampoo4bit", "algorithm=shampoo,block_size=64", RATES),
+    "Shampoo, whole sides": ("shampoo4bit", "algorithm=shampoo", RATES),
     "SOAP, the rank side alone": ("soap4bit", "", RATES),
 }
 COMMON = {
