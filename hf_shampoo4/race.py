@@ -81,7 +81,7 @@ def read_grid(name: str, quick: bool = False, changes: Mapping[str, Any] | None 
     plan, demo = read_config(config_root() / "race.yaml"), read_plan()
     if name not in plan["grids"]:
         raise ConfigError(f"race has no grid {name!r}; it has: {', '.join(plan['grids'])}")
-    given = plan["grids"][name]
+    given = _with_likes(plan["grids"], name)
     common = {**demo["common"], **plan["common"], **given.get("settings", {})}
     if quick:
         common |= {**demo["quick"], **plan["quick"]}
@@ -91,6 +91,15 @@ def read_grid(name: str, quick: bool = False, changes: Mapping[str, Any] | None 
     )
     seeds = tuple(given["seeds"][: 1 if quick else None])
     return Grid(name, given["title"], given["zero"], given.get("one"), seeds, common, contestants)
+
+
+def _with_likes(grids: Mapping[str, Any], name: str) -> Settings:
+    """A grid laid over the one that it is `like`, and that over the one that it is like; settings one by one."""
+    given = grids[name]
+    if "like" not in given:
+        return given
+    base = _with_likes(grids, given["like"])
+    return {**base, **given, "settings": {**base.get("settings", {}), **given.get("settings", {})}}
 
 
 def _contestant(name: str, given: Mapping[str, Any], common: Settings, rates: int | None) -> Contestant:

@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from hf_shampoo4 import cli, race
+from hf_shampoo4.data import ConfigError
 from hf_shampoo4.integrations.trainer import OPTIMS
 from hf_shampoo4.options import parse_optim_args
 from hf_shampoo4.peers import PEERS
@@ -25,6 +26,7 @@ from hf_shampoo4.race import (
     read_grid,
     rows_of,
     share_of_way,
+    some_of,
     write_markdown,
 )
 from hf_shampoo4.train import config_root, read_config
@@ -214,3 +216,19 @@ def test_a_peer_trains(peer, tmp_path):
     assert result["settings"] == settings
     assert result["final_loss"] < result["validation"][0][1]
     assert 3.9 < result["bytes_per_parameter"]
+
+
+def test_a_grid_like_another_one_has_its_contestants_and_its_settings_where_it_says_nothing_else() -> None:
+    there, here = read_grid("small_stdlib"), read_grid("small_kjv")
+    assert [c.name for c in here.contestants] == [c.name for c in read_grid("tiny_stdlib").contestants]
+    assert here.common == {**there.common, "dataset": "kjv"}
+    assert here.seeds == there.seeds != read_grid("tiny_stdlib").seeds
+    assert here.title != there.title
+
+
+def test_some_contestants_alone() -> None:
+    grid = read_grid("tiny_stdlib")
+    assert [c.name for c in some_of(grid, ["muon", " adamw"]).contestants] == ["muon", "adamw"]
+    assert some_of(grid, [""]).contestants == grid.contestants
+    with pytest.raises(ConfigError, match="has no contestant 'moon'; it has: adamw"):
+        some_of(grid, ["moon"])
