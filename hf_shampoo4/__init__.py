@@ -1,7 +1,7 @@
 """Shampoo-class optimizers with 4-bit state, behind one flag of the Hugging Face Trainer.
 
     import hf_shampoo4 as s4
-    s4.register()                                     # --optim shampoo4bit, --optim adamw4bit
+    s4.register()                                     # --optim shampoo4bit, soap4bit, kl_shampoo4bit, adamw4bit
     s4.Shampoo4bit(s4.param_groups(model), lr=1e-3)   # or the optimizer by hand
 
 Names are looked up on first use, so that `import hf_shampoo4` imports neither torch nor transformers.

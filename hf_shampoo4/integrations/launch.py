@@ -12,7 +12,8 @@ from pathlib import Path
 USAGE = """\
 usage: python -m hf_shampoo4 [-h] {SCRIPT.py | -m MODULE | --exec COMMAND} [ARGS ...]
 
-Run a training script, unmodified, with --optim shampoo4bit and --optim adamw4bit in its Hugging Face Trainer.
+Run a training script, unmodified, with --optim shampoo4bit, soap4bit, kl_shampoo4bit or adamw4bit in its Hugging Face
+Trainer.
 
   SCRIPT.py ARGS       run a script, as `python SCRIPT.py ARGS` does
   -m MODULE ARGS       run a module, as `python -m MODULE ARGS` does
