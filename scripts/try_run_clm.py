@@ -82,14 +82,17 @@ def main() -> None:
         for optim in OPTIMS:
             for processes in (1, 2):
                 name = f"{optim}, {processes} process{'es' if processes > 1 else ''}"
-                flags = [*FLAGS, *data, *more, "--optim", optim, "--optim_args", "stats_every=2"]
+                often = (
+                    "stats_every=2,roots_every=2" if optim == "shampoo4bit" else "stats_every=2"
+                )  # the papers' Shampoo
+                flags = [*FLAGS, *data, *more, "--optim", optim, "--optim_args", often]
                 whole = train(launched(chosen.script, processes, flags), folder / name / "whole")
                 middle = folder / name / "whole" / f"checkpoint-{STEPS // 2}"
                 again = [*flags, "--resume_from_checkpoint", str(middle)]
                 resumed = train(launched(chosen.script, processes, again), folder / name / "resumed")
                 runs[name] = {**whole, "resumed": resumed == whole}
                 print(f"{name}: losses {whole['losses']}, resumed: {'the same' if resumed == whole else resumed}")
-    words = ["python -m hf_shampoo4 run_clm.py", *FLAGS, *more, "--optim NAME --optim_args stats_every=2"]
+    words = ["python -m hf_shampoo4 run_clm.py", *FLAGS, *more, "--optim NAME --optim_args stats_every=2,..."]
     found = {
         "command": " ".join(words),
         "script_sha256": hashlib.sha256(chosen.script.read_bytes()).hexdigest(),

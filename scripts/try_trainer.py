@@ -27,7 +27,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import torch  # noqa: E402
 import transformers  # noqa: E402
 from peft import LoraConfig, get_peft_model  # noqa: E402
-from tiny import Tokens, arguments, llama  # noqa: E402
+from tiny import Tokens, arguments, llama, often  # noqa: E402
 from transformers import EarlyStoppingCallback, Trainer  # noqa: E402
 
 from hf_shampoo4.files import write_json  # noqa: E402
@@ -72,7 +72,7 @@ def summary(trainer: Trainer) -> dict[str, Any]:
 def resumed(case: str, optim: str, folder: Path) -> dict[str, Any]:
     runs = []
     for checkpoint in (None, str(folder / "run" / "checkpoint-3")):
-        args = arguments(folder / "run", optim=optim, optim_args="stats_every=2", **SAVED, **RESUMED[case])
+        args = arguments(folder / "run", optim=optim, optim_args=often(optim), **SAVED, **RESUMED[case])
         trainer = Trainer(model(case, folder), args, train_dataset=Tokens(48))
         if args.fp16:  # Accelerate has none on a CPU
             trainer.accelerator.native_amp = True
@@ -86,7 +86,7 @@ def resumed(case: str, optim: str, folder: Path) -> dict[str, Any]:
 def stopped_early(optim: str, folder: Path) -> dict[str, Any]:
     """An improvement smaller than ten does not count, so it stops at the second evaluation."""
     args = arguments(
-        folder / "run", optim=optim, optim_args="stats_every=2", max_steps=8, save_strategy="steps", save_steps=2,
+        folder / "run", optim=optim, optim_args=often(optim), max_steps=8, save_strategy="steps", save_steps=2,
         eval_strategy="steps", eval_steps=2, load_best_model_at_end=True, metric_for_best_model="loss",
     )  # fmt: skip
     stop = EarlyStoppingCallback(early_stopping_patience=1, early_stopping_threshold=10.0)
@@ -98,7 +98,7 @@ def stopped_early(optim: str, folder: Path) -> dict[str, Any]:
 
 
 def searched(optim: str, folder: Path) -> dict[str, Any]:
-    args = arguments(folder / "run", optim=optim, optim_args="stats_every=2", max_steps=2, eval_strategy="epoch")
+    args = arguments(folder / "run", optim=optim, optim_args=often(optim), max_steps=2, eval_strategy="epoch")
     trainer = Trainer(None, args, train_dataset=Tokens(), eval_dataset=Tokens(), model_init=lambda trial: llama())
     space = {"learning_rate": [1e-3, 1e-2], "optim_args": ["block_size=32", "block_size=64"]}
     best = trainer.hyperparameter_search(

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import Accelerator
-from tiny import Tokens, arguments, chat_model, conversations, llama, python
+from tiny import Tokens, arguments, chat_model, conversations, llama, often, python
 from torch.utils.data import DataLoader
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback
 
@@ -59,7 +59,7 @@ main()
 def test_trainer_features_together(tmp_path, optim):
     """bf16, gradient checkpointing and accumulation, the best checkpoint loaded at the end, early stopping."""
     args = arguments(
-        tmp_path, optim=optim, optim_args="stats_every=2", bf16=True, gradient_checkpointing=True, max_steps=8,
+        tmp_path, optim=optim, optim_args=often(optim), bf16=True, gradient_checkpointing=True, max_steps=8,
         gradient_accumulation_steps=2, per_device_train_batch_size=2, eval_strategy="steps", eval_steps=2,
         save_strategy="steps", save_steps=2,
         save_total_limit=2, load_best_model_at_end=True, metric_for_best_model="eval_loss", learning_rate=2.0,
@@ -80,7 +80,7 @@ def test_trainer_features_together(tmp_path, optim):
 @pytest.mark.parametrize("optim", SECOND_ORDER)
 def test_a_compiled_model_and_its_resume(tmp_path, optim):
     """`torch_compile`: parameters are grouped as those of the plain model, and a resumed run is the unbroken one."""
-    settings = {"optim": optim, "optim_args": "stats_every=2", "max_steps": 4}
+    settings = {"optim": optim, "optim_args": often(optim), "max_steps": 4}
     settings |= {"save_strategy": "steps", "save_steps": 2}
     settings |= {"torch_compile": True, "torch_compile_backend": "eager"}  # all of it but what needs a C++ compiler
     found = []
@@ -116,7 +116,7 @@ def test_steps_that_the_loss_scaler_leaves_out(tmp_path, optim):
         def on_step_end(self, args, state, control, model=None, optimizer=None, **kwargs):
             seen.append((optimizer.step_was_skipped, digest(optimizer.optimizer, model) == self.before))
 
-    args = arguments(tmp_path, optim=optim, optim_args="stats_every=2", fp16=True, max_steps=8)
+    args = arguments(tmp_path, optim=optim, optim_args=often(optim), fp16=True, max_steps=8)
     trainer = Trainer(llama(), args, train_dataset=Tokens(48), callbacks=[Watch()])
     trainer.accelerator.native_amp = True
     trainer.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**19, growth_factor=16.0, growth_interval=2)

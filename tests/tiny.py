@@ -87,6 +87,11 @@ def arguments(folder: Path, **changes: Any) -> TrainingArguments:
     return TrainingArguments(**{**given, **changes})
 
 
+def often(optim: str) -> str:
+    """`--optim_args` that refresh often; for shampoo4bit those of the papers' Shampoo, which has roots."""
+    return "stats_every=2,roots_every=2" if optim == "shampoo4bit" else "stats_every=2"
+
+
 def python(*words: object, **environment: str) -> subprocess.CompletedProcess[str]:
     """Run a fresh Python in which this checkout can be imported."""
     path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
