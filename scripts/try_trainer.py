@@ -28,7 +28,7 @@ import torch  # noqa: E402
 import transformers  # noqa: E402
 from peft import LoraConfig, get_peft_model  # noqa: E402
 from tiny import Tokens, arguments, llama, often  # noqa: E402
-from transformers import EarlyStoppingCallback, Trainer  # noqa: E402
+from transformers import EarlyStoppingCallback, Trainer, TrainingArguments  # noqa: E402
 
 from hf_shampoo4.files import write_json  # noqa: E402
 
@@ -47,10 +47,11 @@ RESUMED: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-def model(case: str, folder: Path) -> Any:
+def model(case: str, args: TrainingArguments, folder: Path) -> Any:
     if case == "QLoRA":
-        if not (folder / "base").exists():
-            llama(hidden_size=128).save_pretrained(folder / "base")
+        with args.main_process_first():  # the others wait for what it writes
+            if not (folder / "base").exists():
+                llama(hidden_size=128).save_pretrained(folder / "base")
         quantisation = transformers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
         made = transformers.AutoModelForCausalLM.from_pretrained(folder / "base", quantization_config=quantisation)
     else:
@@ -73,7 +74,7 @@ def resumed(case: str, optim: str, folder: Path) -> dict[str, Any]:
     runs = []
     for checkpoint in (None, str(folder / "run" / "checkpoint-3")):
         args = arguments(folder / "run", optim=optim, optim_args=often(optim), **SAVED, **RESUMED[case])
-        trainer = Trainer(model(case, folder), args, train_dataset=Tokens(48))
+        trainer = Trainer(model(case, args, folder), args, train_dataset=Tokens(48))
         if args.fp16:  # Accelerate has none on a CPU
             trainer.accelerator.native_amp = True
             trainer.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**22, growth_interval=100)
