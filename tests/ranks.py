@@ -286,6 +286,7 @@ ZERO: dict[str, dict[str, Any]] = {
     "zero2_robin": {"stage": 2, "round_robin_gradients": True},
     "zero2_aligned": {"stage": 2, "parameter_alignment": True, "round_robin_gradients": True},
     "zero3_groups": {"stage": 3, "sub_group_size": 3000},
+    "zero3_init": {"stage": 3},  # made under zero.Init, as from_pretrained does: no rank ever sees a whole parameter
     "zero2_offload": {"stage": 2, "offload_optimizer": {"device": "cpu"}},
     "zero3_offload": {"stage": 3, "offload_optimizer": {"device": "cpu"}, "sub_group_size": 3000},
     "zero2_accumulated": {"stage": 2},
@@ -321,8 +322,10 @@ def deepspeed_without_compiler() -> Any:
 
 def zero(options: dict[str, Any], dtype: torch.dtype = torch.float32, kind: str = "") -> Run:
     deepspeed, config = deepspeed_without_compiler(), zero_config(kind)
-    rank, world, model = dist.get_rank(), dist.get_world_size(), Linear()
+    rank, world = dist.get_rank(), dist.get_world_size()
     copies = torch.bfloat16 if "bf16" in kind else None
+    with deepspeed.zero.Init(config_dict_or_path=config, enabled=kind == "zero3_init"):
+        model = Linear()
     model = model.to(copies or dtype)
     optimizer = optimizer_of(model, options)
     engine = deepspeed.initialize(model=model, optimizer=optimizer, config=config)[0]
@@ -394,6 +397,8 @@ class Case:
         return f"{self.engine}-{self.options}"
 
     def run(self, truths: dict[str, dict[str, Tensor]], folder: Path) -> dict[str, Any]:
+        if self.engine == "accelerate":
+            return accelerated(self, folder)
         if self.options in FORMS:
             return checkpoint(self, folder)
         if self.engine == "trainer":
@@ -630,17 +635,10 @@ def reshard(case: Case, folder: Path) -> dict[str, Any]:
 
 def trainer(case: Case, folder: Path) -> dict[str, Any]:
     """The Hugging Face Trainer with --fsdp or --deepspeed: train, and resume from the middle."""
-    from accelerate import state
-    from accelerate.utils import DistributedType
     from tiny import Tokens, arguments, llama
     from transformers import Trainer
 
-    # accelerate shards on a CPU only if told that this is a machine with several devices
-    os.environ.update(ACCELERATE_TORCH_DEVICE="cpu")
-    for left_over in ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP"):  # by another case in this process
-        os.environ.pop(left_over, None)
-    state.AcceleratorState._reset_state(reset_partial_state=True)
-    state.PartialState._prepare_backend = lambda *a, **k: ("gloo", DistributedType.MULTI_GPU)
+    accelerate_on_a_cpu()
     if case.options in ZERO:
         deepspeed_without_compiler()
         file = ROOT / "configs" / "deepspeed" / f"{case.options}.json"  # as users give it
@@ -671,6 +669,62 @@ def trainer(case: Case, folder: Path) -> dict[str, Any]:
         "state_bytes": sum(t.nbytes for entry in ours.state.values() for t in entry.values()),
         "files": sorted(p.name for p in (folder / case.name / "checkpoint-3").iterdir()),
     }  # fmt: skip
+
+
+def accelerate_on_a_cpu() -> None:
+    """accelerate shards on a CPU only if told that this is a machine with several devices."""
+    from accelerate import state
+    from accelerate.utils import DistributedType
+
+    os.environ.update(ACCELERATE_TORCH_DEVICE="cpu")
+    for left_over in ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP"):  # by another case in this process
+        os.environ.pop(left_over, None)
+    state.AcceleratorState._reset_state(reset_partial_state=True)
+    state.PartialState._prepare_backend = lambda *a, **k: ("gloo", DistributedType.MULTI_GPU)
+
+
+def accelerated(case: Case, folder: Path) -> dict[str, Any]:
+    """A loop of one's own with accelerate: save_state, and load_state into a new one."""
+    from accelerate import Accelerator, DeepSpeedPlugin, FullyShardedDataParallelPlugin
+    from tiny import Tokens, llama
+
+    tokens, rank = Tokens().tokens, dist.get_rank()
+
+    def begin() -> tuple[Any, Any, Any]:
+        accelerate_on_a_cpu()
+        if case.options in ZERO:
+            deepspeed_without_compiler()
+            config = {"train_micro_batch_size_per_gpu": 2, "zero_optimization": ZERO[case.options]}
+            plugin: dict[str, Any] = {"deepspeed_plugin": DeepSpeedPlugin(hf_ds_config=config)}
+        else:
+            settings = {"fsdp_version": 1 if case.options == "fsdp1" else 2, "state_dict_type": "SHARDED_STATE_DICT"}
+            if case.options == "fsdp1":
+                settings |= {"use_orig_params": True, "sync_module_states": False}
+            plugin = {"fsdp_plugin": FullyShardedDataParallelPlugin(**settings)}
+        accelerator, model = Accelerator(**plugin), llama()
+        if case.options == "fsdp1":  # the groups need the wrapped model
+            model = accelerator.prepare(model)
+        made = Shampoo4bit(s4.param_groups(model), lr=1e-2, stats_every=2, roots_every=2)
+        if case.options == "fsdp1":
+            return accelerator, model, accelerator.prepare(made)
+        return accelerator, *accelerator.prepare(model, made)
+
+    def train(accelerator: Any, model: Any, optimizer: Any, steps: range) -> dict[str, Tensor]:
+        for t in steps:
+            rows = tokens[(2 * t + rank) % len(tokens)].unsqueeze(0)
+            accelerator.backward(model(input_ids=rows, labels=rows).loss)
+            optimizer.step()
+            optimizer.zero_grad()
+        return whole(model)
+
+    first = begin()
+    train(*first, range(3))
+    first[0].save_state(str(folder / case.name))
+    expected = train(*first, range(3, 5))
+    again = begin()
+    again[0].load_state(str(folder / case.name))
+    kind = type(unwrapped(again[2])).__name__
+    return {**_compared(train(*again, range(3, 5)), expected), "kind": type(again[1]).__name__, "optimizer": kind}
 
 
 def whole(model: nn.Module) -> dict[str, Tensor]:

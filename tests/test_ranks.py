@@ -5,13 +5,16 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from ranks import SHAPES, launch
 
-from hf_shampoo4.checkpoint import by_position, described, read
+from hf_shampoo4.checkpoint import by_position, described, main, read
+from hf_shampoo4.saved import CheckpointError, is_part
 
 STEPS = "8"
 CASES = {
@@ -30,7 +33,8 @@ LOADED = {3: ["fsdp2-fsdp2+sharded", "ddp-fsdp2+full", "fsdp2-ddp+plain", "ddp_s
 FAILING = {2: ["fsdp2-failing", "ddp-failing", "zero2-failing", "fsdp1-failing"]}
 REFUSED = {2: ["zero3-refused"], 3: ["fsdp1-refused"]}
 TRAINER = {2: ["trainer-zero1", "trainer-zero2", "trainer-zero3", "trainer-fsdp1"]}
-KINDS = (CASES, SAVED, LOADED, FAILING, REFUSED, TRAINER)
+ACCELERATE = {2: ["accelerate-zero2", "accelerate-fsdp1"]}
+KINDS = (CASES, SAVED, LOADED, FAILING, REFUSED, TRAINER, ACCELERATE)
 WORLDS = (2, 3, 4, 1)
 
 
@@ -111,6 +115,15 @@ def test_the_trainer_trains_and_resumes(results: dict, world: int, case: str) ->
         assert rank["bitwise"], rank["differ"]
 
 
+@each(ACCELERATE)
+def test_a_loop_with_accelerate_saves_and_loads(results: dict, world: int, case: str) -> None:
+    for rank in results[world, case]:
+        assert "error" not in rank, rank["error"]
+        engine = "FullyShardedDataParallel" if "fsdp1" in case else "DeepSpeedEngine"
+        assert (rank["kind"], rank["optimizer"]) == (engine, "Shampoo4bit")
+        assert rank["bitwise"], rank["differ"]
+
+
 @each(LOADED)
 def test_a_checkpoint_goes_on_in_another_mode_and_number_of_ranks(results: dict, world: int, case: str) -> None:
     for rank in results[world, case]:
@@ -142,6 +155,18 @@ def test_all_ranks_raise_together(results: dict, world: int, case: str) -> None:
     assert said[1]["gradient"] == "TypeError: a sparse gradient"
     assert said[0]["compute"] == "RuntimeError: rank 1 failed, so no rank goes on; there: MemoryError: no memory left"
     assert said[1]["compute"] == "MemoryError: no memory left"
+
+
+def test_files_of_deepspeed_are_converted_or_refused(results: dict, folder: Path, tmp_path: Path) -> None:
+    main(["convert", str(folder / "zero2-own"), "--output", str(tmp_path / "optimizer.pt")])
+    state_dict = torch.load(tmp_path / "optimizer.pt", weights_only=True)
+    trained = [name for shapes in SHAPES for name in shapes if name != "frozen"]
+    assert len(state_dict["state"]) == len(trained)
+    assert not any(map(is_part, state_dict["state"].values()))
+    shutil.copytree(folder / "zero2-own", tmp_path / "lacking")
+    next((tmp_path / "lacking").glob("global_step*/*_pp_rank_1_*_optim_states.pt")).unlink()
+    with pytest.raises(CheckpointError, match="was written by 2 ranks, but has 1 of their files"):
+        read(tmp_path / "lacking")
 
 
 @each(REFUSED)

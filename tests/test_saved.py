@@ -5,15 +5,17 @@ from __future__ import annotations
 import copy
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 
 import hf_shampoo4 as s4
 from hf_shampoo4 import Shampoo4bit
 from hf_shampoo4.checkpoint import by_position, described, main, read
-from hf_shampoo4.held import Range, check
+from hf_shampoo4.held import Range, check, held_by_deepspeed
 from hf_shampoo4.saved import PACKED, CheckpointError, is_part, join, pack, unpack
 
 SHAPES = {"weight": (70, 40), "bias": (9,), "experts": (3, 20, 30)}
@@ -109,6 +111,22 @@ def test_what_fsdp1_hides_is_refused_with_what_to_do() -> None:
     p._is_flat_param = True
     with pytest.raises(ValueError, match="use_orig_params=True"):
         check(p)
+
+
+def test_what_deepspeed_spreads_in_ways_that_cannot_be_followed_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    p, flat = nn.Parameter(torch.zeros(4, 3)), torch.zeros(12)
+    p._z3_optimizer = SimpleNamespace(swap_optimizer=True)
+    with pytest.raises(ValueError, match=r"offloaded to NVMe.*set .*\"cpu\""):
+        held_by_deepspeed(flat, [("p", p)])
+    p._z3_optimizer = SimpleNamespace(swap_optimizer=False, fp32_partitioned_groups_flat=[torch.zeros(12)])
+    with pytest.raises(ValueError, match="none of DeepSpeed's sub-groups"):
+        held_by_deepspeed(flat, [("p", p)])
+    monkeypatch.setattr(dist, "get_rank", lambda group=None: 0)
+    monkeypatch.setattr(dist, "get_world_size", lambda group=None: 8 if group is None else 2)
+    expert = nn.Parameter(torch.zeros(4, 3))
+    expert._dp_group = "experts"
+    with pytest.raises(ValueError, match=r"over 2 of 8 ranks .*use ZeRO over all ranks, or FSDP2"):
+        held_by_deepspeed(flat, [("expert", expert)])
 
 
 @pytest.fixture
