@@ -60,6 +60,7 @@ def load_optimizer(optimizer: Shampoo4bit, folder: str | Path) -> None:
     """
     folder = Path(folder)
     groups = read_groups(folder)
+    check_metadata(folder)
     ours = [_described(optimizer, i)["parameters"] for i in range(len(optimizer.param_groups))]
     for there, here in zip([group["parameters"] for group in groups], ours, strict=False):
         for name in [*there, *here]:
