@@ -33,8 +33,7 @@ LOADED = {3: ["fsdp2-fsdp2+sharded", "ddp-fsdp2+full", "fsdp2-ddp+plain", "ddp_s
 FAILING = {2: ["fsdp2-failing", "ddp-failing", "zero2-failing", "fsdp1-failing"]}
 REFUSED = {2: ["zero3-refused"], 3: ["fsdp1-refused"]}
 TRAINER = {2: ["trainer-zero1", "trainer-zero2", "trainer-zero3", "trainer-fsdp1"]}
-ACCELERATE = {2: ["accelerate-zero2", "accelerate-fsdp1"]}
-KINDS = (CASES, SAVED, LOADED, FAILING, REFUSED, TRAINER, ACCELERATE)
+KINDS = (CASES, SAVED, LOADED, FAILING, REFUSED, TRAINER)
 WORLDS = (2, 3, 4, 1)
 
 
@@ -57,7 +56,7 @@ def results(folder: Path) -> dict[tuple[int, str], list[dict[str, Any]]]:
             for world in WORLDS:
                 cases = ",".join(case for kind in KINDS for case in kind.get(world, ()))
                 words = ("--cases", cases, "--steps", STEPS, "--checkpoints", str(folder))
-                found[world] = launch(world, *words, timeout=800)
+                found[world] = launch(world, *words, timeout=1800)
             file.write_text(json.dumps(found))
         found = json.loads(file.read_text())
     return {(int(world), case): [rank[case] for rank in ranks] for world, ranks in found.items() for case in ranks[0]}
@@ -112,15 +111,6 @@ def test_the_trainer_trains_and_resumes(results: dict, world: int, case: str) ->
         assert (rank["kind"], rank["optimizer"]) == (engine, "Shampoo4bit")
         assert rank["losses"][-1] < rank["losses"][0] - 0.1
         assert rank["resumed_losses"] == rank["losses"]
-        assert rank["bitwise"], rank["differ"]
-
-
-@each(ACCELERATE)
-def test_a_loop_with_accelerate_saves_and_loads(results: dict, world: int, case: str) -> None:
-    for rank in results[world, case]:
-        assert "error" not in rank, rank["error"]
-        engine = "FullyShardedDataParallel" if "fsdp1" in case else "DeepSpeedEngine"
-        assert (rank["kind"], rank["optimizer"]) == (engine, "Shampoo4bit")
         assert rank["bitwise"], rank["differ"]
 
 
