@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+from torch.utils._pytree import tree_leaves
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ProgressCallback
 
@@ -188,17 +189,18 @@ def _curve(history: Sequence[Mapping[str, Any]], key: str) -> list[tuple[int, fl
 
 
 def state_bytes(optimizer: torch.optim.Optimizer) -> int:
-    """Bytes of all tensors of an optimizer's state."""
-    tensors = [t for entry in optimizer.state.values() for t in entry.values() if isinstance(t, torch.Tensor)]
-    return sum(_nbytes(tensor) for tensor in tensors)
+    """Bytes of all tensors of an optimizer's state, also of those in lists, where SOAP has its factors."""
+    return sum(_nbytes(value) for entry in optimizer.state.values() for value in tree_leaves(dict(entry)))
 
 
-def _nbytes(tensor: torch.Tensor) -> int:
+def _nbytes(value: Any) -> int:
     """Bytes of what a tensor is made of: torchao's states are subclasses that look like float32."""
-    if is_traceable_wrapper_subclass(tensor):
-        inner, _ = tensor.__tensor_flatten__()
-        return sum(_nbytes(getattr(tensor, name)) for name in inner)
-    return tensor.numel() * tensor.element_size()
+    if not isinstance(value, torch.Tensor):
+        return 0
+    if is_traceable_wrapper_subclass(value):
+        inner, _ = value.__tensor_flatten__()
+        return sum(_nbytes(getattr(value, name)) for name in inner)
+    return value.numel() * value.element_size()
 
 
 def peak_memory_bytes() -> int:
