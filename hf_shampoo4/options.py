@@ -258,7 +258,8 @@ def resolve(
     given = dict(given)
     config = given.pop("config", config)
     explicit_preset = given.pop("preset", preset)
-    from_file = _read_config(config) if config else {}
+    named = config is not None and not (isinstance(config, str) and config == "")
+    from_file = _read_config(config) if named else {}
     if "config" in from_file:
         raise OptionError(f"{config}: an options file cannot name another one (key 'config')")
     file_preset = from_file.pop("preset", None)
