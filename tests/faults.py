@@ -253,6 +253,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20, help="of each stream of gradients")
     parser.add_argument("--algorithms", default=",".join(ALGORITHMS))
     parser.add_argument("--moments", default=",".join(MOMENTS))
+    parser.add_argument("--faults", help="names, such as zero,rank1,constant (default: all)")
     given = parser.parse_args()
     torch.set_num_threads(1)
     tried = bad = 0
@@ -261,6 +262,8 @@ def main() -> None:
         if algorithm not in given.algorithms.split(",") or moments not in given.moments.split(","):
             continue
         for name, attempt in each_fault():
+            if given.faults and name not in given.faults.split(","):
+                continue
             tried += 1
             try:
                 wrong = attempt(algorithm, moments, given.steps)
