@@ -25,6 +25,8 @@ from .storage import Buffers, Dense, Storage
 
 State = dict[str, Buffers]
 
+FLOOR = 1e-7  # of a side's largest eigenvalue: the least that KL's whitening divides by
+
 
 @dataclass(frozen=True)
 class Context:
@@ -250,7 +252,10 @@ class Eigenbasis:
         return failed
 
     def _whitening(self, side: OpenSide) -> Tensor:
-        return side.eigenvalues.clamp_min(TINY) if self.whitened else torch.ones_like(side.eigenvalues)
+        if not self.whitened:
+            return torch.ones_like(side.eigenvalues)
+        # directions without any gradient for long have decayed to 0: the first one there must not overflow
+        return torch.maximum(side.eigenvalues, FLOOR * side.eigenvalues.amax(-1, keepdim=True)).clamp_min(TINY)
 
 
 def _scale(side: OpenSide, damping: float) -> Tensor:

@@ -101,14 +101,17 @@ def well_formed(state_dict: Any) -> dict[str, Any]:
     keys = [key for group in groups for key in group["params"]]
     if {type(key) for key in keys} not in ({int}, {str}, set()):
         raise CheckpointError("damaged checkpoint: parameters must all be numbered or all be named")
-    strange = [key for key, entry in state.items() if key not in set(keys) or not _has_names(entry)]
+    strange = [key for key, entry in state.items() if key not in set(keys) or not _has_tensors(entry)]
     if strange:
         raise CheckpointError(f"damaged checkpoint: state entries that are no parameter's state: {strange[:3]}")
     return {**state_dict, "param_groups": [_well_formed_group(i, group) for i, group in enumerate(groups)]}
 
 
-def _has_names(entry: Any) -> bool:
-    return isinstance(entry, dict) and all(isinstance(key, str) for key in entry)
+def _has_tensors(entry: Any) -> bool:
+    def is_one(t: Any) -> bool:
+        return isinstance(t, Tensor) and t.layout == torch.strided and t.device.type != "meta"
+
+    return isinstance(entry, dict) and all(isinstance(key, str) and is_one(t) for key, t in entry.items())
 
 
 def _well_formed_group(index: int, group: dict[str, Any]) -> dict[str, Any]:
@@ -196,7 +199,6 @@ def check_entry(name: str, entry: dict[str, Any], layout: dict[str, tuple[tuple[
         raise CheckpointError(f"state of {name!r} does not fit: missing {missing[:3]}, not known {foreign[:3]}")
     for key, (shape, dtype) in layout.items():
         there = entry[key]
-        dense = isinstance(there, Tensor) and there.layout == torch.strided and there.device.type != "meta"
-        if not dense or tuple(there.shape) != shape or there.dtype != dtype:
+        if not isinstance(there, Tensor) or tuple(there.shape) != shape or there.dtype != dtype:
             found = f"{tuple(there.shape)} {there.dtype}" if isinstance(there, Tensor) else type(there).__name__
             raise CheckpointError(f"state of {name!r}: {key} is {found}, expected {shape} {dtype}: another model?")
