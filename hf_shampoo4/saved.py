@@ -120,6 +120,9 @@ def _well_formed_group(index: int, group: dict[str, Any]) -> dict[str, Any]:
         check_rates(group)
     except OptionError as error:
         raise CheckpointError(f"damaged checkpoint: in parameter group {index}, {error}") from error
+    missing = [name for name in ("lr", "betas", "eps", "weight_decay", "step", "skipped_steps") if name not in group]
+    if missing:
+        raise CheckpointError(f"damaged checkpoint: parameter group {index} lacks {', '.join(missing)}")
     for name in ("step", "skipped_steps"):
         if type(group.get(name, 0)) is not int or group.get(name, 0) < 0:
             raise CheckpointError(f"damaged checkpoint: in parameter group {index}, {name} is no number of steps")
