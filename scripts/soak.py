@@ -33,8 +33,8 @@ from hf_shampoo4.files import write_json, write_text  # noqa: E402
 from hf_shampoo4.report import metrics  # noqa: E402
 
 ALGORITHMS: dict[str, dict[str, Any]] = {
-    "eigen": {"factor": "eigen", "stats_every": 10, "roots_every": 20},
-    "cholesky_ef": {"factor": "cholesky_ef", "stats_every": 10, "roots_every": 20},
+    "eigen": {"algorithm": "shampoo", "factor": "eigen", "stats_every": 10, "roots_every": 20},
+    "cholesky_ef": {"algorithm": "shampoo", "factor": "cholesky_ef", "stats_every": 10, "roots_every": 20},
     "soap": {"algorithm": "soap"},
     "kl_shampoo": {"algorithm": "kl_shampoo"},
     "kl_soap": {"algorithm": "kl_soap"},

@@ -26,11 +26,16 @@ from hf_shampoo4.options import OptionError, Options  # noqa: E402
 from hf_shampoo4.report import metrics  # noqa: E402
 
 ALGORITHMS: dict[str, dict[str, Any]] = {
-    **{factor: {"factor": factor} for factor in ("eigen", "direct", "cholesky", "cholesky_ef")},
+    **{factor: {"algorithm": "shampoo", "factor": factor} for factor in ("eigen", "direct", "cholesky", "cholesky_ef")},
     **{name: {"algorithm": name} for name in ("soap", "kl_shampoo", "kl_soap", "elementwise")},
-    "newton": {"factor": "cholesky", "root": "newton"},
-    "newton_db": {"factor": "direct", "root": "newton_db", "bits": 32},  # quantised, it is often indefinite
-    "sgdm": {"base": "sgdm"},
+    "newton": {"algorithm": "shampoo", "factor": "cholesky", "root": "newton"},
+    "newton_db": {
+        "algorithm": "shampoo",
+        "factor": "direct",
+        "root": "newton_db",
+        "bits": 32,
+    },  # quantised, it is often indefinite
+    "sgdm": {"algorithm": "shampoo", "base": "sgdm"},
     "elementwise_sgdm": {"algorithm": "elementwise", "base": "sgdm"},
 }
 MOMENTS = ("fp32", "bf16", "8bit", "4bit", "4bit_factored", "4bit_eden", "4bit_zipsr")

@@ -10,6 +10,10 @@ from transformers import Trainer, TrainerCallback
 FAULTS = list(faults.each_fault())
 
 
+def test_no_algorithm_is_left_out() -> None:
+    assert {algorithm for algorithm, _ in faults.PAIRS} == faults.ALGORITHMS.keys()
+
+
 @pytest.mark.parametrize("nth", range(len(faults.PAIRS)), ids=["-".join(pair) for pair in faults.PAIRS])
 def test_training_goes_on(nth: int) -> None:
     algorithm, moments = faults.PAIRS[nth]
