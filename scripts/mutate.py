@@ -82,22 +82,20 @@ def _is_annotation(node: ast.BinOp) -> bool:
     return any(isinstance(side, ast.Constant) and side.value is None for side in (node.left, node.right))
 
 
-class Changed(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+class Changed(importlib.abc.MetaPathFinder, importlib.machinery.SourceFileLoader):
     """Imports one module from a changed syntax tree."""
 
     def __init__(self, name: str, path: Path, tree: ast.Module) -> None:
-        self.name, self.path, self.tree = name, path, tree
+        super().__init__(name, str(path))
+        self.tree = tree
 
     def find_spec(self, fullname: str, path: Any, target: Any = None) -> importlib.machinery.ModuleSpec | None:
         if fullname != self.name:
             return None
         return importlib.util.spec_from_file_location(fullname, self.path, loader=self)
 
-    def create_module(self, spec: Any) -> None:
-        return None
-
-    def exec_module(self, module: Any) -> None:
-        exec(compile(self.tree, str(self.path), "exec"), module.__dict__)
+    def get_code(self, fullname: str) -> Any:
+        return compile(self.tree, str(self.path), "exec")
 
 
 def survives(module: str, tree: ast.Module, seconds: float) -> str:
