@@ -237,7 +237,7 @@ class Eigenbasis:
         left.start(level)
         right.start(level)
         # lambda_L <- beta lambda_L + (1 - beta) mean_j G'_ij^2 / lambda_Rj, lambda_R likewise (SOAP: / 1)
-        by_right, by_left = self._whitening(right), self._whitening(left).clone()
+        by_right, by_left = self._whitening(right), self._whitening(left)
         left.follow((squares / by_right.unsqueeze(-2)).mean(-1), beta)
         right.follow((squares / by_left.unsqueeze(-1)).mean(-2), beta)
 
