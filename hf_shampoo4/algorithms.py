@@ -18,6 +18,7 @@ from torch import Tensor
 from .clock import Stopwatch
 from .eigenbasis import SHORTEST_MEMORY, TINY, OpenSide, Side, make_sides, statistic
 from .factors import Factor, make_factor
+from .matrix import rows_within
 from .moments import Moments, make_moments
 from .options import Options
 from .rounding import Noise
@@ -26,6 +27,7 @@ from .storage import Buffers, Dense, Storage
 State = dict[str, Buffers]
 
 FLOOR = 1e-7  # of a side's largest eigenvalue: the least that KL's whitening divides by
+LIMIT = 32.0  # of an entry of SOAP's direction: Adam's own is at most 1 / sqrt(1 - b2), which is this with b2 = 0.999
 
 
 @dataclass(frozen=True)
@@ -222,9 +224,24 @@ class Eigenbasis:
             # U_L (u / sqrt(lambda_L lambda_R^T)) U_R^T
             if self.scaled:
                 u = u / _scale(left, o.damping).unsqueeze(-1) / _scale(right, o.damping).unsqueeze(-2)
+            u = self._within_reason(u, o.factor_beta, context.betas[1])
             return right.out(left.out(u).mT).mT
 
         return Preconditioned(rotated, back=back)
+
+    def _within_reason(self, u: Tensor, factor_beta: float, beta2: float) -> Tensor:
+        """No larger than gradients can make it as long as the bases rest; without a spike it is as it was.
+
+        A turn brings the first moment into entries whose second moment, or eigenvalue, has not seen the like of it.
+        """
+        if not self.scaled:
+            limit = max(LIMIT, (1 - beta2) ** -0.5)
+            return u.clamp(-limit, limit)
+        # (1 - beta) mean_j G'_ij^2 / lambda_Rj is a part of lambda_Li: what bounds a gradient's rows bounds a mean's
+        most = (1 - factor_beta) ** -0.5
+        if self.left.basis is not None:
+            u = rows_within(u, most)
+        return u if self.right.basis is None else rows_within(u.mT, most).mT
 
     def _opened(self, state: State, x: Tensor) -> tuple[OpenSide, OpenSide]:
         return OpenSide(self.left, _side(state, "left"), x), OpenSide(self.right, _side(state, "right"), x)

@@ -166,6 +166,12 @@ def safe_cholesky(a: Tensor, jitter: float, attempts: int = 6) -> Tensor:
     return torch.where((info == 0)[:, None, None], c, torch.nan)
 
 
+def rows_within(x: Tensor, most: float) -> Tensor:
+    """x (B, k, n), the rows whose root mean square is above `most` scaled down to it."""
+    rms = x.square().mean(-1, keepdim=True).sqrt()
+    return x * (most / rms).clamp_max(1.0)
+
+
 def finite_blocks(*tensors: Tensor) -> Tensor:
     """bool (B,): blocks whose entries are all finite in every tensor."""
     return torch.stack([torch.isfinite(t.flatten(1)).all(1) for t in tensors]).all(0)

@@ -15,6 +15,7 @@ from hf_shampoo4.matrix import (
     or_identity,
     power_qr,
     root_by_eigh,
+    rows_within,
     symmetric_power,
 )
 
@@ -156,6 +157,13 @@ def test_input_is_never_changed(call) -> None:
 
 
 # ------------------------------------------------------------------------------------------------------ failures
+
+
+def test_rows_within_scales_the_rows_that_are_too_large_and_no_others() -> None:
+    x = torch.tensor([[[3.0, 4.0, 0.0, 0.0], [0.3, 0.4, 0.0, 0.0], [0.0, 0.0, 0.0, 0.0], [2.0, 2.0, 2.0, -2.0]]])
+    expected = x.clone()
+    expected[0, 0] *= 2 / 2.5
+    assert torch.equal(rows_within(x, 2.0), expected)
 
 
 def test_finite_blocks_and_or_identity() -> None:
