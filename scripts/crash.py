@@ -371,11 +371,12 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--modes", default=",".join(MODES))
     parser.add_argument("--options", default="shampoo", help=f"one of {', '.join(OPTIONS)}, or all")
-    parser.add_argument("--output", type=Path, help="a JSON file, such as docs/results/crash.json")
+    parser.add_argument("--output", type=Path, help="a JSON file, such as docs/results/crash.json; adds to it")
     given = parser.parse_args()
     torch.set_num_threads(1)
     chosen = [(m, o) for m in given.modes.split(",") for o in (OPTIONS if given.options == "all" else [given.options])]
-    results: dict[str, Any] = {}
+    before = json.loads(given.output.read_text()) if given.output and given.output.exists() else {}
+    results: dict[str, Any] = before.get("modes", {})
     for i, (mode, options) in enumerate(chosen):
         share = given.kills // len(chosen) + (i < given.kills % len(chosen))
         with tempfile.TemporaryDirectory(prefix="hf_shampoo4-crash-") as work:
@@ -385,8 +386,9 @@ def main() -> None:
     total = sum(sum(found["kills"].values()) for found in results.values())
     print(f"survived {total} kills")
     if given.output:
-        command = f"python scripts/crash.py --kills {given.kills} --seed {given.seed} --options {given.options}"
-        write_json(given.output, {"command": command, "torch": torch.__version__, "kills": total, "modes": results})
+        said = f"--kills {given.kills} --seed {given.seed} --options {given.options} --modes {given.modes}"
+        commands = [*before.get("commands", []), f"python scripts/crash.py {said}"]
+        write_json(given.output, {"commands": commands, "torch": torch.__version__, "kills": total, "modes": results})
 
 
 if __name__ == "__main__":

@@ -262,7 +262,7 @@ def main() -> None:
     parser.add_argument("--algorithms", default=",".join(ALGORITHMS))
     parser.add_argument("--moments", default=",".join(MOMENTS))
     parser.add_argument("--faults", help="names, such as zero,rank1,constant (default: all)")
-    parser.add_argument("--output", type=Path, help="a JSON file, such as docs/results/faults.json; its runs are kept")
+    parser.add_argument("--output", type=Path, help="a JSON file, such as docs/results/faults.json; adds to it")
     given = parser.parse_args()
     torch.set_num_threads(1)
     faults = {name: attempt for name, attempt in each_fault() if name in (given.faults or name).split(",")}

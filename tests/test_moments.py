@@ -53,6 +53,21 @@ def test_blocks_count_their_own_steps(betas: tuple[float, float]) -> None:
             torch.testing.assert_close(u[0].double(), expected, rtol=2e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize(
+    "options", [{"algorithm": "soap"}, {"algorithm": "kl_shampoo"}, {"algorithm": "shampoo", "base": "sgdm"}]
+)
+def test_next_first_is_the_first_moment_that_the_step_stores(options: dict) -> None:
+    """Diagnostics compare what is stored with it."""
+    moments = make_moments((3, 5), Options(moments="fp32", **options), quantise=False)
+    state = buffers(moments, 2)
+    for t in range(1, 4):
+        g = torch.randn(2, 3, 5)
+        exact = moments.next_first(state, g, BETAS)
+        assert exact is not state["first"]["dense"]
+        moments.direction(state, g, BETAS, EPS, torch.full((2,), float(t)))
+        torch.testing.assert_close(exact, state["first"]["dense"], rtol=1e-6, atol=1e-7)
+
+
 def test_bias_correction_keeps_its_digits_near_one() -> None:
     adam = make_moments((1,), Options(algorithm="shampoo", moments="fp32"), quantise=False)
     state = buffers(adam, 1)

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from reference import PROPERTY
 
-from hf_shampoo4.rounding import noise_bits, to_bfloat16
+from hf_shampoo4.rounding import noise_at, noise_bits, to_bfloat16
 
 SALTS = torch.tensor([-5, 0, 7, 2**31 - 1], dtype=torch.int32)
 
@@ -67,3 +67,28 @@ def test_noise_depends_on_each_of_its_arguments_and_on_nothing_else() -> None:
     assert (a != noise_bits(SALTS, 5, 2, 100)).float().mean() > 0.99
     assert (a[0] != a[1]).float().mean() > 0.99
     assert noise_bits(SALTS, 10**7, 2**40 + 3, 4).shape == (4, 4)  # any seed and step
+
+
+def literal(salt: int, step: int, seed: int, stream: int, position: int) -> int:
+    """One number of the noise in Python's integers: Wellons' lowbias32, over and over."""
+
+    def mix(x: int) -> int:
+        x = (x ^ x >> 16) * 0x7FEB352D % 2**32
+        x = (x ^ x >> 15) * 0x846CA68B % 2**32
+        return x ^ x >> 16
+
+    start = mix((salt + seed * 0x9E3779B9) % 2**32)
+    start = mix((start + step * 0x85EBCA6B) % 2**32)
+    if stream:
+        start = mix((start + stream * 0xC2B2AE35) % 2**32)
+    return mix((mix(position) + start) % 2**32)
+
+
+@pytest.mark.parametrize("stream", [0, 2])
+@pytest.mark.parametrize(("step", "seed"), [(1, 0), (5, 1), (10**7, 2**40 + 3)])
+def test_the_noise_is_the_one_that_old_checkpoints_were_trained_with(step: int, seed: int, stream: int) -> None:
+    """A resume by a later version must draw the same numbers."""
+    positions = [0, 1, 2, 1000, 2**31 - 1]
+    found = noise_at(SALTS, step, seed, torch.tensor(positions, dtype=torch.int32), stream)
+    expected = [[literal(salt, step, seed, stream, i) for i in positions] for salt in SALTS.tolist()]
+    assert (found.long() % 2**32).tolist() == expected
