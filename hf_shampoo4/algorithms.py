@@ -249,7 +249,7 @@ class Eigenbasis:
     def _follow(self, left: OpenSide, right: OpenSide, squares: Tensor, beta: float) -> None:
         """Eigenvalues follow the rotated gradient at every step."""
         level = squares.mean((-2, -1))
-        if self.whitened and self.is_two_sided:
+        if self.whitened:
             level = level.sqrt()  # lambda_L lambda_R^T is the mean square
         left.start(level)
         right.start(level)

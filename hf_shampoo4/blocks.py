@@ -76,6 +76,15 @@ def partition(view: MatrixView, block_size: int, row_splits: tuple[int, ...] = (
     return [Rect(k, r0, r1, c0, c1) for k in range(view.count) for r0, r1 in rows for c0, c1 in columns]
 
 
+def vocabulary_strips(view: MatrixView, block_size: int, ratio: int, least: int) -> list[Rect]:
+    """Rectangles for a factor of the columns alone: columns cut as by `partition`, and as few rows together as are
+    `ratio` times as many as columns or `least` entries, so that the factors stay small beside the matrix."""
+    columns = _cut(view.columns, block_size)
+    width = -(-view.columns // len(columns))
+    rows = _cut(view.rows, max(ratio * width, least // width))
+    return [Rect(k, r0, r1, c0, c1) for k in range(view.count) for r0, r1 in rows for c0, c1 in columns]
+
+
 def strips(view: MatrixView, largest: int) -> list[Rect]:
     """Rectangles of whole rows with about `largest` entries at most, for what no matrix of statistics belongs to."""
     rows = _cut(view.rows, max(1, largest // view.columns))

@@ -35,12 +35,15 @@ class Side:
 
     order: int
     basis: Storage | None
-    """None: the side is not rotated, and its factor counts as the identity."""
+    """None: the side is not rotated."""
+    followed: bool = True
+    """Whether there are eigenvalues; a side without either has the identity for a factor."""
     rectify: int = 0
     """Bjorck steps on the decoded basis before it turns, so that its rounding does not add up over the turns."""
 
     def storages(self) -> dict[str, Storage]:
-        return {} if self.basis is None else {"basis": self.basis, "eigenvalues": Dense((self.order,))}
+        eigenvalues = {"eigenvalues": Dense((self.order,))} if self.followed else {}
+        return eigenvalues if self.basis is None else {"basis": self.basis, **eigenvalues}
 
     def initialise(self, state: State) -> None:
         """U = I; eigenvalues of 0 say that there was no gradient yet (buffers come zeroed)."""
@@ -60,7 +63,7 @@ class OpenSide:
         self.vectors = None if side.basis is None else side.basis.read(state["basis"])
         """U, or None; orthogonal up to the rounding."""
         self.eigenvalues = state["eigenvalues"]["dense"] if state else x.new_ones(x.shape[0], 1)
-        """lambda, (B, k), the buffer itself; (B, 1) ones for a side that is not rotated."""
+        """lambda, (B, k), the buffer itself; (B, 1) ones for a side that has none."""
         self._turn: Tensor | None = None
 
     def into(self, x: Tensor) -> Tensor:
@@ -73,13 +76,13 @@ class OpenSide:
 
     def start(self, level: Tensor) -> None:
         """Give eigenvalues to the blocks that had no gradient before: `level` (B,), all alike."""
-        if self.vectors is not None:
+        if self._side.followed:
             fresh = self.eigenvalues.amax(-1, keepdim=True) <= 0
             self.eigenvalues.copy_(torch.where(fresh, level.unsqueeze(-1), self.eigenvalues))
 
     def follow(self, diagonal: Tensor, beta: float) -> None:
         """lambda <- beta lambda + (1 - beta) diagonal."""
-        if self.vectors is not None:
+        if self._side.followed:
             self.eigenvalues.lerp_(diagonal, 1 - beta)
 
     def turn(self, sample: Tensor, memory: float) -> Tensor:
@@ -122,7 +125,11 @@ class OpenSide:
 
 
 def make_sides(shape: tuple[int, ...], options: Options) -> tuple[Side, Side]:
-    """Left and right side of blocks of `shape`; a basis is float32 where it is too small to quantise."""
+    """Left and right side of blocks of `shape`; a basis is float32 where it is too small to quantise.
+
+    A side much longer than the other one, such as a vocabulary, is not rotated.  KL's algorithms still follow its
+    eigenvalues, a diagonal factor; to SOAP, whose second moment has them already, they would say nothing.
+    """
     m, n = shape
     return _side(m, m >= ONE_SIDED * n, options), _side(n, n >= ONE_SIDED * m, options)
 
@@ -130,11 +137,11 @@ def make_sides(shape: tuple[int, ...], options: Options) -> tuple[Side, Side]:
 def _side(order: int, is_long: bool, options: Options) -> Side:
     shape = (order, order)
     if is_long:
-        return Side(order, None)
+        return Side(order, None, followed=options.algorithm != "soap")
     if options.bits == 32 or order * order < SMALL:
         return Side(order, Dense(shape))
     basis = Blockwise(shape, options.factor_codebook, options.bits, options.quant_block, columns=True)
-    return Side(order, basis, options.rectify_stats)
+    return Side(order, basis, rectify=options.rectify_stats)
 
 
 def statistic(g: Tensor, whitening: Tensor) -> Tensor:

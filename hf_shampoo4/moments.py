@@ -18,6 +18,8 @@ State = dict[str, Buffers]
 
 MOMENT_BLOCK = 128  # 2309.01507: smaller than 8-bit's 256, because outliers cost a 4-bit block more
 
+VOCABULARY_BLOCK = 256  # of a vocabulary's 8-bit first moment, as bitsandbytes' and torchao's
+
 FIRST_STREAM, SECOND_STREAM = 1, 2  # of a block's noise; 0 is the parameter's
 
 
@@ -187,6 +189,9 @@ def make_moments(shape: tuple[int, ...], options: Options, quantise: bool) -> Ad
     | 4bit_eden (2610.12444) | nf4, block 128 | dynamic0, block 128, scales corrected (ZE-EDEN) |
     | 4bit_zipsr (2610.12444) | nf4, block 128 | dynamic_unsigned, block 128, rounded in preconditioner space (ZIP-SR) |
 
+    A 4-bit first moment of embeddings or the output head without a second one (KL-Shampoo) has 8 bits, dynamic, block
+    256, unless `first_codebook` asks for another: 4 bits lose half of what preconditioning them gains.
+
     Vectors have no rows and columns: their second moment is block-wise (2309.01507, section 4.2).
 
     Args:
@@ -199,7 +204,8 @@ def make_moments(shape: tuple[int, ...], options: Options, quantise: bool) -> Ad
     if options.base == "sgdm":
         return Sgdm(first, options.nesterov)
     if options.algorithm == "kl_shampoo":
-        return Momentum(first)
+        in_8_bits = options.vocabulary and isinstance(first, Blockwise) and options.first_codebook == "auto"
+        return Momentum(Blockwise(shape, "dynamic", 8, VOCABULARY_BLOCK) if in_8_bits else first)
     return Adam(first, second, zip_sr=quantise and options.moments == "4bit_zipsr")
 
 

@@ -32,7 +32,7 @@ class Shampoo4bit(torch.optim.Optimizer):
     """Shampoo with low-bit factors, roots and moments, over AdamW (2405.18144, 2309.01507).
 
     Matrices (and convolutions and experts through their matrix view) are preconditioned; vectors get the base alone.
-    Embeddings and the output head are matrices too: put them in a group with `algorithm="elementwise"`, as
+    Embeddings and the output head are matrices too: put them in a group with `vocabulary=True`, as
     `hf_shampoo4.param_groups(model)` does.
 
     Args:
@@ -452,7 +452,8 @@ class Shampoo4bit(torch.optim.Optimizer):
         if self.defaults["algorithm"] == "elementwise":
             return
         shaped = [(group, full_shape(p)) for i, group in enumerate(self._groups) for p in self.parameters(i)]
-        if any(g["algorithm"] != "elementwise" and matrix_view(shape, g["matrix_view"]) for g, shape in shaped):
+        matrices = [(g, shape) for g, shape in shaped if g["algorithm"] != "elementwise" and not g["vocabulary"]]
+        if any(matrix_view(shape, group["matrix_view"]) for group, shape in matrices):
             return
         shapes = ", ".join(sorted({str(shape) for _, shape in shaped})[:5])
         raise ValueError(

@@ -29,6 +29,12 @@ class Options:
     `kl_soap`: moments in the eigenbasis of the factors; `elementwise`: the base optimizer alone.
 
     Where it is not given and an option of `SHAMPOO_ONLY` is, that chooses `shampoo`."""
+    embeddings: Literal["auto", "elementwise"] = "auto"
+    """What embeddings and the output head get: the base optimizer alone, or (auto, beside matrices that have soap,
+    kl_shampoo or kl_soap) KL-Shampoo with a diagonal factor for the vocabulary."""
+    vocabulary: bool = False
+    """The group's matrices are embeddings or the output head, one row for each entry of a vocabulary; `param_groups`
+    says so."""
     factor: Literal["eigen", "direct", "cholesky", "cholesky_ef"] = "eigen"
     """What is kept of a Kronecker factor: its eigenvectors and eigenvalues, the matrix itself, or its Cholesky factor,
     without or with error feedback."""
@@ -41,7 +47,8 @@ class Options:
     moments: Literal["fp32", "bf16", "8bit", "4bit", "4bit_factored", "4bit_eden", "4bit_zipsr"] = "4bit"
     """Storage of the first and second moment; see `moments.make_moments`."""
     first_codebook: Literal["auto", "dynamic", "nf4", "linear2"] = "auto"
-    """Levels of a 4-bit first moment (auto: nf4 for 4bit_eden and 4bit_zipsr, dynamic for the others)."""
+    """Levels of a 4-bit first moment (auto: nf4 for 4bit_eden and 4bit_zipsr, dynamic for the others, and 8 bits where
+    KL-Shampoo is given embeddings or the output head, which then have no second moment)."""
     second_codebook: Literal["auto", "linear0", "dynamic0", "dynamic_unsigned"] = "auto"
     """Levels of a 4-bit second moment (auto: linear0 for 4bit, dynamic0 for _eden, dynamic_unsigned for _zipsr)."""
     stochastic_from: int = 0
@@ -121,8 +128,12 @@ class Options:
 
     @classmethod
     def of(cls, group: Mapping[str, Any]) -> Options:
-        """The options stored in a parameter group (other keys of the group are ignored)."""
-        return cls(**{name: group[name] for name in NAMES})
+        """The options stored in a parameter group (other keys of the group are ignored), `embeddings` carried out."""
+        options = cls(**{name: group[name] for name in NAMES})
+        if not options.vocabulary:
+            return options
+        preconditioned = options.embeddings == "auto" and options.algorithm in EIGENBASIS
+        return dataclasses.replace(options, algorithm="kl_shampoo" if preconditioned else "elementwise")
 
 
 EIGENBASIS = ("soap", "kl_shampoo", "kl_soap")
@@ -199,7 +210,7 @@ _TYPES: dict[str, Any] = get_type_hints(Options)
 # What a checkpoint cannot change: the shapes and the meaning of the state depend on these.
 STRUCTURAL: tuple[str, ...] = (
     "algorithm", "factor", "bits", "base", "moments", "first_codebook", "second_codebook",
-    "block_size", "quant_block", "codebook", "matrix_view", "row_splits",
+    "block_size", "quant_block", "codebook", "matrix_view", "row_splits", "embeddings", "vocabulary",
 )  # fmt: skip
 
 # What belongs to a run, not to what it trains: a checkpoint does not change these.

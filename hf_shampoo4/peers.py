@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from hf_shampoo4.data import ConfigError
-from hf_shampoo4.integrations.groups import param_groups
+from hf_shampoo4.integrations.groups import is_of_matrices, param_groups
 
 Chosen = tuple[type, dict[str, Any]]
 """What a Trainer takes as `optimizer_cls_and_kwargs`."""
@@ -20,7 +20,7 @@ Chosen = tuple[type, dict[str, Any]]
 def muon(model: nn.Module, args: Any) -> Chosen:
     """Muon on the hidden matrices, AdamW on the rest, both at the same learning rate (Moonlight's scaling)."""
     groups = [
-        {"params": group["params"], "weight_decay": group["weight_decay"], "use_muon": "algorithm" not in group}
+        {"params": group["params"], "weight_decay": group["weight_decay"], "use_muon": is_of_matrices(group)}
         for group in param_groups(model, args.weight_decay)
     ]
     betas = (args.adam_beta1, args.adam_beta2)

@@ -14,7 +14,8 @@ from typing import Protocol, TypeVar
 import torch
 
 from .algorithms import Algorithm, Eigenbasis, Shampoo, make_algorithm
-from .blocks import MatrixView, Rect, matrix_view, partition, strips
+from .blocks import MatrixView, Rect, matrix_view, partition, strips, vocabulary_strips
+from .eigenbasis import ONE_SIDED
 from .options import Options
 from .placement import Load
 from .storage import SMALL, nbytes
@@ -22,6 +23,7 @@ from .storage import SMALL, nbytes
 WAVE_ELEMENTS = 1 << 24  # 64 MiB of float32 gradient
 MOMENT_FLOPS, STATS_CUBES, ROOT_CUBES, TURN_CUBES = 50, 12, 25, 12  # an entry's work; k^3 of a factor of order k
 STRIP = 1 << 20  # entries of a block of an embedding: as many as a block of 1024 x 1024
+TALL = 8  # an embedding's block with a factor of order k has at least 8 k rows: the factor takes 1/16 byte an entry
 
 
 @dataclass(frozen=True)
@@ -40,10 +42,14 @@ def blocks_of(shape: tuple[int, ...], options: Options) -> list[Block]:
         return []
     quantise = numel >= SMALL
     view = matrix_view(shape, options.matrix_view) if options.algorithm != "elementwise" else None
+    if view is not None and options.vocabulary and view.rows < ONE_SIDED * view.columns:
+        view = None  # hardly a vocabulary: learned positions, a class token, the classes of a classifier
     if view is None:
         rows = shape[0] if len(shape) > 1 else 1
         view, options = MatrixView(1, rows, numel // rows), dataclasses.replace(options, algorithm="elementwise")
         rects = strips(view, STRIP)
+    elif options.vocabulary:
+        rects = vocabulary_strips(view, options.block_size, TALL, STRIP)
     else:
         splits = options.row_splits if sum(options.row_splits) == view.rows else ()
         rects = partition(view, options.block_size, splits)

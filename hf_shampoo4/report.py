@@ -99,6 +99,8 @@ def _treatment(blocks: list[Block], options: Options) -> str:
         return f"{BASES[options.base]} {moments}"
     if isinstance(blocks[0].algorithm, Eigenbasis):
         sides = "" if blocks[0].algorithm.is_two_sided else " one-sided"
+        if options.vocabulary and moments.startswith("4bit") and options.first_codebook == "auto":
+            moments = "8bit"
         return f"{EIGENBASES[options.algorithm]}{sides} {options.bits}-bit, {moments} moments"
     over = "" if options.base == "adamw" else f" over {BASES[options.base]}"
     return f"Shampoo {options.factor} {options.bits}-bit{over}, {moments} moments"

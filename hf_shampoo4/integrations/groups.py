@@ -23,6 +23,7 @@ _LOOKUP_NAME = re.compile(
 _KINDS: dict[str, dict[str, Any]] = {
     "matrix": {},
     "conv1d": {"matrix_view": "flatten"},  # (out, in, width): one matrix, not `out` matrices as a 3-D expert weight is
+    "vocabulary": {"vocabulary": True},
     "elementwise": {"algorithm": "elementwise"},
 }
 
@@ -33,10 +34,10 @@ def param_groups(
     is_target: Callable[[str, nn.Module], bool] | None = None,
     head: Mapping[str, Any] | None = None,
 ) -> list[dict[str, Any]]:
-    """Named parameter groups for `Shampoo4bit`: matrices first, then what the base optimizer alone updates.
+    """Named parameter groups for `Shampoo4bit`: matrices, then vocabularies, then what the base optimizer alone updates.
 
-    Elementwise are the parameters with fewer than 2 dimensions, norms, embeddings and the output head (told by
-    identity, so a tied head is found too).  Norms, biases and everything of fewer than 2 dimensions are not decayed;
+    Vocabularies are embeddings and the output head (told by identity, so a tied head is found too); elementwise are
+    the parameters with fewer than 2 dimensions, norms, and what is no target.  Norms, biases and everything of fewer than 2 dimensions are not decayed;
     embeddings and the head are, as the Hugging Face Trainer does.
 
     Args:
@@ -50,7 +51,7 @@ def param_groups(
         depends on the model and the arguments alone.
     """
     remember(model)
-    kinds = {**_KINDS, "head": {"algorithm": "elementwise", **(head or {})}}
+    kinds = {**_KINDS, **{f"{kind} head": {**_KINDS[kind], **(head or {})} for kind in ("vocabulary", "elementwise")}}
     members: dict[tuple[str, bool], list[tuple[str, nn.Parameter]]] = {
         (kind, decayed): [] for kind in kinds for decayed in (True, False)
     }
@@ -64,9 +65,14 @@ def param_groups(
             continue
         key = id(parameter)
         vector = len(full_shape(parameter)) < 2 or key in norms
-        matrix = not vector and key in targets and key not in lookups and not _LOOKUP_NAME.search(name)
-        kind = "elementwise" if not matrix else "conv1d" if key in convolutions else "matrix"
-        kind = "head" if head and key in heads else kind
+        if vector or key not in targets:
+            kind = "elementwise"
+        elif key in lookups or _LOOKUP_NAME.search(name):
+            kind = "vocabulary"
+        else:
+            kind = "conv1d" if key in convolutions else "matrix"
+        if head and key in heads:
+            kind += " head"
         decayed = not vector and not _NO_DECAY_NAME.search(name)
         members[kind, decayed].append((name, parameter))
     return [
@@ -74,6 +80,11 @@ def param_groups(
         for (kind, decayed), named in members.items()
         if named
     ]
+
+
+def is_of_matrices(group: Mapping[str, Any]) -> bool:
+    """Whether a group of `param_groups` has the matrices that a preconditioner is for, vocabularies not counted."""
+    return "algorithm" not in group and "vocabulary" not in group
 
 
 def _ids(model: nn.Module, types: tuple[type[nn.Module], ...]) -> set[int]:
