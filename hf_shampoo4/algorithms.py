@@ -203,7 +203,7 @@ class Eigenbasis:
         left, right = self._opened(state, g)
         # G' = U_L^T G U_R
         rotated = right.into(left.into(g).mT).mT
-        self._follow(left, right, rotated.square(), o.factor_beta)
+        self._follow(left, right, rotated.square(), o)
         warm = context.step <= o.refresh_warmup
         rows = list(range(len(g))) if warm else context.due(o.stats_every, len(g))
         if rows:
@@ -246,17 +246,17 @@ class Eigenbasis:
     def _opened(self, state: State, x: Tensor) -> tuple[OpenSide, OpenSide]:
         return OpenSide(self.left, _side(state, "left"), x), OpenSide(self.right, _side(state, "right"), x)
 
-    def _follow(self, left: OpenSide, right: OpenSide, squares: Tensor, beta: float) -> None:
+    def _follow(self, left: OpenSide, right: OpenSide, squares: Tensor, o: Options) -> None:
         """Eigenvalues follow the rotated gradient at every step."""
         level = squares.mean((-2, -1))
-        if self.whitened:
+        if self.whitened and self.left.followed and self.right.followed:
             level = level.sqrt()  # lambda_L lambda_R^T is the mean square
         left.start(level)
         right.start(level)
         # lambda_L <- beta lambda_L + (1 - beta) mean_j G'_ij^2 / lambda_Rj, lambda_R likewise (SOAP: / 1)
         by_right, by_left = self._whitening(right), self._whitening(left)
-        left.follow((squares / by_right.unsqueeze(-2)).mean(-1), beta)
-        right.follow((squares / by_left.unsqueeze(-1)).mean(-2), beta)
+        left.follow((squares / by_right.unsqueeze(-2)).mean(-1), _beta(left, o))
+        right.follow((squares / by_left.unsqueeze(-1)).mean(-2), _beta(right, o))
 
     def _turn(self, left: OpenSide, right: OpenSide, state: State, rotated: Tensor, memory: float) -> Tensor:
         """Turn both bases and carry the first moment over; the blocks of which one failed."""
@@ -273,6 +273,11 @@ class Eigenbasis:
             return torch.ones_like(side.eigenvalues)
         # directions without any gradient for long have decayed to 0: the first one there must not overflow
         return torch.maximum(side.eigenvalues, FLOOR * side.eigenvalues.amax(-1, keepdim=True)).clamp_min(TINY)
+
+
+def _beta(side: OpenSide, o: Options) -> float:
+    """How slowly a side's eigenvalues forget."""
+    return o.factor_beta if side.vectors is not None or not o.vocabulary else o.vocabulary_beta
 
 
 def _scale(side: OpenSide, damping: float) -> Tensor:

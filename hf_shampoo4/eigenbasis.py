@@ -37,7 +37,7 @@ class Side:
     basis: Storage | None
     """None: the side is not rotated."""
     followed: bool = True
-    """Whether there are eigenvalues; a side without either has the identity for a factor."""
+    """Whether there are eigenvalues: a side with neither has the identity for a factor."""
     rectify: int = 0
     """Bjorck steps on the decoded basis before it turns, so that its rounding does not add up over the turns."""
 
@@ -127,8 +127,7 @@ class OpenSide:
 def make_sides(shape: tuple[int, ...], options: Options) -> tuple[Side, Side]:
     """Left and right side of blocks of `shape`; a basis is float32 where it is too small to quantise.
 
-    A side much longer than the other one, such as a vocabulary, is not rotated.  KL's algorithms still follow its
-    eigenvalues, a diagonal factor; to SOAP, whose second moment has them already, they would say nothing.
+    A side much longer than the other one is not rotated; a vocabulary has eigenvalues all the same, a diagonal factor.
     """
     m, n = shape
     return _side(m, m >= ONE_SIDED * n, options), _side(n, n >= ONE_SIDED * m, options)
@@ -137,7 +136,7 @@ def make_sides(shape: tuple[int, ...], options: Options) -> tuple[Side, Side]:
 def _side(order: int, is_long: bool, options: Options) -> Side:
     shape = (order, order)
     if is_long:
-        return Side(order, None, followed=options.algorithm != "soap")
+        return Side(order, None, followed=options.vocabulary)
     if options.bits == 32 or order * order < SMALL:
         return Side(order, Dense(shape))
     basis = Blockwise(shape, options.factor_codebook, options.bits, options.quant_block, columns=True)

@@ -452,13 +452,13 @@ class Shampoo4bit(torch.optim.Optimizer):
         if self.defaults["algorithm"] == "elementwise":
             return
         shaped = [(group, full_shape(p)) for i, group in enumerate(self._groups) for p in self.parameters(i)]
-        matrices = [(g, shape) for g, shape in shaped if g["algorithm"] != "elementwise" and not g["vocabulary"]]
+        matrices = [(g, shape) for g, shape in shaped if Options.of(g).algorithm != "elementwise"]
         if any(matrix_view(shape, group["matrix_view"]) for group, shape in matrices):
             return
         shapes = ", ".join(sorted({str(shape) for _, shape in shaped})[:5])
         raise ValueError(
-            f"nothing to precondition: none of the {len(shaped)} parameters has a matrix that is neither an "
-            f"embedding nor the output head (shapes: {shapes}). "
+            f"nothing to precondition: none of the {len(shaped)} parameters has a matrix that is not left to the base "
+            f"optimizer, as embeddings and the output head are by algorithm='shampoo' (shapes: {shapes}). "
             "For the base optimizer alone set algorithm='elementwise' (--optim adamw4bit)."
         )
 

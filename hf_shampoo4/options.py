@@ -74,6 +74,8 @@ class Options:
     """Steps at the start of training in which SOAP's and KL-Shampoo's bases turn at every step."""
     factor_beta: float = 0.95
     """Decay of the factors' moving average, per update of a Shampoo factor, per step in the eigenbasis family."""
+    vocabulary_beta: float = 0.99
+    """Decay of the eigenvalues of a vocabulary: most of its entries have no gradient for many steps."""
     damping: float = 1e-6
     """Added to a factor before its root, times its largest eigenvalue."""
     rectify_stats: int = 1
@@ -112,6 +114,7 @@ class Options:
             _require(name, getattr(self, name), getattr(self, name) >= 1, "an integer >= 1")
         for name in ("rectify_stats", "rectify_roots", "stochastic_from", "refresh_warmup", "diagnose_every", "seed"):
             _require(name, getattr(self, name), getattr(self, name) >= 0, "an integer >= 0")
+        _require("vocabulary_beta", self.vocabulary_beta, 0.0 <= self.vocabulary_beta < 1.0, "a number in [0, 1)")
         _require("factor_beta", self.factor_beta, 0.0 <= self.factor_beta < 1.0, "a number in [0, 1)")
         _require("damping", self.damping, 0.0 < self.damping < 1.0, "a number in (0, 1)")
         _require("row_splits", self.row_splits, all(n >= 1 for n in self.row_splits), "positive sizes")
@@ -150,7 +153,7 @@ def _check_algorithm(o: Options) -> None:
         _require("base", o.base, o.base == "adamw", f"adamw {why}")
         _left_out(o, ("roots_every", "rectify_roots", "root", "graft"), "it is for algorithm=shampoo")
     elif o.algorithm == "shampoo":  # the base alone carries the options of its neighbours along
-        _left_out(o, ("refresh_warmup",), "it is for soap, kl_shampoo and kl_soap")
+        _left_out(o, ("refresh_warmup", "vocabulary_beta"), "it is for soap, kl_shampoo and kl_soap")
 
 
 def _left_out(o: Options, names: tuple[str, ...], why: str) -> None:

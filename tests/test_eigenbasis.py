@@ -16,7 +16,8 @@ from hf_shampoo4.eigenbasis import OpenSide, factor_in_basis, statistic
 from hf_shampoo4.integrations.trainer import OPTIMS
 from hf_shampoo4.matrix import bjorck
 from hf_shampoo4.optimizer import CheckpointError
-from hf_shampoo4.options import OptionError, parse_optim_args
+from hf_shampoo4.options import OptionError, Options, parse_optim_args
+from hf_shampoo4.plan import blocks_of
 
 FAMILY = ("soap", "kl_shampoo", "kl_soap")
 Array = np.ndarray
@@ -46,11 +47,13 @@ def train(shape: tuple[int, ...], steps: int, **options: object) -> tuple[nn.Par
 class Literal:
     """One block, in plain numpy and in the parameter's coordinates wherever the papers are: bases in full precision."""
 
-    def __init__(self, w: Array, algorithm: str, beta: float, damping: float) -> None:
-        self.w, self.algorithm, self.beta, self.damping = w, algorithm, beta, damping
+    def __init__(self, w: Array, algorithm: str, beta: float, damping: float, vocabulary: bool) -> None:
+        self.w, self.algorithm, self.damping = w, algorithm, damping
         m, n = w.shape
+        self.beta = [beta if m < 4 * n else 0.98, beta]
         self.u = [np.eye(m), np.eye(n)]
         self.rotated = [m < 4 * n, n < 4 * m]
+        self.followed = [rotated or vocabulary for rotated in self.rotated]
         self.eigenvalues: list[Array] | None = None
         self.momentum = np.zeros_like(w)  # in the parameter's coordinates: what carrying over must preserve
         self.second = np.zeros_like(w)
@@ -62,9 +65,9 @@ class Literal:
         inside = self.u[0].T @ g @ self.u[1]
         if self.eigenvalues is None:
             level = (inside**2).mean()
-            level = level**0.5 if kl and all(self.rotated) else level
+            level = level**0.5 if kl and all(self.followed) else level
             self.eigenvalues = [
-                np.full(k, level if rotated else 1.0) for k, rotated in zip(g.shape, self.rotated, strict=True)
+                np.full(k, level if followed else 1.0) for k, followed in zip(g.shape, self.followed, strict=True)
             ]
         whitening = self.eigenvalues if kl else [np.ones(k) for k in g.shape]
         new = [
@@ -72,8 +75,8 @@ class Literal:
             np.array([np.mean(inside[:, j] ** 2 / whitening[0]) for j in range(g.shape[1])]),
         ]
         self.eigenvalues = [
-            self.beta * old + (1 - self.beta) * x if rotated else old
-            for old, x, rotated in zip(self.eigenvalues, new, self.rotated, strict=True)
+            beta * old + (1 - beta) * x if followed else old
+            for old, x, beta, followed in zip(self.eigenvalues, new, self.beta, self.followed, strict=True)
         ]
         if refresh_memory is not None:
             self.refresh(g, refresh_memory, kl)
@@ -108,15 +111,19 @@ class Literal:
             self.eigenvalues[side] = np.diag(q.T @ a @ q)
 
 
-@pytest.mark.parametrize("algorithm", FAMILY)
+@pytest.mark.parametrize("algorithm", [*FAMILY, "vocabulary"])
 @pytest.mark.parametrize("shape", [(12, 12), (7, 20), (20, 7), (24, 4), (3, 16)])
 @pytest.mark.parametrize(("every", "warmup"), [(1, 0), (3, 2)])
 def test_32_bit_whole_run_agrees_with_the_literal_one(
     algorithm: str, shape: tuple[int, int], every: int, warmup: int
 ) -> None:
-    options = {"factor_beta": 0.9, "damping": 1e-4}
+    options: dict[str, object] = {"factor_beta": 0.9, "damping": 1e-4}
+    if vocabulary := algorithm == "vocabulary":
+        if shape != (24, 4):
+            pytest.skip("too few rows for a vocabulary: the base alone")
+        algorithm, options = "kl_shampoo", {**options, "vocabulary": True, "vocabulary_beta": 0.98}
     torch.manual_seed(0)
-    literal = Literal(torch.randn(shape).double().numpy(), algorithm, 0.9, 1e-4)
+    literal = Literal(torch.randn(shape).double().numpy(), algorithm, 0.9, 1e-4, vocabulary)
     for t in range(8):
         memory = 0.9 if t < warmup else 0.9**every if (t + 1) % every == 0 else None
         literal.step(gradient(shape, t).double().numpy(), 0.05, 0.1, memory)
@@ -286,6 +293,41 @@ def test_an_oblong_matrix_has_a_basis_on_its_short_side_alone() -> None:
     assert {key.split("/")[1].split(".")[0] for key in optimizer.state[p]} == {"steps", "failures", "left", "first"}
     size = sum(t.numel() * t.element_size() for t in optimizer.state[p].values())
     assert size / p.numel() < 0.6
+
+
+def test_a_vocabulary_has_a_diagonal_factor_and_one_moment_in_8_bits() -> None:
+    p, optimizer = train((4096, 128), 2, algorithm="soap", vocabulary=True)
+    layout = {key.split("/")[1]: tuple(t.shape[1:]) for key, t in optimizer.state[p].items()}
+    assert layout == {
+        "steps.dense": (), "failures.dense": (), "left.eigenvalues.dense": (4096,), "right.eigenvalues.dense": (128,),
+        "right.basis.codes": (128, 64), "right.basis.scales": (128, 2),
+        "first.codes": (4096 * 128,), "first.scales": (4096 * 128 // 256,),
+    }  # fmt: skip
+    size = sum(t.numel() * t.element_size() for t in optimizer.state[p].values())
+    assert size / p.numel() <= 1.1
+
+
+@pytest.mark.parametrize("options", [{"embeddings": "elementwise"}, {"algorithm": "shampoo"}])
+@pytest.mark.parametrize("shape", [(256, 64), (96, 64)])
+def test_a_vocabulary_without_a_preconditioner(shape: tuple[int, int], options: dict[str, object]) -> None:
+    """Asked for, or hardly a vocabulary: bit for bit what the base alone does."""
+    others = {} if shape == (96, 64) else options
+    p, _ = train(shape, 3, vocabulary=True, **others)
+    torch.testing.assert_close(p, train(shape, 3, algorithm="elementwise")[0], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("shape", "blocks"),
+    [
+        ((50257, 768), {(7179, 768), (7180, 768)}),
+        ((32000, 4096), {(8000, 1024)}),
+        ((4096, 128), {(4096, 128)}),
+    ],
+)
+def test_blocks_of_a_vocabulary_are_tall(shape: tuple[int, int], blocks: set[tuple[int, int]]) -> None:
+    found = blocks_of(shape, Options(vocabulary=True))
+    assert {block.rect.shape for block in found} == blocks
+    assert sum(block.rect.shape[0] * block.rect.shape[1] for block in found) == shape[0] * shape[1]
 
 
 # ---------------------------------------------------------------------------------------------- as an optimizer

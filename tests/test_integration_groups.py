@@ -16,9 +16,13 @@ def names(group: dict) -> list[str]:
     return [name for name, _ in group["params"]]
 
 
+def kind_of(group: dict) -> str:
+    return "vocabulary" if group.get("vocabulary") else group.get("algorithm") or group.get("matrix_view") or "matrix"
+
+
 def kinds(groups: list[dict]) -> dict[str, str]:
-    """Parameter name -> "matrix" | "flatten" | "elementwise"."""
-    kind = {name: g.get("algorithm") or g.get("matrix_view") or "matrix" for g in groups for name in names(g)}
+    """Parameter name -> "matrix" | "flatten" | "vocabulary" | "elementwise"."""
+    kind = {name: kind_of(g) for g in groups for name in names(g)}
     assert len(kind) == sum(len(g["params"]) for g in groups), "a parameter is in two groups"
     return kind
 
@@ -30,7 +34,7 @@ def test_llama_has_matrices_first_then_embedding_and_head_then_norms():
     }  # fmt: skip
     assert {key: value for key, value in matrices.items() if key != "params"} == {"weight_decay": 0.1}
     assert names(lookups) == ["model.embed_tokens.weight", "lm_head.weight"]
-    assert (lookups["algorithm"], lookups["weight_decay"]) == ("elementwise", 0.1)
+    assert (lookups["vocabulary"], lookups["weight_decay"]) == (True, 0.1)
     assert all("norm" in name for name in names(norms))
     assert (norms["algorithm"], norms["weight_decay"]) == ("elementwise", 0.0)
 
@@ -51,7 +55,7 @@ def test_a_tied_head_is_told_by_identity_whatever_its_name():
             self.words = nn.Embedding(256, 64)
             self.words.weight = self.out.weight
 
-    assert kinds(s4.param_groups(Tied())) == {"out.weight": "elementwise"}
+    assert kinds(s4.param_groups(Tied())) == {"out.weight": "vocabulary"}
 
 
 def test_gpt2_projections_are_matrices_and_positions_are_not():
@@ -100,9 +104,9 @@ def test_lora_factors_are_matrices_but_lora_of_an_embedding_and_saved_heads_are_
     config = peft.LoraConfig(r=4, target_modules=["q_proj", "embed_tokens"], modules_to_save=["lm_head"])
     kind = kinds(s4.param_groups(peft.get_peft_model(llama(), config)))
     assert {name.split(".")[-3] for name in kind if kind[name] == "matrix"} == {"lora_A", "lora_B"}
-    elementwise = {name for name in kind if kind[name] == "elementwise"}
-    assert any("lora_embedding_A" in name for name in elementwise)
-    assert any("lm_head.modules_to_save" in name for name in elementwise)
+    vocabularies = {name for name in kind if kind[name] == "vocabulary"}
+    assert any("lora_embedding_A" in name for name in vocabularies)
+    assert any("lm_head.modules_to_save" in name for name in vocabularies)
 
 
 @pytest.mark.parametrize(
@@ -118,11 +122,17 @@ def test_optim_target_modules_are_the_only_ones_preconditioned(tmp_path, targets
     _, kwargs = trainer_kwargs(llama(), args)["optimizer_cls_and_kwargs"]
     kind = kinds(kwargs["params"])
     assert {name.split(".")[-2] for name in kind if kind[name] == "matrix"} == parts
+    assert kind["model.embed_tokens.weight"] == "elementwise"
 
 
 def test_a_model_without_a_matrix_is_refused(tmp_path):
     model = llama()
     model.model.layers.requires_grad_(False)
+    s4.Shampoo4bit(s4.param_groups(model))  # embedding and head
+    with pytest.raises(ValueError, match=r"nothing to precondition.*embeddings and the output head.*--optim adamw4bit"):
+        s4.Shampoo4bit(s4.param_groups(model), algorithm="shampoo")
+    model.model.embed_tokens.requires_grad_(False)
+    model.lm_head.requires_grad_(False)
     with pytest.raises(ValueError, match=r"nothing to precondition.*--optim adamw4bit"):
         trainer_kwargs(model, arguments(tmp_path))
     trainer_kwargs(model, arguments(tmp_path), algorithm="elementwise")

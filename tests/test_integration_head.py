@@ -60,7 +60,7 @@ def test_the_head_has_a_group_of_its_own_only_when_asked() -> None:
     groups = param_groups(model, 0.1, head={"stochastic_last": 0.2})
     (head,) = (group for group in groups if group.get("stochastic_last"))
     assert [name for name, _ in head["params"]] == ["lm_head.weight"]
-    assert (head["algorithm"], head["weight_decay"]) == ("elementwise", 0.1)
+    assert (head["vocabulary"], head["weight_decay"]) == (True, 0.1)
     assert sum(len(g["params"]) for g in groups) == sum(len(g["params"]) for g in param_groups(model))
 
 

@@ -86,14 +86,14 @@ def _optimizer_cls_and_kwargs(args: Any, model: nn.Module | None, options: dict[
         **options,
     }
     if model is not None:
-        from .groups import is_of_matrices, param_groups
+        from .groups import param_groups
 
         groups = param_groups(
             model, args.weight_decay, _target_rule(args.optim_target_modules, model), _head_options(options)
         )
-        if options.get("algorithm") != "elementwise" and not any(is_of_matrices(group) for group in groups):
+        if options.get("algorithm") != "elementwise" and all("algorithm" in group for group in groups):
             raise ValueError(
-                "nothing to precondition: the model has no trainable matrix besides embeddings and the output head.  "
+                "nothing to precondition: the model has no trainable matrix.  "
                 "For the base optimizer alone use --optim adamw4bit (algorithm='elementwise')."
             )
         kwargs["params"] = groups
