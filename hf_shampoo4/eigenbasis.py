@@ -42,8 +42,8 @@ class Side:
     """Bjorck steps on the decoded basis before it turns, so that its rounding does not add up over the turns."""
 
     def storages(self) -> dict[str, Storage]:
-        eigenvalues = {"eigenvalues": Dense((self.order,))} if self.followed else {}
-        return eigenvalues if self.basis is None else {"basis": self.basis, **eigenvalues}
+        basis: dict[str, Storage] = {} if self.basis is None else {"basis": self.basis}
+        return {**basis, "eigenvalues": Dense((self.order,))} if self.followed else basis
 
     def initialise(self, state: State) -> None:
         """U = I; eigenvalues of 0 say that there was no gradient yet (buffers come zeroed)."""

@@ -34,11 +34,11 @@ def param_groups(
     is_target: Callable[[str, nn.Module], bool] | None = None,
     head: Mapping[str, Any] | None = None,
 ) -> list[dict[str, Any]]:
-    """Named parameter groups for `Shampoo4bit`: matrices, then vocabularies, then what the base optimizer alone updates.
+    """Named parameter groups for `Shampoo4bit`: matrices first, then vocabularies, then what the base alone updates.
 
     Vocabularies are embeddings and the output head (told by identity, so a tied head is found too); elementwise are
-    the parameters with fewer than 2 dimensions, norms, and what is no target.  Norms, biases and everything of fewer than 2 dimensions are not decayed;
-    embeddings and the head are, as the Hugging Face Trainer does.
+    the parameters with fewer than 2 dimensions, norms, and what is no target.  Norms, biases and everything of fewer
+    than 2 dimensions are not decayed; embeddings and the head are, as the Hugging Face Trainer does.
 
     Args:
         model: any module; frozen parameters are left out, a shared parameter is taken once.
