@@ -24,7 +24,7 @@ from .blocks import Rect
 from .extras import named
 from .files import write_figure, write_json
 from .held import held_itself
-from .integrations.groups import param_groups
+from .integrations.groups import is_of_matrices, param_groups
 from .integrations.trainer import OPTIMS
 from .options import NAMES, OptionError, Options, parse_optim_args, resolve
 from .placement import Placement, Region, ranges, sharded, whole
@@ -153,7 +153,7 @@ def plan(
     members = [member for group in groups for member in group.members]
     factored = [member for member in members if _is_factored(member)]
     if not factored and chosen.get("algorithm") != "elementwise":
-        raise OptionError(f"nothing to precondition: {name} has no matrix besides embeddings and the output head")
+        raise OptionError(f"nothing to precondition: {name} has no matrix that is not left to the base optimizer")
     blocks = [block for member in factored for block in member.blocks]
     tally = _Tally(world_size)
     for group in groups:
@@ -172,7 +172,7 @@ def plan(
         blocks=len(blocks),
         largest_block=max((block.rect.shape for block in blocks), key=math.prod, default=(0, 0)),
         **{name: Load.of(getattr(tally, name)) for name in RANK_FIGURES},
-        others=_others(model, factored, world_size, groups[0].replicated),
+        others=_others(model, world_size, groups[0].replicated),
     )
 
 
@@ -288,7 +288,7 @@ def _in_one_buffer(shapes: list[tuple[int, ...]], world: int) -> list[Placement]
 def _groups(model: nn.Module, chosen: Mapping[str, Any], layout: _Layout) -> list[_Group]:
     groups = []
     for group in param_groups(model):
-        options = Options(**{**chosen, **{key: value for key, value in group.items() if key in NAMES}})
+        options = Options(**{**chosen, **{key: value for key, value in group.items() if key in NAMES}}).carried_out()
         replicated = layout.world == 1 or (layout.sharding == "ddp" and not options.shard_state)
         cut = {shape: blocks_of(shape, options) for shape in {tuple(p.shape) for _, p in group["params"]}}
         for unit in layout.units(group["params"]):
@@ -457,9 +457,9 @@ OTHERS = {"AdamW, 32-bit": _adamw, "AdamW, 8-bit": _adamw_8bit, "SOAP": _soap, "
 """Optimizer -> bytes of its state for a float32 parameter."""
 
 
-def _others(model: nn.Module, factored: Sequence[Member], world: int, replicated: bool) -> dict[str, Load]:
+def _others(model: nn.Module, world: int, replicated: bool) -> dict[str, Load]:
     embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
-    matrices = {id(member.parameter) for member in factored}
+    matrices = {id(p) for group in param_groups(model) if is_of_matrices(group) for _, p in group["params"]}
     treated = [
         _Treated(tuple(p.shape), id(p) in embeddings, id(p) in matrices) for p in model.parameters() if p.requires_grad
     ]

@@ -131,12 +131,15 @@ class Options:
 
     @classmethod
     def of(cls, group: Mapping[str, Any]) -> Options:
-        """The options stored in a parameter group (other keys of the group are ignored), `embeddings` carried out."""
-        options = cls(**{name: group[name] for name in NAMES})
-        if not options.vocabulary:
-            return options
-        preconditioned = options.embeddings == "auto" and options.algorithm in EIGENBASIS
-        return dataclasses.replace(options, algorithm="kl_shampoo" if preconditioned else "elementwise")
+        """What the options stored in a parameter group ask for (other keys of the group are ignored)."""
+        return cls(**{name: group[name] for name in NAMES}).carried_out()
+
+    def carried_out(self) -> Options:
+        """With the algorithm that `embeddings` and `vocabulary` mean."""
+        if not self.vocabulary:
+            return self
+        preconditioned = self.embeddings == "auto" and self.algorithm in EIGENBASIS
+        return dataclasses.replace(self, algorithm="kl_shampoo" if preconditioned else "elementwise")
 
 
 EIGENBASIS = ("soap", "kl_shampoo", "kl_soap")

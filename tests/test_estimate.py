@@ -19,6 +19,7 @@ from hf_shampoo4 import estimate, waves
 from hf_shampoo4.cli import main
 from hf_shampoo4.exchange import Ranks
 from hf_shampoo4.held import held_itself
+from hf_shampoo4.integrations.groups import is_of_matrices
 from hf_shampoo4.integrations.trainer import OPTIMS
 from hf_shampoo4.options import NAMES, OptionError, Options
 from hf_shampoo4.storage import nbytes
@@ -101,7 +102,7 @@ def test_geometry_alone_gives_what_the_module_gives() -> None:
 
 def test_the_others_hold_what_is_said() -> None:
     model = llama()
-    matrices = [p for group in s4.param_groups(model) if "algorithm" not in group for _, p in group["params"]]
+    matrices = [p for group in s4.param_groups(model) if is_of_matrices(group) for _, p in group["params"]]
     rest = [p for p in model.parameters() if not any(p is m for m in matrices)]
     others = s4.plan(model).others
     assert others["AdamW, 32-bit"].total == held(stepped(model, torch.optim.AdamW(model.parameters())))
@@ -254,7 +255,7 @@ def test_the_command_writes_table_json_and_picture(tmp_path, capsys) -> None:
     assert (tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG")
     assert saved["state"]["total"] == 2 * saved["state"]["largest"]
     assert saved["copies"] == 2
-    assert saved["largest_block"] == [64, 64]
+    assert saved["largest_block"] == [4096, 64]  # of the embedding
 
 
 @pytest.mark.parametrize(
