@@ -72,8 +72,8 @@ class Options:
     When a block's turn comes depends on its parameter's name and its place there."""
     refresh_warmup: int = 100
     """Steps at the start of training in which SOAP's and KL-Shampoo's bases turn at every step."""
-    factor_beta: float = 0.95
-    """Decay of the factors' moving average, per update of a Shampoo factor, per step in the eigenbasis family."""
+    factor_beta: float = 0.9
+    """Decay of the factors' moving average, per step; for shampoo per update, and .95 unless it is given."""
     vocabulary_beta: float = 0.99
     """Decay of the eigenvalues of a vocabulary: most of its entries have no gradient for many steps."""
     damping: float = 1e-6
@@ -143,6 +143,8 @@ class Options:
 
 
 EIGENBASIS = ("soap", "kl_shampoo", "kl_soap")
+
+SHAMPOO_BETA = 0.95  # 2405.18144 and 2412.10663, whose factors are updated rarely
 
 # Whoever gives one of these means the papers' Shampoo: the others have no inverse roots.
 SHAMPOO_ONLY = ("factor", "base", "roots_every", "rectify_roots", "root", "graft")
@@ -288,6 +290,9 @@ def resolve(
         merged.update({name: _cast(name, value) for name, value in source.items()})
     if "algorithm" not in {**(beneath or {}), **merged} and any(name in merged for name in SHAMPOO_ONLY):
         merged["algorithm"] = "shampoo"
+    chosen = {**(beneath or {}), **merged}
+    if chosen.get("algorithm") == "shampoo" and "factor_beta" not in chosen:
+        merged["factor_beta"] = SHAMPOO_BETA
     Options(**{**(beneath or {}), **merged})  # range checks, before any training time is spent
     return merged
 

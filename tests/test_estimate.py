@@ -149,7 +149,7 @@ def live_ranks(model: torch.nn.Module, world: int, layout: Any, options: dict[st
     groups = []
     for group in s4.param_groups(model):
         own = {key: value for key, value in group.items() if key in NAMES}
-        groups.append((Options(**{**options, **own}), group["params"]))
+        groups.append((Options(**{**options, **own}).carried_out(), group["params"]))
     where = {
         id(p): placement
         for _, named in groups
