@@ -50,7 +50,7 @@ RARELY = ("3.unused",)  # has no gradient on every third step
 
 # name -> shape: uneven rows, several blocks, experts, a fused q k v, fewer rows than ranks, vectors, one element
 SHAPES: list[dict[str, tuple[int, ...]]] = [
-    {"tied": (30, 24), "weight": (53, 70)},
+    {"tied": (30, 24), "weight": (53, 70), "words": (406, 20)},
     {"qkv": (96, 64), "norm": (9,), "short": (2, 40)},
     {"experts": (3, 20, 30), "bias": (5000,), "one": (1,)},
     {"unused": (33, 20), "frozen": (12, 12), "last": (64, 66)},
@@ -117,14 +117,18 @@ def named(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
 
 
 def optimizer_of(model: nn.Module, options: dict[str, Any]) -> Shampoo4bit:
-    """Two groups, as the integrations make them: matrices, and what the base alone updates."""
+    """Three groups, as the integrations make them: matrices, a vocabulary, and what the base alone updates."""
     chosen = {"lr": 1e-2, "weight_decay": 0.1, **OFTEN, **options}
     if chosen.get("algorithm", "shampoo") == "shampoo":
         chosen["roots_every"] = 3
     lookups = ("tied", "bias", "norm", "one", "short")
-    matrices = [(n, p) for n, p in named(model) if not n.endswith(lookups)]
+    matrices = [(n, p) for n, p in named(model) if not n.endswith((*lookups, "words"))]
+    words = [(n, p) for n, p in named(model) if n.endswith("words")]
     rest = [(n, p) for n, p in named(model) if n.endswith(lookups)]
-    groups = [{"params": matrices, "row_splits": (64, 16, 16)}, {"params": rest, "algorithm": "elementwise"}]
+    groups = [
+        {"params": matrices, "row_splits": (64, 16, 16)}, {"params": words, "vocabulary": True},
+        {"params": rest, "algorithm": "elementwise"},
+    ]  # fmt: skip
     if chosen.get("algorithm") == "elementwise":
         groups[0].pop("row_splits")
     return Shampoo4bit(groups, **chosen)
