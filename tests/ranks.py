@@ -12,6 +12,7 @@ import copy
 import dataclasses
 import functools
 import hashlib
+import itertools
 import json
 import os
 import shutil
@@ -892,16 +893,20 @@ KINDS = ("ddp", "ddp_sharded", "fsdp2", "tp", "fsdp1", "zero1", "zero2", "zero3"
 FOR_VARIANTS = ("shampoo", "kl_shampoo")
 
 
-def matrix(world: int) -> list[str]:
+def matrix(world: int, options: str) -> list[str]:
     engines = [engine for engine in ENGINES if engine != "single" and (engine != "hsdp" or world % 2 == 0)]
     engines = [engine for engine in engines if engine != "fsdp1_hybrid" or world == 4]  # needs two shards a replica
-    of = {engine: [*OPTIONS] if engine in KINDS else FOR_VARIANTS for engine in engines}
+    if options not in FOR_VARIANTS:
+        engines = [engine for engine in engines if engine in KINDS]
     # parameters in bfloat16 are another thing under ZeRO, which keeps float32 ones: the variants *_bf16
-    return [f"{e}-{o}" for o in OPTIONS for e in engines if o in of[e] and not (o == "bf16" and e in ZERO)]
+    return [f"{engine}-{options}" for engine in engines if not (options == "bf16" and engine in ZERO)]
 
 
 def whole_matrix(given: argparse.Namespace) -> None:
-    """Every kind of engine with every set of options; what the file has of other cases stays there."""
+    """Every kind of engine with every set of options; what the file has of other cases stays there.
+
+    One launch for a number of ranks and a set of options, after which its results are in the file.
+    """
     file: Path = given.output
     found: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {"worlds": {}}
     found = {
@@ -909,8 +914,8 @@ def whole_matrix(given: argparse.Namespace) -> None:
         "gradients": "exact averages, see the docstring", "worlds": found["worlds"],
     }  # fmt: skip
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout
-    for world in given.worlds:
-        cases = [case for case in matrix(world) if case.startswith(tuple(given.engines))]
+    for world, options in itertools.product(given.worlds, given.options):
+        cases = [case for case in matrix(world, options) if case.startswith(tuple(given.engines))]
         words = ("--cases", ",".join(cases), "--steps", str(given.steps))
         ranks = launch(world, *words, timeout=given.hours * 3600)
         of_world = found["worlds"].setdefault(str(world), {})
@@ -925,7 +930,8 @@ def main() -> None:
     parser.add_argument("--all", action="store_true", help="the whole matrix, written to docs/results/ranks.json")
     parser.add_argument("--worlds", type=int, nargs="*", default=[2, 3, 4], help="with --all")
     parser.add_argument("--engines", nargs="*", default=[""], help="with --all: those that begin so")
-    parser.add_argument("--hours", type=float, default=4, help="with --all: at most, for each number of ranks")
+    parser.add_argument("--options", nargs="*", default=[*OPTIONS], choices=OPTIONS, help="with --all")
+    parser.add_argument("--hours", type=float, default=1, help="with --all: at most, for each launch")
     parser.add_argument("--output", type=Path, default=ROOT / "docs" / "results" / "ranks.json", help="with --all")
     parser.add_argument("--world", type=int, default=2)
     parser.add_argument("--cases", default="ddp-shampoo,ddp_sharded-shampoo,fsdp2-shampoo", help="ENGINE-OPTIONS,...")
