@@ -204,10 +204,10 @@ class Eigenbasis:
         # G' = U_L^T G U_R
         rotated = right.into(left.into(g).mT).mT
         self._follow(left, right, rotated.square(), o)
-        warm = context.step <= o.refresh_warmup
-        rows = list(range(len(g))) if warm else context.due(o.stats_every, len(g))
+        every = o.turn_interval(context.step)
+        rows = context.due(every, len(g))
         if rows:
-            memory = max(o.factor_beta ** (1 if warm else o.stats_every), SHORTEST_MEMORY)
+            memory = max(o.factor_beta**every, SHORTEST_MEMORY)
             with context.stopwatch.on(g.device), _part(state, rotated, rows) as (part, some):
                 all_rows = part is state
                 here = (left, right) if all_rows else self._opened(part, some)

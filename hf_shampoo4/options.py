@@ -71,7 +71,8 @@ class Options:
 
     When a block's turn comes depends on its parameter's name and its place there."""
     refresh_warmup: int = 100
-    """Steps at the start of training in which SOAP's and KL-Shampoo's bases turn at every step."""
+    """SOAP's and KL-Shampoo's bases turn at every step at first; their interval grows by one each time this many steps
+    have passed, up to `stats_every` (0: it is that from the start)."""
     factor_beta: float = 0.9
     """Decay of the factors' moving average, per step; for shampoo per update, and .95 unless it is given."""
     vocabulary_beta: float = 0.99
@@ -128,6 +129,10 @@ class Options:
         if self.codebook != "auto":
             return self.codebook
         return "nf4" if self.algorithm in EIGENBASIS and self.bits == 4 else "linear2"
+
+    def turn_interval(self, step: int) -> int:
+        """Steps between two turns of a basis at a step: bases change fast at first, and slowly later."""
+        return min(self.stats_every, max(1, step // self.refresh_warmup)) if self.refresh_warmup else self.stats_every
 
     @classmethod
     def of(cls, group: Mapping[str, Any]) -> Options:

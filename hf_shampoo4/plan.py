@@ -89,7 +89,7 @@ def refreshes(options: Options, step: int) -> bool:
         return False
     if options.algorithm == "shampoo":
         return step % options.stats_every == 0 or step % options.roots_every == 0
-    return step <= options.refresh_warmup or step % options.stats_every == 0
+    return step % options.turn_interval(step) == 0
 
 
 def state_layout(blocks: Sequence[Block]) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:

@@ -125,12 +125,21 @@ def test_32_bit_whole_run_agrees_with_the_literal_one(
     torch.manual_seed(0)
     literal = Literal(torch.randn(shape).double().numpy(), algorithm, 0.9, 1e-4, vocabulary)
     for t in range(8):
-        memory = 0.9 if t < warmup else 0.9**every if (t + 1) % every == 0 else None
+        interval = min(every, max(1, (t + 1) // warmup)) if warmup else every
+        memory = 0.9**interval if (t + 1) % interval == 0 else None
         literal.step(gradient(shape, t).double().numpy(), 0.05, 0.1, memory)
     p, _ = train(
         shape, 8, algorithm=algorithm, bits=32, moments="fp32", stats_every=every, refresh_warmup=warmup, **options
     )
     np.testing.assert_allclose(p.detach().numpy(), literal.w, rtol=0, atol=3e-4)
+
+
+def test_turns_are_rarer_and_rarer() -> None:
+    options = Options(stats_every=10, refresh_warmup=100)
+    turns = [step for step in range(1, 2001) if step % options.turn_interval(step) == 0]
+    assert turns[:200] == [*range(1, 200), 200]
+    assert [sum(a < step <= a + 100 for step in turns) for a in (100, 200, 300, 900, 1500)] == [100, 50, 34, 12, 10]
+    assert {Options(stats_every=10, refresh_warmup=0).turn_interval(step) for step in (1, 50, 10**6)} == {10}
 
 
 def test_soap_in_the_first_basis_is_adamw() -> None:
