@@ -18,7 +18,7 @@ from torch import Tensor
 from .clock import Stopwatch
 from .eigenbasis import SHORTEST_MEMORY, TINY, OpenSide, Side, make_sides, statistic
 from .factors import Factor, make_factor
-from .matrix import rows_within
+from .matrix import within_
 from .moments import Moments, make_moments
 from .options import Options
 from .rounding import Noise
@@ -223,7 +223,7 @@ class Eigenbasis:
         def back(u: Tensor) -> Tensor:
             # U_L (u / sqrt(lambda_L lambda_R^T)) U_R^T
             if self.scaled:
-                u = u / _scale(left, o.damping).unsqueeze(-1) / _scale(right, o.damping).unsqueeze(-2)
+                u = (u / _scale(left, o.damping).unsqueeze(-1)).div_(_scale(right, o.damping).unsqueeze(-2))
             u = self._within_reason(u, o.factor_beta, context.betas[1])
             return right.out(left.out(u).mT).mT
 
@@ -239,9 +239,7 @@ class Eigenbasis:
             return u.clamp(-limit, limit)
         # (1 - beta) mean_j G'_ij^2 / lambda_Rj is a part of lambda_Li: what bounds a gradient's rows bounds a mean's
         most = (1 - factor_beta) ** -0.5
-        if self.left.basis is not None:
-            u = rows_within(u, most)
-        return u if self.right.basis is None else rows_within(u.mT, most).mT
+        return within_(u, most, rows=self.left.basis is not None, columns=self.right.basis is not None)
 
     def _opened(self, state: State, x: Tensor) -> tuple[OpenSide, OpenSide]:
         return OpenSide(self.left, _side(state, "left"), x), OpenSide(self.right, _side(state, "right"), x)

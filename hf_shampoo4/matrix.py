@@ -166,10 +166,13 @@ def safe_cholesky(a: Tensor, jitter: float, attempts: int = 6) -> Tensor:
     return torch.where((info == 0)[:, None, None], c, torch.nan)
 
 
-def rows_within(x: Tensor, most: float) -> Tensor:
-    """x (B, k, n), the rows whose root mean square is above `most` scaled down to it."""
-    rms = x.square().mean(-1, keepdim=True).sqrt()
-    return x * (most / rms).clamp_max(1.0)
+def within_(x: Tensor, most: float, rows: bool, columns: bool) -> Tensor:
+    """x (B, m, n), changed in place: rows, columns or both scaled down where their root mean square is above `most`."""
+    squares = x.square()  # of x as it was: with both, no row or column ends above `most` either
+    for dim, scaled in ((-1, rows), (-2, columns)):
+        if scaled:
+            x.mul_((most / squares.mean(dim, keepdim=True).sqrt()).clamp_max(1.0))
+    return x
 
 
 def finite_blocks(*tensors: Tensor) -> Tensor:

@@ -15,8 +15,8 @@ from hf_shampoo4.matrix import (
     or_identity,
     power_qr,
     root_by_eigh,
-    rows_within,
     symmetric_power,
+    within_,
 )
 
 
@@ -159,11 +159,14 @@ def test_input_is_never_changed(call) -> None:
 # ------------------------------------------------------------------------------------------------------ failures
 
 
-def test_rows_within_scales_the_rows_that_are_too_large_and_no_others() -> None:
+def test_within_scales_what_is_too_large_and_nothing_else() -> None:
     x = torch.tensor([[[3.0, 4.0, 0.0, 0.0], [0.3, 0.4, 0.0, 0.0], [0.0, 0.0, 0.0, 0.0], [2.0, 2.0, 2.0, -2.0]]])
     expected = x.clone()
     expected[0, 0] *= 2 / 2.5
-    assert torch.equal(rows_within(x, 2.0), expected)
+    assert torch.equal(within_(x.clone(), 2.0, rows=True, columns=False), expected)
+    assert torch.equal(within_(x.mT.clone(), 2.0, rows=False, columns=True), expected.mT)
+    both = within_(x.clone(), 1.5, rows=True, columns=True).square()
+    assert both.mean(-1).max() <= 1.5**2 and both.mean(-2).max() <= 1.5**2
 
 
 def test_finite_blocks_and_or_identity() -> None:
