@@ -166,7 +166,8 @@ def test_within_scales_what_is_too_large_and_nothing_else() -> None:
     assert torch.equal(within_(x.clone(), 2.0, rows=True, columns=False), expected)
     assert torch.equal(within_(x.mT.clone(), 2.0, rows=False, columns=True), expected.mT)
     both = within_(x.clone(), 1.5, rows=True, columns=True).square()
-    assert both.mean(-1).max() <= 1.5**2 and both.mean(-2).max() <= 1.5**2
+    assert both.mean(-1).max() <= 1.5**2
+    assert both.mean(-2).max() <= 1.5**2
 
 
 def test_finite_blocks_and_or_identity() -> None:
