@@ -230,7 +230,7 @@ class Eigenbasis:
         return Preconditioned(rotated, back=back)
 
     def _within_reason(self, u: Tensor, factor_beta: float, beta2: float) -> Tensor:
-        """No larger than gradients can make it as long as the bases rest; without a spike it is as it was.
+        """No larger than gradients can make it as long as the bases rest; without a spike it seldom is.
 
         A turn brings the first moment into entries whose second moment, or eigenvalue, has not seen the like of it.
         """

@@ -183,6 +183,7 @@ def test_packing_round_trip(length: int, rows: int, seed: int) -> None:
 
 def test_the_first_code_is_in_the_high_half() -> None:
     assert pack(torch.tensor([[1, 2, 3]], dtype=torch.uint8), 4).tolist() == [[0x12, 0x30]]
+    assert pack(torch.ones(2, 4, 3, dtype=torch.uint8), 4).tolist() == 2 * [4 * [[0x11, 0x10]]]
     assert pack(torch.tensor([[1, 2, 3]], dtype=torch.uint8), 8).tolist() == [[1, 2, 3]]
 
 
