@@ -123,12 +123,23 @@ def check(p: Tensor) -> None:
 
 
 def remember(model: nn.Module) -> None:
-    """Note on every parameter that FSDP1 has flattened which range of it this rank has."""
+    """Note on every parameter that FSDP1 has flattened which range of it this rank has.
+
+    Raises:
+        ValueError: HYBRID_SHARD with one shard a replica, which torch 2.13 takes for NO_SHARD of that one rank
+            (`_init_core_state`): no gradient is then sent to the other replicas (`_reduce_grad_no_shard`).
+    """
     if not any(getattr(p, "_fsdp_flattened", False) for p in model.parameters()):
         return
     from torch.distributed.fsdp import FullyShardedDataParallel
 
     for module in FullyShardedDataParallel.fsdp_modules(model):
+        replicas: Any = getattr(module, "_inter_node_pg", None)
+        if module.world_size == 1 and replicas is not None and replicas.size() > 1:
+            raise ValueError(
+                f"FSDP1's HYBRID_SHARD over {replicas.size()} replicas of one shard each averages no gradients, so the "
+                "replicas would drift apart: give each replica two or more shards, or use NO_SHARD, DDP or FSDP2"
+            )
         flat: Any = module._handle.flat_param if module._handle is not None else None
         if flat is None or flat._params is None:  # None: use_orig_params=False
             continue

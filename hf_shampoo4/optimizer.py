@@ -88,6 +88,8 @@ class Shampoo4bit(torch.optim.Optimizer):
         """
         loss = None if closure is None else torch.enable_grad()(closure)()
         units = self._units()
+        if self._is_rehearsal(units):
+            return loss
         usable, wanted = self._agree(units)
         for unit in units:
             if usable:
@@ -283,6 +285,20 @@ class Shampoo4bit(torch.optim.Optimizer):
             first = {name: i for i, (name, _) in enumerate(named)}
             units += [_Unit((index, first[held[0].name] if held else 0), group, held) for held in found]
         return units
+
+    def _is_rehearsal(self, units: Sequence[_Unit]) -> bool:
+        """Whether an engine steps on zeros before training, so that optimizers make their state: nothing is to be done.
+
+        DeepSpeed without ZeRO does, with copies of whole 16-bit parameters, which are alike on all ranks.
+        """
+        if any(group["step"] for group in self._groups):
+            return False
+        models = {id(ref()) for refs in self._models for ref in refs}
+        for held in [held for unit in units for held in unit.members]:
+            p = held.buffer
+            if type(p) is not Tensor or id(p) in models or p is not held.parameter or p.grad is None or p.grad.any():
+                return False
+        return True
 
     def _update(self, unit: _Unit, wanted: set[int]) -> None:
         """One step of the parameters that have a gradient on some rank (their ids)."""

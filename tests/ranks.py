@@ -284,6 +284,8 @@ def tensor_parallel(options: dict[str, Any], dtype: torch.dtype = torch.float32)
 
 
 ZERO: dict[str, dict[str, Any]] = {
+    "zero0": {"stage": 0},
+    "zero0_bf16": {"stage": 0},  # DeepSpeed's class FP16_UnfusedOptimizer
     "zero1": {"stage": 1},
     "zero2": {"stage": 2},
     "zero3": {"stage": 3},
@@ -340,11 +342,7 @@ def zero(options: dict[str, Any], dtype: torch.dtype = torch.float32, kind: str 
             engine.backward(engine(coefficients(t, rank, world)))
             engine.step()
 
-    # DeepSpeed 0.19.8 hands zeros or, with stage 3 or offloading, the last gradient once more
-    missing = "last" if "zero3" in kind or "offload" in kind else "zeros"
-    return Run(
-        engine, optimizer, step, lambda: bare(whole(engine)), missing, torch.bfloat16 if "bf16" in kind else None
-    )
+    return Run(engine, optimizer, step, lambda: bare(whole(engine)), missing_of(kind), copies)
 
 
 def _run(model: nn.Module, bare: nn.Module, optimizer: Shampoo4bit) -> Run:

@@ -424,6 +424,34 @@ def test_a_sparse_gradient_is_refused_and_changes_nothing() -> None:
     assert not optimizer.state
 
 
+def test_a_step_on_zeros_before_training_with_copies_of_the_parameters_does_nothing() -> None:
+    """As DeepSpeed without ZeRO tries 16-bit trainings; the same on the parameters themselves is a step."""
+    rehearsed, plain = (Shampoo4bit(parameters(dtype=torch.bfloat16), weight_decay=0.1, **OFTEN) for _ in range(2))
+    for optimizer in (rehearsed, plain):
+        optimizer.param_groups[0]["params"] = [p.detach().float() for p in optimizer.param_groups[0]["params"]]
+    copies = rehearsed.param_groups[0]["params"]
+    before = copy.deepcopy(copies)
+    for p in copies:
+        p.grad = torch.zeros_like(p)
+    rehearsed.step()
+    assert rehearsed.param_groups[0]["step"] == 0
+    assert not rehearsed.state
+    assert all(map(torch.equal, copies, before))
+    for optimizer in (rehearsed, plain):
+        run(optimizer, range(3))
+    assert rehearsed.param_groups[0]["step"] == 3
+    assert all(map(torch.equal, copies, plain.param_groups[0]["params"]))
+    for p in copies:
+        p.grad = torch.zeros_like(p)
+    rehearsed.step()
+    assert rehearsed.param_groups[0]["step"] == 4
+    own = Shampoo4bit(parameters(), **OFTEN)
+    for p in own.param_groups[0]["params"]:
+        p.grad = torch.zeros_like(p)
+    own.step()
+    assert own.param_groups[0]["step"] == 1
+
+
 def test_small_tensors_stay_in_float32_by_the_whole_parameters_size() -> None:
     """Moments by the parameter, not the block; factors by the order."""
     ps = parameters([(63, 65), (64, 64), (4095,), (4096,)])

@@ -20,20 +20,24 @@ STEPS = "8"
 CASES = {
     2: ["ddp-shampoo", "ddp_sharded-shampoo", "fsdp2-shampoo", "fsdp2_mixed-shampoo", "fsdp2_offload-shampoo",
         "tp-shampoo", "ddp-soap", "fsdp2-soap", "fsdp2-sgdm", "fsdp2-bf16", "fsdp1-shampoo", "zero1-shampoo",
-        "zero2_robin-shampoo", "zero3_groups-kl_shampoo", "zero1_bf16_optimizer-shampoo"],
+        "zero2_robin-shampoo", "zero3_groups-kl_shampoo", "zero1_bf16_optimizer-shampoo",
+        "zero0_bf16-elementwise"],
     3: ["ddp-kl_shampoo", "fsdp2-kl_shampoo", "fsdp2-cholesky_ef", "ddp_sharded-zipsr", "tp-elementwise",
         "fsdp1_grad_op-soap", "zero3-shampoo"],
     4: ["hsdp-shampoo", "fsdp1_hybrid-shampoo"],
 }  # fmt: skip
-SAVED = {2: ["fsdp2-full", "fsdp2-sharded", "ddp-plain", "ddp_sharded-plain", "zero2-own", "zero2-side",
-             "fsdp1-full", "fsdp1-sharded"]}  # fmt: skip
+SAVED = {2: ["fsdp2-full", "fsdp2-sharded", "ddp-plain", "ddp_sharded-plain", "zero0_bf16-own", "zero1-own",
+             "zero2-own", "zero2-side", "fsdp1-full", "fsdp1-sharded"]}  # fmt: skip
 LOADED = {3: ["fsdp2-fsdp2+sharded", "ddp-fsdp2+full", "fsdp2-ddp+plain", "ddp_sharded-ddp+plain", "zero3-zero2+own",
               "fsdp1-zero2+side", "fsdp2-fsdp1+full"],
           1: ["single-fsdp2+full", "single-ddp_sharded+plain", "single-zero2+own", "single-fsdp1+sharded"]}  # fmt: skip
 FAILING = {2: ["fsdp2-failing", "ddp-failing", "zero2-failing", "fsdp1-failing"]}
 REFUSED = {2: ["zero3-refused"], 3: ["fsdp1-refused"]}
 TRAINER = {2: ["trainer-zero1", "trainer-zero2", "trainer-zero3", "trainer-fsdp1"]}
-KINDS = (CASES, SAVED, LOADED, FAILING, REFUSED, TRAINER)
+ACCELERATED = {2: ["accelerate-fsdp2", "accelerate-zero2"]}
+ENGINE_OF = {"accelerate-fsdp2": "FSDPLlamaForCausalLM", "accelerate-zero2": "DeepSpeedEngine"}
+HYBRID = {2: ["fsdp1_hybrid-elementwise"]}
+KINDS = (CASES, SAVED, LOADED, FAILING, REFUSED, TRAINER, ACCELERATED, HYBRID)
 WORLDS = (2, 3, 4, 1)
 
 
@@ -112,6 +116,20 @@ def test_the_trainer_trains_and_resumes(results: dict, world: int, case: str) ->
         assert rank["losses"][-1] < rank["losses"][0] - 0.1
         assert rank["resumed_losses"] == rank["losses"]
         assert rank["bitwise"], rank["differ"]
+
+
+@each(ACCELERATED)
+def test_a_loop_with_accelerate_is_saved_and_goes_on(results: dict, world: int, case: str) -> None:
+    for rank in results[world, case]:
+        assert "error" not in rank, rank["error"]
+        assert (rank["kind"], rank["optimizer"]) == (ENGINE_OF[case], "Shampoo4bit")
+        assert rank["bitwise"], rank["differ"]
+
+
+@each(HYBRID)
+def test_replicas_of_one_shard_are_refused_under_fsdp1(results: dict, world: int, case: str) -> None:
+    for rank in results[world, case]:
+        assert "ValueError: FSDP1's HYBRID_SHARD over 2 replicas of one shard each" in rank["error"]
 
 
 @each(LOADED)
