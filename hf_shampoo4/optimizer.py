@@ -294,11 +294,10 @@ class Shampoo4bit(torch.optim.Optimizer):
         if any(group["step"] for group in self._groups):
             return False
         models = {id(ref()) for refs in self._models for ref in refs}
-        for held in [held for unit in units for held in unit.members]:
-            p = held.buffer
-            if type(p) is not Tensor or id(p) in models or p is not held.parameter or p.grad is None or p.grad.any():
-                return False
-        return True
+        held = [held for unit in units for held in unit.members]
+        copies = [one.buffer for one in held if type(one.buffer) is Tensor and one.buffer is one.parameter]
+        gradients = [p.grad for p in copies if id(p) not in models and p.grad is not None]
+        return bool(held) and len(gradients) == len(held) and not any(g.any() for g in gradients)
 
     def _update(self, unit: _Unit, wanted: set[int]) -> None:
         """One step of the parameters that have a gradient on some rank (their ids)."""

@@ -428,7 +428,8 @@ def test_a_step_on_zeros_before_training_with_copies_of_the_parameters_does_noth
     """As DeepSpeed without ZeRO tries 16-bit trainings; the same on the parameters themselves is a step."""
     rehearsed, plain = (Shampoo4bit(parameters(dtype=torch.bfloat16), weight_decay=0.1, **OFTEN) for _ in range(2))
     for optimizer in (rehearsed, plain):
-        optimizer.param_groups[0]["params"] = [p.detach().float() for p in optimizer.param_groups[0]["params"]]
+        group = optimizer.param_groups[0]
+        group["params"] = [p.detach().float().requires_grad_() for p in group["params"]]
     copies = rehearsed.param_groups[0]["params"]
     before = copy.deepcopy(copies)
     for p in copies:
