@@ -336,7 +336,7 @@ def batter(name: str, options: str, kills: int, dice: random.Random, work: Path)
             pids = start(mode, options, folder, board)
             more = sum(tally.kills.values()) < kills
             killed = more and kill_at_random(pids, board, dice, 0.8 * seconds, tally)
-            statuses = wait(pids, time.monotonic() + 120)
+            statuses = wait(pids, time.monotonic() + max(120, 10 * seconds))  # a busy machine is no hang
             for pid, status in zip(pids, statuses, strict=True):
                 if status is None:
                     os.kill(pid, signal.SIGKILL)
@@ -383,12 +383,14 @@ def main() -> None:
             tally = batter(mode, options, share, random.Random(f"{given.seed} {mode} {options}"), Path(work))
         results[f"{mode} {options}"] = vars(tally)
         print(f"{mode} {options}: {vars(tally)}", flush=True)
-    total = sum(sum(found["kills"].values()) for found in results.values())
+        total = sum(sum(found["kills"].values()) for found in results.values())
+        if given.output:  # after each mode
+            said = f"--kills {given.kills} --seed {given.seed} --options {given.options} --modes {given.modes}"
+            commands = [*before.get("commands", []), f"python scripts/crash.py {said}"]
+            write_json(
+                given.output, {"commands": commands, "torch": torch.__version__, "kills": total, "modes": results}
+            )
     print(f"survived {total} kills")
-    if given.output:
-        said = f"--kills {given.kills} --seed {given.seed} --options {given.options} --modes {given.modes}"
-        commands = [*before.get("commands", []), f"python scripts/crash.py {said}"]
-        write_json(given.output, {"commands": commands, "torch": torch.__version__, "kills": total, "modes": results})
 
 
 if __name__ == "__main__":

@@ -184,8 +184,7 @@ def attempt(module: str, sample: int, seed: int, before: dict[str, Any] | None =
     for n, what in chosen:
         results[what], took = survives(module, mutant(tree, n), int(20 + 3 * unchanged))
         seconds += took
-        if results[what] == "survived":
-            print(f"{module} {what}", flush=True)
+        print(f"{module} {len(results)}/{len(chosen)} {results[what]}: {what}", flush=True)
     left = sorted(what for what, result in results.items() if result == "survived")
     if before:
         return {
