@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_shampoo4 import Shampoo4bit, algorithms, report
-from hf_shampoo4.eigenbasis import OpenSide, factor_in_basis, statistic
+from hf_shampoo4.eigenbasis import OpenSide, factor_in_basis, make_sides, statistic
 from hf_shampoo4.integrations.trainer import OPTIMS
 from hf_shampoo4.matrix import bjorck
 from hf_shampoo4.optimizer import CheckpointError
@@ -294,6 +294,19 @@ def test_bytes_of_live_tensors(algorithm: str, most: float) -> None:
     optimizer.step()
     size = sum(t.numel() * t.element_size() for entry in optimizer.state.values() for t in entry.values())
     assert size / sum(p.numel() for p in parameters) <= most
+
+
+def test_a_side_four_times_as_long_as_the_other_is_not_rotated() -> None:
+    rotated = {
+        shape: [side.basis is not None for side in make_sides(shape, Options())]
+        for shape in ((255, 64), (256, 64), (64, 255), (64, 256))
+    }
+    assert rotated == {
+        (255, 64): [True, True],
+        (256, 64): [False, True],
+        (64, 255): [True, True],
+        (64, 256): [True, False],
+    }
 
 
 def test_an_oblong_matrix_has_a_basis_on_its_short_side_alone() -> None:

@@ -170,6 +170,19 @@ def test_within_scales_what_is_too_large_and_nothing_else() -> None:
     assert both.mean(-2).max() <= 1.5**2
 
 
+def test_exact_float32_leaves_the_users_setting_as_it_was() -> None:
+    matmul = getattr(torch.backends.mkldnn, "matmul", None)
+    if not hasattr(matmul, "fp32_precision"):
+        pytest.skip("this torch has no such setting for CPUs")
+    before, matmul.fp32_precision = matmul.fp32_precision, "bf16"
+    try:
+        with exact_float32("cpu"):
+            assert matmul.fp32_precision == "ieee"
+        assert matmul.fp32_precision == "bf16"
+    finally:
+        matmul.fp32_precision = before
+
+
 def test_finite_blocks_and_or_identity() -> None:
     a = torch.randn(3, 4, 4)
     a[0, 1, 2], a[2, 0, 0] = torch.nan, torch.inf
