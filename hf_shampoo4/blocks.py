@@ -72,8 +72,7 @@ def partition(view: MatrixView, block_size: int, row_splits: tuple[int, ...] = (
     for size in row_splits or (view.rows,):
         start = rows[-1][1] if rows else 0
         rows += [(start + a, start + b) for a, b in _cut(size, block_size)]
-    columns = _cut(view.columns, block_size)
-    return [Rect(k, r0, r1, c0, c1) for k in range(view.count) for r0, r1 in rows for c0, c1 in columns]
+    return _grid(view, rows, _cut(view.columns, block_size))
 
 
 def vocabulary_strips(view: MatrixView, block_size: int, ratio: int, least: int) -> list[Rect]:
@@ -81,14 +80,17 @@ def vocabulary_strips(view: MatrixView, block_size: int, ratio: int, least: int)
     `ratio` times as many as columns or `least` entries, so that the factors stay small beside the matrix."""
     columns = _cut(view.columns, block_size)
     width = -(-view.columns // len(columns))
-    rows = _cut(view.rows, max(ratio * width, least // width))
-    return [Rect(k, r0, r1, c0, c1) for k in range(view.count) for r0, r1 in rows for c0, c1 in columns]
+    return _grid(view, _cut(view.rows, max(ratio * width, least // width)), columns)
 
 
 def strips(view: MatrixView, largest: int) -> list[Rect]:
     """Rectangles of whole rows with about `largest` entries at most, for what no matrix of statistics belongs to."""
     rows = _cut(view.rows, max(1, largest // view.columns))
-    return [Rect(k, r0, r1, 0, view.columns) for k in range(view.count) for r0, r1 in rows]
+    return _grid(view, rows, [(0, view.columns)])
+
+
+def _grid(view: MatrixView, rows: list[tuple[int, int]], columns: list[tuple[int, int]]) -> list[Rect]:
+    return [Rect(k, r0, r1, c0, c1) for k in range(view.count) for r0, r1 in rows for c0, c1 in columns]
 
 
 def _cut(length: int, largest: int) -> list[tuple[int, int]]:

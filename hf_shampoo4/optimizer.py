@@ -467,8 +467,7 @@ class Shampoo4bit(torch.optim.Optimizer):
         if self.defaults["algorithm"] == "elementwise":
             return
         shaped = [(group, full_shape(p)) for i, group in enumerate(self._groups) for p in self.parameters(i)]
-        matrices = [(g, shape) for g, shape in shaped if Options.of(g).algorithm != "elementwise"]
-        if any(matrix_view(shape, group["matrix_view"]) for group, shape in matrices):
+        if any(matrix_view(s, g["matrix_view"]) and Options.of(g).algorithm != "elementwise" for g, s in shaped):
             return
         shapes = ", ".join(sorted({str(shape) for _, shape in shaped})[:5])
         raise ValueError(

@@ -115,8 +115,8 @@ class Options:
             _require(name, getattr(self, name), getattr(self, name) >= 1, "an integer >= 1")
         for name in ("rectify_stats", "rectify_roots", "stochastic_from", "refresh_warmup", "diagnose_every", "seed"):
             _require(name, getattr(self, name), getattr(self, name) >= 0, "an integer >= 0")
-        _require("vocabulary_beta", self.vocabulary_beta, 0.0 <= self.vocabulary_beta < 1.0, "a number in [0, 1)")
-        _require("factor_beta", self.factor_beta, 0.0 <= self.factor_beta < 1.0, "a number in [0, 1)")
+        for name in ("factor_beta", "vocabulary_beta"):
+            _require(name, getattr(self, name), 0.0 <= getattr(self, name) < 1.0, "a number in [0, 1)")
         _require("damping", self.damping, 0.0 < self.damping < 1.0, "a number in (0, 1)")
         _require("row_splits", self.row_splits, all(n >= 1 for n in self.row_splits), "positive sizes")
         _check_algorithm(self)

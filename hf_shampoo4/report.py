@@ -12,7 +12,7 @@ from .held import full_shape
 from .optimizer import Shampoo4bit
 from .options import Options
 from .plan import Block, blocks_of
-from .storage import SMALL, nbytes
+from .storage import SMALL, Blockwise, nbytes
 
 BASES = {"adamw": "AdamW", "sgdm": "SGDM"}
 EIGENBASES = {"soap": "SOAP", "kl_shampoo": "KL-Shampoo", "kl_soap": "KL-SOAP"}
@@ -99,7 +99,8 @@ def _treatment(blocks: list[Block], options: Options) -> str:
         return f"{BASES[options.base]} {moments}"
     if isinstance(blocks[0].algorithm, Eigenbasis):
         sides = "" if blocks[0].algorithm.is_two_sided else " one-sided"
-        if options.vocabulary and moments.startswith("4bit") and options.first_codebook == "auto":
+        first = blocks[0].algorithm.moments.first
+        if isinstance(first, Blockwise) and first.bits == 8:  # a vocabulary's, which is all that it has
             moments = "8bit"
         return f"{EIGENBASES[options.algorithm]}{sides} {options.bits}-bit, {moments} moments"
     over = "" if options.base == "adamw" else f" over {BASES[options.base]}"
