@@ -7,7 +7,7 @@ send to itself stays where it is: one process is the case in which that is every
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -67,10 +67,10 @@ class Exchange:
     local: bool = False
     """Whether no rank sends anything to another one: then there is no collective."""
 
-    def of_members(self, wanted: set[int]) -> Exchange:
-        """The part that concerns some parameters only."""
+    def of_blocks(self, wanted: Collection[int]) -> Exchange:
+        """The part that concerns some blocks only."""
         out, into = (
-            {rank: [p for p in pieces if p.member in wanted] for rank, pieces in side.items()}
+            {rank: [p for p in pieces if p.block in wanted] for rank, pieces in side.items()}
             for side in (self.out, self.into)
         )
         return Exchange(out, into, self.local)

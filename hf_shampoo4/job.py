@@ -1,4 +1,4 @@
-"""One wave in one step: gradients to the owners, directions, updates back; and how waves follow each other."""
+"""Blocks of a wave in one step: gradients to the owners, directions, updates back; and how waves follow each other."""
 
 from __future__ import annotations
 
@@ -37,11 +37,11 @@ def run(jobs: Sequence[Job]) -> None:
 
 @dataclass
 class Job:
-    """One wave in one step: `start`, `compute`, `deliver`, `finish`, each called by every rank."""
+    """Some blocks of a wave in one step: `start`, `compute`, `deliver`, `finish`, each called by every rank."""
 
     wave: Wave
-    wanted: set[int]
-    """Members that have a gradient on some rank."""
+    blocks: frozenset[int]
+    """Of the wave, of parameters that have a gradient on some rank."""
     split: bool
     """Whether owners compute their blocks, or every rank all of them."""
     context: Context
@@ -54,9 +54,10 @@ class Job:
 
     def __post_init__(self) -> None:
         route = self.wave.split if self.split else self.wave.alone
-        if len(self.wanted) < len(self.wave.members):
-            route = Route(*(side.of_members(self.wanted) for side in route))
+        if len(self.blocks) < len(self.wave.rects):
+            route = Route(*(side.of_blocks(self.blocks) for side in route))
         self.route = route
+        self.wanted = {self.wave.member_of[block] for block in self.blocks}
         self.rank = self.wave.ranks.rank if self.split else 0  # who computes everything itself is the only rank
 
     def start(self) -> None:
@@ -79,8 +80,8 @@ class Job:
         """
         vote = Vote(self.wave.ranks if self.split else Ranks(), len(self.wave.members), self.wave.device)
         try:
-            parts = [(stack, rows) for stack in self.wave.stacks if (rows := self._rows(stack)) is None or len(rows)]
-            stacks = [stack if rows is None else stack.rows(rows) for stack, rows in parts]
+            parts = [stack.part(rows) for stack in self.wave.stacks if (rows := self._rows(stack))]
+            stacks = [stack for stack, _ in parts]
             gradients, *weights = self._collected(stacks)
             for collected in weights:
                 for stack, of_stack in zip(stacks, collected, strict=True):
@@ -91,10 +92,9 @@ class Job:
             vote.close(error)
             raise
         vote.close()
-        for (whole, rows), part in zip(parts, stacks, strict=True):
-            part.weights = None
-            if rows is not None:
-                whole.put_back(rows, part)
+        for stack, put_back in parts:
+            stack.weights = None
+            put_back()
         # what stays here is rounded as what is sent: replicas must not differ
         self._updates = self._by_block(stacks, [self._on_wire(update, self.route.deliver) for update in updates])
         self._sources, self._collecting = [], None
@@ -110,7 +110,7 @@ class Job:
         self._delivering = self.wave.ranks.all_to_all("updates", out, sizes, like)
         if self.wave.replicated:
             state = self.wave.state_map
-            state.move(state.route.deliver.of_members(state.of_members(self.wanted)), "state", state.live, state.live)
+            state.move(state.route.deliver.of_blocks(state.of_blocks(self.blocks)), "state", state.live, state.live)
 
     def finish(self) -> None:
         """p <- (1 - lr wd) p - lr u on what this rank holds."""
@@ -125,15 +125,13 @@ class Job:
             members[m].held.write_back(flat)
         self._updates, self._delivering = {}, None
 
-    def _rows(self, stack: Stack) -> Tensor | None:
-        """The rows of a stack whose blocks are computed here now; None: all."""
-        wave = self.wave
-        rows = [
+    def _rows(self, stack: Stack) -> list[int]:
+        """The rows of a stack whose blocks are computed here now."""
+        return [
             i
             for i, block in enumerate(stack.blocks)
-            if wave.member_of[block] in self.wanted and (not self.split or wave.owners[block] == self.rank)
+            if block in self.blocks and (not self.split or self.wave.owners[block] == self.rank)
         ]
-        return None if len(rows) == len(stack.blocks) else torch.tensor(rows, dtype=torch.long, device=wave.device)
 
     def _collected(self, stacks: list[Stack]) -> list[list[Tensor]]:
         """For each source (gradients, weights) and stack: float32 (B, *shape)."""

@@ -189,8 +189,10 @@ class Load(NamedTuple):
     """Of state."""
 
 
-def assign(loads: Sequence[Load], world: int) -> list[int]:
+def assign(loads: Sequence[Load], world: int, there: Sequence[tuple[int, Load]] = ()) -> list[int]:
     """The owner of every block; the same on every rank, for it depends on the arguments alone.
+
+    `there` are the blocks that have owners already.
 
     Equal blocks are dealt out in turn, but for the last full round and the rest: those go, the largest first, to the
     rank on which the larger of its two shares (of all flops, of all bytes) stays smallest, ties to the lowest.
@@ -204,8 +206,10 @@ def assign(loads: Sequence[Load], world: int) -> list[int]:
         else:
             left.append(i)
         seen[load] += 1
-    totals = [max(sum(load[k] for load in loads), 1) for k in range(2)]
+    totals = [max(sum(load[k] for load in (*loads, *(load for _, load in there))), 1) for k in range(2)]
     shares = np.zeros((2, world))
+    for owner, load in there:
+        shares[:, owner] += np.array(load) / totals
     for i in sorted(left, key=lambda i: (-max(x / total for x, total in zip(loads[i], totals, strict=True)), i)):
         mine = np.array([[x / total] for x, total in zip(loads[i], totals, strict=True)])
         owners[i] = int((shares + mine).max(0).argmin())

@@ -34,6 +34,11 @@ class Block:
     rect: Rect
     algorithm: Algorithm
 
+    @property
+    def numel(self) -> int:
+        """Entries of it."""
+        return math.prod(self.rect.shape)
+
 
 def blocks_of(shape: tuple[int, ...], options: Options) -> list[Block]:
     """How a parameter of `shape` (the global one) is treated, from geometry alone; empty for one without elements."""
@@ -142,3 +147,22 @@ def _in_waves(parameters: Iterable[P]) -> Iterator[list[P]]:
             wave.append(p)
             elements += p.numel
         yield wave
+
+
+def _in_parts(blocks: Sequence[Block], ranks: int) -> Iterator[list[int]]:
+    """Positions of consecutive blocks of a wave, as many as fit `WAVE_ELEMENTS` a rank; at least one.
+
+    All of them together where norms go over whole parameters (Shampoo's graft).
+    """
+    grafted = any(isinstance(block.algorithm, Shampoo) for block in blocks)
+    largest = math.inf if grafted else WAVE_ELEMENTS * ranks
+    part: list[int] = []
+    elements = 0
+    for i, block in enumerate(blocks):
+        if part and elements + block.numel > largest:
+            yield part
+            part, elements = [], 0
+        part.append(i)
+        elements += block.numel
+    if part:
+        yield part

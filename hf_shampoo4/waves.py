@@ -2,8 +2,9 @@
 
 A *stack* is all blocks of a wave that share an algorithm description (hence a shape), as one (B, m, n) tensor; its
 state buffers have B rows, and `optimizer.state[p]` holds the rows of parameter p as views, under
-"<shape>/<tensor>.<buffer>".  A *wave* is as many whole parameters as fit `plan.WAVE_ELEMENTS`: it bounds the memory
-that a step needs at a time, whatever the size of the model.
+"<shape>/<tensor>.<buffer>".  A *wave* is as many whole parameters as fit `plan.WAVE_ELEMENTS`; one that does not fit, a
+large embedding, is a wave of several *parts*, which are computed one after the other.  That bounds the memory that a
+step needs at a time, whatever the size of the model.
 
 Where every rank holds all of a parameter (one process, DDP), every rank keeps the state of all its blocks and computes
 them all; on steps that refresh factors each rank computes the blocks it owns, and sends what changed to the others.
@@ -14,7 +15,7 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -28,7 +29,7 @@ from .exchange import Cut, Exchange, Piece, Ranks, Route, route
 from .held import Held
 from .options import Options
 from .placement import Placement, assign, held_here, ranges, sharded, whole
-from .plan import Block, _in_waves, blocks_of, loads_of, state_key
+from .plan import Block, _in_parts, _in_waves, blocks_of, loads_of, state_key
 from .saved import CheckpointError, Entry, blocks_key
 from .storage import allocate
 
@@ -107,17 +108,23 @@ class Stack:
             raise RuntimeError("the weights of this stack were not collected")
         return self.weights
 
-    def rows(self, index: Tensor) -> Stack:
-        """A copy that holds only some blocks, for a step on which the others are not computed here."""
+    def part(self, rows: list[int]) -> tuple[Stack, Callable[[], None]]:
+        """Some blocks of it, as a view where they follow each other, and what brings changed state back."""
+        if len(rows) == len(self.blocks):
+            return self, lambda: None
+        if rows == list(range(rows[0], rows[-1] + 1)):
+            index: slice | Tensor = slice(rows[0], rows[-1] + 1)
+        else:
+            index = torch.tensor(rows, device=self.salts.device)
         state = {t: {b: buffer[index] for b, buffer in buffers.items()} for t, buffers in self.state.items()}
-        blocks = [self.blocks[i] for i in index.tolist()]
-        return Stack(self.algorithm, blocks, self.membership[:, index], self.salts[index], state)
+        blocks = [self.blocks[i] for i in rows]
 
-    def put_back(self, index: Tensor, part: Stack) -> None:
-        """Copy the state of `rows(index)` back."""
-        for tensor, buffers in part.state.items():
-            for name, buffer in buffers.items():
-                self.state[tensor][name][index] = buffer
+        def put_back() -> None:
+            for tensor, buffers in state.items() if isinstance(index, Tensor) else ():
+                for name, buffer in buffers.items():
+                    self.state[tensor][name][index] = buffer
+
+        return Stack(self.algorithm, blocks, self.membership[:, index], self.salts[index], state), put_back
 
 
 @dataclass
@@ -154,6 +161,16 @@ class Wave:
     def salts(self) -> list[int]:
         """Of every block."""
         return [salt for member in self.members for salt in member.salts]
+
+    @cached_property
+    def parts(self) -> list[frozenset[int]]:
+        """The blocks that are computed together; more than one part only of a parameter that is larger than a wave."""
+        blocks = [block for member in self.members for block in member.blocks]
+        return [frozenset(part) for part in _in_parts(blocks, self.members[0].parts)]
+
+    def of_members(self, blocks: Iterable[int], wanted: Collection[int]) -> frozenset[int]:
+        """Those of some blocks that are of some parameters."""
+        return frozenset(block for block in blocks if self.member_of[block] in wanted)
 
     @cached_property
     def split(self) -> Route:
@@ -273,9 +290,12 @@ class StateMap:
         ]
         self.cuts: list[Cut] = []
         self.first = [0]
+        self.blocks: list[int] = []
+        """Of the wave, for every row of every group."""
         for m, algorithm in self.groups:
             member = wave.members[m]
             rows = member.rows(algorithm)
+            self.blocks += [wave.member_of.index(m) + i for i in rows]
             rects = [Rect(0, 0, 1, k, k + 1) for k in range(len(rows))]
             placement = _saved_placement(member.parameter, len(rows), wave.ranks.world)
             self.cuts.append(Cut(placement, MatrixView(1, 1, len(rows)), rects, [member.owners[i] for i in rows]))
@@ -293,9 +313,9 @@ class StateMap:
         owners = self.cuts[group].owners
         return [k for k, owner in enumerate(owners) if self.wave.keeps(owner)]
 
-    def of_members(self, wanted: set[int]) -> set[int]:
-        """The groups of some parameters."""
-        return {g for g, (m, _) in enumerate(self.groups) if m in wanted}
+    def of_blocks(self, wanted: Collection[int]) -> set[int]:
+        """The rows, as the route counts them, of some blocks of the wave."""
+        return {row for row, block in enumerate(self.blocks) if block in wanted}
 
     def layout(self, group: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         """State key -> shape of a row and dtype."""
@@ -409,7 +429,7 @@ def _assign(groups: list[list[Member]], options: list[Options], world: int) -> N
     """Give every block its owner; an elementwise one stays where it is, if one rank has most of it."""
     if world == 1:
         return
-    loads, free = [], []
+    loads, free, there = [], [], []
     for members, of_group in zip(groups, options, strict=True):
         for member in members:
             for k, load in enumerate(loads_of(member.blocks, of_group)):
@@ -419,10 +439,11 @@ def _assign(groups: list[list[Member]], options: list[Options], world: int) -> N
                     middle = (r.matrix * view.rows + (r.r0 + r.r1) // 2) * view.columns + (r.c0 + r.c1) // 2
                     holders = member.placement.holders(middle)
                     member.owners[k] = holders[k % len(holders)]
+                    there.append((member.owners[k], load))
                 else:
                     loads.append(load)
                     free.append((member, k))
-    for (member, k), owner in zip(free, assign(loads, world), strict=True):
+    for (member, k), owner in zip(free, assign(loads, world, there), strict=True):
         member.owners[k] = owner
 
 

@@ -12,6 +12,7 @@ import copy
 import dataclasses
 import functools
 import hashlib
+import importlib
 import itertools
 import json
 import os
@@ -840,6 +841,9 @@ def _compared(mine: dict[str, Tensor], truth: dict[str, Tensor]) -> dict[str, An
 def worker(folder: Path, cases: list[Case], checkpoints: Path) -> None:
     """Run the cases on this rank and write what came out; then end without any teardown."""
     torch.set_num_threads(1)
+    plan: Any = importlib.import_module("hf_shampoo4.plan")  # `hf_shampoo4.plan` is a function
+    plan.STRIP = 2048  # vocabularies and what the base alone updates are cut into several blocks
+    plan.WAVE_ELEMENTS = 4096  # several waves, some of several parts
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
     count_exchanges()

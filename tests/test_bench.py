@@ -66,6 +66,24 @@ def test_a_steps_transient_memory_does_not_grow_with_the_number_of_parameters(mo
     assert transient(32) < 1.1 * transient(8)
 
 
+def test_nor_does_it_with_the_size_of_an_embedding(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = importlib.import_module("hf_shampoo4.plan")
+    monkeypatch.setattr(module, "WAVE_ELEMENTS", 4 * 512 * 64)
+    monkeypatch.setattr(module, "STRIP", 512 * 64)
+
+    def transient(rows: int) -> int:
+        embedding = torch.nn.Parameter(torch.randn(rows, 64))
+        matrix = torch.nn.Parameter(torch.randn(64, 64))
+        groups = [{"params": [embedding], "vocabulary": True}, {"params": [matrix]}]
+        optimizer = hf_shampoo4.Shampoo4bit(groups, refresh_warmup=0, stats_every=1)
+        for p in (embedding, matrix):
+            p.grad = torch.randn_like(p)
+        optimizer.step()
+        return counted(lambda: optimizer.step(), CPU)[1]
+
+    assert transient(512 * 32) < 1.1 * transient(512 * 8)
+
+
 def test_run(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(CONTESTANTS, "absent", bench.Contestant("Absent", "no_such_module:X", "no-such-package"))
     monkeypatch.setitem(CONTESTANTS, "broken", bench.Contestant("Broken", "torch.optim:Adam", keywords={"colour": 1}))
