@@ -3,7 +3,7 @@
     optimizer.pt     Trainer, one process or DDP: parameters by position
     optimizer.bin    Trainer or accelerate under FSDP2 with FULL_STATE_DICT: parameters by name; accelerate otherwise
     optimizer_0/     the same with SHARDED_STATE_DICT: torch.distributed.checkpoint
-    global_step*/    DeepSpeed ZeRO, a file for each rank
+    global_step*/    DeepSpeed: ZeRO, a file for each rank; stage 0, one file with the model
     groups.json      hf_shampoo4.save_optimizer
 
 `convert` writes `optimizer.pt` from any of them: the Trainer loads it in one process or under DDP, and
@@ -28,6 +28,7 @@ from .saved import CheckpointError, check_metadata, join, unpack, well_formed
 from .side import GROUPS, read_whole
 
 FILES = ("optimizer.pt", "optimizer.bin", "optimizer_0")
+STAGE_0 = "mp_rank_00_model_states.pt"
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -84,11 +85,15 @@ def read(folder: Path) -> dict[str, Any]:
     import torch
 
     found = next((folder / name for name in FILES if (folder / name).exists()), None)
-    of_deepspeed = _of_deepspeed(folder)
+    at = _step_of_deepspeed(folder)
+    of_deepspeed = _of_ranks(at)
     if (folder / GROUPS).exists():
         found, state_dict = folder, read_whole(folder)
     elif of_deepspeed:
         found, state_dict = folder, _joined(of_deepspeed)
+    elif found is None and (at / STAGE_0).is_file():
+        found = at / STAGE_0
+        state_dict = _of_stage_0(found)
     elif found is None:
         files = ", ".join([*FILES, "global_step*", GROUPS])
         raise FileNotFoundError(f"{folder} holds none of {files}: not a checkpoint with an optimizer")
@@ -122,10 +127,29 @@ def _loaded(file: Path) -> Any:
         raise CheckpointError(f"{file} cannot be read: {reason[0]}") from error
 
 
-def _of_deepspeed(folder: Path) -> list[Path]:
-    """The files of all ranks, in their order: of the step that `latest` names, or of the folder itself."""
+def _step_of_deepspeed(folder: Path) -> Path:
+    """The folder of the step that DeepSpeed's `latest` names, or the folder itself."""
     latest = folder / "latest"
-    at = folder / Path(latest.read_text(encoding="utf-8").strip()).name if latest.is_file() else folder
+    return folder / Path(latest.read_text(encoding="utf-8").strip()).name if latest.is_file() else folder
+
+
+def _of_stage_0(file: Path) -> Any:
+    """What DeepSpeed without ZeRO has saved of the optimizer: all of it, beside the model.
+
+    Raises:
+        CheckpointError: the file is damaged, or has no optimizer.
+    """
+    try:
+        found = _without_classes(file).get("optimizer")
+    except Exception as error:  # whatever bytes can do to torch.load
+        raise CheckpointError(f"{file} cannot be read: {error}") from error
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{file} holds no optimizer, and the files of ZeRO's ranks are not beside it")
+    return found.get("optimizer_state_dict", found)  # its class for 16-bit parameters puts ours inside of its own
+
+
+def _of_ranks(at: Path) -> list[Path]:
+    """The files of all ranks under ZeRO, in their order."""
     files = {
         int(m[1]): path for path in at.glob("*_optim_states.pt") if (m := re.search(r"_pp_rank_(\d+)_", path.name))
     }

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 
 from hf_shampoo4.extras import MissingPackage, named
-from hf_shampoo4.options import OptionError
+from hf_shampoo4.options import InputError
 
 # name -> (module whose `main(arguments)` does it, what it does)
 COMMANDS = {
@@ -41,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         with named():
             importlib.import_module(COMMANDS[chosen.command][0]).main(items[1:])
-    except (OptionError, MissingPackage, FileNotFoundError, FileExistsError) as error:
+    except (InputError, MissingPackage, FileNotFoundError, FileExistsError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0

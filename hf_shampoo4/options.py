@@ -254,7 +254,11 @@ PRESETS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-class OptionError(ValueError):
+class InputError(ValueError):
+    """Something that was given cannot be used; the message is for people, and the commands print nothing else."""
+
+
+class OptionError(InputError):
     """An option that does not exist or has a value that is not allowed; the message says what is."""
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .options import NAMES, OptionError, Options, check_rates, resolve
+from .options import NAMES, InputError, OptionError, Options, check_rates, resolve
 
 FORMAT = 1  # of the state; in every param group, so that a checkpoint says what wrote it
 PACKED = "packed_state"  # in the first group
@@ -25,7 +25,7 @@ Entry = dict[str, Tensor]
 """What is kept of one parameter."""
 
 
-class CheckpointError(ValueError):
+class CheckpointError(InputError):
     """A state dict that does not belong to this optimizer and model; nothing was loaded from it."""
 
 

@@ -52,6 +52,12 @@ def test_bad_input_is_one_line_and_status_2(arguments, message, tmp_path, capsys
     assert message in error
 
 
+def test_a_damaged_checkpoint_is_one_line(tmp_path, capsys):
+    (tmp_path / "optimizer.pt").write_bytes(b"no archive")
+    assert cli.main(["checkpoint", "inspect", str(tmp_path)]) == 2
+    assert capsys.readouterr().err.startswith(f"error: {tmp_path / 'optimizer.pt'} cannot be read: ")
+
+
 def test_unparsable_yaml_is_one_line(tmp_path, capsys):
     path = tmp_path / "bad.yaml"
     path.write_text("a: b: c\n")

@@ -26,11 +26,12 @@ CASES = {
         "fsdp1_grad_op-soap", "zero3-shampoo"],
     4: ["hsdp-shampoo", "fsdp1_hybrid-shampoo"],
 }  # fmt: skip
-SAVED = {2: ["fsdp2-full", "fsdp2-sharded", "ddp-plain", "ddp_sharded-plain", "zero0_bf16-own", "zero1-own",
-             "zero2-own", "zero2-side", "fsdp1-full", "fsdp1-sharded"]}  # fmt: skip
+SAVED = {2: ["fsdp2-full", "fsdp2-sharded", "ddp-plain", "ddp_sharded-plain", "zero0-own", "zero0_bf16-own",
+             "zero1-own", "zero2-own", "zero2-side", "fsdp1-full", "fsdp1-sharded"]}  # fmt: skip
 LOADED = {3: ["fsdp2-fsdp2+sharded", "ddp-fsdp2+full", "fsdp2-ddp+plain", "ddp_sharded-ddp+plain", "zero3-zero2+own",
               "fsdp1-zero2+side", "fsdp2-fsdp1+full"],
-          1: ["single-fsdp2+full", "single-ddp_sharded+plain", "single-zero2+own", "single-fsdp1+sharded"]}  # fmt: skip
+          1: ["single-fsdp2+full", "single-ddp_sharded+plain", "single-zero2+own", "single-zero0+own",
+              "single-fsdp1+sharded"]}  # fmt: skip
 FAILING = {2: ["fsdp2-failing", "ddp-failing", "zero2-failing", "fsdp1-failing"]}
 REFUSED = {2: ["zero3-refused"], 3: ["fsdp1-refused"]}
 TRAINER = {2: ["trainer-zero1", "trainer-zero2", "trainer-zero3", "trainer-fsdp1"]}
@@ -175,6 +176,12 @@ def test_files_of_deepspeed_are_converted_or_refused(results: dict, folder: Path
     next((tmp_path / "lacking").glob("global_step*/*_pp_rank_1_*_optim_states.pt")).unlink()
     with pytest.raises(CheckpointError, match="was written by 2 ranks, but has 1 of their files"):
         read(tmp_path / "lacking")
+    for file in (tmp_path / "lacking").glob("global_step*/*_optim_states.pt"):
+        file.unlink()
+    with pytest.raises(CheckpointError, match="holds no optimizer, and the files of ZeRO's ranks are not beside it"):
+        read(tmp_path / "lacking")
+    for name in ("zero0-own", "zero0_bf16-own"):
+        assert len(read(folder / name)["state"]) == len(trained)
 
 
 @each(REFUSED)
