@@ -19,7 +19,7 @@ from .clock import Stopwatch
 from .eigenbasis import SHORTEST_MEMORY, TINY, OpenSide, Side, make_sides, statistic
 from .factors import Factor, make_factor
 from .matrix import within_
-from .moments import Moments, make_moments
+from .moments import Carry, Moments, make_moments
 from .options import Options
 from .rounding import Noise
 from .storage import Buffers, Dense, Storage
@@ -80,6 +80,8 @@ class Preconditioned:
     """(B, *shape) float32: what goes through the base in the gradient's place."""
     grafted: bool = False
     """Whether it is to have the gradient's norm."""
+    carry: Carry | None = None
+    """The base's first moment as it was stored -> in this step's coordinates."""
     back: Callable[[Tensor], Tensor] = _same
     """The base's direction -> the parameter's coordinates."""
 
@@ -201,33 +203,32 @@ class Eigenbasis:
     def precondition(self, state: State, g: Tensor, context: Context) -> Preconditioned:
         o = context.options
         left, right = self._opened(state, g)
+        before = _scales(left, right, o.damping)
         # G' = U_L^T G U_R
         rotated = right.into(left.into(g).mT).mT
         self._follow(left, right, rotated.square(), o)
         every = o.turn_interval(context.step)
         rows = context.due(every, len(g))
+        turn: Carry | None = None
         if rows:
             memory = max(o.factor_beta**every, SHORTEST_MEMORY)
             with context.stopwatch.on(g.device), _part(state, rotated, rows) as (part, some):
-                all_rows = part is state
-                here = (left, right) if all_rows else self._opened(part, some)
-                part["failures"]["dense"] += self._turn(*here, part, some, memory)
-                some = here[1].turned(here[0].turned(some).mT).mT
-            if all_rows:
-                rotated = some
-            else:
-                rotated[rows] = some
-                left.adopt(here[0], rows)
-                right.adopt(here[1], rows)
+                here = (left, right) if part is state else self._opened(part, some)
+                part["failures"]["dense"] += self._turn(*here, some, memory)
+            left.adopt(here[0], rows)
+            right.adopt(here[1], rows)
+            turn = _of_rows(rows, lambda x: here[1].turned(here[0].turned(x).mT).mT)
+            rotated = turn(rotated)
 
         def back(u: Tensor) -> Tensor:
-            # U_L (u / sqrt(lambda_L lambda_R^T)) U_R^T
-            if self.scaled:
-                u = (u / _scale(left, o.damping).unsqueeze(-1)).div_(_scale(right, o.damping).unsqueeze(-2))
             u = self._within_reason(u, o.factor_beta, context.betas[1])
             return right.out(left.out(u).mT).mT
 
-        return Preconditioned(rotated, back=back)
+        if not self.scaled:
+            return Preconditioned(rotated, carry=turn, back=back)
+        # the base averages G' / sqrt(lambda_L lambda_R^T): few bits then serve all directions alike
+        after = _scales(left, right, o.damping)
+        return Preconditioned(_divided(rotated, after), carry=_rescaled(before, turn, after), back=back)
 
     def _within_reason(self, u: Tensor, factor_beta: float, beta2: float) -> Tensor:
         """No larger than gradients can make it as long as the bases rest; without a spike it seldom is.
@@ -256,15 +257,11 @@ class Eigenbasis:
         left.follow((squares / by_right.unsqueeze(-2)).mean(-1), _beta(left, o))
         right.follow((squares / by_left.unsqueeze(-1)).mean(-2), _beta(right, o))
 
-    def _turn(self, left: OpenSide, right: OpenSide, state: State, rotated: Tensor, memory: float) -> Tensor:
-        """Turn both bases and carry the first moment over; the blocks of which one failed."""
+    def _turn(self, left: OpenSide, right: OpenSide, rotated: Tensor, memory: float) -> Tensor:
+        """Turn both bases; the blocks of which one failed."""
         of_left, of_right = statistic(rotated, self._whitening(right)), statistic(rotated.mT, self._whitening(left))
         failed = left.turn(of_left, memory)
-        failed |= right.turn(of_right, memory)
-        # m' <- T_L m' T_R^T
-        m = self.moments.first.read(state["first"])
-        self.moments.first.write(state["first"], right.turned(left.turned(m).mT).mT)
-        return failed
+        return failed | right.turn(of_right, memory)
 
     def _whitening(self, side: OpenSide) -> Tensor:
         if not self.whitened:
@@ -278,10 +275,40 @@ def _beta(side: OpenSide, o: Options) -> float:
     return o.factor_beta if side.vectors is not None or not o.vocabulary else o.vocabulary_beta
 
 
-def _scale(side: OpenSide, damping: float) -> Tensor:
-    """lambda^1/2, damped; (B, k) or (B, 1)."""
-    largest = side.eigenvalues.amax(-1, keepdim=True)
-    return (side.eigenvalues + damping * largest).clamp_min(TINY).sqrt()
+Scales = tuple[Tensor, Tensor]
+
+
+def _scales(left: OpenSide, right: OpenSide, damping: float) -> Scales:
+    """lambda_L^1/2 and lambda_R^1/2, damped, to be multiplied with: (B, m or 1, 1) and (B, 1, n or 1)."""
+    of_left, of_right = (
+        (side.eigenvalues + damping * side.eigenvalues.amax(-1, keepdim=True)).clamp_min(TINY).sqrt()
+        for side in (left, right)
+    )
+    return of_left.unsqueeze(-1), of_right.unsqueeze(-2)
+
+
+def _divided(x: Tensor, by: Scales) -> Tensor:
+    return (x / by[0]).div_(by[1])
+
+
+def _rescaled(before: Scales, turn: Carry | None, after: Scales) -> Carry:
+    """A moment of gradients over the scales before a step -> over those after it, turned in between."""
+    if turn is None:
+        return lambda m: _divided(m, (after[0] / before[0], after[1] / before[1]))
+    # m' <- T_L m' T_R^T
+    return lambda m: _divided(turn((m * before[0]).mul_(before[1])), after)
+
+
+def _of_rows(rows: list[int], of_part: Carry) -> Carry:
+    """What is done to all blocks of a stack where it concerns these alone."""
+
+    def carry(x: Tensor) -> Tensor:
+        if len(rows) == len(x):
+            return of_part(x)
+        index = torch.tensor(rows, device=x.device)
+        return x.index_copy(0, index, of_part(x[index]))
+
+    return carry
 
 
 class Stack(Protocol):
@@ -311,13 +338,16 @@ def directions(stacks: Sequence[Stack], gradients: Sequence[Tensor], context: Co
     inputs = zip(stacks, gradients, contexts, strict=True)
     preconditioned = [stack.algorithm.precondition(stack.state, g, its_context) for stack, g, its_context in inputs]
     grafted = graft(stacks, gradients, preconditioned, context)
-    steps = [through_base(stack, value, context) for stack, value in zip(stacks, grafted, strict=True)]
+    steps = [
+        through_base(stack, value, p.carry, context)
+        for stack, value, p in zip(stacks, grafted, preconditioned, strict=True)
+    ]
     if context.probe:
         context.probe.after(stacks)
     return [p.back(step) for p, step in zip(preconditioned, steps, strict=True)]
 
 
-def through_base(stack: Stack, p: Tensor, context: Context) -> Tensor:
+def through_base(stack: Stack, p: Tensor, carry: Carry | None, context: Context) -> Tensor:
     """The base's direction for what takes the gradient's place, (B, *shape) float32; counts the blocks' steps."""
     o = context.options
     steps = stack.state["steps"]["dense"].add_(1)
@@ -326,8 +356,8 @@ def through_base(stack: Stack, p: Tensor, context: Context) -> Tensor:
     noise = Noise(stack.salts, context.step, o.seed)
     late = 0 < o.stochastic_from <= context.step
     moments = stack.algorithm.moments
-    exact = moments.next_first(stack.state, p, context.betas) if context.probe else None
-    direction = moments.direction(stack.state, p, context.betas, context.eps, steps, noise, late)
+    exact = moments.next_first(stack.state, p, context.betas, carry) if context.probe else None
+    direction = moments.direction(stack.state, p, context.betas, context.eps, steps, noise, late, carry)
     if context.probe and exact is not None:
         context.probe.moment(stack, exact)
     return direction

@@ -115,8 +115,8 @@ class OpenSide:
         return ~good
 
     def adopt(self, turned: OpenSide, rows: list[int]) -> None:
-        """Take over the vectors of some blocks' side, which turned apart from the others."""
-        if self.vectors is not None and turned.vectors is not None:
+        """Take over the vectors of some blocks' side, if these turned apart from the others."""
+        if turned is not self and self.vectors is not None and turned.vectors is not None:
             self.vectors[rows] = turned.vectors
 
     def turned(self, x: Tensor) -> Tensor:

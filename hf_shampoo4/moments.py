@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -15,6 +16,7 @@ from .rounding import Noise, PreconditionerSpace, Stochastic, to_bfloat16
 from .storage import Bitsandbytes, Blockwise, Buffers, Dense, Factored, RankOne, Storage
 
 State = dict[str, Buffers]
+Carry = Callable[[Tensor], Tensor]
 
 MOMENT_BLOCK = 128  # 2309.01507: smaller than 8-bit's 256, because outliers cost a 4-bit block more
 
@@ -33,7 +35,7 @@ class Moments(Protocol):
     def storages(self) -> dict[str, Storage]:
         """Name -> storage of each moment."""
 
-    def next_first(self, state: State, g: Tensor, betas: tuple[float, float]) -> Tensor:
+    def next_first(self, state: State, g: Tensor, betas: tuple[float, float], carry: Carry | None = None) -> Tensor:
         """The first moment after g, (B, *shape) float32; nothing is stored."""
 
     def direction(
@@ -45,6 +47,7 @@ class Moments(Protocol):
         steps: Tensor,
         noise: Noise | None = None,
         stochastic_first: bool = False,
+        carry: Carry | None = None,
     ) -> Tensor:
         """The base's step without the learning rate and the weight decay.
 
@@ -53,6 +56,7 @@ class Moments(Protocol):
             steps: float32 (B,), how many times each block has been updated, this one included.
             noise: for stochastic rounding.
             stochastic_first: round the first moment stochastically, where it is stored in 4 bits.
+            carry: what is done first to the stored first moment, (B, *shape) float32.
 
         Returns:
             (B, *shape) float32, which may be a state buffer: not to be written to.
@@ -71,9 +75,9 @@ class Adam:
     def storages(self) -> dict[str, Storage]:
         return {"first": self.first, "second": self.second}
 
-    def next_first(self, state: State, g: Tensor, betas: tuple[float, float]) -> Tensor:
+    def next_first(self, state: State, g: Tensor, betas: tuple[float, float], carry: Carry | None = None) -> Tensor:
         # m <- b1 m + (1 - b1) g
-        return torch.lerp(self.first.read(state["first"]).float(), g, 1 - betas[0])
+        return torch.lerp(_carried(self.first, state, carry).float(), g, 1 - betas[0])
 
     def direction(
         self,
@@ -84,11 +88,12 @@ class Adam:
         steps: Tensor,
         noise: Noise | None = None,
         stochastic_first: bool = False,
+        carry: Carry | None = None,
     ) -> Tensor:
-        if self._fits_kernel(g.device) and not stochastic_first:
+        if self._fits_kernel(g.device) and not stochastic_first and carry is None:
             return self._by_kernel(state, g, betas, eps, steps)
         # m <- b1 m + (1 - b1) g;  v <- b2 v + (1 - b2) g^2
-        m = self.first.read(state["first"]).lerp_(g, 1 - betas[0])
+        m = _carried(self.first, state, carry).lerp_(g, 1 - betas[0])
         v = self.second.read(state["second"]).mul_(betas[1]).addcmul_(g, g, value=1 - betas[1])
         # u = (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps)
         bias = _bias(betas[1], steps, v.dim())
@@ -127,9 +132,9 @@ class Sgdm:
     def storages(self) -> dict[str, Storage]:
         return {"first": self.first}
 
-    def next_first(self, state: State, g: Tensor, betas: tuple[float, float]) -> Tensor:
+    def next_first(self, state: State, g: Tensor, betas: tuple[float, float], carry: Carry | None = None) -> Tensor:
         # m <- mu m + g
-        return torch.add(g, self.first.read(state["first"]).float(), alpha=betas[0])
+        return torch.add(g, _carried(self.first, state, carry).float(), alpha=betas[0])
 
     def direction(
         self,
@@ -140,9 +145,10 @@ class Sgdm:
         steps: Tensor,
         noise: Noise | None = None,
         stochastic_first: bool = False,
+        carry: Carry | None = None,
     ) -> Tensor:
         # m <- mu m + g;  u = m, or with Nesterov's momentum g + mu m
-        m = self.first.read(state["first"]).mul_(betas[0]).add_(g)
+        m = _carried(self.first, state, carry).mul_(betas[0]).add_(g)
         _write_first(self.first, state["first"], m, noise if stochastic_first else None)
         return torch.add(g, m, alpha=betas[0]) if self.nesterov else m
 
@@ -156,9 +162,9 @@ class Momentum:
     def storages(self) -> dict[str, Storage]:
         return {"first": self.first}
 
-    def next_first(self, state: State, g: Tensor, betas: tuple[float, float]) -> Tensor:
+    def next_first(self, state: State, g: Tensor, betas: tuple[float, float], carry: Carry | None = None) -> Tensor:
         # m <- b1 m + (1 - b1) g
-        return torch.lerp(self.first.read(state["first"]).float(), g, 1 - betas[0])
+        return torch.lerp(_carried(self.first, state, carry).float(), g, 1 - betas[0])
 
     def direction(
         self,
@@ -169,9 +175,10 @@ class Momentum:
         steps: Tensor,
         noise: Noise | None = None,
         stochastic_first: bool = False,
+        carry: Carry | None = None,
     ) -> Tensor:
         # m <- b1 m + (1 - b1) g;  u = m / (1 - b1^t)
-        m = self.first.read(state["first"]).lerp_(g, 1 - betas[0])
+        m = _carried(self.first, state, carry).lerp_(g, 1 - betas[0])
         u = m / _bias(betas[0], steps, m.dim())
         _write_first(self.first, state["first"], m, noise if stochastic_first else None)
         return u
@@ -188,6 +195,8 @@ def make_moments(shape: tuple[int, ...], options: Options, quantise: bool) -> Ad
     | 4bit_factored (2309.01507) | dynamic, block 128 | row and column means, as Adafactor |
     | 4bit_eden (2610.12444) | nf4, block 128 | dynamic0, block 128, scales corrected (ZE-EDEN) |
     | 4bit_zipsr (2610.12444) | nf4, block 128 | dynamic_unsigned, block 128, rounded in preconditioner space (ZIP-SR) |
+
+    KL-Shampoo has no second moment, and its first one is of whitened gradients, which have no outliers: nf4.
 
     A 4-bit first moment of embeddings or the output head without a second one (KL-Shampoo) has 8 bits, dynamic, block
     256, unless `first_codebook` asks for another: 4 bits lose half of what preconditioning them gains.
@@ -248,7 +257,7 @@ def _storages(shape: tuple[int, ...], options: Options, quantise: bool) -> tuple
     if recipe == "8bit":
         return Bitsandbytes(shape, signed=True), Bitsandbytes(shape, signed=False)
     modern = recipe in ("4bit_eden", "4bit_zipsr")
-    default = "nf4" if modern else "dynamic"
+    default = "nf4" if modern or options.algorithm == "kl_shampoo" else "dynamic"
     first = Blockwise(shape, default if options.first_codebook == "auto" else options.first_codebook, 4, MOMENT_BLOCK)
     if recipe == "4bit_factored" and len(shape) == 2:
         return first, Factored(shape)
@@ -257,6 +266,11 @@ def _storages(shape: tuple[int, ...], options: Options, quantise: bool) -> tuple
     if recipe == "4bit" and len(shape) == 2:
         return first, RankOne(shape, levels, 4)
     return first, Blockwise(shape, levels, 4, MOMENT_BLOCK, eden=recipe == "4bit_eden")
+
+
+def _carried(first: Storage, state: State, carry: Carry | None) -> Tensor:
+    stored = first.read(state["first"])
+    return stored if carry is None else carry(stored.float())
 
 
 def _for_bfloat16(storage: Storage, v: Tensor, noise: Noise | None) -> Tensor:
