@@ -214,6 +214,25 @@ def test_a_wrong_carry_over_is_found(
     assert moment_error((96, 80), algorithm="soap", bits=32, moments="fp32") > 0.3
 
 
+def test_a_4_bit_moment_serves_small_directions_as_well_as_large_ones() -> None:
+    """Columns of the gradient are 1 to 1/128 in size, KL-Shampoo's steps are not: what rounding does to them neither."""
+
+    def last_step(moments: str) -> Tensor:
+        p = nn.Parameter(torch.zeros(64, 128))
+        optimizer = Shampoo4bit([p], lr=1.0, bits=32, moments=moments, stats_every=10**6, refresh_warmup=0)
+        generator = torch.Generator().manual_seed(0)
+        for _ in range(150):  # until the eigenvalues have forgotten their start
+            before = p.detach().clone()
+            p.grad = torch.randn(64, 128, generator=generator) / torch.arange(1, 129)
+            optimizer.step()
+        return before - p.detach()
+
+    exact, rounded = last_step("fp32"), last_step("4bit")
+    error = ((rounded - exact).square().mean(0) / exact.square().mean(0)).sqrt()
+    assert error.max() < 0.35
+    assert error[96:].mean() < 1.2 * error[:32].mean()
+
+
 # ------------------------------------------------------------------------------------------------------------ parts
 
 
