@@ -19,7 +19,7 @@ from .clock import Stopwatch
 from .eigenbasis import SHORTEST_MEMORY, TINY, OpenSide, Side, make_sides, statistic
 from .factors import Factor, make_factor
 from .matrix import within_
-from .moments import Carry, Moments, make_moments
+from .moments import PLAIN, Coordinates, Moments, make_moments
 from .options import Options
 from .rounding import Noise
 from .storage import Buffers, Dense, Storage
@@ -80,8 +80,8 @@ class Preconditioned:
     """(B, *shape) float32: what goes through the base in the gradient's place."""
     grafted: bool = False
     """Whether it is to have the gradient's norm."""
-    carry: Carry | None = None
-    """The base's first moment as it was stored -> in this step's coordinates."""
+    coordinates: Coordinates = PLAIN
+    """In which the base's first moment was and will be stored."""
     back: Callable[[Tensor], Tensor] = _same
     """The base's direction -> the parameter's coordinates."""
 
@@ -209,7 +209,7 @@ class Eigenbasis:
         self._follow(left, right, rotated.square(), o)
         every = o.turn_interval(context.step)
         rows = context.due(every, len(g))
-        turn: Carry | None = None
+        turn: Callable[[Tensor], Tensor] = _same
         if rows:
             memory = max(o.factor_beta**every, SHORTEST_MEMORY)
             with context.stopwatch.on(g.device), _part(state, rotated, rows) as (part, some):
@@ -220,15 +220,16 @@ class Eigenbasis:
             turn = _of_rows(rows, lambda x: here[1].turned(here[0].turned(x).mT).mT)
             rotated = turn(rotated)
 
+        after = _scales(left, right, o.damping)
+
         def back(u: Tensor) -> Tensor:
-            u = self._within_reason(u, o.factor_beta, context.betas[1])
+            # U_L (u / sqrt(lambda_L lambda_R^T)) U_R^T
+            u = self._within_reason(_divided(u, after) if self.scaled else u, o.factor_beta, context.betas[1])
             return right.out(left.out(u).mT).mT
 
-        if not self.scaled:
-            return Preconditioned(rotated, carry=turn, back=back)
-        # the base averages G' / sqrt(lambda_L lambda_R^T): few bits then serve all directions alike
-        after = _scales(left, right, o.damping)
-        return Preconditioned(_divided(rotated, after), carry=_rescaled(before, turn, after), back=back)
+        # m' <- T_L m' T_R^T;  stored is m' / sqrt(lambda_L lambda_R^T): few bits then serve all directions alike
+        stored = Coordinates(lambda x: turn((x * before[0]).mul_(before[1])), lambda m: _divided(m, after))
+        return Preconditioned(rotated, coordinates=stored, back=back)
 
     def _within_reason(self, u: Tensor, factor_beta: float, beta2: float) -> Tensor:
         """No larger than gradients can make it as long as the bases rest; without a spike it seldom is.
@@ -291,24 +292,16 @@ def _divided(x: Tensor, by: Scales) -> Tensor:
     return (x / by[0]).div_(by[1])
 
 
-def _rescaled(before: Scales, turn: Carry | None, after: Scales) -> Carry:
-    """A moment of gradients over the scales before a step -> over those after it, turned in between."""
-    if turn is None:
-        return lambda m: _divided(m, (after[0] / before[0], after[1] / before[1]))
-    # m' <- T_L m' T_R^T
-    return lambda m: _divided(turn((m * before[0]).mul_(before[1])), after)
+def _of_rows(rows: list[int], of_part: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """On all blocks of a stack, what is done to these alone."""
 
-
-def _of_rows(rows: list[int], of_part: Carry) -> Carry:
-    """What is done to all blocks of a stack where it concerns these alone."""
-
-    def carry(x: Tensor) -> Tensor:
+    def done(x: Tensor) -> Tensor:
         if len(rows) == len(x):
             return of_part(x)
         index = torch.tensor(rows, device=x.device)
         return x.index_copy(0, index, of_part(x[index]))
 
-    return carry
+    return done
 
 
 class Stack(Protocol):
@@ -339,7 +332,7 @@ def directions(stacks: Sequence[Stack], gradients: Sequence[Tensor], context: Co
     preconditioned = [stack.algorithm.precondition(stack.state, g, its_context) for stack, g, its_context in inputs]
     grafted = graft(stacks, gradients, preconditioned, context)
     steps = [
-        through_base(stack, value, p.carry, context)
+        through_base(stack, value, p.coordinates, context)
         for stack, value, p in zip(stacks, grafted, preconditioned, strict=True)
     ]
     if context.probe:
@@ -347,7 +340,7 @@ def directions(stacks: Sequence[Stack], gradients: Sequence[Tensor], context: Co
     return [p.back(step) for p, step in zip(preconditioned, steps, strict=True)]
 
 
-def through_base(stack: Stack, p: Tensor, carry: Carry | None, context: Context) -> Tensor:
+def through_base(stack: Stack, p: Tensor, coordinates: Coordinates, context: Context) -> Tensor:
     """The base's direction for what takes the gradient's place, (B, *shape) float32; counts the blocks' steps."""
     o = context.options
     steps = stack.state["steps"]["dense"].add_(1)
@@ -356,8 +349,8 @@ def through_base(stack: Stack, p: Tensor, carry: Carry | None, context: Context)
     noise = Noise(stack.salts, context.step, o.seed)
     late = 0 < o.stochastic_from <= context.step
     moments = stack.algorithm.moments
-    exact = moments.next_first(stack.state, p, context.betas, carry) if context.probe else None
-    direction = moments.direction(stack.state, p, context.betas, context.eps, steps, noise, late, carry)
+    exact = moments.next_first(stack.state, p, context.betas, coordinates) if context.probe else None
+    direction = moments.direction(stack.state, p, context.betas, context.eps, steps, noise, late, coordinates)
     if context.probe and exact is not None:
         context.probe.moment(stack, exact)
     return direction

@@ -10,13 +10,29 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from .options import SECOND_CODEBOOKS, Options
+from .options import EIGENBASIS, SECOND_CODEBOOKS, Options
 from .quantize import has_kernels, kernels, padded
 from .rounding import Noise, PreconditionerSpace, Stochastic, to_bfloat16
 from .storage import Bitsandbytes, Blockwise, Buffers, Dense, Factored, RankOne, Storage
 
 State = dict[str, Buffers]
-Carry = Callable[[Tensor], Tensor]
+
+
+def _same(m: Tensor) -> Tensor:
+    return m
+
+
+@dataclass(frozen=True)
+class Coordinates:
+    """In which a first moment is stored."""
+
+    opened: Callable[[Tensor], Tensor] = _same
+    """What is stored, (B, *shape) float32 -> the moment in this step's coordinates."""
+    closed: Callable[[Tensor], Tensor] = _same
+    """Back."""
+
+
+PLAIN = Coordinates()
 
 MOMENT_BLOCK = 128  # 2309.01507: smaller than 8-bit's 256, because outliers cost a 4-bit block more
 
@@ -35,8 +51,10 @@ class Moments(Protocol):
     def storages(self) -> dict[str, Storage]:
         """Name -> storage of each moment."""
 
-    def next_first(self, state: State, g: Tensor, betas: tuple[float, float], carry: Carry | None = None) -> Tensor:
-        """The first moment after g, (B, *shape) float32; nothing is stored."""
+    def next_first(
+        self, state: State, g: Tensor, betas: tuple[float, float], coordinates: Coordinates = PLAIN
+    ) -> Tensor:
+        """The first moment after g as it would be stored exactly, (B, *shape) float32; nothing is."""
 
     def direction(
         self,
@@ -47,7 +65,7 @@ class Moments(Protocol):
         steps: Tensor,
         noise: Noise | None = None,
         stochastic_first: bool = False,
-        carry: Carry | None = None,
+        coordinates: Coordinates = PLAIN,
     ) -> Tensor:
         """The base's step without the learning rate and the weight decay.
 
@@ -56,7 +74,7 @@ class Moments(Protocol):
             steps: float32 (B,), how many times each block has been updated, this one included.
             noise: for stochastic rounding.
             stochastic_first: round the first moment stochastically, where it is stored in 4 bits.
-            carry: what is done first to the stored first moment, (B, *shape) float32.
+            coordinates: in which the first moment is stored.
 
         Returns:
             (B, *shape) float32, which may be a state buffer: not to be written to.
@@ -75,9 +93,12 @@ class Adam:
     def storages(self) -> dict[str, Storage]:
         return {"first": self.first, "second": self.second}
 
-    def next_first(self, state: State, g: Tensor, betas: tuple[float, float], carry: Carry | None = None) -> Tensor:
+    def next_first(
+        self, state: State, g: Tensor, betas: tuple[float, float], coordinates: Coordinates = PLAIN
+    ) -> Tensor:
         # m <- b1 m + (1 - b1) g
-        return torch.lerp(_carried(self.first, state, carry).float(), g, 1 - betas[0])
+        m = coordinates.opened(self.first.read(state["first"]))
+        return coordinates.closed(torch.lerp(m, g, 1 - betas[0]))
 
     def direction(
         self,
@@ -88,17 +109,17 @@ class Adam:
         steps: Tensor,
         noise: Noise | None = None,
         stochastic_first: bool = False,
-        carry: Carry | None = None,
+        coordinates: Coordinates = PLAIN,
     ) -> Tensor:
-        if self._fits_kernel(g.device) and not stochastic_first and carry is None:
+        if self._fits_kernel(g.device) and not stochastic_first and coordinates is PLAIN:
             return self._by_kernel(state, g, betas, eps, steps)
         # m <- b1 m + (1 - b1) g;  v <- b2 v + (1 - b2) g^2
-        m = _carried(self.first, state, carry).lerp_(g, 1 - betas[0])
+        m = coordinates.opened(self.first.read(state["first"])).lerp_(g, 1 - betas[0])
         v = self.second.read(state["second"]).mul_(betas[1]).addcmul_(g, g, value=1 - betas[1])
         # u = (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps)
         bias = _bias(betas[1], steps, v.dim())
         u = (m / _bias(betas[0], steps, m.dim())).div_((v / bias).sqrt_().add_(eps))
-        _write_first(self.first, state["first"], m, noise if stochastic_first else None)
+        _write_first(self.first, state["first"], coordinates.closed(m), noise if stochastic_first else None)
         if self.zip_sr and isinstance(self.second, Blockwise):
             uniform = _required(noise).uniform(SECOND_STREAM, v[0].numel())
             self.second.write(state["second"], v, PreconditionerSpace(uniform, bias.flatten(1), eps))
@@ -132,9 +153,11 @@ class Sgdm:
     def storages(self) -> dict[str, Storage]:
         return {"first": self.first}
 
-    def next_first(self, state: State, g: Tensor, betas: tuple[float, float], carry: Carry | None = None) -> Tensor:
+    def next_first(
+        self, state: State, g: Tensor, betas: tuple[float, float], coordinates: Coordinates = PLAIN
+    ) -> Tensor:
         # m <- mu m + g
-        return torch.add(g, _carried(self.first, state, carry).float(), alpha=betas[0])
+        return coordinates.closed(torch.add(g, coordinates.opened(self.first.read(state["first"])), alpha=betas[0]))
 
     def direction(
         self,
@@ -145,11 +168,11 @@ class Sgdm:
         steps: Tensor,
         noise: Noise | None = None,
         stochastic_first: bool = False,
-        carry: Carry | None = None,
+        coordinates: Coordinates = PLAIN,
     ) -> Tensor:
         # m <- mu m + g;  u = m, or with Nesterov's momentum g + mu m
-        m = _carried(self.first, state, carry).mul_(betas[0]).add_(g)
-        _write_first(self.first, state["first"], m, noise if stochastic_first else None)
+        m = coordinates.opened(self.first.read(state["first"])).mul_(betas[0]).add_(g)
+        _write_first(self.first, state["first"], coordinates.closed(m), noise if stochastic_first else None)
         return torch.add(g, m, alpha=betas[0]) if self.nesterov else m
 
 
@@ -162,9 +185,12 @@ class Momentum:
     def storages(self) -> dict[str, Storage]:
         return {"first": self.first}
 
-    def next_first(self, state: State, g: Tensor, betas: tuple[float, float], carry: Carry | None = None) -> Tensor:
+    def next_first(
+        self, state: State, g: Tensor, betas: tuple[float, float], coordinates: Coordinates = PLAIN
+    ) -> Tensor:
         # m <- b1 m + (1 - b1) g
-        return torch.lerp(_carried(self.first, state, carry).float(), g, 1 - betas[0])
+        m = coordinates.opened(self.first.read(state["first"]))
+        return coordinates.closed(torch.lerp(m, g, 1 - betas[0]))
 
     def direction(
         self,
@@ -175,12 +201,12 @@ class Momentum:
         steps: Tensor,
         noise: Noise | None = None,
         stochastic_first: bool = False,
-        carry: Carry | None = None,
+        coordinates: Coordinates = PLAIN,
     ) -> Tensor:
         # m <- b1 m + (1 - b1) g;  u = m / (1 - b1^t)
-        m = _carried(self.first, state, carry).lerp_(g, 1 - betas[0])
+        m = coordinates.opened(self.first.read(state["first"])).lerp_(g, 1 - betas[0])
         u = m / _bias(betas[0], steps, m.dim())
-        _write_first(self.first, state["first"], m, noise if stochastic_first else None)
+        _write_first(self.first, state["first"], coordinates.closed(m), noise if stochastic_first else None)
         return u
 
 
@@ -196,7 +222,7 @@ def make_moments(shape: tuple[int, ...], options: Options, quantise: bool) -> Ad
     | 4bit_eden (2610.12444) | nf4, block 128 | dynamic0, block 128, scales corrected (ZE-EDEN) |
     | 4bit_zipsr (2610.12444) | nf4, block 128 | dynamic_unsigned, block 128, rounded in preconditioner space (ZIP-SR) |
 
-    KL-Shampoo has no second moment, and its first one is of whitened gradients, which have no outliers: nf4.
+    SOAP's, KL-SOAP's and KL-Shampoo's first moment is stored whitened, and so without outliers: nf4.
 
     A 4-bit first moment of embeddings or the output head without a second one (KL-Shampoo) has 8 bits, dynamic, block
     256, unless `first_codebook` asks for another: 4 bits lose half of what preconditioning them gains.
@@ -257,7 +283,7 @@ def _storages(shape: tuple[int, ...], options: Options, quantise: bool) -> tuple
     if recipe == "8bit":
         return Bitsandbytes(shape, signed=True), Bitsandbytes(shape, signed=False)
     modern = recipe in ("4bit_eden", "4bit_zipsr")
-    default = "nf4" if modern or options.algorithm == "kl_shampoo" else "dynamic"
+    default = "nf4" if modern or options.algorithm in EIGENBASIS else "dynamic"
     first = Blockwise(shape, default if options.first_codebook == "auto" else options.first_codebook, 4, MOMENT_BLOCK)
     if recipe == "4bit_factored" and len(shape) == 2:
         return first, Factored(shape)
@@ -266,11 +292,6 @@ def _storages(shape: tuple[int, ...], options: Options, quantise: bool) -> tuple
     if recipe == "4bit" and len(shape) == 2:
         return first, RankOne(shape, levels, 4)
     return first, Blockwise(shape, levels, 4, MOMENT_BLOCK, eden=recipe == "4bit_eden")
-
-
-def _carried(first: Storage, state: State, carry: Carry | None) -> Tensor:
-    stored = first.read(state["first"])
-    return stored if carry is None else carry(stored.float())
 
 
 def _for_bfloat16(storage: Storage, v: Tensor, noise: Noise | None) -> Tensor:

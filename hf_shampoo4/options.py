@@ -47,8 +47,8 @@ class Options:
     moments: Literal["fp32", "bf16", "8bit", "4bit", "4bit_factored", "4bit_eden", "4bit_zipsr"] = "4bit"
     """Storage of the first and second moment; see `moments.make_moments`."""
     first_codebook: Literal["auto", "dynamic", "nf4", "linear2"] = "auto"
-    """Levels of a 4-bit first moment (auto: nf4 for 4bit_eden and 4bit_zipsr, dynamic for the others, and 8 bits where
-    KL-Shampoo is given embeddings or the output head, which then have no second moment)."""
+    """Levels of a 4-bit first moment (auto: nf4 for 4bit_eden, 4bit_zipsr and the eigenbasis family, dynamic for the
+    others, and 8 bits where KL-Shampoo is given embeddings or the output head, which then have no second moment)."""
     second_codebook: Literal["auto", "linear0", "dynamic0", "dynamic_unsigned"] = "auto"
     """Levels of a 4-bit second moment (auto: linear0 for 4bit, dynamic0 for _eden, dynamic_unsigned for _zipsr)."""
     stochastic_from: int = 0

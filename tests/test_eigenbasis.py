@@ -186,9 +186,8 @@ def momentum_in_the_parameters_coordinates(optimizer: Shampoo4bit, p: Tensor) ->
     a, state = stack.algorithm, stack.state
     sides = [OpenSide(side, algorithms._side(state, name), p) for side, name in ((a.left, "left"), (a.right, "right"))]
     m = a.moments.first.read(state["first"])
-    if a.scaled:
-        of_left, of_right = algorithms._scales(*sides, optimizer.defaults["damping"])
-        m = m * of_left * of_right
+    of_left, of_right = algorithms._scales(*sides, optimizer.defaults["damping"])
+    m = m * of_left * of_right
     return sides[1].out(sides[0].out(m).mT).mT[0]
 
 
@@ -215,7 +214,7 @@ def test_a_wrong_carry_over_is_found(
 
 
 def test_a_4_bit_moment_serves_small_directions_as_well_as_large_ones() -> None:
-    """Columns of the gradient are 1 to 1/128 in size, KL-Shampoo's steps are not: what rounding does to them neither."""
+    """Columns of the gradient are 1 to 1/128 in size, KL-Shampoo's steps are not, nor are errors of rounding."""
 
     def last_step(moments: str) -> Tensor:
         p = nn.Parameter(torch.zeros(64, 128))
