@@ -27,6 +27,7 @@ from .storage import Buffers, Dense, Storage
 State = dict[str, Buffers]
 
 FLOOR = 1e-7  # of a side's largest eigenvalue: the least that KL's whitening divides by
+LARGEST = 1e30  # of a whitened moment, which grows while no gradient comes and eigenvalues are forgotten faster
 LIMIT = 32.0  # of an entry of SOAP's direction: Adam's own is at most 1 / sqrt(1 - b2), which is this with b2 = 0.999
 
 
@@ -228,7 +229,9 @@ class Eigenbasis:
             return right.out(left.out(u).mT).mT
 
         # m' <- T_L m' T_R^T;  stored is m' / sqrt(lambda_L lambda_R^T): few bits then serve all directions alike
-        stored = Coordinates(lambda x: turn((x * before[0]).mul_(before[1])), lambda m: _divided(m, after))
+        stored = Coordinates(
+            lambda x: turn((x * before[0]).mul_(before[1])), lambda m: _divided(m, after).clamp_(-LARGEST, LARGEST)
+        )
         return Preconditioned(rotated, coordinates=stored, back=back)
 
     def _within_reason(self, u: Tensor, factor_beta: float, beta2: float) -> Tensor:

@@ -286,6 +286,21 @@ def test_gradients_of_rank_one_and_of_any_size(algorithm: str) -> None:
         assert 0 < p.abs().max() < 3.0, size
 
 
+@pytest.mark.parametrize("algorithm", FAMILY)
+def test_long_silence_is_survived(algorithm: str) -> None:
+    """Here the eigenvalues are forgotten long before the moment is, and what is stored of it is their quotient."""
+    torch.manual_seed(0)
+    p = nn.Parameter(torch.zeros(72, 70))
+    options = {"algorithm": algorithm, "factor_beta": 0.5, "stats_every": 10, "refresh_warmup": 0}
+    optimizer = Shampoo4bit([p], lr=1.0, weight_decay=0.0, **options)
+    for size in (*[1e8] * 20, *[0.0] * 200, *[1.0] * 5):
+        before = p.detach().clone()
+        p.grad = size * torch.randn_like(p)
+        optimizer.step()
+        assert torch.isfinite(p).all()
+        assert (before - p.detach()).abs().max() < 100.0
+
+
 def test_a_failed_turn_keeps_the_basis_and_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     from hf_shampoo4 import eigenbasis
 
