@@ -26,7 +26,7 @@ from .storage import Buffers, Dense, Storage
 
 State = dict[str, Buffers]
 
-FLOOR = 1e-7  # of a side's largest eigenvalue: the least that KL's whitening divides by
+FLOOR = 1e-7  # of a side's largest eigenvalue: the least that KL's whitening and stored moments are divided by
 LARGEST = 1e30  # of a whitened moment, which grows while no gradient comes and eigenvalues are forgotten faster
 LIMIT = 32.0  # of an entry of SOAP's direction: Adam's own is at most 1 / sqrt(1 - b2), which is this with b2 = 0.999
 
@@ -152,7 +152,7 @@ class Shampoo:
         for every, work in ((o.stats_every, self._update), (o.roots_every, self._refresh)):
             rows = context.due(every, len(g))
             if rows:
-                with context.stopwatch.on(g.device), _part(state, g, rows) as (part, some):
+                with context.stopwatch.on(g.device), _part(state, g, _index(rows, g)) as (part, some):
                     part["failures"]["dense"] += work(part, some)
         # P = L^-1/4 G R^-1/4
         return Preconditioned(
@@ -204,7 +204,7 @@ class Eigenbasis:
     def precondition(self, state: State, g: Tensor, context: Context) -> Preconditioned:
         o = context.options
         left, right = self._opened(state, g)
-        before = _scales(left, right, o.damping)
+        before = _scales(left, right, FLOOR)
         # G' = U_L^T G U_R
         rotated = right.into(left.into(g).mT).mT
         self._follow(left, right, rotated.square(), o)
@@ -213,22 +213,24 @@ class Eigenbasis:
         turn: Callable[[Tensor], Tensor] = _same
         if rows:
             memory = max(o.factor_beta**every, SHORTEST_MEMORY)
-            with context.stopwatch.on(g.device), _part(state, rotated, rows) as (part, some):
-                here = (left, right) if part is state else self._opened(part, some)
+            index = _index(rows, g)
+            with context.stopwatch.on(g.device), _part(state, rotated, index) as (part, some):
+                here = (left, right) if index is None else self._opened(part, some)
                 part["failures"]["dense"] += self._turn(*here, some, memory)
-            left.adopt(here[0], rows)
-            right.adopt(here[1], rows)
-            turn = _of_rows(rows, lambda x: here[1].turned(here[0].turned(x).mT).mT)
+            if index is not None:
+                left.adopt(here[0], index)
+                right.adopt(here[1], index)
+            turn = _of_rows(index, lambda x: here[1].turned(here[0].turned(x).mT).mT)
             rotated = turn(rotated)
-
-        after = _scales(left, right, o.damping)
 
         def back(u: Tensor) -> Tensor:
             # U_L (u / sqrt(lambda_L lambda_R^T)) U_R^T
-            u = self._within_reason(_divided(u, after) if self.scaled else u, o.factor_beta, context.betas[1])
+            u = _divided(u, _scales(left, right, o.damping)) if self.scaled else u
+            u = self._within_reason(u, o.factor_beta, context.betas[1])
             return right.out(left.out(u).mT).mT
 
         # m' <- T_L m' T_R^T;  stored is m' / sqrt(lambda_L lambda_R^T): few bits then serve all directions alike
+        after = _scales(left, right, FLOOR)
         stored = Coordinates(
             lambda x: turn((x * before[0]).mul_(before[1])), lambda m: _divided(m, after).clamp_(-LARGEST, LARGEST)
         )
@@ -295,16 +297,14 @@ def _divided(x: Tensor, by: Scales) -> Tensor:
     return (x / by[0]).div_(by[1])
 
 
-def _of_rows(rows: list[int], of_part: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    """On all blocks of a stack, what is done to these alone."""
+def _index(rows: list[int], x: Tensor) -> Tensor | None:
+    """Some blocks of a stack; None: all of them."""
+    return None if len(rows) == len(x) else torch.tensor(rows, device=x.device)
 
-    def done(x: Tensor) -> Tensor:
-        if len(rows) == len(x):
-            return of_part(x)
-        index = torch.tensor(rows, device=x.device)
-        return x.index_copy(0, index, of_part(x[index]))
 
-    return done
+def _of_rows(index: Tensor | None, of_part: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """On all blocks of a stack, what is done to some."""
+    return of_part if index is None else lambda x: x.index_copy(0, index, of_part(x[index]))
 
 
 class Stack(Protocol):
@@ -395,12 +395,11 @@ def make_algorithm(shape: tuple[int, ...], options: Options, quantise_moments: b
 
 
 @contextmanager
-def _part(state: State, x: Tensor, rows: list[int]) -> Iterator[tuple[State, Tensor]]:
+def _part(state: State, x: Tensor, index: Tensor | None) -> Iterator[tuple[State, Tensor]]:
     """Some blocks of a stack's state, to be changed in place, and of x (B, ...)."""
-    if len(rows) == len(x):
+    if index is None:
         yield state, x
         return
-    index = torch.tensor(rows, device=x.device)
     part = {tensor: {name: buffer[index] for name, buffer in buffers.items()} for tensor, buffers in state.items()}
     yield part, x[index]
     for tensor, buffers in state.items():

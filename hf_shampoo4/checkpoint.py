@@ -123,8 +123,12 @@ def _loaded(file: Path) -> Any:
     try:
         return torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever bytes can do to torch.load
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise CheckpointError(f"{file} cannot be read: {reason[0]}") from error
+        raise _unreadable(file, error) from error
+
+
+def _unreadable(file: Path, error: Exception) -> CheckpointError:
+    reason = str(error).strip().splitlines() or [type(error).__name__]
+    return CheckpointError(f"{file} cannot be read: {reason[0]}")
 
 
 def _step_of_deepspeed(folder: Path) -> Path:
@@ -142,7 +146,7 @@ def _of_stage_0(file: Path) -> Any:
     try:
         found = _without_classes(file).get("optimizer")
     except Exception as error:  # whatever bytes can do to torch.load
-        raise CheckpointError(f"{file} cannot be read: {error}") from error
+        raise _unreadable(file, error) from error
     if not isinstance(found, dict):
         raise CheckpointError(f"{file} holds no optimizer, and the files of ZeRO's ranks are not beside it")
     return found.get("optimizer_state_dict", found)  # its class for 16-bit parameters puts ours inside of its own
@@ -169,7 +173,7 @@ def _joined(files: list[Path]) -> dict[str, Any]:
             part = _without_classes(file)["optimizer_state_dict"]
             count = part["partition_count"]
         except Exception as error:  # whatever bytes can do to torch.load
-            raise CheckpointError(f"{file} cannot be read: {error}") from error
+            raise _unreadable(file, error) from error
         world = count if isinstance(count, int) else max(count)
         if world != len(files):
             raise CheckpointError(f"{file.parent} was written by {world} ranks, but has {len(files)} of their files")

@@ -56,7 +56,8 @@ class Probe:
             for name in CODES:
                 if name in kept:
                     codes = stack.state[name]["codes"]
-                    self._add(f"unmoved_{name}", unmoved(kept[name], codes, bits=4).mean(), codes.numel())
+                    bits = getattr(stack.algorithm.storages()[name], "bits", 8)
+                    self._add(f"unmoved_{name}", unmoved(kept[name], codes, bits).mean(), codes.numel())
             for name in _bases(stack):
                 new = stack.algorithm.storages()[name].read(stack.state[name])
                 if not torch.equal(new, kept[name]):

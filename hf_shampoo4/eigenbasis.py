@@ -5,7 +5,7 @@ A side keeps an orthogonal basis U (its columns quantised) and eigenvalues; the 
     G' = U_L^T G U_R
 
 where the factors are nearly diagonal.  Eigenvalues move at every step.  A *refresh*, every T1 steps, turns the bases
-towards the factors' eigenvectors and carries the first moment over.
+towards the factors' eigenvectors; the first moment is carried over when it is read.
 
 SOAP (2409.11321): Adam on G'.  KL-Shampoo (2509.03378): each factor is whitened by the other, and the step is
 m' / sqrt(lambda_L lambda_R^T), without a second moment.  KL-SOAP: KL-Shampoo's bases, SOAP's moments.
@@ -114,10 +114,10 @@ class OpenSide:
         self.eigenvalues.copy_(torch.where(good[:, None], diagonal, self.eigenvalues))
         return ~good
 
-    def adopt(self, turned: OpenSide, rows: list[int]) -> None:
-        """Take over the vectors of some blocks' side, if these turned apart from the others."""
-        if turned is not self and self.vectors is not None and turned.vectors is not None:
-            self.vectors[rows] = turned.vectors
+    def adopt(self, turned: OpenSide, index: Tensor) -> None:
+        """Take over the vectors of some blocks' side, which turned apart from the others."""
+        if self.vectors is not None and turned.vectors is not None:
+            self.vectors[index] = turned.vectors
 
     def turned(self, x: Tensor) -> Tensor:
         """T x: coordinates in the basis before `turn`, as they are in the one after."""

@@ -28,7 +28,7 @@ from .integrations.groups import is_of_matrices, param_groups
 from .integrations.trainer import OPTIMS
 from .options import NAMES, OptionError, Options, parse_optim_args, resolve
 from .placement import Placement, Region, ranges, sharded, whole
-from .plan import Block, _in_waves, blocks_of, loads_of
+from .plan import Block, _in_parts, _in_waves, blocks_of, loads_of
 from .waves import Member, _assign
 
 if TYPE_CHECKING:
@@ -344,7 +344,9 @@ class _Tally:
                 self.work[owner] += load.flops
         computed = np.full(self.world, owned.sum()) if group.replicated else owned
         self.state += state.sum() if group.replicated else state
-        self.working = np.maximum(self.working, 4 * _working_copies(group.options) * computed)
+        owners = [0 if group.replicated else owner for member in members for owner in member.owners]
+        at_once: np.ndarray = -(-computed // _parts(members, owners))
+        self.working = np.maximum(self.working, 4 * _working_copies(group.options) * at_once)
         if self.world > 1:
             self._add_traffic(members, group, *counts)
 
@@ -386,7 +388,13 @@ class _Tally:
         else:
             self.wire_step += out
         self.wire_refresh += out
-        self.exchange = np.maximum(self.exchange, out + into)
+        parts = _parts(members, [owner for member in members for owner in member.owners])
+        self.exchange = np.maximum(self.exchange, -(-(out + into) // parts))
+
+
+def _parts(members: Sequence[Member], owners: Sequence[int]) -> int:
+    """In how many parts a wave is computed."""
+    return len(_in_parts([block for member in members for block in member.blocks], owners, members[0].parts)) or 1
 
 
 def _overlap(block: Block, region: Region) -> int:

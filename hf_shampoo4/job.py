@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from .algorithms import Context, directions
-from .exchange import Exchange, Pending, Piece, Ranks, Route
+from .exchange import Exchange, Pending, Piece, Ranks
 from .matrix import exact_float32
 from .rounding import noise_at, to_bfloat16
-from .waves import Stack, Wave
+from .waves import Part, Stack, Wave
 
 
 def run(jobs: Sequence[Job]) -> None:
@@ -40,8 +40,8 @@ class Job:
     """Some blocks of a wave in one step: `start`, `compute`, `deliver`, `finish`, each called by every rank."""
 
     wave: Wave
-    blocks: frozenset[int]
-    """Of the wave, of parameters that have a gradient on some rank."""
+    part: Part
+    """Of the wave, without parameters that have no gradient on any rank."""
     split: bool
     """Whether owners compute their blocks, or every rank all of them."""
     context: Context
@@ -53,10 +53,7 @@ class Job:
     _delivering: Pending | None = None
 
     def __post_init__(self) -> None:
-        route = self.wave.split if self.split else self.wave.alone
-        if len(self.blocks) < len(self.wave.rects):
-            route = Route(*(side.of_blocks(self.blocks) for side in route))
-        self.route = route
+        self.route, self.blocks = self.part.route, self.part.blocks
         self.wanted = {self.wave.member_of[block] for block in self.blocks}
         self.rank = self.wave.ranks.rank if self.split else 0  # who computes everything itself is the only rank
 

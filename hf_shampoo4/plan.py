@@ -149,20 +149,26 @@ def _in_waves(parameters: Iterable[P]) -> Iterator[list[P]]:
         yield wave
 
 
-def _in_parts(blocks: Sequence[Block], ranks: int) -> Iterator[list[int]]:
-    """Positions of consecutive blocks of a wave, as many as fit `WAVE_ELEMENTS` a rank; at least one.
+def _in_parts(blocks: Sequence[Block], owners: Sequence[int], ranks: int) -> list[list[int]]:
+    """Positions of the blocks of a wave, so that no rank computes many more than `WAVE_ELEMENTS` entries of a part.
 
-    All of them together where norms go over whole parameters (Shampoo's graft).
+    One part where the wave fits, and where norms go over whole parameters (Shampoo's graft).  Of several ranks each
+    deals out its own blocks in turn: all are at work in every part, and so are those that hold the gradients.
+
+    Args:
+        owners: who computes each block.
+        ranks: into how many parts the ranks have cut the parameters.
     """
     grafted = any(isinstance(block.algorithm, Shampoo) for block in blocks)
-    largest = math.inf if grafted else WAVE_ELEMENTS * ranks
-    part: list[int] = []
-    elements = 0
-    for i, block in enumerate(blocks):
-        if part and elements + block.numel > largest:
-            yield part
-            part, elements = [], 0
-        part.append(i)
-        elements += block.numel
-    if part:
-        yield part
+    if grafted or sum(block.numel for block in blocks) <= WAVE_ELEMENTS * ranks:
+        return [list(range(len(blocks)))] if blocks else []
+    of_owner: dict[int, list[int]] = {}
+    for i, owner in enumerate(owners):
+        of_owner.setdefault(owner, []).append(i)
+    entries = (sum(blocks[i].numel for i in of_rank) for of_rank in of_owner.values())
+    count = max(-(-numel // WAVE_ELEMENTS) for numel in entries)
+    parts: list[list[int]] = [[] for _ in range(count)]
+    for of_rank in of_owner.values():
+        for j, i in enumerate(of_rank):  # one rank alone: neighbours together, so that their state is one slice
+            parts[j * count // len(of_rank) if len(of_owner) == 1 else j % count].append(i)
+    return [sorted(part) for part in parts if part]

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -124,12 +124,28 @@ class Stack:
                 for name, buffer in buffers.items():
                     self.state[tensor][name][index] = buffer
 
-        return Stack(self.algorithm, blocks, self.membership[:, index], self.salts[index], state), put_back
+        part = Stack(self.algorithm, blocks, self.membership[:, index], self.salts[index], state)
+        part.phases = [self.phases[i] for i in rows]  # numbers on the host, which a GPU need not be asked for again
+        return part, put_back
+
+
+@dataclass(frozen=True)
+class Part:
+    """What of a wave is computed together, and the way to the owners and back."""
+
+    blocks: frozenset[int]
+    route: Route
+
+    def of(self, blocks: frozenset[int]) -> Part:
+        """The part of some of its blocks."""
+        if len(blocks) == len(self.blocks):
+            return self
+        return Part(blocks, Route(*(side.of_blocks(blocks) for side in self.route)))
 
 
 @dataclass
 class Wave:
-    """Whole parameters that are computed together."""
+    """Whole parameters: all that are computed together or, of a large one, in parts one after the other."""
 
     members: list[Member]
     stacks: list[Stack]
@@ -163,25 +179,25 @@ class Wave:
         return [salt for member in self.members for salt in member.salts]
 
     @cached_property
-    def parts(self) -> list[frozenset[int]]:
-        """The blocks that are computed together; more than one part only of a parameter that is larger than a wave."""
-        blocks = [block for member in self.members for block in member.blocks]
-        return [frozenset(part) for part in _in_parts(blocks, self.members[0].parts)]
-
-    def of_members(self, blocks: Iterable[int], wanted: Collection[int]) -> frozenset[int]:
-        """Those of some blocks that are of some parameters."""
-        return frozenset(block for block in blocks if self.member_of[block] in wanted)
-
-    @cached_property
-    def split(self) -> Route:
+    def split(self) -> list[Part]:
         """Owners compute their blocks."""
         cuts = [_cut(member, member.placement, member.owners) for member in self.members]
-        return route(self.ranks.rank, self.ranks.world, cuts)
+        return self._parts(route(self.ranks.rank, self.ranks.world, cuts), self.owners)
 
     @cached_property
-    def alone(self) -> Route:
+    def alone(self) -> list[Part]:
         """This rank computes everything, from what it holds."""
-        return route(0, 1, [_cut(m, whole(m.placement.shape, 1), [0] * len(m.blocks)) for m in self.members])
+        cuts = [_cut(m, whole(m.placement.shape, 1), [0] * len(m.blocks)) for m in self.members]
+        return self._parts(route(0, 1, cuts), [0] * len(self.rects))
+
+    def _parts(self, way: Route, owners: list[int]) -> list[Part]:
+        blocks = [block for member in self.members for block in member.blocks]
+        every = Part(frozenset(range(len(blocks))), way)
+        return [every.of(frozenset(part)) for part in _in_parts(blocks, owners, self.members[0].parts)]
+
+    def of_members(self, part: Part, wanted: Collection[int]) -> Part:
+        """What of a part is of some parameters."""
+        return part.of(frozenset(block for block in part.blocks if self.member_of[block] in wanted))
 
     def live(self) -> dict[int, Entry]:
         """Member -> the rows of its state that this rank keeps, as views of the stacks."""
@@ -295,7 +311,8 @@ class StateMap:
         for m, algorithm in self.groups:
             member = wave.members[m]
             rows = member.rows(algorithm)
-            self.blocks += [wave.member_of.index(m) + i for i in rows]
+            start = wave.member_of.index(m) if rows else 0
+            self.blocks += [start + i for i in rows]
             rects = [Rect(0, 0, 1, k, k + 1) for k in range(len(rows))]
             placement = _saved_placement(member.parameter, len(rows), wave.ranks.world)
             self.cuts.append(Cut(placement, MatrixView(1, 1, len(rows)), rects, [member.owners[i] for i in rows]))

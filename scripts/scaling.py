@@ -71,7 +71,7 @@ def planned(model: str, world: int, sharding: str, options: Options) -> dict[str
     ]
     start = time.perf_counter()
     waves: list[Wave] = [wave for of_group in build(groups, Ranks(rank, world)) for wave in of_group]
-    routes = [wave.split for wave in waves]
+    routes = [part.route for wave in waves for part in wave.split]
     seconds = time.perf_counter() - start
     flops, held = np.zeros(world), np.zeros(world)
     for wave in waves:

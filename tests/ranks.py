@@ -52,7 +52,7 @@ RARELY = ("3.unused",)  # has no gradient on every third step
 
 # name -> shape: uneven rows, several blocks, experts, a fused q k v, fewer rows than ranks, vectors, one element
 SHAPES: list[dict[str, tuple[int, ...]]] = [
-    {"tied": (30, 24), "weight": (53, 70), "words": (406, 20)},
+    {"tied": (30, 24), "weight": (53, 70), "words": (812, 20)},
     {"qkv": (96, 64), "norm": (9,), "short": (2, 40)},
     {"experts": (3, 20, 30), "bias": (5000,), "one": (1,)},
     {"unused": (33, 20), "frozen": (12, 12), "last": (64, 66)},
@@ -459,7 +459,8 @@ def equality(case: Case, truths: dict[str, dict[str, Tensor]]) -> dict[str, Any]
         "sent": dict(run.optimizer._ranks.sent),
         "theory": theory(run, case.steps),
         "exchanges": EXCHANGES.pop("made", 0),
-        "waves": len(run.optimizer._all_waves()),
+        "parts": sum(len(wave.split) for wave in run.optimizer._all_waves()),
+        "most_parts": max(len(wave.split) for wave in run.optimizer._all_waves()),
         "ms_per_step": round(1e3 * seconds / case.steps, 1),
     }
 
@@ -843,7 +844,7 @@ def worker(folder: Path, cases: list[Case], checkpoints: Path) -> None:
     torch.set_num_threads(1)
     plan: Any = importlib.import_module("hf_shampoo4.plan")  # `hf_shampoo4.plan` is a function
     plan.STRIP = 2048  # vocabularies and what the base alone updates are cut into several blocks
-    plan.WAVE_ELEMENTS = 4096  # several waves, some of several parts
+    plan.WAVE_ELEMENTS = 2048  # several waves, that of `words` of several parts
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
     count_exchanges()

@@ -194,7 +194,7 @@ def test_every_rank_holds_and_sends_what_is_said(sharding: str, options: dict[st
         always = often = 0
         for wave in found if world > 1 else ():
             gradient, update = (2, 2) if options.get("wire") == "bf16" else (4, 4)
-            collect, deliver = wave.split
+            ((collect, deliver),) = [part.route for part in wave.split]
             sent = sum(gradient * p.numel for r, ps in collect.out.items() if r != rank for p in ps)
             sent += sum(update * p.numel for r, ps in deliver.out.items() if r != rank for p in ps)
             factored = any(hasattr(s.algorithm, "left") for s in wave.stacks)

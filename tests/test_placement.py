@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from importlib import import_module
+from typing import Any
+
 import hypothesis.strategies as st
 import numpy as np
 import pytest
@@ -10,7 +13,8 @@ from hypothesis import given
 from reference import PROPERTY
 from torch.distributed.tensor import Replicate, Shard
 
-from hf_shampoo4.blocks import MatrixView, matrix_view
+from hf_shampoo4.algorithms import make_algorithm
+from hf_shampoo4.blocks import MatrixView, Rect, matrix_view
 from hf_shampoo4.options import Options
 from hf_shampoo4.placement import Load, Placement, assign, held_here, patches, ranges, sharded, whole
 from hf_shampoo4.plan import blocks_of, loads_of
@@ -126,6 +130,26 @@ MODELS = {
     "llama3_1b": llama(2048, 8192, 16, 512, 128256),
     "llama_7b": llama(4096, 11008, 32, 4096, 32000),
 }
+
+
+@PROPERTY
+@given(st.lists(st.tuples(st.integers(1, 40), st.integers(0, 3)), min_size=1, max_size=60), st.integers(1, 60))
+def test_parts_of_a_large_wave_keep_all_its_owners_at_work(found: list[tuple[int, int]], largest: int) -> None:
+    module: Any = import_module("hf_shampoo4.plan")
+    options, owners = Options(vocabulary=True), [owner for _, owner in found]
+    view = MatrixView(1, sum(rows for rows, _ in found), 1)
+    blocks = [
+        module.Block(view, Rect(0, 0, rows, 0, 1), make_algorithm((rows, 1), options, False)) for rows, _ in found
+    ]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "WAVE_ELEMENTS", largest)
+        parts = module._in_parts(blocks, owners, ranks=1)
+    assert sorted(i for part in parts for i in part) == list(range(len(blocks)))
+    for owner in set(owners):
+        numbers = [sum(owners[i] == owner for i in part) for part in parts]
+        assert max(numbers) - min(numbers) <= 1
+    if len(set(owners)) == 1:
+        assert [i for part in parts for i in part] == list(range(len(blocks)))
 
 
 PAPER = Options(algorithm="shampoo", block_size=1200, stats_every=200, roots_every=200)

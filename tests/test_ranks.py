@@ -91,7 +91,8 @@ def test_what_is_sent_is_what_must_be_and_at_once(results: dict, world: int, cas
     """`theory` looks at every entry: who holds it, and who owns its block."""
     for rank in results[world, case]:
         assert {"gradients": 0, **rank["sent"]} == rank["theory"]
-        assert rank["exchanges"] <= 2 * rank["waves"] * int(STEPS)
+        assert rank["exchanges"] <= 2 * rank["parts"] * int(STEPS)
+        assert rank["most_parts"] > 1
 
 
 @pytest.mark.parametrize(("world", "case"), SHARDED)
