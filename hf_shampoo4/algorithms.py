@@ -2,7 +2,7 @@
 the factors' eigenbasis) or the base alone.
 
 An algorithm is a frozen description of one block shape; equal descriptions are computed as one stack.  Its state is
-{tensor name: buffers}; `directions` runs all stacks of a wave, because the graft's norms go over whole parameters.
+{tensor name: buffers}; `directions` runs the stacks of a wave together, because the graft's norms go over whole parameters.
 """
 
 from __future__ import annotations
@@ -326,7 +326,7 @@ class Stack(Protocol):
 
 
 def directions(stacks: Sequence[Stack], gradients: Sequence[Tensor], context: Context) -> list[Tensor]:
-    """The step of every block of a wave, without learning rate and weight decay: float32 (B, *shape) a stack."""
+    """The step of every block of some stacks, without learning rate and weight decay: float32 (B, *shape) a stack."""
     if context.probe:
         context.probe.before(stacks)
     staggered = context.options.stagger

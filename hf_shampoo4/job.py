@@ -202,7 +202,7 @@ class Job:
 
 
 class Vote:
-    """The one small reduction of a wave: sums over parameters that span ranks, and whether every rank is well."""
+    """The one small reduction of a job: sums over parameters that span ranks, and whether every rank is well."""
 
     def __init__(self, ranks: Ranks, members: int, device: torch.device) -> None:
         self._ranks, self._members, self._device = ranks, members, device

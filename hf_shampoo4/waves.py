@@ -364,7 +364,7 @@ class StateMap:
         return found
 
     def move(self, side: Exchange, purpose: str, source: list[Entry], target: list[Entry]) -> None:
-        """Copy rows from where they are to where the exchange says, all of the wave's in one all-to-all of bytes."""
+        """Copy rows from where they are to where the exchange says, all of them in one all-to-all of bytes."""
         ranks = self.wave.ranks
         outgoing = {rank: self._rows(pieces, source) for rank, pieces in side.out.items()}
         incoming = {rank: self._rows(pieces, target) for rank, pieces in side.into.items()}
