@@ -2,7 +2,7 @@
 the factors' eigenbasis) or the base alone.
 
 An algorithm is a frozen description of one block shape; equal descriptions are computed as one stack.  Its state is
-{tensor name: buffers}; `directions` runs the stacks of a wave together, because the graft's norms go over whole parameters.
+{tensor name: buffers}; `directions` runs the stacks of a wave together, as the graft goes over whole parameters.
 """
 
 from __future__ import annotations
