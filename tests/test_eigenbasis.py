@@ -186,7 +186,7 @@ def momentum_in_the_parameters_coordinates(optimizer: Shampoo4bit, p: Tensor) ->
     a, state = stack.algorithm, stack.state
     sides = [OpenSide(side, algorithms._side(state, name), p) for side, name in ((a.left, "left"), (a.right, "right"))]
     m = a.moments.first.read(state["first"])
-    of_left, of_right = algorithms._scales(*sides, optimizer.defaults["damping"])
+    of_left, of_right = algorithms._scales(*sides, algorithms.FLOOR)
     m = m * of_left * of_right
     return sides[1].out(sides[0].out(m).mT).mT[0]
 
