@@ -19,10 +19,10 @@ from .clock import Stopwatch
 from .eigenbasis import SHORTEST_MEMORY, TINY, OpenSide, Side, make_sides, statistic
 from .factors import Factor, make_factor
 from .matrix import within_
-from .moments import PLAIN, Coordinates, Moments, make_moments
+from .moments import PLAIN, Coordinates, Moments, make_moments, same
 from .options import Options
 from .rounding import Noise
-from .storage import Buffers, Dense, Storage
+from .storage import Buffers, Dense, Storage, put_back, taken
 
 State = dict[str, Buffers]
 
@@ -69,10 +69,6 @@ class Probe(Protocol):
         """The step is over."""
 
 
-def _same(u: Tensor) -> Tensor:
-    return u
-
-
 @dataclass(frozen=True)
 class Preconditioned:
     """What an algorithm makes of a gradient."""
@@ -83,7 +79,7 @@ class Preconditioned:
     """Whether it is to have the gradient's norm."""
     coordinates: Coordinates = PLAIN
     """In which the base's first moment was and will be stored."""
-    back: Callable[[Tensor], Tensor] = _same
+    back: Callable[[Tensor], Tensor] = same
     """The base's direction -> the parameter's coordinates."""
 
 
@@ -210,7 +206,7 @@ class Eigenbasis:
         self._follow(left, right, rotated.square(), o)
         every = o.turn_interval(context.step)
         rows = context.due(every, len(g))
-        turn: Callable[[Tensor], Tensor] = _same
+        turn: Callable[[Tensor], Tensor] = same
         if rows:
             memory = max(o.factor_beta**every, SHORTEST_MEMORY)
             index = _index(rows, g)
@@ -400,11 +396,9 @@ def _part(state: State, x: Tensor, index: Tensor | None) -> Iterator[tuple[State
     if index is None:
         yield state, x
         return
-    part = {tensor: {name: buffer[index] for name, buffer in buffers.items()} for tensor, buffers in state.items()}
+    part = taken(state, index)
     yield part, x[index]
-    for tensor, buffers in state.items():
-        for name, buffer in buffers.items():
-            buffer[index] = part[tensor][name]
+    put_back(state, index, part)
 
 
 def _side(state: State, side: str) -> State:

@@ -344,11 +344,13 @@ class _Tally:
                 self.work[owner] += load.flops
         computed = np.full(self.world, owned.sum()) if group.replicated else owned
         self.state += state.sum() if group.replicated else state
-        owners = [0 if group.replicated else owner for member in members for owner in member.owners]
-        at_once: np.ndarray = -(-computed // _parts(members, owners))
+        owners = [owner for member in members for owner in member.owners]
+        split = _parts(members, owners)
+        parts = _parts(members, [0] * len(owners)) if group.replicated else split
+        at_once: np.ndarray = -(-computed // parts)
         self.working = np.maximum(self.working, 4 * _working_copies(group.options) * at_once)
         if self.world > 1:
-            self._add_traffic(members, group, *counts)
+            self._add_traffic(members, group, split, *counts)
 
     def _held(self, placement: Placement) -> np.ndarray:
         """Entries of a parameter by rank; equal placements are one object."""
@@ -371,7 +373,15 @@ class _Tally:
         return found
 
     def _add_traffic(
-        self, members: Sequence[Member], group: _Group, owned: Any, kept: Any, state: Any, held: Any, asked: Any
+        self,
+        members: Sequence[Member],
+        group: _Group,
+        split: int,
+        owned: Any,
+        kept: Any,
+        state: Any,
+        held: Any,
+        asked: Any,
     ) -> None:
         """Entries that a rank gives and does not own travel to their owner, and back to all that hold them."""
         gradient, update = (2, 2) if group.options.wire == "bf16" else (members[0].parameter.element_size(), 4)
@@ -388,8 +398,7 @@ class _Tally:
         else:
             self.wire_step += out
         self.wire_refresh += out
-        parts = _parts(members, [owner for member in members for owner in member.owners])
-        self.exchange = np.maximum(self.exchange, -(-(out + into) // parts))
+        self.exchange = np.maximum(self.exchange, -(-(out + into) // split))
 
 
 def _parts(members: Sequence[Member], owners: Sequence[int]) -> int:

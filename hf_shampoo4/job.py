@@ -53,8 +53,8 @@ class Job:
     _delivering: Pending | None = None
 
     def __post_init__(self) -> None:
-        self.route, self.blocks = self.part.route, self.part.blocks
-        self.wanted = {self.wave.member_of[block] for block in self.blocks}
+        self.route = self.part.route
+        self.wanted = {self.wave.member_of[block] for block in self.part.blocks}
         self.rank = self.wave.ranks.rank if self.split else 0  # who computes everything itself is the only rank
 
     def start(self) -> None:
@@ -107,7 +107,9 @@ class Job:
         self._delivering = self.wave.ranks.all_to_all("updates", out, sizes, like)
         if self.wave.replicated:
             state = self.wave.state_map
-            state.move(state.route.deliver.of_blocks(state.of_blocks(self.blocks)), "state", state.live, state.live)
+            state.move(
+                state.route.deliver.of_blocks(state.of_blocks(self.part.blocks)), "state", state.live, state.live
+            )
 
     def finish(self) -> None:
         """p <- (1 - lr wd) p - lr u on what this rank holds."""
@@ -127,7 +129,7 @@ class Job:
         return [
             i
             for i, block in enumerate(stack.blocks)
-            if block in self.blocks and (not self.split or self.wave.owners[block] == self.rank)
+            if block in self.part.blocks and (not self.split or self.wave.owners[block] == self.rank)
         ]
 
     def _collected(self, stacks: list[Stack]) -> list[list[Tensor]]:

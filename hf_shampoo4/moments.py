@@ -18,7 +18,8 @@ from .storage import Bitsandbytes, Blockwise, Buffers, Dense, Factored, RankOne,
 State = dict[str, Buffers]
 
 
-def _same(m: Tensor) -> Tensor:
+def same(m: Tensor) -> Tensor:
+    """m."""
     return m
 
 
@@ -26,9 +27,9 @@ def _same(m: Tensor) -> Tensor:
 class Coordinates:
     """In which a first moment is stored."""
 
-    opened: Callable[[Tensor], Tensor] = _same
+    opened: Callable[[Tensor], Tensor] = same
     """What is stored, (B, *shape) float32 -> the moment in this step's coordinates."""
-    closed: Callable[[Tensor], Tensor] = _same
+    closed: Callable[[Tensor], Tensor] = same
     """Back."""
 
 
@@ -97,8 +98,7 @@ class Adam:
         self, state: State, g: Tensor, betas: tuple[float, float], coordinates: Coordinates = PLAIN
     ) -> Tensor:
         # m <- b1 m + (1 - b1) g
-        m = coordinates.opened(self.first.read(state["first"]))
-        return coordinates.closed(torch.lerp(m, g, 1 - betas[0]))
+        return coordinates.closed(torch.lerp(_read_first(self.first, state, coordinates), g, 1 - betas[0]))
 
     def direction(
         self,
@@ -114,12 +114,12 @@ class Adam:
         if self._fits_kernel(g.device) and not stochastic_first and coordinates is PLAIN:
             return self._by_kernel(state, g, betas, eps, steps)
         # m <- b1 m + (1 - b1) g;  v <- b2 v + (1 - b2) g^2
-        m = coordinates.opened(self.first.read(state["first"])).lerp_(g, 1 - betas[0])
+        m = _read_first(self.first, state, coordinates).lerp_(g, 1 - betas[0])
         v = self.second.read(state["second"]).mul_(betas[1]).addcmul_(g, g, value=1 - betas[1])
         # u = (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps)
         bias = _bias(betas[1], steps, v.dim())
         u = (m / _bias(betas[0], steps, m.dim())).div_((v / bias).sqrt_().add_(eps))
-        _write_first(self.first, state["first"], coordinates.closed(m), noise if stochastic_first else None)
+        _write_first(self.first, state, m, coordinates, noise if stochastic_first else None)
         if self.zip_sr and isinstance(self.second, Blockwise):
             uniform = _required(noise).uniform(SECOND_STREAM, v[0].numel())
             self.second.write(state["second"], v, PreconditionerSpace(uniform, bias.flatten(1), eps))
@@ -157,7 +157,7 @@ class Sgdm:
         self, state: State, g: Tensor, betas: tuple[float, float], coordinates: Coordinates = PLAIN
     ) -> Tensor:
         # m <- mu m + g
-        return coordinates.closed(torch.add(g, coordinates.opened(self.first.read(state["first"])), alpha=betas[0]))
+        return coordinates.closed(torch.add(g, _read_first(self.first, state, coordinates), alpha=betas[0]))
 
     def direction(
         self,
@@ -171,8 +171,8 @@ class Sgdm:
         coordinates: Coordinates = PLAIN,
     ) -> Tensor:
         # m <- mu m + g;  u = m, or with Nesterov's momentum g + mu m
-        m = coordinates.opened(self.first.read(state["first"])).mul_(betas[0]).add_(g)
-        _write_first(self.first, state["first"], coordinates.closed(m), noise if stochastic_first else None)
+        m = _read_first(self.first, state, coordinates).mul_(betas[0]).add_(g)
+        _write_first(self.first, state, m, coordinates, noise if stochastic_first else None)
         return torch.add(g, m, alpha=betas[0]) if self.nesterov else m
 
 
@@ -189,8 +189,7 @@ class Momentum:
         self, state: State, g: Tensor, betas: tuple[float, float], coordinates: Coordinates = PLAIN
     ) -> Tensor:
         # m <- b1 m + (1 - b1) g
-        m = coordinates.opened(self.first.read(state["first"]))
-        return coordinates.closed(torch.lerp(m, g, 1 - betas[0]))
+        return coordinates.closed(torch.lerp(_read_first(self.first, state, coordinates), g, 1 - betas[0]))
 
     def direction(
         self,
@@ -204,9 +203,9 @@ class Momentum:
         coordinates: Coordinates = PLAIN,
     ) -> Tensor:
         # m <- b1 m + (1 - b1) g;  u = m / (1 - b1^t)
-        m = coordinates.opened(self.first.read(state["first"])).lerp_(g, 1 - betas[0])
+        m = _read_first(self.first, state, coordinates).lerp_(g, 1 - betas[0])
         u = m / _bias(betas[0], steps, m.dim())
-        _write_first(self.first, state["first"], coordinates.closed(m), noise if stochastic_first else None)
+        _write_first(self.first, state, m, coordinates, noise if stochastic_first else None)
         return u
 
 
@@ -301,11 +300,16 @@ def _for_bfloat16(storage: Storage, v: Tensor, noise: Noise | None) -> Tensor:
     return to_bfloat16(v, noise.bits(SECOND_STREAM, v[0].numel()).view_as(v))
 
 
-def _write_first(storage: Storage, buffers: Buffers, m: Tensor, noise: Noise | None) -> None:
+def _read_first(storage: Storage, state: State, coordinates: Coordinates) -> Tensor:
+    return coordinates.opened(storage.read(state["first"]))
+
+
+def _write_first(storage: Storage, state: State, m: Tensor, coordinates: Coordinates, noise: Noise | None) -> None:
+    stored = coordinates.closed(m)
     if noise is not None and isinstance(storage, Blockwise):
-        storage.write(buffers, m, Stochastic(noise.uniform(FIRST_STREAM, m[0].numel())))
+        storage.write(state["first"], stored, Stochastic(noise.uniform(FIRST_STREAM, stored[0].numel())))
     else:
-        storage.write(buffers, m)
+        storage.write(state["first"], stored)
 
 
 def _required(noise: Noise | None) -> Noise:

@@ -314,7 +314,7 @@ class Shampoo4bit(torch.optim.Optimizer):
             present = {m for m, member in enumerate(wave.members) if id(member.parameter) in wanted}
             split = not wave.replicated or (self._ranks.world > 1 and refreshes(options, group["step"]))
             for whole in wave.split if split else wave.alone:
-                part = whole if len(present) == len(wave.members) else wave.of_members(whole, present)
+                part = wave.of_members(whole, present)
                 if part.blocks:
                     jobs.append(Job(wave, part, split, context, float(group["lr"]), decoupled))
         run(jobs)

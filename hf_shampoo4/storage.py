@@ -42,6 +42,18 @@ class Storage(Protocol):
         """The stored tensor, (B, *shape).  It may *be* a buffer: change it only to write it back."""
 
 
+def taken(state: dict[str, Buffers], index: slice | Tensor) -> dict[str, Buffers]:
+    """The state of some blocks of a stack: views for a slice, copies for a tensor of positions."""
+    return {tensor: {name: buffer[index] for name, buffer in buffers.items()} for tensor, buffers in state.items()}
+
+
+def put_back(state: dict[str, Buffers], index: Tensor, part: dict[str, Buffers]) -> None:
+    """Copy what `taken` has copied back."""
+    for tensor, buffers in part.items():
+        for name, buffer in buffers.items():
+            state[tensor][name][index] = buffer
+
+
 def allocate(storage: Storage, blocks: int, device: torch.device | str) -> Buffers:
     """Zeroed buffers for a stack of `blocks`."""
     return {

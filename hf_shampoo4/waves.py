@@ -18,6 +18,7 @@ import zlib
 from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -31,7 +32,7 @@ from .options import Options
 from .placement import Placement, assign, held_here, ranges, sharded, whole
 from .plan import Block, _in_parts, _in_waves, blocks_of, loads_of, state_key
 from .saved import CheckpointError, Entry, blocks_key
-from .storage import allocate
+from .storage import allocate, put_back, taken
 
 
 @dataclass
@@ -116,17 +117,15 @@ class Stack:
             index: slice | Tensor = slice(rows[0], rows[-1] + 1)
         else:
             index = torch.tensor(rows, device=self.salts.device)
-        state = {t: {b: buffer[index] for b, buffer in buffers.items()} for t, buffers in self.state.items()}
-        blocks = [self.blocks[i] for i in rows]
+        state, blocks = taken(self.state, index), [self.blocks[i] for i in rows]
 
-        def put_back() -> None:
-            for tensor, buffers in state.items() if isinstance(index, Tensor) else ():
-                for name, buffer in buffers.items():
-                    self.state[tensor][name][index] = buffer
+        def bring_back() -> None:
+            if isinstance(index, Tensor):
+                put_back(self.state, index, state)
 
         part = Stack(self.algorithm, blocks, self.membership[:, index], self.salts[index], state)
         part.phases = [self.phases[i] for i in rows]  # numbers on the host, which a GPU need not be asked for again
-        return part, put_back
+        return part, bring_back
 
 
 @dataclass(frozen=True)
@@ -197,6 +196,8 @@ class Wave:
 
     def of_members(self, part: Part, wanted: Collection[int]) -> Part:
         """What of a part is of some parameters."""
+        if len(wanted) == len(self.members):
+            return part
         return part.of(frozenset(block for block in part.blocks if self.member_of[block] in wanted))
 
     def live(self) -> dict[int, Entry]:
@@ -308,11 +309,11 @@ class StateMap:
         self.first = [0]
         self.blocks: list[int] = []
         """Of the wave, for every row of every group."""
+        starts = [0, *accumulate(len(member.blocks) for member in wave.members)]
         for m, algorithm in self.groups:
             member = wave.members[m]
             rows = member.rows(algorithm)
-            start = wave.member_of.index(m) if rows else 0
-            self.blocks += [start + i for i in rows]
+            self.blocks += [starts[m] + i for i in rows]
             rects = [Rect(0, 0, 1, k, k + 1) for k in range(len(rows))]
             placement = _saved_placement(member.parameter, len(rows), wave.ranks.world)
             self.cuts.append(Cut(placement, MatrixView(1, 1, len(rows)), rects, [member.owners[i] for i in rows]))
