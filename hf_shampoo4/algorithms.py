@@ -18,7 +18,7 @@ from torch import Tensor
 from .clock import Stopwatch
 from .eigenbasis import SHORTEST_MEMORY, TINY, OpenSide, Side, make_sides, statistic
 from .factors import Factor, make_factor
-from .matrix import within_
+from .matrix import between, transpose, within
 from .moments import PLAIN, Coordinates, Moments, make_moments, same
 from .options import Options
 from .rounding import Noise
@@ -26,7 +26,7 @@ from .storage import Buffers, Dense, Storage, put_back, taken
 
 State = dict[str, Buffers]
 
-FLOOR = 1e-7  # of a side's largest eigenvalue: the least that KL's whitening and stored moments are divided by
+FLOOR = 1e-7  # of a side's largest eigenvalue: the least that KL's whitening divides by
 LARGEST = 1e30  # of a whitened moment, which grows while no gradient comes and eigenvalues are forgotten faster
 LIMIT = 32.0  # of an entry of SOAP's direction: Adam's own is at most 1 / sqrt(1 - b2), which is this with b2 = 0.999
 
@@ -75,12 +75,12 @@ class Preconditioned:
 
     value: Tensor
     """(B, *shape) float32: what goes through the base in the gradient's place."""
-    grafted: bool = False
-    """Whether it is to have the gradient's norm."""
     coordinates: Coordinates = PLAIN
     """In which the base's first moment was and will be stored."""
     back: Callable[[Tensor], Tensor] = same
     """The base's direction -> the parameter's coordinates."""
+    grafted: bool = False
+    """Whether it is to have the gradient's norm."""
 
 
 class Algorithm(Protocol):
@@ -200,9 +200,9 @@ class Eigenbasis:
     def precondition(self, state: State, g: Tensor, context: Context) -> Preconditioned:
         o = context.options
         left, right = self._opened(state, g)
-        before = _scales(left, right, FLOOR)
+        before = _scales(left, right, o.damping)
         # G' = U_L^T G U_R
-        rotated = right.into(left.into(g).mT).mT
+        rotated = between(left.vectors, g, right.vectors)
         self._follow(left, right, rotated.square(), o)
         every = o.turn_interval(context.step)
         rows = context.due(every, len(g))
@@ -216,21 +216,25 @@ class Eigenbasis:
             if index is not None:
                 left.adopt(here[0], index)
                 right.adopt(here[1], index)
-            turn = _of_rows(index, lambda x: here[1].turned(here[0].turned(x).mT).mT)
-            rotated = turn(rotated)
+            # m' <- Q_L^T m' Q_R
+            turn = _of_rows(index, lambda x: between(here[0].turned, x, here[1].turned))
+        after = _scales(left, right, o.damping)
+
+        # stored is m' / sqrt(lambda_L lambda_R^T): few bits serve all directions alike; it is KL-Shampoo's direction
+        def opened(x: Tensor) -> Tensor:
+            return (x * before[0]).mul_(before[1])
+
+        def closed(m: Tensor) -> Tensor:
+            return (m / after[0]).div_(after[1]).clamp_(-LARGEST, LARGEST)
 
         def back(u: Tensor) -> Tensor:
-            # U_L (u / sqrt(lambda_L lambda_R^T)) U_R^T
-            u = _divided(u, _scales(left, right, o.damping)) if self.scaled else u
+            # U_L u U_R^T
             u = self._within_reason(u, o.factor_beta, context.betas[1])
-            return right.out(left.out(u).mT).mT
+            return between(transpose(left.vectors), u, transpose(right.vectors))
 
-        # m' <- T_L m' T_R^T;  stored is m' / sqrt(lambda_L lambda_R^T): few bits then serve all directions alike
-        after = _scales(left, right, FLOOR)
-        stored = Coordinates(
-            lambda x: turn((x * before[0]).mul_(before[1])), lambda m: _divided(m, after).clamp_(-LARGEST, LARGEST)
-        )
-        return Preconditioned(rotated, coordinates=stored, back=back)
+        if self.scaled:  # nothing but the first moment sees the gradient: both turn at once, as one sum
+            return Preconditioned(rotated, Coordinates(opened, lambda m: closed(turn(m))), back)
+        return Preconditioned(turn(rotated), Coordinates(lambda x: turn(opened(x)), closed), back)
 
     def _within_reason(self, u: Tensor, factor_beta: float, beta2: float) -> Tensor:
         """No larger than gradients can make it as long as the bases rest; without a spike it seldom is.
@@ -242,22 +246,25 @@ class Eigenbasis:
             return u.clamp(-limit, limit)
         # (1 - beta) mean_j G'_ij^2 / lambda_Rj is a part of lambda_Li: what bounds a gradient's rows bounds a mean's
         most = (1 - factor_beta) ** -0.5
-        return within_(u, most, rows=self.left.basis is not None, columns=self.right.basis is not None)
+        return within(u, most, rows=self.left.basis is not None, columns=self.right.basis is not None)
 
     def _opened(self, state: State, x: Tensor) -> tuple[OpenSide, OpenSide]:
         return OpenSide(self.left, _side(state, "left"), x), OpenSide(self.right, _side(state, "right"), x)
 
     def _follow(self, left: OpenSide, right: OpenSide, squares: Tensor, o: Options) -> None:
-        """Eigenvalues follow the rotated gradient at every step."""
+        """Eigenvalues follow the squares of the rotated gradient, which are used up, at every step."""
         level = squares.mean((-2, -1))
         if self.whitened and self.left.followed and self.right.followed:
             level = level.sqrt()  # lambda_L lambda_R^T is the mean square
         left.start(level)
         right.start(level)
         # lambda_L <- beta lambda_L + (1 - beta) mean_j G'_ij^2 / lambda_Rj, lambda_R likewise (SOAP: / 1)
-        by_right, by_left = self._whitening(right), self._whitening(left)
-        left.follow((squares / by_right.unsqueeze(-2)).mean(-1), _beta(left, o))
-        right.follow((squares / by_left.unsqueeze(-1)).mean(-2), _beta(right, o))
+        m, n = self.shape
+        by_left, by_right = self._whitening(left).expand(-1, m), self._whitening(right).expand(-1, n)
+        of_right = (by_left.reciprocal() / m).unsqueeze(-2) @ squares
+        of_left = squares.div_(by_right.unsqueeze(-2)).mean(-1)
+        left.follow(of_left, _beta(left, o))
+        right.follow(of_right.squeeze(-2), _beta(right, o))
 
     def _turn(self, left: OpenSide, right: OpenSide, rotated: Tensor, memory: float) -> Tensor:
         """Turn both bases; the blocks of which one failed."""
@@ -287,10 +294,6 @@ def _scales(left: OpenSide, right: OpenSide, damping: float) -> Scales:
         for side in (left, right)
     )
     return of_left.unsqueeze(-1), of_right.unsqueeze(-2)
-
-
-def _divided(x: Tensor, by: Scales) -> Tensor:
-    return (x / by[0]).div_(by[1])
 
 
 def _index(rows: list[int], x: Tensor) -> Tensor | None:

@@ -99,7 +99,7 @@ CONTESTANTS: dict[str, Contestant] = {
     "heavyball_soap": Contestant("HeavyBall SOAP", "heavyball:SOAP", "heavyball", every=("precondition_frequency",)),
     **{f"ours_{name}": _ours(f"ours: {name}, 4-bit", algorithm=name) for name in ALGORITHMS if name != "elementwise"},
     "ours_shampoo_staggered": _ours("ours: shampoo, 4-bit, staggered", algorithm="shampoo", stagger=True),
-    "ours_kl_shampoo_staggered": _ours("ours: kl_shampoo, 4-bit, staggered", algorithm="kl_shampoo", stagger=True),
+    "ours_kl_shampoo_together": _ours("ours: kl_shampoo, 4-bit, all at once", algorithm="kl_shampoo", stagger=False),
     "ours_shampoo32": _ours("ours: shampoo, 32-bit", algorithm="shampoo", factor="direct", bits=32, moments="fp32"),
 }  # fmt: skip
 
@@ -122,6 +122,8 @@ class Settings:
     device: str = "cpu"
     clock: str = "wall"
     """`cpu`: this process's processor time, all threads together, for a machine that is busy with other work."""
+    stagger: bool = True
+    """Whether those of ours that spread their refreshes over the steps may."""
 
     def __post_init__(self) -> None:
         if self.model not in MODELS:
@@ -218,6 +220,8 @@ def _construct(contestant: Contestant, parameters: list[torch.nn.Parameter], set
     keywords = {**contestant.keywords, **dict.fromkeys(contestant.every, settings.every)}
     if contestant.block:
         keywords[contestant.block] = settings.block
+    if not settings.stagger and "algorithm" in keywords:
+        keywords["stagger"] = False
     return getattr(importlib.import_module(module), name)(parameters, lr=1e-4, **keywords)
 
 
@@ -358,7 +362,7 @@ def sweep(settings: Settings, names: Sequence[str]) -> list[dict[str, Any]]:
     rows = []
     for block in SWEEP_BLOCKS:
         for layers in SWEEP_LAYERS if block == settings.block else SWEEP_LAYERS[:1]:
-            point = replace(settings, block=block, layers=min(layers, settings.layers))
+            point = replace(settings, block=block, layers=min(layers, settings.layers), stagger=False)
             operations = apply_operations(point.shapes(), block)
             for result in race(names, point):
                 steady = result.median
@@ -499,7 +503,7 @@ def main(arguments: Sequence[str]) -> None:
 
 def _settings(chosen: argparse.Namespace) -> Settings:
     names = get_type_hints(Settings)
-    given = {name: getattr(chosen, name) for name in names if getattr(chosen, name) is not None}
+    given = {name: found for name in names if (found := getattr(chosen, name, None)) is not None}
     quick = {"model": "tiny", "layers": 1, "block": 64, "every": 2, "warmup": 4, "steps": 4} if chosen.quick else {}
     return Settings(**{**quick, **given})
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from .matrix import bjorck, finite_blocks, or_identity, safe_qr
 from .options import Options
-from .storage import SMALL, Blockwise, Buffers, Dense, Storage
+from .storage import SMALL, Blockwise, Buffers, Dense, Storage, transposed
 
 State = dict[str, Buffers]
 
@@ -53,10 +53,7 @@ class Side:
 
 
 class OpenSide:
-    """A stack's side while a step works on it: decoded once, written through.
-
-    In its methods x is (B, k, ...): its rows belong to the side.
-    """
+    """A stack's side while a step works on it: decoded once, written through."""
 
     def __init__(self, side: Side, state: State, x: Tensor) -> None:
         self._side, self._state = side, state
@@ -64,15 +61,8 @@ class OpenSide:
         """U, or None; orthogonal up to the rounding."""
         self.eigenvalues = state["eigenvalues"]["dense"] if state else x.new_ones(x.shape[0], 1)
         """lambda, (B, k), the buffer itself; (B, 1) ones for a side that has none."""
-        self._turn: Tensor | None = None
-
-    def into(self, x: Tensor) -> Tensor:
-        """U^T x."""
-        return x if self.vectors is None else self.vectors.mT @ x
-
-    def out(self, x: Tensor) -> Tensor:
-        """U x."""
-        return x if self.vectors is None else self.vectors @ x
+        self.turned: Tensor | None = None
+        """Q of the last turn, (B, k, k): the basis after it in coordinates of the one before; None: it did not turn."""
 
     def start(self, level: Tensor) -> None:
         """Give eigenvalues to the blocks that had no gradient before: `level` (B,), all alike."""
@@ -99,18 +89,20 @@ class OpenSide:
         if self.vectors is None or basis is None:
             return torch.zeros(sample.shape[0], dtype=torch.bool, device=sample.device)
         a = factor_in_basis(self.eigenvalues, sample, memory)
-        # Q R = A', one orthogonal iteration from U;  U <- U Q;  T = Q^T
+        # Q R = A', one orthogonal iteration from U.  LAPACK works by columns, and so are bases stored: what lies in memory
+        # row by row are Q^T, R^T and U^T, and a pass over tensors of one layout is five times as fast
         good = finite_blocks(a)
-        q, r = safe_qr(or_identity(a, good))
+        q, r = (x.mT for x in safe_qr(or_identity(a, good)))
         signs = torch.where(r.diagonal(dim1=-2, dim2=-1) < 0, -1.0, 1.0)  # no vector changes its direction
-        q, r = q * signs.unsqueeze(-2), r * signs.unsqueeze(-1)
+        q, r = q * signs.unsqueeze(-1), r * signs.unsqueeze(-2)
         good &= finite_blocks(q, r)
-        q = or_identity(q, good)
-        turned = bjorck(self.vectors, self._side.rectify) @ q
-        basis.write(self._state["basis"], torch.where(good[:, None, None], turned, self.vectors))
-        self.vectors, self._turn = basis.read(self._state["basis"]), q.mT
+        q, u = or_identity(q, good), self.vectors.mT
+        # U <- U Q
+        turned = torch.where(good[:, None, None], q @ bjorck(u, self._side.rectify), u)
+        basis.write(self._state["basis"], turned.mT)
+        self.vectors, self.turned = basis.read(self._state["basis"]), q.mT
         # lambda <- diag(Q^T A' Q) = diag(R Q)
-        diagonal = (r * q.mT).sum(-1).clamp_min(0.0)
+        diagonal = (transposed(r) * q).sum(-1).clamp_min(0.0)
         self.eigenvalues.copy_(torch.where(good[:, None], diagonal, self.eigenvalues))
         return ~good
 
@@ -118,10 +110,6 @@ class OpenSide:
         """Take over the vectors of some blocks' side, which turned apart from the others."""
         if self.vectors is not None and turned.vectors is not None:
             self.vectors[index] = turned.vectors
-
-    def turned(self, x: Tensor) -> Tensor:
-        """T x: coordinates in the basis before `turn`, as they are in the one after."""
-        return x if self._turn is None else self._turn @ x
 
 
 def make_sides(shape: tuple[int, ...], options: Options) -> tuple[Side, Side]:
@@ -153,7 +141,7 @@ def statistic(g: Tensor, whitening: Tensor) -> Tensor:
     Returns:
         (B, k, k).
     """
-    return (g / whitening.clamp_min(TINY).unsqueeze(-2)) @ g.mT / g.shape[-1]
+    return (g / (g.shape[-1] * whitening.clamp_min(TINY)).unsqueeze(-2)) @ g.mT
 
 
 def factor_in_basis(eigenvalues: Tensor, sample: Tensor, memory: float) -> Tensor:

@@ -26,7 +26,7 @@ from .files import write_figure, write_json
 from .held import held_itself
 from .integrations.groups import is_of_matrices, param_groups
 from .integrations.trainer import OPTIMS
-from .options import NAMES, OptionError, Options, parse_optim_args, resolve
+from .options import EIGENBASIS, NAMES, OptionError, Options, parse_optim_args, resolve
 from .placement import Placement, Region, ranges, sharded, whole
 from .plan import Block, _in_parts, _in_waves, blocks_of, loads_of
 from .waves import Member, _assign
@@ -90,9 +90,10 @@ class Plan:
     work: Load
     """Floating-point operations of the blocks' owners, an average step; good enough to balance by."""
     wire_step: Load
-    """Sent by the optimizer in a step; what the data parallelism itself sends is not in it."""
+    """Sent by the optimizer in a step, on average where refreshes are spread over the steps of a period; what the data
+    parallelism itself sends is not in it."""
     wire_refresh: Load
-    """The same in a step that computes factors, roots or bases."""
+    """The same in a step that computes all factors, roots or bases."""
     others: dict[str, Load]
     """State of other optimizers of this model, cut evenly over the ranks where ours is."""
 
@@ -395,6 +396,8 @@ class _Tally:
             out, into = out + (self.world - 1) * state, into + state.sum() - state
             if group.options.algorithm == "elementwise":
                 return
+            if group.options.algorithm in EIGENBASIS and group.options.stagger:
+                self.wire_step += out // group.options.stats_every
         else:
             self.wire_step += out
         self.wire_refresh += out
@@ -511,7 +514,7 @@ def _lines(p: Plan) -> list[str]:
         f"{'  exchange buffers':<40}{_size(p.exchange.largest):>12}",
         f"{'  peak':<40}{_size(p.peak):>12}",
         f"{'  sent in a step':<40}{_size(p.wire_step.largest):>12}",
-        f"{'  sent in a step that refreshes':<40}{_size(p.wire_refresh.largest):>12}",
+        f"{'  sent where every block is refreshed':<40}{_size(p.wire_refresh.largest):>12}",
         f"work of the busiest rank: {p.balance:.2f} times the mean",
     ]
 

@@ -119,7 +119,7 @@ class Adam:
         # u = (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps)
         bias = _bias(betas[1], steps, v.dim())
         u = (m / _bias(betas[0], steps, m.dim())).div_((v / bias).sqrt_().add_(eps))
-        _write_first(self.first, state, m, coordinates, noise if stochastic_first else None)
+        _write_first(self.first, state, coordinates.closed(m), noise if stochastic_first else None)
         if self.zip_sr and isinstance(self.second, Blockwise):
             uniform = _required(noise).uniform(SECOND_STREAM, v[0].numel())
             self.second.write(state["second"], v, PreconditionerSpace(uniform, bias.flatten(1), eps))
@@ -172,7 +172,7 @@ class Sgdm:
     ) -> Tensor:
         # m <- mu m + g;  u = m, or with Nesterov's momentum g + mu m
         m = _read_first(self.first, state, coordinates).mul_(betas[0]).add_(g)
-        _write_first(self.first, state, m, coordinates, noise if stochastic_first else None)
+        _write_first(self.first, state, coordinates.closed(m), noise if stochastic_first else None)
         return torch.add(g, m, alpha=betas[0]) if self.nesterov else m
 
 
@@ -202,10 +202,10 @@ class Momentum:
         stochastic_first: bool = False,
         coordinates: Coordinates = PLAIN,
     ) -> Tensor:
-        # m <- b1 m + (1 - b1) g;  u = m / (1 - b1^t)
-        m = _read_first(self.first, state, coordinates).lerp_(g, 1 - betas[0])
+        # m <- b1 m + (1 - b1) g;  u = m / (1 - b1^t), in the coordinates in which it is stored
+        m = coordinates.closed(_read_first(self.first, state, coordinates).lerp_(g, 1 - betas[0]))
         u = m / _bias(betas[0], steps, m.dim())
-        _write_first(self.first, state, m, coordinates, noise if stochastic_first else None)
+        _write_first(self.first, state, m, noise if stochastic_first else None)
         return u
 
 
@@ -304,8 +304,7 @@ def _read_first(storage: Storage, state: State, coordinates: Coordinates) -> Ten
     return coordinates.opened(storage.read(state["first"]))
 
 
-def _write_first(storage: Storage, state: State, m: Tensor, coordinates: Coordinates, noise: Noise | None) -> None:
-    stored = coordinates.closed(m)
+def _write_first(storage: Storage, state: State, stored: Tensor, noise: Noise | None) -> None:
     if noise is not None and isinstance(storage, Blockwise):
         storage.write(state["first"], stored, Stochastic(noise.uniform(FIRST_STREAM, stored[0].numel())))
     else:

@@ -23,7 +23,7 @@ from .held import Held, check, full_shape, held_by_deepspeed, held_itself, in_de
 from .job import Job, raise_together, run
 from .moments import make_moments
 from .options import NAMES, OF_THE_RUN, STRUCTURAL, OptionError, Options, check_rates, resolve
-from .plan import blocks_of, refreshes, state_layout
+from .plan import blocks_of, refreshed, state_layout
 from .saved import FORMAT, CheckpointError, Entry, check_entry, clean_name, pack, unpack, well_formed
 from .waves import Wave, build
 
@@ -312,8 +312,7 @@ class Shampoo4bit(torch.optim.Optimizer):
         jobs = []
         for wave in built.waves:
             present = {m for m, member in enumerate(wave.members) if id(member.parameter) in wanted}
-            split = not wave.replicated or (self._ranks.world > 1 and refreshes(options, group["step"]))
-            for whole in wave.split if split else wave.alone:
+            for whole, split in wave.shared(refreshed(options, group["step"], wave.salts)):
                 part = wave.of_members(whole, present)
                 if part.blocks:
                     jobs.append(Job(wave, part, split, context, float(group["lr"]), decoupled))

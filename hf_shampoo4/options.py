@@ -66,8 +66,9 @@ class Options:
     """T1: steps between two updates of Shampoo's factors, or between two turns of SOAP's and KL-Shampoo's bases."""
     roots_every: int = 10
     """T2: steps between two computations of the inverse roots."""
-    stagger: bool = False
-    """Spread the refreshes of the blocks over the steps of a period, so that no step takes much longer than another.
+    stagger: bool = True
+    """Spread the refreshes of the blocks over the steps of a period, so that no step takes much longer than another
+    (for shampoo false unless it is given: as in the papers).
 
     When a block's turn comes depends on its parameter's name and its place there."""
     refresh_warmup: int = 100
@@ -149,7 +150,8 @@ class Options:
 
 EIGENBASIS = ("soap", "kl_shampoo", "kl_soap")
 
-SHAMPOO_BETA = 0.95  # 2405.18144 and 2412.10663, whose factors are updated rarely
+# 2405.18144 and 2412.10663: factors are updated rarely, and all of them at once
+SHAMPOO_DEFAULTS = {"factor_beta": 0.95, "stagger": False}
 
 # Whoever gives one of these means the papers' Shampoo: the others have no inverse roots.
 SHAMPOO_ONLY = ("factor", "base", "roots_every", "rectify_roots", "root", "graft")
@@ -234,7 +236,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "paper_eigen": {
         "algorithm": "shampoo", "factor": "eigen",
         "bits": 4, "block_size": 1200, "quant_block": 64, "codebook": "linear2",
-        "stats_every": 200, "roots_every": 200, "factor_beta": 0.95, "damping": 1e-6,
+        "stats_every": 200, "roots_every": 200, "stagger": False, "factor_beta": 0.95, "damping": 1e-6,
         "rectify_stats": 1, "rectify_roots": 4, "graft": "norm", "moments": "bf16",
     },
     # 2412.10663: error feedback .95, beta .95, eps 1e-6, roots by Schur-Newton; what it does not say of its LLM run
@@ -242,13 +244,13 @@ PRESETS: dict[str, dict[str, Any]] = {
     "paper_cholesky": {
         "algorithm": "shampoo", "factor": "cholesky_ef",
         "bits": 4, "block_size": 1200, "quant_block": 64, "codebook": "linear2",
-        "stats_every": 200, "roots_every": 200, "factor_beta": 0.95, "error_beta": 0.95, "damping": 1e-6,
-        "root": "newton", "graft": "norm", "moments": "bf16",
+        "stats_every": 200, "roots_every": 200, "stagger": False, "factor_beta": 0.95, "error_beta": 0.95,
+        "damping": 1e-6, "root": "newton", "graft": "norm", "moments": "bf16",
     },
     # The 32-bit Shampoo that the paper compares with, at the same intervals and orders.
     "shampoo32": {
         "algorithm": "shampoo", "factor": "direct",
-        "bits": 32, "block_size": 1200, "stats_every": 200, "roots_every": 200,
+        "bits": 32, "block_size": 1200, "stats_every": 200, "roots_every": 200, "stagger": False,
         "factor_beta": 0.95, "damping": 1e-6, "graft": "norm", "moments": "bf16",
     },
 }  # fmt: skip
@@ -300,8 +302,8 @@ def resolve(
     if "algorithm" not in {**(beneath or {}), **merged} and any(name in merged for name in SHAMPOO_ONLY):
         merged["algorithm"] = "shampoo"
     chosen = {**(beneath or {}), **merged}
-    if chosen.get("algorithm") == "shampoo" and "factor_beta" not in chosen:
-        merged["factor_beta"] = SHAMPOO_BETA
+    if chosen.get("algorithm") == "shampoo":
+        merged = {**{name: value for name, value in SHAMPOO_DEFAULTS.items() if name not in chosen}, **merged}
     Options(**{**(beneath or {}), **merged})  # range checks, before any training time is spent
     return merged
 

@@ -88,13 +88,20 @@ def _load(block: Block, options: Options) -> Load:
     return Load(flops, sum(nbytes(storage) for storage in block.algorithm.storages().values()))
 
 
-def refreshes(options: Options, step: int) -> bool:
-    """Whether a step works on factors, which is most of what steps cost."""
-    if options.algorithm == "elementwise" or options.stagger:  # staggered, there is a little to do at every step
-        return False
-    if options.algorithm == "shampoo":
-        return step % options.stats_every == 0 or step % options.roots_every == 0
-    return step % options.turn_interval(step) == 0
+def refreshed(options: Options, step: int, phases: Sequence[int]) -> frozenset[int]:
+    """Positions of the blocks whose factors a step refreshes, which ranks that could all do it share among them.
+
+    Of staggered Shampoo none is: its graft goes over all blocks of a parameter, in whichever step their turns come.
+
+    Args:
+        phases: of the blocks, how many steps earlier than together each is refreshed, if they are staggered.
+    """
+    o = options
+    if o.algorithm == "elementwise" or (o.algorithm == "shampoo" and o.stagger):
+        return frozenset()
+    intervals = (o.stats_every, o.roots_every) if o.algorithm == "shampoo" else (o.turn_interval(step),)
+    ahead = phases if o.stagger else [0] * len(phases)
+    return frozenset(i for i, phase in enumerate(ahead) if any((step + phase) % every == 0 for every in intervals))
 
 
 def state_layout(blocks: Sequence[Block]) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:

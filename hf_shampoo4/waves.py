@@ -7,7 +7,7 @@ large embedding, is a wave of several *parts*, which are computed one after the 
 step needs at a time, whatever the size of the model.
 
 Where every rank holds all of a parameter (one process, DDP), every rank keeps the state of all its blocks and computes
-them all; on steps that refresh factors each rank computes the blocks it owns, and sends what changed to the others.
+them all; but those whose factors a step refreshes are computed by their owners, who send what changed to the others.
 Everywhere else a block's owner alone keeps its state and computes it.
 """
 
@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import accumulate
@@ -188,6 +188,20 @@ class Wave:
         """This rank computes everything, from what it holds."""
         cuts = [_cut(m, whole(m.placement.shape, 1), [0] * len(m.blocks)) for m in self.members]
         return self._parts(route(0, 1, cuts), [0] * len(self.rects))
+
+    def shared(self, long: frozenset[int]) -> Iterator[tuple[Part, bool]]:
+        """What is computed one after the other in a step, and whether owners do it or every rank does.
+
+        Args:
+            long: blocks that take so long that owners compute them, even where every rank could.
+        """
+        if not self.replicated:
+            yield from ((part, True) for part in self.split)
+        elif self.ranks.world == 1:
+            yield from ((part, False) for part in self.alone)
+        else:
+            yield from ((part.of(some), True) for part in self.split if (some := part.blocks & long))
+            yield from ((part.of(some), False) for part in self.alone if (some := part.blocks - long))
 
     def _parts(self, way: Route, owners: list[int]) -> list[Part]:
         blocks = [block for member in self.members for block in member.blocks]

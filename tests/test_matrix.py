@@ -16,7 +16,7 @@ from hf_shampoo4.matrix import (
     power_qr,
     root_by_eigh,
     symmetric_power,
-    within_,
+    within,
 )
 
 
@@ -163,9 +163,9 @@ def test_within_scales_what_is_too_large_and_nothing_else() -> None:
     x = torch.tensor([[[3.0, 4.0, 0.0, 0.0], [0.3, 0.4, 0.0, 0.0], [0.0, 0.0, 0.0, 0.0], [2.0, 2.0, 2.0, -2.0]]])
     expected = x.clone()
     expected[0, 0] *= 2 / 2.5
-    assert torch.equal(within_(x.clone(), 2.0, rows=True, columns=False), expected)
-    assert torch.equal(within_(x.mT.clone(), 2.0, rows=False, columns=True), expected.mT)
-    both = within_(x.clone(), 1.5, rows=True, columns=True).square()
+    assert torch.equal(within(x, 2.0, rows=True, columns=False), expected)
+    assert torch.equal(within(x.mT, 2.0, rows=False, columns=True), expected.mT)
+    both = within(x, 1.5, rows=True, columns=True).square()
     assert both.mean(-1).max() <= 1.5**2
     assert both.mean(-2).max() <= 1.5**2
 

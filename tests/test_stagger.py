@@ -8,9 +8,13 @@ import pytest
 import torch
 
 import hf_shampoo4
+from hf_shampoo4 import waves
 from hf_shampoo4.algorithms import Context
 from hf_shampoo4.clock import Stopwatch
-from hf_shampoo4.options import Options
+from hf_shampoo4.exchange import Ranks
+from hf_shampoo4.held import held_itself
+from hf_shampoo4.options import Options, resolve
+from hf_shampoo4.plan import refreshed
 
 ALGORITHMS: list[dict[str, Any]] = [
     {"algorithm": "shampoo"},
@@ -88,3 +92,29 @@ def test_a_period_of_one_step_is_the_same_with_and_without() -> None:
             step(opt, number)
     for p, q in zip(*(result(opt).values() for opt in pair), strict=True):
         assert torch.equal(p, q)
+
+
+def test_on_two_ranks_owners_refresh_what_is_due_and_every_rank_does_the_rest() -> None:
+    options = Options(algorithm="kl_shampoo", stats_every=EVERY, refresh_warmup=0)
+    held = [held_itself(f"layer{i}", torch.nn.Parameter(torch.randn(72, 80))) for i in range(COUNT)]
+    ranks = Ranks()
+    ranks.world = 2
+    ((wave,),) = waves.build([(options, held)], ranks)
+    everything, seen = frozenset(range(COUNT)), []
+    for number in range(1, EVERY + 1):
+        due = refreshed(options, number, wave.salts)
+        parts = list(wave.shared(due))
+        by_owner, by_all = (frozenset().union(*(p.blocks for p, split in parts if split is s)) for s in (True, False))
+        assert by_owner == due
+        assert by_all == everything - due
+        seen += due
+    assert sorted(seen) == sorted(everything)  # once a period
+
+
+def test_bases_are_staggered_and_the_papers_shampoo_is_not() -> None:
+    assert Options(**resolve({})).stagger
+    assert not Options(**resolve({"algorithm": "shampoo"})).stagger
+    assert Options(**resolve({"algorithm": "shampoo", "stagger": True})).stagger
+    together = refreshed(Options(**resolve({"algorithm": "shampoo"})), 10, [0, 1, 2])
+    assert together == {0, 1, 2}
+    assert not refreshed(Options(algorithm="shampoo"), 10, [0, 1, 2])  # its graft needs whole parameters
