@@ -89,8 +89,8 @@ class OpenSide:
         if self.vectors is None or basis is None:
             return torch.zeros(sample.shape[0], dtype=torch.bool, device=sample.device)
         a = factor_in_basis(self.eigenvalues, sample, memory)
-        # Q R = A', one orthogonal iteration from U.  LAPACK works by columns, and so are bases stored: what lies in memory
-        # row by row are Q^T, R^T and U^T, and a pass over tensors of one layout is five times as fast
+        # Q R = A', one orthogonal iteration from U.  LAPACK works by columns, and so are bases stored: in memory, row
+        # by row, lie Q^T, R^T and U^T, and a pass over tensors of one layout is five times as fast
         good = finite_blocks(a)
         q, r = (x.mT for x in safe_qr(or_identity(a, good)))
         signs = torch.where(r.diagonal(dim1=-2, dim2=-1) < 0, -1.0, 1.0)  # no vector changes its direction
