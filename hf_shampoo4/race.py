@@ -65,6 +65,8 @@ class Grid:
     seeds: tuple[int, ...]
     common: Settings
     contestants: tuple[Contestant, ...]
+    curves: tuple[str, ...] = ()
+    """The contestants that the picture shows; none: all of them."""
 
 
 def read_grid(name: str, quick: bool = False, changes: Mapping[str, Any] | None = None) -> Grid:
@@ -90,7 +92,8 @@ def read_grid(name: str, quick: bool = False, changes: Mapping[str, Any] | None 
         _contestant(key, entry, common, 1 if quick else None) for key, entry in given["contestants"].items()
     )
     seeds = tuple(given["seeds"][: 1 if quick else None])
-    return Grid(name, given["title"], given["zero"], given.get("one"), seeds, common, contestants)
+    curves = tuple(given.get("curves", ()))
+    return Grid(name, given["title"], given["zero"], given.get("one"), seeds, common, contestants, curves)
 
 
 def _with_likes(grids: Mapping[str, Any], name: str) -> Settings:
@@ -441,15 +444,17 @@ def draw_curves(grid: Grid, rows: Sequence[Row], path: Path) -> None:
     import matplotlib
     from matplotlib.figure import Figure  # no pyplot: nothing global, no display
 
+    names = grid.curves or [contestant.name for contestant in grid.contestants]
+    rows = sorted((row for row in rows if row.name in names), key=lambda row: row.mean)
     with matplotlib.rc_context({"font.size": 11, "axes.spines.top": False, "axes.spines.right": False}):
-        figure = Figure(figsize=(13, 5.6), dpi=150, layout="constrained")
+        figure = Figure(figsize=(13, 6.4), dpi=150, layout="constrained")
         by_step, by_time = figure.subplots(1, 2, sharey=True)
-        palette = matplotlib.colormaps["tab20" if len(rows) > 10 else "tab10"]
-        for place, row in enumerate(sorted(rows, key=lambda row: row.mean)):
+        palette = matplotlib.colormaps["tab20" if len(names) > 10 else "tab10"]
+        for row in rows:
             losses = [loss for _, loss in row.curve]
             label = f"{row.mean:.3f}  {row.label} ({row.bytes_per_parameter:.1f} B/param)"
             style = {
-                "color": palette(place % palette.N),
+                "color": palette(names.index(row.name) % palette.N),
                 "linewidth": 1.8,
                 "linestyle": "--" if row.name == grid.zero else "-",
             }
@@ -459,7 +464,8 @@ def draw_curves(grid: Grid, rows: Sequence[Row], path: Path) -> None:
         by_step.set_ylim(min(ends) - 0.05, max(ends) + 4 * (max(ends) - min(ends)) + 0.2)
         by_step.set(title=f"{grid.title}: by steps", xlabel="step", ylabel="validation loss, mean over seeds")
         by_time.set(title="by time", xlabel="training time, minutes on this machine")
-        by_step.legend(frameon=False, fontsize=9, title="final loss", alignment="left")
+        title = "final loss, best first down the columns"
+        figure.legend(frameon=False, fontsize=9, title=title, loc="outside lower center", ncols=3, alignment="left")
         for axes in (by_step, by_time):
             axes.grid(color="#e5e7eb", linewidth=0.8)
         _save(figure, path)
