@@ -26,7 +26,7 @@ from .storage import Buffers, Dense, Storage, put_back, taken
 
 State = dict[str, Buffers]
 
-FLOOR = 1e-7  # of a side's largest eigenvalue: the least that KL's whitening divides by
+FLOOR = 1e-7  # of a side's largest eigenvalue: the least that KL's whitening divides by, and that stored moments are
 LARGEST = 1e30  # of a whitened moment, which grows while no gradient comes and eigenvalues are forgotten faster
 LIMIT = 32.0  # of an entry of SOAP's direction: Adam's own is at most 1 / sqrt(1 - b2), which is this with b2 = 0.999
 
@@ -47,13 +47,17 @@ class Context:
     """Looks at the state before and after, if this is a step to look at."""
     total: Callable[[Tensor], Tensor] = lambda sums: sums
     """Sums over the blocks of each parameter here, float64 (k, parameters) -> over its blocks on all ranks."""
-    phases: Sequence[int] = ()
-    """Of the stack's blocks: how many steps earlier than together with all the others each is refreshed."""
+    places: Sequence[float] = ()
+    """Of the stack's blocks, in [0, 1): what share of a period earlier than all together each is refreshed."""
 
     def due(self, every: int, blocks: int) -> list[int]:
         """Rows of a stack whose turn it is in a period of `every` steps."""
-        phases = self.phases or [0] * blocks
-        return [row for row, phase in enumerate(phases) if (self.step + phase) % every == 0]
+        return due(self.step, every, self.places or [0.0] * blocks)
+
+
+def due(step: int, every: int, places: Sequence[float]) -> list[int]:
+    """Positions of the blocks whose turn it is at a step, each once in a period of `every` steps."""
+    return [i for i, place in enumerate(places) if (step + int(place * every)) % every == 0]
 
 
 class Probe(Protocol):
@@ -200,7 +204,8 @@ class Eigenbasis:
     def precondition(self, state: State, g: Tensor, context: Context) -> Preconditioned:
         o = context.options
         left, right = self._opened(state, g)
-        before = _scales(left, right, o.damping)
+        damping = max(o.damping, FLOOR)
+        before = _scales(left, right, damping)
         # G' = U_L^T G U_R
         rotated = between(left.vectors, g, right.vectors)
         self._follow(left, right, rotated.square(), o)
@@ -218,7 +223,7 @@ class Eigenbasis:
                 right.adopt(here[1], index)
             # m' <- Q_L^T m' Q_R
             turn = _of_rows(index, lambda x: between(here[0].turned, x, here[1].turned))
-        after = _scales(left, right, o.damping)
+        after = _scales(left, right, damping)
 
         # stored is m' / sqrt(lambda_L lambda_R^T): few bits serve all directions alike; it is KL-Shampoo's direction
         def opened(x: Tensor) -> Tensor:
@@ -315,10 +320,8 @@ class Stack(Protocol):
     """float32 (parameters of the wave, B): 1 where the block belongs to the parameter."""
     salts: Tensor
     """int32 (B,): the same number for a block in every run and on every rank."""
-
-    @property
-    def phases(self) -> Sequence[int]:
-        """B numbers without order, the same for a block in every run and on every rank."""
+    places: list[float]
+    """What share of the parameter group's blocks comes before each."""
 
     def parameters(self) -> Tensor:
         """float32 (B, *shape), a copy."""
@@ -329,7 +332,7 @@ def directions(stacks: Sequence[Stack], gradients: Sequence[Tensor], context: Co
     if context.probe:
         context.probe.before(stacks)
     staggered = context.options.stagger
-    contexts = [replace(context, phases=stack.phases) if staggered else context for stack in stacks]
+    contexts = [replace(context, places=stack.places) if staggered else context for stack in stacks]
     inputs = zip(stacks, gradients, contexts, strict=True)
     preconditioned = [stack.algorithm.precondition(stack.state, g, its_context) for stack, g, its_context in inputs]
     grafted = graft(stacks, gradients, preconditioned, context)

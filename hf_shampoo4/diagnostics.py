@@ -60,8 +60,10 @@ class Probe:
                     self._add(f"unmoved_{name}", unmoved(kept[name], codes, bits).mean(), codes.numel())
             for name in _bases(stack):
                 new = stack.algorithm.storages()[name].read(stack.state[name])
-                if not torch.equal(new, kept[name]):
-                    self._add("basis_turn", 1 - _alignment(kept[name], new), new.shape[0] * new.shape[-1])
+                moved = (new != kept[name]).flatten(1).any(1)
+                if moved.any():
+                    turn = 1 - _alignment(kept[name][moved], new[moved])
+                    self._add("basis_turn", turn, int(moved.sum()) * new.shape[-1])
             for name, buffers in stack.state.items():
                 if name.endswith("eigenvalues"):
                     self._add("condition", _log_condition(buffers["dense"]), 1)

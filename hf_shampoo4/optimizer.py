@@ -283,7 +283,8 @@ class Shampoo4bit(torch.optim.Optimizer):
             else:
                 found = [[held_itself(name, p) for name, p in named]]
             first = {name: i for i, (name, _) in enumerate(named)}
-            units += [_Unit((index, first[held[0].name] if held else 0), group, held) for held in found]
+            shapes = {name: full_shape(p) for name, p in named}
+            units += [_Unit((index, first[held[0].name] if held else 0), group, held, shapes) for held in found]
         return units
 
     def _is_rehearsal(self, units: Sequence[_Unit]) -> bool:
@@ -312,7 +313,7 @@ class Shampoo4bit(torch.optim.Optimizer):
         jobs = []
         for wave in built.waves:
             present = {m for m, member in enumerate(wave.members) if id(member.parameter) in wanted}
-            for whole, split in wave.shared(refreshed(options, group["step"], wave.salts)):
+            for whole, split in wave.shared(refreshed(options, group["step"], wave.places)):
                 part = wave.of_members(whole, present)
                 if part.blocks:
                     jobs.append(Job(wave, part, split, context, float(group["lr"]), decoupled))
@@ -390,7 +391,7 @@ class Shampoo4bit(torch.optim.Optimizer):
                 wave.adopt([self.state[member.parameter] for member in wave.members])
                 self.state.update({wave.members[m].parameter: entry for m, entry in wave.saved().items()})
         with self.together():
-            planned = build([(Options.of(unit.group), unit.members) for unit in units], self._ranks)
+            planned = build([(Options.of(u.group), u.members, u.shapes) for u in units], self._ranks)
             for wave in [wave for waves in planned for wave in waves]:
                 wave.check([self.state[member.parameter] for member in wave.members])
         for unit, waves, old in zip(units, planned, before, strict=True):
@@ -556,6 +557,8 @@ class _Unit(NamedTuple):
     """Position of the group, and of the first of its parameters in it."""
     group: dict[str, Any]
     members: list[Held]
+    shapes: dict[str, tuple[int, ...]]
+    """Of all parameters of the group that are trained."""
 
     def identity(self) -> Any:
         """What a plan depends on."""

@@ -70,7 +70,7 @@ class Options:
     """Spread the refreshes of the blocks over the steps of a period, so that no step takes much longer than another
     (for shampoo false unless it is given: as in the papers).
 
-    When a block's turn comes depends on its parameter's name and its place there."""
+    When a block's turn comes depends on its place among the blocks of the parameter group."""
     refresh_warmup: int = 100
     """SOAP's and KL-Shampoo's bases turn at every step at first; their interval grows by one each time this many steps
     have passed, up to `stats_every` (0: it is that from the start)."""
@@ -79,7 +79,8 @@ class Options:
     vocabulary_beta: float = 0.99
     """Decay of the eigenvalues of a vocabulary: most of its entries have no gradient for many steps."""
     damping: float = 1e-6
-    """Added to a factor before its root, times its largest eigenvalue."""
+    """Added to a factor before its root, times its largest eigenvalue; for SOAP and KL-Shampoo to the eigenvalues that
+    their first moment is divided by when it is stored (1e-7 if it is less)."""
     rectify_stats: int = 1
     """t1: Bjorck steps on the decoded eigenvectors before a factor update."""
     rectify_roots: int = 4
@@ -302,10 +303,19 @@ def resolve(
     if "algorithm" not in {**(beneath or {}), **merged} and any(name in merged for name in SHAMPOO_ONLY):
         merged["algorithm"] = "shampoo"
     chosen = {**(beneath or {}), **merged}
-    if chosen.get("algorithm") == "shampoo":
-        merged = {**{name: value for name, value in SHAMPOO_DEFAULTS.items() if name not in chosen}, **merged}
+    if chosen.get("algorithm", "elementwise") != "elementwise":  # which carries its neighbours' options along
+        merged = {**_defaults_of(chosen["algorithm"], beneath or {}), **merged}
     Options(**{**(beneath or {}), **merged})  # range checks, before any training time is spent
     return merged
+
+
+def _defaults_of(algorithm: str, beneath: Mapping[str, Any]) -> dict[str, Any]:
+    """What depends on the algorithm, unless `beneath` has something else than its own algorithm's default."""
+    usual = {name: getattr(Options, name) for name in SHAMPOO_DEFAULTS}
+    theirs = SHAMPOO_DEFAULTS if beneath.get("algorithm") == "shampoo" else usual
+    left_alone = [name for name in usual if beneath.get(name, theirs[name]) == theirs[name]]
+    mine = SHAMPOO_DEFAULTS if algorithm == "shampoo" else usual
+    return {name: mine[name] for name in left_alone if mine[name] != beneath.get(name, usual[name])}
 
 
 def parse_optim_args(text: str | Mapping[str, str] | None, beneath: Mapping[str, Any] | None = None) -> dict[str, Any]:

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Hashable, Iterable, Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
 import torch
 
-from .algorithms import Algorithm, Eigenbasis, Shampoo, make_algorithm
+from .algorithms import Algorithm, Eigenbasis, Shampoo, due, make_algorithm
 from .blocks import MatrixView, Rect, matrix_view, partition, strips, vocabulary_strips
 from .eigenbasis import ONE_SIDED
 from .options import Options
@@ -88,20 +88,35 @@ def _load(block: Block, options: Options) -> Load:
     return Load(flops, sum(nbytes(storage) for storage in block.algorithm.storages().values()))
 
 
-def refreshed(options: Options, step: int, phases: Sequence[int]) -> frozenset[int]:
+def refreshed(options: Options, step: int, places: Sequence[float]) -> frozenset[int]:
     """Positions of the blocks whose factors a step refreshes, which ranks that could all do it share among them.
 
     Of staggered Shampoo none is: its graft goes over all blocks of a parameter, in whichever step their turns come.
 
     Args:
-        phases: of the blocks, how many steps earlier than together each is refreshed, if they are staggered.
+        places: of the blocks, see `places_of`; they tell if blocks are staggered.
     """
     o = options
     if o.algorithm == "elementwise" or (o.algorithm == "shampoo" and o.stagger):
         return frozenset()
     intervals = (o.stats_every, o.roots_every) if o.algorithm == "shampoo" else (o.turn_interval(step),)
-    ahead = phases if o.stagger else [0] * len(phases)
-    return frozenset(i for i, phase in enumerate(ahead) if any((step + phase) % every == 0 for every in intervals))
+    ahead = places if o.stagger else [0.0] * len(places)
+    return frozenset(i for every in intervals for i in due(step, every, ahead))
+
+
+def places_of(counts: Mapping[str, int]) -> dict[str, list[float]]:
+    """What share of a group's blocks comes before each: staggered, neighbours are refreshed in one step or the next.
+
+    So the owners of a wave, among whom its blocks are dealt, have work in the same steps, and other waves in others.
+
+    Args:
+        counts: parameter's name -> its number of blocks, in the group's order.
+    """
+    total, first, places = sum(counts.values()), 0, {}
+    for name, count in counts.items():
+        places[name] = [(first + k) / total for k in range(count)]
+        first += count
+    return places
 
 
 def state_layout(blocks: Sequence[Block]) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:

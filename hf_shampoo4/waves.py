@@ -30,7 +30,7 @@ from .exchange import Cut, Exchange, Piece, Ranks, Route, route
 from .held import Held
 from .options import Options
 from .placement import Placement, assign, held_here, ranges, sharded, whole
-from .plan import Block, _in_parts, _in_waves, blocks_of, loads_of, state_key
+from .plan import Block, _in_parts, _in_waves, blocks_of, loads_of, places_of, state_key
 from .saved import CheckpointError, Entry, blocks_key
 from .storage import allocate, put_back, taken
 
@@ -44,6 +44,8 @@ class Member:
     blocks: list[Block]
     owners: list[int]
     """Of the blocks, in canonical order."""
+    places: list[float] = field(default_factory=list)
+    """Of the blocks, see `plan.places_of`."""
 
     @property
     def name(self) -> str:
@@ -94,14 +96,10 @@ class Stack:
     """Their positions in the wave."""
     membership: Tensor
     salts: Tensor
+    places: list[float]
     state: State = field(default_factory=dict)
     weights: Tensor | None = None
     """float32 (B, *shape), on steps that need them."""
-
-    @cached_property
-    def phases(self) -> list[int]:
-        """A number for each block, the same in every run and on every rank."""
-        return self.salts.tolist()
 
     def parameters(self) -> Tensor:
         """float32 (B, *shape), a copy."""
@@ -123,9 +121,8 @@ class Stack:
             if isinstance(index, Tensor):
                 put_back(self.state, index, state)
 
-        part = Stack(self.algorithm, blocks, self.membership[:, index], self.salts[index], state)
-        part.phases = [self.phases[i] for i in rows]  # numbers on the host, which a GPU need not be asked for again
-        return part, bring_back
+        places = [self.places[i] for i in rows]
+        return Stack(self.algorithm, blocks, self.membership[:, index], self.salts[index], places, state), bring_back
 
 
 @dataclass(frozen=True)
@@ -176,6 +173,11 @@ class Wave:
     def salts(self) -> list[int]:
         """Of every block."""
         return [salt for member in self.members for salt in member.salts]
+
+    @cached_property
+    def places(self) -> list[float]:
+        """Of every block."""
+        return [place for member in self.members for place in member.places]
 
     @cached_property
     def split(self) -> list[Part]:
@@ -416,22 +418,27 @@ class StateMap:
         return found
 
 
-def build(groups: Sequence[tuple[Options, Sequence[Held]]], ranks: Ranks) -> list[list[Wave]]:
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+def build(groups: Sequence[tuple[Options, Sequence[Held], Shapes]], ranks: Ranks) -> list[list[Wave]]:
     """Waves over the parameters of each group, with freshly initialised state; the same plan on every rank.
 
     Args:
-        groups: options, and the parameters in the same order on every rank.
+        groups: options, the parameters in the same order on every rank, and the shapes of all that the group has: with
+            DeepSpeed, the parameters may be a part of these.
 
     Raises:
         ValueError: a parameter that lives in a way that `held_here` does not know, or not completely on these ranks.
     """
-    flat = [held for _, members in groups for held in members if held.range is not None]
+    flat = [held for _, members, _ in groups for held in members if held.range is not None]
     placed = dict(zip(map(id, flat), _ranges(flat, ranks), strict=True))
-    members = [
-        [_member(held, placed.get(id(held)), options, ranks) for held in of_group] for options, of_group in groups
-    ]
-    _assign(members, [options for options, _ in groups], ranks.world)
-    return [_waves(found, options, ranks) for found, (options, _) in zip(members, groups, strict=True)]
+    members = []
+    for options, of_group, shapes in groups:
+        places = places_of({name: len(blocks_of(shape, options)) for name, shape in shapes.items()})
+        members.append([_member(h, placed.get(id(h)), options, ranks, places[h.name]) for h in of_group])
+    _assign(members, [options for options, _, _ in groups], ranks.world)
+    return [_waves(found, options, ranks) for found, (options, _, _) in zip(members, groups, strict=True)]
 
 
 def _ranges(flat: Sequence[Held], ranks: Ranks) -> list[Placement]:
@@ -450,11 +457,11 @@ def _ranges(flat: Sequence[Held], ranks: Ranks) -> list[Placement]:
     return placements
 
 
-def _member(held: Held, placement: Placement | None, options: Options, ranks: Ranks) -> Member:
+def _member(held: Held, placement: Placement | None, options: Options, ranks: Ranks, places: list[float]) -> Member:
     blocks = blocks_of(held.shape, options)
     if placement is None:
         placement = held_here(held.parameter, ranks.rank, ranks.world)
-    return Member(held, placement, blocks, [0] * len(blocks))
+    return Member(held, placement, blocks, [0] * len(blocks), places)
 
 
 def _assign(groups: list[list[Member]], options: list[Options], world: int) -> None:
@@ -488,24 +495,25 @@ def _waves(members: list[Member], options: Options, ranks: Ranks) -> list[Wave]:
 
 
 def _wave(members: list[Member], ranks: Ranks, replicated: bool) -> Wave:
-    rows: dict[Algorithm, list[tuple[int, int, int]]] = {}
+    rows: dict[Algorithm, list[tuple[int, int, int, float]]] = {}
     first = 0
     for m, member in enumerate(members):
         for k, (block, owner) in enumerate(zip(member.blocks, member.owners, strict=True)):
             if replicated or owner == ranks.rank:
-                rows.setdefault(block.algorithm, []).append((m, first + k, member.salts[k]))
+                rows.setdefault(block.algorithm, []).append((m, first + k, member.salts[k], member.places[k]))
         first += len(member.blocks)
     device = members[0].held.buffer.device
     return Wave(members, [_stack(a, found, len(members), device) for a, found in rows.items()], ranks, replicated)
 
 
-def _stack(algorithm: Algorithm, rows: list[tuple[int, int, int]], members: int, device: torch.device) -> Stack:
+def _stack(algorithm: Algorithm, rows: list[tuple[int, int, int, float]], members: int, device: torch.device) -> Stack:
     membership = torch.zeros(members, len(rows))
-    membership[[m for m, _, _ in rows], list(range(len(rows)))] = 1.0
+    membership[[m for m, *_ in rows], list(range(len(rows)))] = 1.0
     state = {name: allocate(storage, len(rows), device) for name, storage in algorithm.storages().items()}
     algorithm.initialise(state)
-    salts = torch.tensor([salt for _, _, salt in rows], dtype=torch.int32, device=device)
-    return Stack(algorithm, [block for _, block, _ in rows], membership.to(device), salts, state)
+    salts = torch.tensor([salt for _, _, salt, _ in rows], dtype=torch.int32, device=device)
+    places = [place for *_, place in rows]
+    return Stack(algorithm, [block for _, block, *_ in rows], membership.to(device), salts, places, state)
 
 
 def _cut(member: Member, placement: Placement, owners: Sequence[int]) -> Cut:

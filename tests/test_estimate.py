@@ -164,7 +164,11 @@ def live_ranks(model: torch.nn.Module, world: int, layout: Any, options: dict[st
                 of_group
                 for step in steps
                 for of_group in build(
-                    [(o, [held_itself(n, p) for n, p in named]) for o, named in step], Ranks(r, world)
+                    [
+                        (o, [held_itself(n, p) for n, p in named], {n: tuple(p.shape) for n, p in named})
+                        for o, named in step
+                    ],
+                    Ranks(r, world),
                 )
             ]
             for r in range(world)

@@ -9,12 +9,12 @@ import torch
 
 import hf_shampoo4
 from hf_shampoo4 import waves
-from hf_shampoo4.algorithms import Context
+from hf_shampoo4.algorithms import Context, due
 from hf_shampoo4.clock import Stopwatch
 from hf_shampoo4.exchange import Ranks
 from hf_shampoo4.held import held_itself
 from hf_shampoo4.options import Options, resolve
-from hf_shampoo4.plan import refreshed
+from hf_shampoo4.plan import places_of, refreshed
 
 ALGORITHMS: list[dict[str, Any]] = [
     {"algorithm": "shampoo"},
@@ -47,8 +47,8 @@ def result(opt: hf_shampoo4.Shampoo4bit) -> dict[str, torch.Tensor]:
 
 
 def test_every_block_once_in_a_period_and_not_later_than_all_together() -> None:
-    phases = [-5, 0, 3, 10**9]
-    contexts = [Context(Options(), step, (0.9, 0.99), 1e-8, Stopwatch(), phases=phases) for step in range(1, 21)]
+    places = [0.0, 0.25, 0.99, 0.3]
+    contexts = [Context(Options(), step, (0.9, 0.99), 1e-8, Stopwatch(), places=places) for step in range(1, 21)]
     due = [context.due(10, 4) for context in contexts]
     assert sorted(row for rows in due[:10] for row in rows) == [0, 1, 2, 3]
     assert due[:10] == due[10:]
@@ -58,8 +58,10 @@ def test_every_block_once_in_a_period_and_not_later_than_all_together() -> None:
 
 
 @each
-def test_a_block_does_not_depend_on_those_beside_it(options: dict[str, Any]) -> None:
+def test_a_block_does_not_depend_on_those_beside_it(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """Refreshed with some blocks of its stack, with others, or alone: as 1-block stacks, where there is no part."""
+    places = {f"layer{i}": [i / COUNT] for i in range(COUNT)}
+    monkeypatch.setattr(waves, "places_of", lambda counts: {name: places[name] for name in counts})
     together, alone = optimizer(list(range(COUNT)), **options), [optimizer([i], **options) for i in range(COUNT)]
     for number in range(1, 2 * EVERY + 2):
         for opt in (together, *alone):
@@ -99,10 +101,10 @@ def test_on_two_ranks_owners_refresh_what_is_due_and_every_rank_does_the_rest() 
     held = [held_itself(f"layer{i}", torch.nn.Parameter(torch.randn(72, 80))) for i in range(COUNT)]
     ranks = Ranks()
     ranks.world = 2
-    ((wave,),) = waves.build([(options, held)], ranks)
+    ((wave,),) = waves.build([(options, held, {one.name: one.shape for one in held})], ranks)
     everything, seen = frozenset(range(COUNT)), []
     for number in range(1, EVERY + 1):
-        due = refreshed(options, number, wave.salts)
+        due = refreshed(options, number, wave.places)
         parts = list(wave.shared(due))
         by_owner, by_all = (frozenset().union(*(p.blocks for p, split in parts if split is s)) for s in (True, False))
         assert by_owner == due
@@ -115,6 +117,24 @@ def test_bases_are_staggered_and_the_papers_shampoo_is_not() -> None:
     assert Options(**resolve({})).stagger
     assert not Options(**resolve({"algorithm": "shampoo"})).stagger
     assert Options(**resolve({"algorithm": "shampoo", "stagger": True})).stagger
-    together = refreshed(Options(**resolve({"algorithm": "shampoo"})), 10, [0, 1, 2])
+    together = refreshed(Options(**resolve({"algorithm": "shampoo"})), 10, [0.0, 0.3, 0.6])
     assert together == {0, 1, 2}
-    assert not refreshed(Options(algorithm="shampoo"), 10, [0, 1, 2])  # its graft needs whole parameters
+    assert not refreshed(Options(algorithm="shampoo"), 10, [0.0, 0.3, 0.6])  # its graft needs whole parameters
+
+
+def test_neighbours_are_refreshed_together_as_many_in_each_step() -> None:
+    places = [place for of_one in places_of({"a": 3, "b": 0, "c": 37}).values() for place in of_one]
+    turns = [due(step, 10, places) for step in range(1, 11)]
+    assert sorted(len(rows) for rows in turns) == [4] * 10
+    assert all(rows == list(range(rows[0], rows[-1] + 1)) for rows in turns)
+    assert due(10, 10, places) == [0, 1, 2, 3]
+
+
+def test_a_group_of_another_algorithm_has_that_one_s_default() -> None:
+    p = [torch.nn.Parameter(torch.randn(8, 8)) for _ in range(4)]
+    groups = [{"params": p[:1]}, {"params": p[1:2], "algorithm": "shampoo"}]
+    mixed = hf_shampoo4.Shampoo4bit(groups)
+    assert [(g["stagger"], g["factor_beta"]) for g in mixed.param_groups] == [(True, 0.9), (False, 0.95)]
+    groups = [{"params": p[2:3]}, {"params": p[3:], "algorithm": "soap"}]
+    mixed = hf_shampoo4.Shampoo4bit(groups, algorithm="shampoo", factor_beta=0.8)
+    assert [(g["stagger"], g["factor_beta"]) for g in mixed.param_groups] == [(False, 0.8), (True, 0.8)]
