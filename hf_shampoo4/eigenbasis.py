@@ -5,7 +5,7 @@ A side keeps an orthogonal basis U (its columns quantised) and eigenvalues; the 
     G' = U_L^T G U_R
 
 where the factors are nearly diagonal.  Eigenvalues move at every step.  A *refresh*, every T1 steps, turns the bases
-towards the factors' eigenvectors; the first moment is carried over when it is read.
+towards the factors' eigenvectors; the first moment is carried over.
 
 SOAP (2409.11321): Adam on G'.  KL-Shampoo (2509.03378): each factor is whitened by the other, and the step is
 m' / sqrt(lambda_L lambda_R^T), without a second moment.  KL-SOAP: KL-Shampoo's bases, SOAP's moments.

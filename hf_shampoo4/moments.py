@@ -25,12 +25,12 @@ def same(m: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Coordinates:
-    """In which a first moment is stored."""
+    """In which a first moment is stored; both functions are linear but for a bound."""
 
     opened: Callable[[Tensor], Tensor] = same
-    """What is stored, (B, *shape) float32 -> the moment in this step's coordinates."""
+    """What is stored, (B, *shape) float32 -> the moment in the coordinates of the step's gradient."""
     closed: Callable[[Tensor], Tensor] = same
-    """Back."""
+    """The moment in these -> what is stored, which the next step may see in another basis."""
 
 
 PLAIN = Coordinates()
@@ -78,7 +78,8 @@ class Moments(Protocol):
             coordinates: in which the first moment is stored.
 
         Returns:
-            (B, *shape) float32, which may be a state buffer: not to be written to.
+            (B, *shape) float32, which may be a state buffer: not to be written to.  In the gradient's coordinates;
+            `Momentum`'s in those in which the moment is stored.
         """
 
 
