@@ -26,7 +26,7 @@ from .storage import Buffers, Dense, Storage, put_back, taken
 
 State = dict[str, Buffers]
 
-FLOOR = 1e-7  # of a side's largest eigenvalue: the least that KL's whitening divides by, and that stored moments are
+FLOOR = 1e-7  # of a side's largest eigenvalue: the least that KL's whitening and stored moments are divided by
 LARGEST = 1e30  # of a whitened moment, which grows while no gradient comes and eigenvalues are forgotten faster
 LIMIT = 32.0  # of an entry of SOAP's direction: Adam's own is at most 1 / sqrt(1 - b2), which is this with b2 = 0.999
 

@@ -23,7 +23,7 @@ from .held import Held, check, full_shape, held_by_deepspeed, held_itself, in_de
 from .job import Job, raise_together, run
 from .moments import make_moments
 from .options import NAMES, OF_THE_RUN, STRUCTURAL, OptionError, Options, check_rates, resolve
-from .plan import blocks_of, refreshed, state_layout
+from .plan import blocks_of, state_layout
 from .saved import FORMAT, CheckpointError, Entry, check_entry, clean_name, pack, unpack, well_formed
 from .waves import Wave, build
 
@@ -277,15 +277,18 @@ class Shampoo4bit(torch.optim.Optimizer):
         for index, group in enumerate(self._groups):
             if not any(group is there for there in self.param_groups):
                 continue
-            named = [(n, p) for n, p in zip(self.names(index), self.parameters(index), strict=True) if p.requires_grad]
+            named = self._trained(index)
             if any(in_deepspeed(p) for _, p in named):
                 found = [held_by_deepspeed(buffer, named) for buffer in group["params"]]
             else:
                 found = [[held_itself(name, p) for name, p in named]]
             first = {name: i for i, (name, _) in enumerate(named)}
-            shapes = {name: full_shape(p) for name, p in named}
-            units += [_Unit((index, first[held[0].name] if held else 0), group, held, shapes) for held in found]
+            units += [_Unit((index, first[held[0].name] if held else 0), group, held) for held in found]
         return units
+
+    def _trained(self, index: int) -> list[tuple[str, Tensor]]:
+        """The parameters of group `index` that are trained, with their names."""
+        return [(n, p) for n, p in zip(self.names(index), self.parameters(index), strict=True) if p.requires_grad]
 
     def _is_rehearsal(self, units: Sequence[_Unit]) -> bool:
         """Whether an engine steps on zeros before training, so that optimizers make their state: nothing is to be done.
@@ -313,7 +316,7 @@ class Shampoo4bit(torch.optim.Optimizer):
         jobs = []
         for wave in built.waves:
             present = {m for m, member in enumerate(wave.members) if id(member.parameter) in wanted}
-            for whole, split in wave.shared(refreshed(options, group["step"], wave.places)):
+            for whole, split in wave.shared(options, group["step"]):
                 part = wave.of_members(whole, present)
                 if part.blocks:
                     jobs.append(Job(wave, part, split, context, float(group["lr"]), decoupled))
@@ -391,7 +394,11 @@ class Shampoo4bit(torch.optim.Optimizer):
                 wave.adopt([self.state[member.parameter] for member in wave.members])
                 self.state.update({wave.members[m].parameter: entry for m, entry in wave.saved().items()})
         with self.together():
-            planned = build([(Options.of(u.group), u.members, u.shapes) for u in units], self._ranks)
+            shapes = [{name: full_shape(p) for name, p in self._trained(unit.key[0])} for unit in units]
+            planned = build(
+                [(Options.of(u.group), u.members, of_group) for u, of_group in zip(units, shapes, strict=True)],
+                self._ranks,
+            )
             for wave in [wave for waves in planned for wave in waves]:
                 wave.check([self.state[member.parameter] for member in wave.members])
         for unit, waves, old in zip(units, planned, before, strict=True):
@@ -557,8 +564,6 @@ class _Unit(NamedTuple):
     """Position of the group, and of the first of its parameters in it."""
     group: dict[str, Any]
     members: list[Held]
-    shapes: dict[str, tuple[int, ...]]
-    """Of all parameters of the group that are trained."""
 
     def identity(self) -> Any:
         """What a plan depends on."""

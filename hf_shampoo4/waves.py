@@ -30,7 +30,7 @@ from .exchange import Cut, Exchange, Piece, Ranks, Route, route
 from .held import Held
 from .options import Options
 from .placement import Placement, assign, held_here, ranges, sharded, whole
-from .plan import Block, _in_parts, _in_waves, blocks_of, loads_of, places_of, state_key
+from .plan import Block, _in_parts, _in_waves, blocks_of, loads_of, places_of, refreshed, state_key
 from .saved import CheckpointError, Entry, blocks_key
 from .storage import allocate, put_back, taken
 
@@ -191,17 +191,17 @@ class Wave:
         cuts = [_cut(m, whole(m.placement.shape, 1), [0] * len(m.blocks)) for m in self.members]
         return self._parts(route(0, 1, cuts), [0] * len(self.rects))
 
-    def shared(self, long: frozenset[int]) -> Iterator[tuple[Part, bool]]:
+    def shared(self, options: Options, step: int) -> Iterator[tuple[Part, bool]]:
         """What is computed one after the other in a step, and whether owners do it or every rank does.
 
-        Args:
-            long: blocks that take so long that owners compute them, even where every rank could.
+        What refreshes takes so long that owners do it, even where every rank could.
         """
         if not self.replicated:
             yield from ((part, True) for part in self.split)
         elif self.ranks.world == 1:
             yield from ((part, False) for part in self.alone)
         else:
+            long = refreshed(options, step, self.places)
             yield from ((part.of(some), True) for part in self.split if (some := part.blocks & long))
             yield from ((part.of(some), False) for part in self.alone if (some := part.blocks - long))
 
@@ -435,8 +435,9 @@ def build(groups: Sequence[tuple[Options, Sequence[Held], Shapes]], ranks: Ranks
     placed = dict(zip(map(id, flat), _ranges(flat, ranks), strict=True))
     members = []
     for options, of_group, shapes in groups:
-        places = places_of({name: len(blocks_of(shape, options)) for name, shape in shapes.items()})
-        members.append([_member(h, placed.get(id(h)), options, ranks, places[h.name]) for h in of_group])
+        blocks = {name: blocks_of(shape, options) for name, shape in shapes.items()}
+        places = places_of({name: len(of_one) for name, of_one in blocks.items()})
+        members.append([_member(h, placed.get(id(h)), ranks, blocks[h.name], places[h.name]) for h in of_group])
     _assign(members, [options for options, _, _ in groups], ranks.world)
     return [_waves(found, options, ranks) for found, (options, _, _) in zip(members, groups, strict=True)]
 
@@ -457,8 +458,7 @@ def _ranges(flat: Sequence[Held], ranks: Ranks) -> list[Placement]:
     return placements
 
 
-def _member(held: Held, placement: Placement | None, options: Options, ranks: Ranks, places: list[float]) -> Member:
-    blocks = blocks_of(held.shape, options)
+def _member(held: Held, placement: Placement | None, ranks: Ranks, blocks: list[Block], places: list[float]) -> Member:
     if placement is None:
         placement = held_here(held.parameter, ranks.rank, ranks.world)
     return Member(held, placement, blocks, [0] * len(blocks), places)

@@ -70,8 +70,8 @@ def planned(model: str, world: int, sharding: str, options: Options) -> dict[str
         for i, (o, of_group) in enumerate([(options, matrices), (Options(algorithm="elementwise"), rest)])
     ]
     start = time.perf_counter()
-    planned = [(o, members, {held.name: held.shape for held in members}) for o, members in groups]
-    waves: list[Wave] = [wave for of_group in build(planned, Ranks(rank, world)) for wave in of_group]
+    with_shapes = [(o, members, {held.name: held.shape for held in members}) for o, members in groups]
+    waves: list[Wave] = [wave for of_group in build(with_shapes, Ranks(rank, world)) for wave in of_group]
     routes = [part.route for wave in waves for part in wave.split]
     seconds = time.perf_counter() - start
     flops, held = np.zeros(world), np.zeros(world)

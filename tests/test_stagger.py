@@ -105,7 +105,7 @@ def test_on_two_ranks_owners_refresh_what_is_due_and_every_rank_does_the_rest() 
     everything, seen = frozenset(range(COUNT)), []
     for number in range(1, EVERY + 1):
         due = refreshed(options, number, wave.places)
-        parts = list(wave.shared(due))
+        parts = list(wave.shared(options, number))
         by_owner, by_all = (frozenset().union(*(p.blocks for p, split in parts if split is s)) for s in (True, False))
         assert by_owner == due
         assert by_all == everything - due
