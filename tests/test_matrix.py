@@ -15,6 +15,7 @@ from hf_shampoo4.matrix import (
     or_identity,
     power_qr,
     root_by_eigh,
+    safe_qr,
     symmetric_power,
     within,
 )
@@ -87,6 +88,17 @@ def test_power_qr_converges_to_the_eigenbasis() -> None:
     assert off[-1] < 1e-5 < off[0]
     torch.testing.assert_close(eigenvalues.double(), lam, atol=1e-5, rtol=1e-3)
     torch.testing.assert_close(v.mT @ v, torch.eye(12).expand(2, 12, 12), atol=1e-5, rtol=0)
+
+
+def test_qr_with_rows_of_zeros_below_is_the_qr() -> None:
+    """Order 1024 (a stride of 4096 bytes) is decomposed with rows of zeros below, against float64."""
+    a = torch.randn(2, 1024, 1024)
+    q, r = safe_qr(a)
+    exact_q, exact_r = torch.linalg.qr(a.double())
+    assert q.shape == r.shape == a.shape
+    torch.testing.assert_close(q @ r, a, atol=2e-4, rtol=0)
+    torch.testing.assert_close(q.double(), exact_q, atol=2e-4, rtol=0)
+    torch.testing.assert_close(r.double(), exact_r, atol=2e-3, rtol=0)
 
 
 def test_power_qr_keeps_orthogonality_where_the_matrix_has_low_rank() -> None:

@@ -99,7 +99,7 @@ def follow(shapes: list[tuple[int, ...]], steps: int, channels_last: bool = Fals
     chosen = {
         "factor": "eigen", "bits": 4, "moments": "4bit", "block_size": 1024, "quant_block": 64, "codebook": "linear2",
         "stats_every": 1, "roots_every": 1, "factor_beta": 0.9, "damping": 0.02, "rectify_stats": 1,
-        "rectify_roots": 4, "graft": "norm", **options,
+        "rectify_roots": 1, "graft": "norm", **options,
     }  # fmt: skip
     base = {"lr": 0.01, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.1}
     quantised = chosen["bits"] < 32
@@ -169,7 +169,7 @@ def test_bits_factors_and_moments(bits: int, factor: str, moments: str) -> None:
 
 @pytest.mark.parametrize(
     "options",
-    [{"codebook": "dynamic"}, {"quant_block": 16}, {"rectify_stats": 0, "rectify_roots": 0}, {"rectify_roots": 2}],
+    [{"codebook": "dynamic"}, {"quant_block": 16}, {"rectify_stats": 0, "rectify_roots": 0}, {"rectify_roots": 4}],
     ids=str,
 )
 def test_quantiser_options(options: dict[str, object]) -> None:
