@@ -16,6 +16,13 @@ _NF4 = (
     0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
 )  # fmt: skip
 
+# The Lloyd-Max levels, zero among them and the ends fixed, of a normal distribution in blocks of 16 that are scaled to
+# [-1, 1] (for larger blocks, and the mean magnitude of the error: 2306.06965).
+_LLOYD16 = (
+    -1.0, -0.7873, -0.6169, -0.4718, -0.3422, -0.2229, -0.1101, 0.0,
+    0.0966, 0.1951, 0.2976, 0.4060, 0.5240, 0.6568, 0.8109, 1.0,
+)  # fmt: skip
+
 
 def linear2(bits: int) -> list[float]:
     """Signed squares `sign(x) x^2`, x evenly spaced in [-1, 1], the level below zero replaced by 0 (2405.18144)."""
@@ -53,9 +60,22 @@ def nf4(bits: int) -> list[float]:
     Raises:
         ValueError: bits is not 4.
     """
+    return _of_4_bits("nf4", _NF4, bits)
+
+
+def lloyd16(bits: int) -> list[float]:
+    """The levels that err least on Gaussian numbers in blocks of 16, 4 bits only: .075, of nf4 .081.
+
+    Raises:
+        ValueError: bits is not 4.
+    """
+    return _of_4_bits("lloyd16", _LLOYD16, bits)
+
+
+def _of_4_bits(name: str, table: tuple[float, ...], bits: int) -> list[float]:
     if bits != 4:
-        raise ValueError(f"codebook nf4 has 4 bits, not {bits}")
-    return list(_NF4)
+        raise ValueError(f"codebook {name} has 4 bits, not {bits}")
+    return list(table)
 
 
 def _dynamic_fractions(bits: int, first_decade: int) -> list[float]:
@@ -75,6 +95,7 @@ CODEBOOKS: dict[str, Callable[[int], list[float]]] = {
     "dynamic_unsigned": dynamic_unsigned,
     "dynamic0": dynamic0,
     "nf4": nf4,
+    "lloyd16": lloyd16,
 }
 
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from .matrix import bjorck, finite_blocks, or_identity, safe_qr
 from .options import Options
-from .storage import SMALL, Blockwise, Buffers, Dense, Storage, transposed
+from .storage import SMALL, Blockwise, Buffers, Dense, DoubleQuantized, Storage, transposed, write_good
 
 State = dict[str, Buffers]
 
@@ -98,8 +98,7 @@ class OpenSide:
         good &= finite_blocks(q, r)
         q, u = or_identity(q, good), self.vectors.mT
         # U <- U Q
-        turned = torch.where(good[:, None, None], q @ bjorck(u, self._side.rectify), u)
-        basis.write(self._state["basis"], turned.mT)
+        write_good(basis, self._state["basis"], (q @ bjorck(u, self._side.rectify)).mT, good)
         self.vectors, self.turned = basis.read(self._state["basis"]), q.mT
         # lambda <- diag(Q^T A' Q) = diag(R Q)
         diagonal = (transposed(r) * q).sum(-1).clamp_min(0.0)
@@ -127,8 +126,10 @@ def _side(order: int, is_long: bool, options: Options) -> Side:
         return Side(order, None, followed=options.vocabulary)
     if options.bits == 32 or order * order < SMALL:
         return Side(order, Dense(shape))
-    basis = Blockwise(shape, options.factor_codebook, options.bits, options.quant_block, columns=True)
-    return Side(order, basis, rectify=options.rectify_stats)
+    columns = Blockwise(
+        shape, options.factor_codebook, options.bits, options.quant_block, columns=True, fit="least_squares"
+    )
+    return Side(order, DoubleQuantized(columns), rectify=options.rectify_stats)
 
 
 def statistic(g: Tensor, whitening: Tensor) -> Tensor:

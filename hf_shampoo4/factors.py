@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .matrix import ROOTS, bjorck, finite_blocks, or_identity, power_qr, safe_cholesky, symmetric_power
 from .options import Options
-from .storage import SMALL, Blockwise, Buffers, Dense, OffDiagonal, Storage, Triangles, roundtrip
+from .storage import SMALL, Blockwise, Buffers, Dense, OffDiagonal, Storage, Triangles, roundtrip, write_good
 
 State = dict[str, Buffers]
 
@@ -79,8 +79,8 @@ class Eigen:
         good = finite_blocks(a)
         u, new = power_qr(or_identity(a, good), v)
         good &= finite_blocks(u, new)
-        _write_good(self.basis, state["basis"], u, good)
-        _write_good(self.eigenvalues, state["eigenvalues"], new, good)
+        write_good(self.basis, state["basis"], u, good)
+        write_good(self.eigenvalues, state["eigenvalues"], new, good)
         return ~good
 
     def _or_prior(self, eigenvalues: Tensor, gram: Tensor) -> Tensor:
@@ -125,7 +125,7 @@ class Direct:
         # A <- beta A + (1 - beta) M
         a = torch.lerp(gram, self.matrix.read(state["matrix"]), self.beta)
         good = finite_blocks(a)
-        _write_good(self.matrix, state["matrix"], a, good)
+        write_good(self.matrix, state["matrix"], a, good)
         return ~good
 
     def refresh(self, state: State) -> Tensor:
@@ -175,7 +175,7 @@ class Cholesky:
             c = c + error
             error = torch.lerp(c - roundtrip(self.triangles, c).tril(), error, self.error_beta)
             c = c + error.mT
-        _write_good(self.triangles, state["triangles"], c, good)
+        write_good(self.triangles, state["triangles"], c, good)
         return ~good
 
     def refresh(self, state: State) -> Tensor:
@@ -228,13 +228,5 @@ def _identity(buffers: Buffers, order: int) -> Tensor:
 def _keep_root(storage: Storage, state: State, root: Tensor) -> Tensor:
     """Store the finite roots; which blocks failed, bool (B,)."""
     good = finite_blocks(root)
-    _write_good(storage, state["root"], root, good)
+    write_good(storage, state["root"], root, good)
     return ~good
-
-
-def _write_good(storage: Storage, buffers: Buffers, x: Tensor, good: Tensor) -> None:
-    """Store the good blocks of x; the others keep what they have, bit for bit."""
-    new = {name: torch.empty_like(buffer) for name, buffer in buffers.items()}
-    storage.write(new, x)
-    for name, buffer in buffers.items():
-        torch.where(good.view(-1, *[1] * (buffer.dim() - 1)), new[name], buffer, out=buffer)

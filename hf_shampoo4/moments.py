@@ -140,7 +140,7 @@ class Adam:
             if isinstance(storage, Blockwise)
         ]
         biases = (_bias(betas[0], steps, 1), _bias(betas[1], steps, 1))
-        eden = isinstance(self.second, Blockwise) and self.second.eden
+        eden = isinstance(self.second, Blockwise) and self.second.fit == "eden"
         return kernels().adamw(g.flatten(1), *moments, biases, betas, eps, 4, MOMENT_BLOCK, eden).view_as(g)
 
 
@@ -291,7 +291,7 @@ def _storages(shape: tuple[int, ...], options: Options, quantise: bool) -> tuple
     levels = default if options.second_codebook == "auto" else options.second_codebook
     if recipe == "4bit" and len(shape) == 2:
         return first, RankOne(shape, levels, 4)
-    return first, Blockwise(shape, levels, 4, MOMENT_BLOCK, eden=recipe == "4bit_eden")
+    return first, Blockwise(shape, levels, 4, MOMENT_BLOCK, fit="eden" if recipe == "4bit_eden" else "largest")
 
 
 def _for_bfloat16(storage: Storage, v: Tensor, noise: Noise | None) -> Tensor:

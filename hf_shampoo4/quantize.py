@@ -18,13 +18,15 @@ from collections.abc import Iterator
 from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from .codebooks import levels
 from .rounding import Stochastic
+
+Fit = Literal["largest", "eden", "least_squares"]
 
 FLOAT32_MAX = torch.finfo(torch.float32).max
 
@@ -33,14 +35,15 @@ GPU_PIECE = 1 << 24  # a GPU wants few launches: bounds the memory of what lies 
 
 
 def quantize_block(
-    x: Tensor, codebook: str, bits: int, block: int, rounding: Stochastic | None = None, eden: bool = False
+    x: Tensor, codebook: str, bits: int, block: int, rounding: Stochastic | None = None, fit: Fit = "largest"
 ) -> tuple[Tensor, Tensor]:
     """Quantise rows of numbers, `block` consecutive ones sharing a scale.
 
     Args:
         x: (..., L), any float dtype.  The last block of a row may be shorter.
         rounding: how to choose between the two neighbouring levels; the nearer without it.
-        eden: then multiply each scale by |x|^2 / <x, Q(x)> of its block, so that <x, Q(x)> = |x|^2 (2610.12444).
+        fit: what a block's scale is in the end: its largest magnitude; or, for the levels that this has chosen, what
+            makes <x, Q(x)> = |x|^2 (eden: ZE-EDEN, 2610.12444) or |x - Q(x)| least.
 
     Returns:
         codes: uint8, (..., ceil(L / 2)) for 4 bits or (..., L) for 8.
@@ -48,7 +51,7 @@ def quantize_block(
     """
     length = x.shape[-1]
     rows = x.reshape(-1, length)
-    if has_kernels(x.device, block) and rounding is None and not eden:
+    if has_kernels(x.device, block) and rounding is None and fit == "largest":
         codes, scales = kernels().quantize(rows, padded(codebook, bits, x.device)[1], bits, block)
         return codes.view(*x.shape[:-1], -1), scales.view(*x.shape[:-1], -1)
     codes = torch.empty(rows.shape, dtype=torch.uint8, device=x.device)
@@ -62,8 +65,8 @@ def quantize_block(
             codes[i, j] = encode(part, codebook, bits)
         else:
             codes[i, j] = encode_between(part, codebook, bits, rounding.part(i, j), divisor)
-        if eden:
-            absmax *= _eden(part, codes[i, j], codebook, bits, block)
+        if fit != "largest":
+            absmax *= _correction(part, codes[i, j], codebook, bits, block, fit)
         scales[i, _blocks(j, block)] = absmax
     return pack(codes, bits).view(*x.shape[:-1], -1), scales.view(*x.shape[:-1], -1)
 
@@ -246,14 +249,18 @@ def _divisor(scale: Tensor) -> Tensor:
     return torch.where(scale > 0, scale, 1.0)
 
 
-def _eden(x: Tensor, codes: Tensor, codebook: str, bits: int, block: int) -> Tensor:
-    """|x|^2 / <x, Q(x)> of each block of normalised numbers: float32 (..., blocks)."""
+def _correction(x: Tensor, codes: Tensor, codebook: str, bits: int, block: int, fit: Fit) -> Tensor:
+    """What to multiply each block's scale by, from its normalised numbers: float32 (..., blocks)."""
     decoded = torch.index_select(_table(codebook, bits, x.device), 0, codes.flatten().int()).view(x.shape)
-    return _block_sum(x * x, block) / _block_sum(x * decoded, block).clamp_(min=1e-12)
+    agreement = _block_sum(x * decoded, block)
+    if fit == "eden":
+        return _block_sum(x * x, block) / agreement.clamp_(min=1e-12)
+    return agreement / _block_sum(decoded * decoded, block).clamp_(min=1e-12)
 
 
 def _block_sum(x: Tensor, block: int) -> Tensor:
-    padded = torch.nn.functional.pad(x, (0, -x.shape[-1] % block))
+    missing = -x.shape[-1] % block
+    padded = torch.nn.functional.pad(x, (0, missing)) if missing else x  # which copies, also by 0
     return padded.unflatten(-1, (-1, block)).sum(-1)
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .options import NAMES, InputError, OptionError, Options, check_rates, resolve
 
-FORMAT = 3  # of the state; in every param group, so that a checkpoint says what wrote it
+FORMAT = 4  # of the state; in every param group, so that a checkpoint says what wrote it
 PACKED = "packed_state"  # in the first group
 
 Entry = dict[str, Tensor]

@@ -20,7 +20,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from .quantize import dequantize_block, dequantize_rank1, packed_length, quantize_block, quantize_rank1
+from .quantize import Fit, dequantize_block, dequantize_rank1, packed_length, quantize_block, quantize_rank1
 from .rounding import Stochastic
 
 Buffers = dict[str, Tensor]
@@ -60,6 +60,14 @@ def allocate(storage: Storage, blocks: int, device: torch.device | str) -> Buffe
         name: torch.zeros((blocks, *shape), dtype=dtype, device=device)
         for name, (shape, dtype) in storage.layout().items()
     }
+
+
+def write_good(storage: Storage, buffers: Buffers, x: Tensor, good: Tensor) -> None:
+    """Store the blocks of x (B, *shape) that are `good`, bool (B,); the others keep what they have, bit for bit."""
+    new = {name: torch.empty_like(buffer) for name, buffer in buffers.items()}
+    storage.write(new, x)
+    for name, buffer in buffers.items():
+        torch.where(good.view(-1, *[1] * (buffer.dim() - 1)), new[name], buffer, out=buffer)
 
 
 def nbytes(storage: Storage) -> int:
@@ -113,8 +121,8 @@ class Blockwise:
     bits: int
     block: int
     columns: bool = False
-    eden: bool = False
-    """Correct each scale so that <x, Q(x)> = |x|^2 (ZE-EDEN, 2610.12444)."""
+    fit: Fit = "largest"
+    """Of the scales, see `quantize_block`."""
 
     @property
     def _rows(self) -> tuple[int, ...]:
@@ -131,7 +139,7 @@ class Blockwise:
     def write(self, buffers: Buffers, x: Tensor, rounding: Stochastic | None = None) -> None:
         """As every storage's; `rounding` chooses between neighbouring levels, on rows as they are quantised."""
         rows = transposed(x) if self.columns else x.flatten(1)
-        codes, scales = quantize_block(rows, self.codebook, self.bits, self.block, rounding, self.eden)
+        codes, scales = quantize_block(rows, self.codebook, self.bits, self.block, rounding, self.fit)
         buffers["codes"].copy_(codes)
         buffers["scales"].copy_(scales)
 
@@ -140,6 +148,36 @@ class Blockwise:
             buffers["codes"], buffers["scales"], self.codebook, self.bits, self.block, self._rows[-1]
         )
         return rows.transpose(-1, -2) if self.columns else rows.unflatten(1, self.shape)
+
+
+@dataclass(frozen=True)
+class DoubleQuantized:
+    """Small blocks: their scales, which would outweigh what they gain, are 8-bit shares of the largest in their row.
+
+    As the scales of QLoRA (2305.14314, "double quantization").  `of`: rows or columns.
+    """
+
+    of: Blockwise
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.of.shape
+
+    def layout(self) -> Layout:
+        of = self.of.layout()
+        scales, _ = of["scales"]
+        return {**of, "scales": (scales, torch.uint8), "largest": ((*scales[:-1], 1), torch.float32)}
+
+    def write(self, buffers: Buffers, x: Tensor) -> None:
+        exact = {"codes": buffers["codes"], "scales": torch.empty_like(buffers["scales"], dtype=torch.float32)}
+        self.of.write(exact, x)
+        buffers["largest"].copy_(exact["scales"].amax(-1, keepdim=True))
+        shares = exact["scales"] / buffers["largest"].clamp_min(torch.finfo(torch.float32).tiny)
+        buffers["scales"].copy_((255 * shares).round_())
+
+    def read(self, buffers: Buffers) -> Tensor:
+        scales = buffers["scales"] * (buffers["largest"] / 255)
+        return self.of.read({"codes": buffers["codes"], "scales": scales})
 
 
 @dataclass(frozen=True)

@@ -27,13 +27,13 @@ def test_linear2_in_full() -> None:
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("name", sorted(CODEBOOKS))
 def test_shape_of_every_codebook(name: str, bits: int) -> None:
-    if name == "nf4" and bits == 8:
-        pytest.skip("nf4 has 4 bits")
+    if name in ("nf4", "lloyd16") and bits == 8:
+        pytest.skip(f"{name} has 4 bits")
     table = levels(name, bits)
     assert list(table) == sorted(set(table))
     assert len(table) == 2**bits - (name == "dynamic0")
     assert table[-1] == 1.0
-    signed = name in ("linear2", "dynamic", "nf4")
+    signed = name in ("linear2", "dynamic", "nf4", "lloyd16")
     assert (table[0] < 0) == signed
     assert table[0] >= -1.0
     assert (0.0 in table) == (name not in ("linear0", "dynamic0"))
@@ -75,5 +75,22 @@ def test_refusals() -> None:
         levels("nf5", 4)
     with pytest.raises(ValueError, match="4 or 8 bits, not 3"):
         levels("linear2", 3)
-    with pytest.raises(ValueError, match="nf4 has 4 bits, not 8"):
-        levels("nf4", 8)
+    for name in ("nf4", "lloyd16"):
+        with pytest.raises(ValueError, match=f"{name} has 4 bits, not 8"):
+            levels(name, 8)
+
+
+def test_lloyd16_is_lloyds_fixed_point() -> None:
+    """Each level is the mean of its cell, every block weighing as its scale squared; but for the ends and zero."""
+    x = torch.randn(1 << 18, 16, dtype=torch.float64)
+    scale = x.abs().amax(-1, keepdim=True)
+    table = torch.tensor(levels("lloyd16", 4), dtype=torch.float64)
+    code = torch.bucketize(x / scale, (table[1:] + table[:-1]) / 2)
+    weight = (scale**2).expand_as(x)
+    sums, weights = (
+        torch.zeros(16, dtype=torch.float64).index_add_(0, code.flatten(), y.flatten())
+        for y in (x / scale * weight, weight)
+    )
+    free = torch.tensor([0 < j < 15 and j != 7 for j in range(16)])
+    torch.testing.assert_close((sums / weights)[free], table[free], atol=1e-3, rtol=0)
+    assert (scale * table[code] - x).norm() / x.norm() == pytest.approx(0.0746, abs=2e-4)

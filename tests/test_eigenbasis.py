@@ -366,7 +366,7 @@ def test_a_vocabulary_has_a_diagonal_factor_and_one_moment_in_8_bits() -> None:
     layout = {key.split("/")[1]: tuple(t.shape[1:]) for key, t in optimizer.state[p].items()}
     assert layout == {
         "steps.dense": (), "failures.dense": (), "left.eigenvalues.dense": (4096,), "right.eigenvalues.dense": (128,),
-        "right.basis.codes": (128, 64), "right.basis.scales": (128, 2),
+        "right.basis.codes": (128, 64), "right.basis.scales": (128, 8), "right.basis.largest": (128, 1),
         "first.codes": (4096 * 128,), "first.scales": (4096 * 128 // 256,),
     }  # fmt: skip
     size = sum(t.numel() * t.element_size() for t in optimizer.state[p].values())

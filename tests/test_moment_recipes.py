@@ -350,14 +350,14 @@ def test_ze_eden_keeps_each_blocks_own_direction(length: int, seed: int, size: f
     """<x, Q(x)> = |x|^2, block by block."""
     generator = torch.Generator().manual_seed(seed)
     x = size * 10 ** (-spread * torch.rand(2, length, generator=generator))
-    q = dequantize_block(*quantize_block(x, "dynamic0", 4, 128, eden=True), "dynamic0", 4, 128, length)
+    q = dequantize_block(*quantize_block(x, "dynamic0", 4, 128, fit="eden"), "dynamic0", 4, 128, length)
     for start in range(0, length, 128):
         a, b = (t[:, start : start + 128].double() for t in (x, q))
         torch.testing.assert_close((a * b).sum(1), (a * a).sum(1), rtol=1e-5, atol=0)
 
 
 def test_ze_eden_of_a_block_of_zeros() -> None:
-    codes, scales = quantize_block(torch.zeros(1, 256), "dynamic0", 4, 128, eden=True)
+    codes, scales = quantize_block(torch.zeros(1, 256), "dynamic0", 4, 128, fit="eden")
     assert torch.equal(dequantize_block(codes, scales, "dynamic0", 4, 128, 256), torch.zeros(1, 256))
 
 

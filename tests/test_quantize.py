@@ -15,6 +15,7 @@ from hf_shampoo4 import quantize
 from hf_shampoo4.codebooks import CODEBOOKS, levels
 from hf_shampoo4.quantize import (
     FLOAT32_MAX,
+    Fit,
     decode,
     dequantize_block,
     dequantize_rank1,
@@ -26,9 +27,9 @@ from hf_shampoo4.quantize import (
 )
 from hf_shampoo4.rounding import PreconditionerSpace, Stochastic
 
-SIGNED = ["linear2", "dynamic", "nf4"]
+SIGNED = ["linear2", "dynamic", "nf4", "lloyd16"]
 UNSIGNED = ["linear0", "dynamic_unsigned", "dynamic0"]
-KINDS = [(name, bits) for name in sorted(CODEBOOKS) for bits in (4, 8) if (name, bits) != ("nf4", 8)]
+KINDS = [(name, bits) for name in sorted(CODEBOOKS) for bits in (4, 8) if bits == 4 or name not in ("nf4", "lloyd16")]
 
 kinds = st.sampled_from(KINDS)
 dtypes = st.sampled_from([torch.float32, torch.bfloat16, torch.float16])
@@ -137,9 +138,9 @@ def test_look_up_counts_thresholds_over_all_of_float32(name: str, bits: int, flo
         assert torch.equal(quantize._count_below(part, cells), count_below(part, thresholds))
 
 
-@pytest.mark.parametrize("eden", [False, True])
+@pytest.mark.parametrize("fit", ["largest", "eden", "least_squares"])
 @pytest.mark.parametrize(("name", "bits"), [("linear2", 4), ("dynamic0", 4), ("dynamic", 8)])
-def test_pieces_are_the_whole(name: str, bits: int, eden: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pieces_are_the_whole(name: str, bits: int, fit: Fit, monkeypatch: pytest.MonkeyPatch) -> None:
     """How much is worked on at a time changes nothing, whether rows are shorter or longer than a piece."""
     for shape in ((1, 97), (7, 13), (3, 5, 8), (2, 24)):
         x = numbers(shape, name, 0)
@@ -150,7 +151,7 @@ def test_pieces_are_the_whole(name: str, bits: int, eden: bool, monkeypatch: pyt
             results = []
             for piece in (1, 20, 1 << 18):
                 monkeypatch.setattr(quantize, "CPU_PIECE", piece)
-                codes, scales = quantize_block(x, name, bits, 5, rounding, eden)
+                codes, scales = quantize_block(x, name, bits, 5, rounding, fit)
                 results.append((codes, scales, dequantize_block(codes, scales, name, bits, 5, shape[-1])))
             for result in results[:-1]:
                 assert all(torch.equal(a, b) for a, b in zip(result, results[-1], strict=True))
