@@ -127,7 +127,7 @@ def _side(order: int, is_long: bool, options: Options) -> Side:
     if options.bits == 32 or order * order < SMALL:
         return Side(order, Dense(shape))
     columns = Blockwise(
-        shape, options.factor_codebook, options.bits, options.quant_block, columns=True, fit="least_squares"
+        shape, options.factor_codebook, options.bits, options.factor_block, columns=True, fit="least_squares"
     )
     return Side(order, DoubleQuantized(columns), rectify=options.rectify_stats)
 

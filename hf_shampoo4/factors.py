@@ -191,13 +191,13 @@ def make_factor(order: int, options: Options) -> Factor:
     """The factor that the options name, for a side of `order` rows; float32 where it is too small to quantise."""
     shape = (order, order)
     bits = options.bits if order * order >= SMALL else 32
-    rest = Blockwise(shape, options.factor_codebook, bits, options.quant_block, columns=True)
+    rest = Blockwise(shape, options.factor_codebook, bits, options.factor_block, columns=True)
     off_diagonal: Storage = OffDiagonal(rest) if bits < 32 else Dense(shape)
     if options.factor == "direct":
         return Direct(order, off_diagonal, off_diagonal, options.factor_beta, options.damping, options.root)
     if options.factor in ("cholesky", "cholesky_ef"):
         feedback = options.factor == "cholesky_ef"
-        triangles = Triangles(order, options.factor_codebook, bits, options.quant_block, upper=feedback)
+        triangles = Triangles(order, options.factor_codebook, bits, options.factor_block, upper=feedback)
         return Cholesky(
             order=order,
             triangles=triangles if bits < 32 else Dense(shape),

@@ -57,9 +57,9 @@ class Options:
     """The same as a share of training, from its end: the Trainer's callback, which knows the steps, sets the above."""
     block_size: int = 1024
     """Largest order of a factor: a larger side of a matrix is cut into equal blocks."""
-    quant_block: int = 16
-    """Entries of a factor's column that share one scale, of 8 bits for a basis of SOAP and KL-Shampoo, and float32 for
-    shampoo, where it is 64 unless it is given."""
+    quant_block: int = 0
+    """Entries of a factor's column that share one scale (0: 16 in a basis of SOAP and KL-Shampoo, whose scales have 8
+    bits, and 64 in shampoo's factors, with float32 scales)."""
     codebook: Literal["auto", "linear2", "dynamic", "nf4", "lloyd16"] = "auto"
     """Levels that a factor's entries are rounded to (auto: lloyd16 for the 4-bit bases of SOAP and KL-Shampoo, linear2
     for all else; nf4 and lloyd16 have 4 bits only)."""
@@ -115,9 +115,12 @@ class Options:
     """Seed of stochastic rounding; the noise depends on seed, step and position alone."""
 
     def __post_init__(self) -> None:
-        for name in ("block_size", "quant_block", "stats_every", "roots_every"):
+        for name in ("block_size", "stats_every", "roots_every"):
             _require(name, getattr(self, name), getattr(self, name) >= 1, "an integer >= 1")
-        for name in ("rectify_stats", "rectify_roots", "stochastic_from", "refresh_warmup", "diagnose_every", "seed"):
+        for name in (
+            "quant_block", "rectify_stats", "rectify_roots", "stochastic_from", "refresh_warmup", "diagnose_every",
+            "seed",
+        ):  # fmt: skip
             _require(name, getattr(self, name), getattr(self, name) >= 0, "an integer >= 0")
         for name in ("factor_beta", "vocabulary_beta"):
             _require(name, getattr(self, name), 0.0 <= getattr(self, name) < 1.0, "a number in [0, 1)")
@@ -134,6 +137,11 @@ class Options:
         if self.codebook != "auto":
             return self.codebook
         return "lloyd16" if self.algorithm in EIGENBASIS and self.bits == 4 else "linear2"
+
+    @property
+    def factor_block(self) -> int:
+        """`quant_block`, chosen."""
+        return self.quant_block or (16 if self.algorithm in EIGENBASIS else 64)
 
     def turn_interval(self, step: int) -> int:
         """Steps between two turns of a basis at a step: bases change fast at first, and slowly later."""
@@ -155,7 +163,7 @@ class Options:
 EIGENBASIS = ("soap", "kl_shampoo", "kl_soap")
 
 # 2405.18144 and 2412.10663: factors are updated rarely, and all of them at once
-SHAMPOO_DEFAULTS = {"quant_block": 64, "factor_beta": 0.95, "stagger": False}
+SHAMPOO_DEFAULTS = {"factor_beta": 0.95, "stagger": False}
 
 # Whoever gives one of these means the papers' Shampoo: the others have no inverse roots.
 SHAMPOO_ONLY = ("factor", "base", "roots_every", "rectify_roots", "root", "graft")
@@ -256,7 +264,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     # The 32-bit Shampoo that the paper compares with, at the same intervals and orders.
     "shampoo32": {
         "algorithm": "shampoo", "factor": "direct",
-        "bits": 32, "block_size": 1200, "quant_block": 64, "stats_every": 200, "roots_every": 200, "stagger": False,
+        "bits": 32, "block_size": 1200, "stats_every": 200, "roots_every": 200, "stagger": False,
         "factor_beta": 0.95, "damping": 1e-6, "graft": "norm", "moments": "bf16",
     },
 }  # fmt: skip

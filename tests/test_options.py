@@ -81,7 +81,7 @@ def test_casting(name: str, text: object, value: object) -> None:
         ({"block_size": [1]}, "it must be an integer"),
         ({"block_size": float("inf")}, "it must be an integer"),
         ({"block_size": 0}, "option block_size=0 is not allowed: it must be an integer >= 1"),
-        ({"quant_block": -1}, "option quant_block=-1 is not allowed: it must be an integer >= 1"),
+        ({"quant_block": -1}, "option quant_block=-1 is not allowed: it must be an integer >= 0"),
         ({"stats_every": 0}, "option stats_every=0 is not allowed"),
         ({"roots_every": 0}, "option roots_every=0 is not allowed"),
         ({"rectify_stats": -1}, "option rectify_stats=-1 is not allowed: it must be an integer >= 0"),
