@@ -22,7 +22,7 @@ from .exchange import Ranks
 from .held import Held, check, full_shape, held_by_deepspeed, held_itself, in_deepspeed, in_fsdp1
 from .job import Job, raise_together, run
 from .moments import make_moments
-from .options import NAMES, OF_THE_RUN, STRUCTURAL, OptionError, Options, check_rates, resolve
+from .options import NAMES, OF_THE_RUN, STRUCTURAL, OptionError, Options, check_rates, resolve, usual_block
 from .plan import blocks_of, state_layout
 from .saved import FORMAT, CheckpointError, Entry, check_entry, clean_name, pack, unpack, well_formed
 from .waves import Wave, build
@@ -520,6 +520,8 @@ class Shampoo4bit(torch.optim.Optimizer):
         group = self.param_groups[index]
         for name in STRUCTURAL:
             there, here = saved.get(name), group[name]
+            if name == "quant_block":  # said or not
+                there, here = (value or usual_block(group["algorithm"]) for value in (there, here))
             if there != here:
                 raise CheckpointError(
                     f"the checkpoint was written with {name}={there}, this run has {name}={here}: "

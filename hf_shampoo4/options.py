@@ -62,7 +62,7 @@ class Options:
     bits, and 64 in shampoo's factors, with float32 scales)."""
     codebook: Literal["auto", "linear2", "dynamic", "nf4", "lloyd16"] = "auto"
     """Levels that a factor's entries are rounded to (auto: lloyd16 for the 4-bit bases of SOAP and KL-Shampoo, linear2
-    for all else; nf4 and lloyd16 have 4 bits only)."""
+    for all else; nf4 and lloyd16 have 4 bits only, and lloyd16 is made for blocks of 16)."""
     stats_every: int = 10
     """T1: steps between two updates of Shampoo's factors, or between two turns of SOAP's and KL-Shampoo's bases."""
     roots_every: int = 10
@@ -141,7 +141,7 @@ class Options:
     @property
     def factor_block(self) -> int:
         """`quant_block`, chosen."""
-        return self.quant_block or (16 if self.algorithm in EIGENBASIS else 64)
+        return self.quant_block or usual_block(self.algorithm)
 
     def turn_interval(self, step: int) -> int:
         """Steps between two turns of a basis at a step: bases change fast at first, and slowly later."""
@@ -167,6 +167,11 @@ SHAMPOO_DEFAULTS = {"factor_beta": 0.95, "stagger": False}
 
 # Whoever gives one of these means the papers' Shampoo: the others have no inverse roots.
 SHAMPOO_ONLY = ("factor", "base", "roots_every", "rectify_roots", "root", "graft")
+
+
+def usual_block(algorithm: str) -> int:
+    """What `quant_block=0` means."""
+    return 16 if algorithm in EIGENBASIS else 64
 
 
 def _check_algorithm(o: Options) -> None:
@@ -310,9 +315,9 @@ def resolve(
     preset = explicit_preset if explicit_preset is not None else file_preset
     if preset is not None and (not isinstance(preset, str) or preset not in PRESETS):
         raise OptionError(f"unknown preset {_shown(preset)}; valid presets: {', '.join(sorted(PRESETS))}")
-    merged: dict[str, Any] = dict(PRESETS[preset]) if preset is not None else {}
-    for source in (from_file, given):
-        merged.update({name: _cast(name, value) for name, value in source.items()})
+    below: dict[str, Any] = dict(PRESETS[preset]) if preset is not None else {}
+    explicit = {name: _cast(name, value) for source in (from_file, given) for name, value in source.items()}
+    merged = {**below, **_set_aside({**(beneath or {}), **below}, explicit), **explicit}
     if "algorithm" not in {**(beneath or {}), **merged} and any(name in merged for name in SHAMPOO_ONLY):
         merged["algorithm"] = "shampoo"
     chosen = {**(beneath or {}), **merged}
@@ -320,6 +325,20 @@ def resolve(
         merged = {**_defaults_of(chosen["algorithm"], beneath or {}), **merged}
     Options(**{**(beneath or {}), **merged})  # range checks, before any training time is spent
     return merged
+
+
+def _set_aside(below: Mapping[str, Any], explicit: Mapping[str, Any]) -> dict[str, Any]:
+    """The usual values of what a preset, or an optimizer, has set for another algorithm or factor than the explicit."""
+    chosen = {**below, **explicit}
+    names: list[str] = []
+    if chosen.get("algorithm") in EIGENBASIS:
+        names += SHAMPOO_ONLY
+    elif chosen.get("factor") != "eigen":
+        names += ["rectify_stats", "rectify_roots"]
+    if chosen.get("factor") != "cholesky_ef" or "factor" in names:
+        names += ["error_beta"]
+    usual = {name: getattr(Options, name) for name in names if name in below and name not in explicit}
+    return {name: value for name, value in usual.items() if below[name] != value}
 
 
 def _defaults_of(algorithm: str, beneath: Mapping[str, Any]) -> dict[str, Any]:

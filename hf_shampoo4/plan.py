@@ -22,6 +22,7 @@ from .storage import SMALL, nbytes
 
 WAVE_ELEMENTS = 1 << 24  # 64 MiB of float32 gradient
 MOMENT_FLOPS, STATS_CUBES, ROOT_CUBES, TURN_CUBES = 50, 12, 25, 12  # an entry's work; k^3 of a factor of order k
+LESS_RECTIFIED = 4  # k^3 for each Bjorck step less than ROOT_CUBES' four
 STRIP = 1 << 20  # entries of a block of an embedding: as many as a block of 1024 x 1024
 TALL = 8  # an embedding's block with a factor of order k has at least 8 k rows: the factor takes 1/16 byte an entry
 
@@ -79,7 +80,8 @@ def _load(block: Block, options: Options) -> Load:
         products, cubes = 2 * m * n * (m + n), m**3 + n**3
         # P = L^-1/4 G R^-1/4;  G G^T, G^T G, Bjorck and QR of each;  eigh or Newton of each
         flops += products + (products + STATS_CUBES * cubes) // options.stats_every
-        flops += ROOT_CUBES * cubes // options.roots_every
+        saved = LESS_RECTIFIED * (4 - options.rectify_roots) if options.factor == "eigen" else 0
+        flops += (ROOT_CUBES - saved) * cubes // options.roots_every
     elif isinstance(block.algorithm, Eigenbasis):
         # of each side that is rotated: into the basis and out;  the statistic, carrying m and G' over, Bjorck, QR, U Q
         for side in (block.algorithm.left, block.algorithm.right):

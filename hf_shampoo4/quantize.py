@@ -51,8 +51,8 @@ def quantize_block(
     """
     length = x.shape[-1]
     rows = x.reshape(-1, length)
-    if has_kernels(x.device, block) and rounding is None and fit == "largest":
-        codes, scales = kernels().quantize(rows, padded(codebook, bits, x.device)[1], bits, block)
+    if has_kernels(x.device, block) and rounding is None and fit != "eden":
+        codes, scales = kernels().quantize(rows, *padded(codebook, bits, x.device), bits, block, fit == "least_squares")
         return codes.view(*x.shape[:-1], -1), scales.view(*x.shape[:-1], -1)
     codes = torch.empty(rows.shape, dtype=torch.uint8, device=x.device)
     scales = torch.empty((len(rows), -(-length // block)), device=x.device)
@@ -254,8 +254,10 @@ def _correction(x: Tensor, codes: Tensor, codebook: str, bits: int, block: int, 
     decoded = torch.index_select(_table(codebook, bits, x.device), 0, codes.flatten().int()).view(x.shape)
     agreement = _block_sum(x * decoded, block)
     if fit == "eden":
-        return _block_sum(x * x, block) / agreement.clamp_(min=1e-12)
-    return agreement / _block_sum(decoded * decoded, block).clamp_(min=1e-12)
+        factor = _block_sum(x * x, block) / agreement.clamp_(min=1e-12)
+    else:
+        factor = agreement / _block_sum(decoded * decoded, block).clamp_(min=1e-12)
+    return factor.nan_to_num_(nan=1.0, posinf=1.0)  # of special values; the scale says what they are
 
 
 def _block_sum(x: Tensor, block: int) -> Tensor:

@@ -154,7 +154,8 @@ class Blockwise:
 class DoubleQuantized:
     """Small blocks: their scales, which would outweigh what they gain, are 8-bit shares of the largest in their row.
 
-    As the scales of QLoRA (2305.14314, "double quantization").  `of`: rows or columns.
+    As the scales of QLoRA (2305.14314, "double quantization").  A share is (j / 255)^2: a basis begins as the identity,
+    and what its columns learn first is small beside their 1.
     """
 
     of: Blockwise
@@ -172,11 +173,11 @@ class DoubleQuantized:
         exact = {"codes": buffers["codes"], "scales": torch.empty_like(buffers["scales"], dtype=torch.float32)}
         self.of.write(exact, x)
         buffers["largest"].copy_(exact["scales"].amax(-1, keepdim=True))
-        shares = exact["scales"] / buffers["largest"].clamp_min(torch.finfo(torch.float32).tiny)
-        buffers["scales"].copy_((255 * shares).round_())
+        shares = exact["scales"] / torch.where(buffers["largest"] > 0, buffers["largest"], 1.0)
+        buffers["scales"].copy_(shares.sqrt_().mul_(255).round_())
 
     def read(self, buffers: Buffers) -> Tensor:
-        scales = buffers["scales"] * (buffers["largest"] / 255)
+        scales = (buffers["scales"] / 255).square_().mul_(buffers["largest"])
         return self.of.read({"codes": buffers["codes"], "scales": scales})
 
 

@@ -57,10 +57,10 @@ def sensible(name: str) -> st.SearchStrategy[Any]:
         "algorithm": ["shampoo", "soap", "kl_shampoo", "kl_soap", "elementwise"], "bits": [4, 8, 32],
         "factor": ["eigen", "direct", "cholesky", "cholesky_ef"], "base": ["adamw", "sgdm"],
         "moments": ["fp32", "bf16", "4bit", "4bit_factored", "4bit_eden", "4bit_zipsr"],
-        "block_size": [1, 2, 7, 64, 1024], "quant_block": [1, 3, 64], "stats_every": [1, 2], "roots_every": [1, 3],
+        "block_size": [1, 2, 7, 64, 1024], "quant_block": [0, 3, 16, 64], "stats_every": [1, 2], "roots_every": [1, 3],
         "graft": ["norm", "block", "none"], "root": ["eigh", "newton", "newton_db"], "stagger": [True, False],
         "matrix_view": ["auto", "flatten", "batch"], "refresh_warmup": [0, 2], "stochastic_rounding": [True],
-        "diagnose_every": [1], "codebook": ["linear2", "dynamic", "nf4"], "preset": list(PRESETS),
+        "diagnose_every": [1], "codebook": ["linear2", "dynamic", "nf4", "lloyd16"], "preset": list(PRESETS),
     }  # fmt: skip
     return st.sampled_from(hints[name])
 

@@ -245,12 +245,12 @@ def test_cholesky_takes_half_of_the_eigenvectors_bytes() -> None:
 # --------------------------------------------------------------------------------------------- in the optimizer
 
 
-@pytest.mark.parametrize("codebook", ["linear2", "dynamic", "nf4"])
+@pytest.mark.parametrize("codebook", ["linear2", "dynamic", "nf4", "lloyd16"])
 @pytest.mark.parametrize("bits", [4, 8, 32])
 @pytest.mark.parametrize("factor", FACTORS)
 def test_every_storage_of_every_factor_steps(factor: str, bits: int, codebook: str) -> None:
-    if (bits, codebook) == (8, "nf4"):
-        pytest.skip("nf4 has 4 bits")
+    if bits == 8 and codebook in ("nf4", "lloyd16"):
+        pytest.skip(f"{codebook} has 4 bits")
     p = torch.nn.Parameter(torch.randn(64, 80))
     options = {"factor": factor, "bits": bits, "codebook": codebook, "stats_every": 1, "roots_every": 2}
     optimizer = Shampoo4bit([p], lr=0.01, **options)
@@ -286,6 +286,7 @@ def test_the_papers_preset_resolves_and_steps() -> None:
         ({"factor": "cholesky", "rectify_roots": 2}, "eigen"),
         ({"factor": "direct", "rectify_stats": 0}, "eigen"),
         ({"codebook": "nf4", "bits": 8}, "linear2 or dynamic"),
+        ({"codebook": "lloyd16", "bits": 8}, "linear2 or dynamic"),
         ({"root": "svd"}, "eigh, newton, newton_db"),
         ({"factor": "lu"}, "cholesky_ef"),
     ],

@@ -48,12 +48,27 @@ def test_quantise_and_back_are_the_references_bit_for_bit(kernels: ModuleType, n
     dtypes = [torch.float32, torch.bfloat16, torch.float16]
     for i, (rows, length, block) in enumerate(SHAPES):
         x = numbers(rows, length, name, dtypes[i % 3])
-        codes, scales = kernels.quantize(x, thresholds, bits, block)
+        codes, scales = kernels.quantize(x, table, thresholds, bits, block)
         expected = quantize.quantize_block(x, name, bits, block)
         assert torch.equal(codes, expected[0])
         assert torch.equal(scales, expected[1])
         decoded = kernels.dequantize(codes, scales, table, bits, block, length)
         assert torch.equal(decoded, quantize.dequantize_block(*expected, name, bits, block, length))
+
+
+@pytest.mark.parametrize(("name", "bits"), [("lloyd16", 4), ("linear2", 8), ("dynamic0", 4)])
+def test_fitted_scales_are_the_references_up_to_their_sums(
+    kernels: ModuleType, name: str, bits: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for rows, length, block in SHAPES:
+        x = numbers(rows, length, name)
+        codes, scales = quantize.quantize_block(x, name, bits, block, fit="least_squares")
+        with monkeypatch.context() as patched:
+            patched.setattr(quantize, "has_kernels", lambda device, block: True)
+            found = quantize.quantize_block(x, name, bits, block, fit="least_squares")
+        assert torch.equal(found[0], codes)
+        torch.testing.assert_close(found[1], scales, rtol=1e-5, atol=0)
+        assert torch.isfinite(scales).all()
 
 
 def test_quantise_takes_the_kernels_and_any_shape(kernels: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:

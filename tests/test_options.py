@@ -6,7 +6,9 @@ import dataclasses
 from pathlib import Path
 
 import pytest
+import torch
 
+from hf_shampoo4 import Shampoo4bit
 from hf_shampoo4.options import (
     CONFIG_ENV,
     NAMES,
@@ -140,6 +142,46 @@ def test_explicit_over_file_over_preset(config: str) -> None:
     assert resolve({}, config=config)["block_size"] == 256
     assert resolve({"preset": "shampoo32"}, config=config)["factor"] == "direct"
     assert resolve({}) == {}
+
+
+@pytest.mark.parametrize("factor", ["direct", "cholesky", "cholesky_ef", "eigen"])
+@pytest.mark.parametrize("preset", sorted(PRESETS))
+def test_another_factor_than_the_presets(preset: str, factor: str) -> None:
+    """It takes what the preset says that is not of the preset's own factor."""
+    found = Options(**resolve({"factor": factor}, preset=preset))
+    assert (found.factor, found.stats_every) == (factor, 200)
+    assert found.rectify_roots == (4 if factor == "eigen" and preset == "paper_eigen" else 1)
+    assert found.error_beta == (0.95 if factor == "cholesky_ef" and preset == "paper_cholesky" else 0.7)
+
+
+@pytest.mark.parametrize("algorithm", ["kl_shampoo", "soap"])
+@pytest.mark.parametrize("preset", sorted(PRESETS))
+def test_another_algorithm_than_the_presets(preset: str, algorithm: str) -> None:
+    found = Options(**resolve({"algorithm": algorithm}, preset=preset))
+    assert (found.algorithm, found.factor, found.stats_every, found.rectify_roots) == (algorithm, "eigen", 200, 1)
+
+
+def test_what_is_explicit_is_not_set_aside() -> None:
+    with pytest.raises(OptionError, match=r"rectify_roots=4 .* only eigen has eigenvectors"):
+        resolve({"factor": "direct", "rectify_roots": 4}, preset="paper_eigen")
+
+
+def test_a_group_with_another_factor_than_the_optimizers() -> None:
+    p, q = torch.nn.Parameter(torch.zeros(64, 64)), torch.nn.Parameter(torch.zeros(64, 64))
+    optimizer = Shampoo4bit([p], preset="paper_eigen")
+    optimizer.add_param_group({"params": [q], "factor": "cholesky"})
+    first, second = optimizer.param_groups
+    assert (first["rectify_roots"], second["rectify_roots"], second["factor"]) == (4, 1, "cholesky")
+
+
+def test_what_the_usual_block_and_levels_are() -> None:
+    for algorithm, bits, block, codebook in (
+        ("kl_shampoo", 4, 16, "lloyd16"), ("soap", 4, 16, "lloyd16"), ("kl_soap", 8, 16, "linear2"),
+        ("shampoo", 4, 64, "linear2"),
+    ):  # fmt: skip
+        options = Options(algorithm=algorithm, bits=bits)
+        assert (options.factor_block, options.factor_codebook) == (block, codebook)
+    assert Options(quant_block=32).factor_block == 32
 
 
 def test_presets_are_not_changed_by_use(config: str) -> None:

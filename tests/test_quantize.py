@@ -241,12 +241,17 @@ def test_infinity_counts_as_the_largest_float32(name: str, bits: int, dtype: tor
     assert decoded[0, 1].item() == torch.tensor(levels(name, bits)[0]).mul(FLOAT32_MAX).item()
     assert decoded[0, 2:].tolist() == [0.0, 0.0]
     assert torch.equal(decoded[1:], roundtrip(x[1:], name, bits, 4))
+    for fit in ("eden", "least_squares"):
+        assert torch.isfinite(quantize_block(x, name, bits, 4, fit=fit)[1]).all()
     assert torch.isfinite(dequantize_rank1(*quantize_rank1(x, name, bits), name, bits)).all()
 
 
+@pytest.mark.parametrize("fit", ["largest", "eden", "least_squares"])
 @pytest.mark.parametrize(("name", "bits"), KINDS)
-def test_a_block_with_nan_decodes_to_zeros(name: str, bits: int) -> None:
+def test_a_block_with_nan_decodes_to_zeros(name: str, bits: int, fit: Fit) -> None:
     x = torch.tensor([[1.0, math.nan, 0.5, 0.25]])
+    fitted = quantize_block(x, name, bits, 2, fit=fit)
+    assert fitted[1][0, 0].item() == 0.0
     codes, scales = quantize_block(x, name, bits, 2)
     assert scales[0, 0].item() == 0.0
     decoded = dequantize_block(codes, scales, name, bits, 2, 4)

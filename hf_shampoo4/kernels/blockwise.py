@@ -67,14 +67,22 @@ def _load_levels(codes, table, row, j, length, BITS: tl.constexpr, TILE: tl.cons
 
 @triton.jit
 def _quantize(
-    x, codes, scales, thresholds, length, blocks, BITS: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr
-):
+    x, codes, scales, table, thresholds, length, blocks,
+    LEAST_SQUARES: tl.constexpr, BITS: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     block = tl.program_id(1) * TILE + tl.arange(0, TILE)
     j = block[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
     value = tl.load(x + row * length + j, mask=j < length, other=0.0).to(tl.float32)
     scale = _scale(value)
-    _store_codes(codes, _encode(value, scale, thresholds, BITS), row, j, length, BITS, TILE, BLOCK)
+    code = _encode(value, scale, thresholds, BITS)
+    _store_codes(codes, code, row, j, length, BITS, TILE, BLOCK)
+    if LEAST_SQUARES:
+        # scale <- scale <x, Q(x)> / |Q(x)|^2, of the normalised x
+        level = tl.where(j < length, tl.load(table + code), 0.0)
+        agreement = tl.sum(value / tl.where(scale > 0, scale, 1.0)[:, None] * level, axis=1)
+        factor = agreement / tl.maximum(tl.sum(level * level, axis=1), 1e-12)
+        scale *= tl.where(factor < float("inf"), factor, 1.0)  # a NaN is not less
     tl.store(scales + row * blocks + block, scale, mask=block < blocks)
 
 
@@ -122,11 +130,14 @@ def _adamw(
     tl.store(scales2 + place, scale, mask=whole)
 
 
-def quantize(x: Tensor, thresholds: Tensor, bits: int, block: int) -> tuple[Tensor, Tensor]:
-    """As `quantize.quantize_block`, to the nearest level.
+def quantize(
+    x: Tensor, table: Tensor, thresholds: Tensor, bits: int, block: int, least_squares: bool = False
+) -> tuple[Tensor, Tensor]:
+    """As `quantize.quantize_block`, to the nearest level; fitted scales up to the rounding of their sums.
 
     Args:
         x: (rows, L), float32, float16 or bfloat16.
+        table: float32, the levels, 2^bits of them.
         thresholds: float32, ascending, 2^bits - 1 of them (padded with infinity): a number has code j or more if it is
             greater than thresholds[j - 1].
         block: a power of two, at least 2.
@@ -142,8 +153,9 @@ def quantize(x: Tensor, thresholds: Tensor, bits: int, block: int) -> tuple[Tens
     scales = torch.empty((rows, blocks), device=x.device)
     tile = _tile(block, blocks)
     _quantize[rows, triton.cdiv(blocks, tile)](
-        x, codes, scales, thresholds, length, blocks, BITS=bits, TILE=tile, BLOCK=block
-    )
+        x, codes, scales, table, thresholds, length, blocks,
+        LEAST_SQUARES=least_squares, BITS=bits, TILE=tile, BLOCK=block,
+    )  # fmt: skip
     return codes, scales
 
 
