@@ -23,6 +23,8 @@ _LLOYD16 = (
     0.0966, 0.1951, 0.2976, 0.4060, 0.5240, 0.6568, 0.8109, 1.0,
 )  # fmt: skip
 
+ONLY_4_BITS: dict[str, tuple[float, ...]] = {"nf4": _NF4, "lloyd16": _LLOYD16}
+
 
 def linear2(bits: int) -> list[float]:
     """Signed squares `sign(x) x^2`, x evenly spaced in [-1, 1], the level below zero replaced by 0 (2405.18144)."""
@@ -60,7 +62,7 @@ def nf4(bits: int) -> list[float]:
     Raises:
         ValueError: bits is not 4.
     """
-    return _of_4_bits("nf4", _NF4, bits)
+    return _of_4_bits("nf4", bits)
 
 
 def lloyd16(bits: int) -> list[float]:
@@ -69,13 +71,13 @@ def lloyd16(bits: int) -> list[float]:
     Raises:
         ValueError: bits is not 4.
     """
-    return _of_4_bits("lloyd16", _LLOYD16, bits)
+    return _of_4_bits("lloyd16", bits)
 
 
-def _of_4_bits(name: str, table: tuple[float, ...], bits: int) -> list[float]:
+def _of_4_bits(name: str, bits: int) -> list[float]:
     if bits != 4:
         raise ValueError(f"codebook {name} has 4 bits, not {bits}")
-    return list(table)
+    return list(ONLY_4_BITS[name])
 
 
 def _dynamic_fractions(bits: int, first_decade: int) -> list[float]:

@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
+from .codebooks import ONLY_4_BITS
+
 CONFIG_ENV = "HF_SHAMPOO4_CONFIG"
 LARGEST_YAML = 1 << 20
 
@@ -201,9 +203,7 @@ def _check_factor(o: Options) -> None:
         value = getattr(o, name)
         applies = o.factor == "eigen" or value == getattr(Options, name)
         _require(name, value, applies, f"left out with factor={o.factor}: only eigen has eigenvectors to rectify")
-    _require(
-        "codebook", o.codebook, o.codebook not in ("nf4", "lloyd16") or o.bits != 8, "linear2 or dynamic with bits=8"
-    )
+    _require("codebook", o.codebook, o.codebook not in ONLY_4_BITS or o.bits != 8, "linear2 or dynamic with bits=8")
 
 
 def _check_moments(o: Options) -> None:
@@ -330,13 +330,11 @@ def resolve(
 def _set_aside(below: Mapping[str, Any], explicit: Mapping[str, Any]) -> dict[str, Any]:
     """The usual values of what a preset, or an optimizer, has set for another algorithm or factor than the explicit."""
     chosen = {**below, **explicit}
-    names: list[str] = []
     if chosen.get("algorithm") in EIGENBASIS:
-        names += SHAMPOO_ONLY
-    elif chosen.get("factor") != "eigen":
-        names += ["rectify_stats", "rectify_roots"]
-    if chosen.get("factor") != "cholesky_ef" or "factor" in names:
-        names += ["error_beta"]
+        names = [*SHAMPOO_ONLY, "error_beta"]
+    else:
+        of_factors = {"eigen": ["rectify_stats", "rectify_roots"], "cholesky_ef": ["error_beta"]}
+        names = [name for factor, own in of_factors.items() if factor != chosen.get("factor") for name in own]
     usual = {name: getattr(Options, name) for name in names if name in below and name not in explicit}
     return {name: value for name, value in usual.items() if below[name] != value}
 
