@@ -17,7 +17,6 @@ ROOT = Path(__file__).resolve().parent.parent / PACKAGE
 # A module imports from strictly lower levels only; those of the top level may import each other.
 # A sub-package is one module here.  A new module gets a line.
 LEVELS = {
-    "options": 0,
     "codebooks": 0,
     "blocks": 0,
     "clock": 0,
@@ -25,11 +24,12 @@ LEVELS = {
     "files": 0,
     "resume": 0,
     "held": 0,
-    "saved": 1,
+    "options": 1,
     "matrix": 1,
     "placement": 1,
     "rounding": 1,
     "kernels": 1,
+    "saved": 2,
     "quantize": 2,
     "exchange": 2,
     "storage": 3,
