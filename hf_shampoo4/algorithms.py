@@ -48,11 +48,16 @@ class Context:
     total: Callable[[Tensor], Tensor] = lambda sums: sums
     """Sums over the blocks of each parameter here, float64 (k, parameters) -> over its blocks on all ranks."""
     places: Sequence[float] = ()
-    """Of the stack's blocks, in [0, 1): what share of a period earlier than all together each is refreshed."""
+    """Of the stack's blocks, in [0, 1), see `ahead`; none: all together."""
 
     def due(self, every: int, blocks: int) -> list[int]:
         """Rows of a stack whose turn it is in a period of `every` steps."""
         return due(self.step, every, self.places or [0.0] * blocks)
+
+
+def ahead(options: Options, places: Sequence[float]) -> Sequence[float]:
+    """What share of a period earlier than all together each block is refreshed: its place, if blocks are staggered."""
+    return places if options.stagger else [0.0] * len(places)
 
 
 def due(step: int, every: int, places: Sequence[float]) -> list[int]:
@@ -208,7 +213,12 @@ class Eigenbasis:
         before = _scales(left, right, damping)
         # G' = U_L^T G U_R
         rotated = between(left.vectors, g, right.vectors)
-        self._follow(left, right, rotated.square(), o)
+        squares = rotated.square()
+        level = squares.mean((-2, -1))
+        good = level.isfinite()
+        rotated.masked_fill_(~good[:, None, None], 0.0)
+        state["failures"]["dense"] += ~good
+        self._follow(left, right, squares, level.where(good, 0.0), o)
         every = o.turn_interval(context.step)
         rows = context.due(every, len(g))
         turn: Callable[[Tensor], Tensor] = same
@@ -256,9 +266,12 @@ class Eigenbasis:
     def _opened(self, state: State, x: Tensor) -> tuple[OpenSide, OpenSide]:
         return OpenSide(self.left, _side(state, "left"), x), OpenSide(self.right, _side(state, "right"), x)
 
-    def _follow(self, left: OpenSide, right: OpenSide, squares: Tensor, o: Options) -> None:
-        """Eigenvalues follow the squares of the rotated gradient, which are used up, at every step."""
-        level = squares.mean((-2, -1))
+    def _follow(self, left: OpenSide, right: OpenSide, squares: Tensor, level: Tensor, o: Options) -> None:
+        """Eigenvalues follow the squares of the rotated gradient, which are used up, at every step.
+
+        Args:
+            level: (B,), the squares' mean: what eigenvalues start from.
+        """
         if self.whitened and self.left.followed and self.right.followed:
             level = level.sqrt()  # lambda_L lambda_R^T is the mean square
         left.start(level)
@@ -331,8 +344,7 @@ def directions(stacks: Sequence[Stack], gradients: Sequence[Tensor], context: Co
     """The step of every block of some stacks, without learning rate and weight decay: float32 (B, *shape) a stack."""
     if context.probe:
         context.probe.before(stacks)
-    staggered = context.options.stagger
-    contexts = [replace(context, places=stack.places) if staggered else context for stack in stacks]
+    contexts = [replace(context, places=ahead(context.options, stack.places)) for stack in stacks]
     inputs = zip(stacks, gradients, contexts, strict=True)
     preconditioned = [stack.algorithm.precondition(stack.state, g, its_context) for stack, g, its_context in inputs]
     grafted = graft(stacks, gradients, preconditioned, context)

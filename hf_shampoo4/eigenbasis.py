@@ -71,9 +71,15 @@ class OpenSide:
             self.eigenvalues.copy_(torch.where(fresh, level.unsqueeze(-1), self.eigenvalues))
 
     def follow(self, diagonal: Tensor, beta: float) -> None:
-        """lambda <- beta lambda + (1 - beta) diagonal."""
+        """lambda <- beta lambda + (1 - beta) diagonal, but for blocks whose gradient is zero, or too large to square.
+
+        Forgotten at beta a step on both sides, eigenvalues would go as fast as the first moment: KL-Shampoo's direction,
+        their ratio, would not go at all.
+        """
         if self._side.followed:
-            self.eigenvalues.lerp_(diagonal, 1 - beta)
+            largest = diagonal.amax(-1, keepdim=True)
+            tells = (largest > 0) & largest.isfinite()
+            self.eigenvalues.lerp_(torch.where(tells, diagonal, self.eigenvalues), 1 - beta)
 
     def turn(self, sample: Tensor, memory: float) -> Tensor:
         """Turn the basis towards the eigenvectors of the factor.

@@ -13,7 +13,7 @@ from typing import Protocol, TypeVar
 
 import torch
 
-from .algorithms import Algorithm, Eigenbasis, Shampoo, due, make_algorithm
+from .algorithms import Algorithm, Eigenbasis, Shampoo, ahead, due, make_algorithm
 from .blocks import MatrixView, Rect, matrix_view, partition, strips, vocabulary_strips
 from .eigenbasis import ONE_SIDED
 from .options import Options
@@ -22,7 +22,7 @@ from .storage import SMALL, nbytes
 
 WAVE_ELEMENTS = 1 << 24  # 64 MiB of float32 gradient
 MOMENT_FLOPS, STATS_CUBES, ROOT_CUBES, TURN_CUBES = 50, 12, 25, 12  # an entry's work; k^3 of a factor of order k
-LESS_RECTIFIED = 4  # k^3 for each Bjorck step less than ROOT_CUBES' four
+EIGEN_ROOT_CUBES, BJORCK_CUBES = 9, 4  # a root by eigenvectors, and each Bjorck step before it
 STRIP = 1 << 20  # entries of a block of an embedding: as many as a block of 1024 x 1024
 TALL = 8  # an embedding's block with a factor of order k has at least 8 k rows: the factor takes 1/16 byte an entry
 
@@ -80,8 +80,8 @@ def _load(block: Block, options: Options) -> Load:
         products, cubes = 2 * m * n * (m + n), m**3 + n**3
         # P = L^-1/4 G R^-1/4;  G G^T, G^T G, Bjorck and QR of each;  eigh or Newton of each
         flops += products + (products + STATS_CUBES * cubes) // options.stats_every
-        saved = LESS_RECTIFIED * (4 - options.rectify_roots) if options.factor == "eigen" else 0
-        flops += (ROOT_CUBES - saved) * cubes // options.roots_every
+        by_eigen = EIGEN_ROOT_CUBES + BJORCK_CUBES * options.rectify_roots
+        flops += (by_eigen if options.factor == "eigen" else ROOT_CUBES) * cubes // options.roots_every
     elif isinstance(block.algorithm, Eigenbasis):
         # of each side that is rotated: into the basis and out;  the statistic, carrying m and G' over, Bjorck, QR, U Q
         for side in (block.algorithm.left, block.algorithm.right):
@@ -96,14 +96,13 @@ def refreshed(options: Options, step: int, places: Sequence[float]) -> frozenset
     Of staggered Shampoo none is: its graft goes over all blocks of a parameter, in whichever step their turns come.
 
     Args:
-        places: of the blocks, see `places_of`; they tell if blocks are staggered.
+        places: of the blocks, see `places_of`.
     """
     o = options
     if o.algorithm == "elementwise" or (o.algorithm == "shampoo" and o.stagger):
         return frozenset()
     intervals = (o.stats_every, o.roots_every) if o.algorithm == "shampoo" else (o.turn_interval(step),)
-    ahead = places if o.stagger else [0.0] * len(places)
-    return frozenset(i for every in intervals for i in due(step, every, ahead))
+    return frozenset(i for every in intervals for i in due(step, every, ahead(o, places)))
 
 
 def places_of(counts: Mapping[str, int]) -> dict[str, list[float]]:

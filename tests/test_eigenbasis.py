@@ -309,6 +309,23 @@ def test_long_silence_is_survived(algorithm: str) -> None:
         assert (before - p.detach()).abs().max() < 100.0
 
 
+@pytest.mark.parametrize("algorithm", FAMILY)
+def test_silence_ends_in_rest_and_is_not_remembered(algorithm: str) -> None:
+    """An expert that no token reaches, a parameter that an engine hands zeros: ten steps of drift, as with AdamW."""
+    torch.manual_seed(0)
+    p = nn.Parameter(torch.zeros(72, 70))
+    optimizer = Shampoo4bit([p], lr=1.0, weight_decay=0.0, algorithm=algorithm, moments="fp32")
+    moved = []
+    for size in (*[1.0] * 20, *[0.0] * 900, *[3.0] * 5):
+        before = p.detach().clone()
+        p.grad = size * torch.randn_like(p)
+        optimizer.step()
+        moved.append((p.detach() - before).norm())
+    assert sum(moved[20:920]) < 12 * moved[19]
+    assert moved[919] == 0
+    assert all(moved[19] / 5 < there < 8 * moved[19] for there in moved[920:])
+
+
 def test_a_failed_turn_keeps_the_basis_and_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     from hf_shampoo4 import eigenbasis
 

@@ -7,6 +7,7 @@ import io
 import pickle
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from torch import nn
 
 from hf_shampoo4 import Shampoo4bit, matrix
 from hf_shampoo4.optimizer import CheckpointError
+from hf_shampoo4.options import EIGENBASIS
 
 SHAPES = [(70, 66), (64, 64), (3, 20, 30), (9,), (5000,)]
 OFTEN = {"stats_every": 1, "roots_every": 2}
@@ -190,12 +192,18 @@ def test_zero_gradients_move_nothing_and_leave_no_nan(options: dict) -> None:
     assert not any(t.any() for key, t in tensors(optimizer) if "failures" in key)
 
 
+SIZES = (1e-40, 1e-25, 1e-10, 1e10, 1e18, 1e19, 1e25, 1e38)
+
+
+@pytest.mark.parametrize("scale", SIZES)
 @pytest.mark.parametrize(
-    ("graft", "scale"),
-    [(graft, scale) for graft in ("norm", "block", "none") for scale in (1e-40, 1e-25, 1e-10, 1e10, 1e18, 1e25, 1e38)],
+    "options",
+    [*({"graft": graft} for graft in ("norm", "block", "none")), *({"algorithm": name} for name in EIGENBASIS)],
+    ids=lambda options: "-".join(options.values()),
 )
-def test_gradients_of_any_size_leave_no_nan(graft: str, scale: float) -> None:
-    optimizer = Shampoo4bit(parameters(), lr=1e-3, graft=graft, stats_every=1, roots_every=1)
+def test_gradients_of_any_size_leave_no_nan(options: dict[str, Any], scale: float) -> None:
+    every_step = {"stats_every": 1, **({"roots_every": 1} if "graft" in options else {})}
+    optimizer = Shampoo4bit(parameters(), lr=1e-3, **options, **every_step)
     run(optimizer, range(1))
     for p in owners(optimizer):
         p.grad = torch.randn_like(p).clamp(-3, 3) * scale
