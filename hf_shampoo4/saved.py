@@ -69,6 +69,8 @@ def join(name: str, parts: Sequence[Entry]) -> Entry:
     Raises:
         CheckpointError: a block is missing or there twice.
     """
+    if len(parts) == 1 and not is_part(parts[0]):  # one rank keeps everything, and does not say so
+        return parts[0]
     found: Entry = {}
     for key in dict.fromkeys(key for part in parts for key in part if not key.endswith("/blocks")):
         having = [part for part in parts if key in part]
