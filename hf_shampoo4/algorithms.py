@@ -48,11 +48,11 @@ class Context:
     total: Callable[[Tensor], Tensor] = lambda sums: sums
     """Sums over the blocks of each parameter here, float64 (k, parameters) -> over its blocks on all ranks."""
     places: Sequence[float] = ()
-    """Of the stack's blocks, in [0, 1), see `ahead`; none: all together."""
+    """Of the stack's blocks, in [0, 1), see `ahead`."""
 
-    def due(self, every: int, blocks: int) -> list[int]:
+    def due(self, every: int) -> list[int]:
         """Rows of a stack whose turn it is in a period of `every` steps."""
-        return due(self.step, every, self.places or [0.0] * blocks)
+        return due(self.step, every, self.places)
 
 
 def ahead(options: Options, places: Sequence[float]) -> Sequence[float]:
@@ -155,7 +155,7 @@ class Shampoo:
     def precondition(self, state: State, g: Tensor, context: Context) -> Preconditioned:
         o = context.options
         for every, work in ((o.stats_every, self._update), (o.roots_every, self._refresh)):
-            rows = context.due(every, len(g))
+            rows = context.due(every)
             if rows:
                 with context.stopwatch.on(g.device), _part(state, g, _index(rows, g)) as (part, some):
                     part["failures"]["dense"] += work(part, some)
@@ -220,7 +220,7 @@ class Eigenbasis:
         state["failures"]["dense"] += ~good
         self._follow(left, right, squares, level.where(good, 0.0), o)
         every = o.turn_interval(context.step)
-        rows = context.due(every, len(g))
+        rows = context.due(every)
         turn: Callable[[Tensor], Tensor] = same
         if rows:
             memory = max(o.factor_beta**every, SHORTEST_MEMORY)

@@ -1,7 +1,7 @@
 """Code tables: the levels that a normalised number in [-1, 1] (or [0, 1]) is rounded to.
 
 `CODEBOOKS[name](bits)` gives the levels in ascending order as Python floats; code j stands for level j.
-A codebook is one entry of the dict; nothing else in the package lists them.
+A codebook is one entry of the dict; `options` says which may be asked for.
 """
 
 from __future__ import annotations

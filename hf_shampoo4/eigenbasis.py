@@ -73,8 +73,8 @@ class OpenSide:
     def follow(self, diagonal: Tensor, beta: float) -> None:
         """lambda <- beta lambda + (1 - beta) diagonal, but for blocks whose gradient is zero, or too large to square.
 
-        Forgotten at beta a step on both sides, eigenvalues would go as fast as the first moment: KL-Shampoo's direction,
-        their ratio, would not go at all.
+        Forgotten at beta a step on both sides, eigenvalues would go as fast as the first moment, and KL-Shampoo's
+        direction, their ratio, not at all.
         """
         if self._side.followed:
             largest = diagonal.amax(-1, keepdim=True)

@@ -306,7 +306,7 @@ def _read_first(storage: Storage, state: State, coordinates: Coordinates) -> Ten
 
 
 def _write_first(storage: Storage, state: State, stored: Tensor, noise: Noise | None) -> None:
-    if noise is not None and isinstance(storage, Blockwise):
+    if noise is not None and isinstance(storage, Blockwise) and storage.bits == 4:
         storage.write(state["first"], stored, Stochastic(noise.uniform(FIRST_STREAM, stored[0].numel())))
     else:
         storage.write(state["first"], stored)

@@ -6,7 +6,7 @@ import difflib
 import hashlib
 import math
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple, NoReturn
@@ -22,7 +22,7 @@ from .exchange import Ranks
 from .held import Held, check, full_shape, held_by_deepspeed, held_itself, in_deepspeed, in_fsdp1
 from .job import Job, raise_together, run
 from .moments import make_moments
-from .options import NAMES, OF_THE_RUN, STRUCTURAL, OptionError, Options, check_rates, resolve, usual_block
+from .options import NAMES, OF_THE_RUN, STRUCTURAL, OptionError, Options, check_rates, resolve
 from .plan import blocks_of, state_layout
 from .saved import FORMAT, CheckpointError, Entry, check_entry, clean_name, pack, unpack, well_formed
 from .waves import Wave, build
@@ -39,7 +39,7 @@ class Shampoo4bit(torch.optim.Optimizer):
         params: parameters, (name, parameter) pairs or groups, as for any torch optimizer.  A group may set any option.
         lr: learning rate; AdamW's.
         betas: decay of the first and second moment; with base="sgdm" the first is the momentum.
-        eps: added to the root of the second moment.
+        eps: added to the root of the second moment (KL-Shampoo has none where it preconditions).
         weight_decay: decoupled, as in AdamW; with base="sgdm" coupled, as in torch.optim.SGD: added to the
             (preconditioned) gradient before the momentum.
         preset: a named set of options (`hf_shampoo4.options.PRESETS`).
@@ -157,7 +157,8 @@ class Shampoo4bit(torch.optim.Optimizer):
         """Take over a saved state, every tensor in the dtype it was saved in.
 
         What changes the state's layout (bits, factor, block size, ...) must be the same here as there; other options
-        and the learning rate come from the checkpoint, as torch has it.
+        and the learning rate come from the checkpoint, as torch has it, but `shard_state`, `wire` and `communicate`,
+        which are the run's own.
 
         Raises:
             CheckpointError: written by another optimizer, for another model or with other structural options, or
@@ -518,10 +519,9 @@ class Shampoo4bit(torch.optim.Optimizer):
 
     def _check_saved_group(self, index: int, saved: dict[str, Any], state: dict[Any, Any], whole: bool) -> None:
         group = self.param_groups[index]
-        for name in STRUCTURAL:
-            there, here = saved.get(name), group[name]
-            if name == "quant_block":  # said or not
-                there, here = (value or usual_block(group["algorithm"]) for value in (there, here))
+        ours = _layout(group)
+        for name, there in _layout({**group, **saved}).items():
+            here = ours[name]
             if there != here:
                 raise CheckpointError(
                     f"the checkpoint was written with {name}={there}, this run has {name}={here}: "
@@ -535,6 +535,12 @@ class Shampoo4bit(torch.optim.Optimizer):
             entry = state.get(key, {})
             if whole and (entry or (p.requires_grad and saved.get("step", 0))):
                 check_entry(name, entry, state_layout(blocks_of(full_shape(p), Options.of(group))))
+
+
+def _layout(group: Mapping[str, Any]) -> dict[str, Any]:
+    """The options on which the layout and the meaning of the state depend, `auto` and 0 as what they stand for."""
+    o = Options(**{name: group[name] for name in NAMES})
+    return {**{name: group[name] for name in STRUCTURAL}, "quant_block": o.factor_block, "codebook": o.factor_codebook}
 
 
 def _difference(ranks: list[list[dict[str, Any]]]) -> str:
@@ -570,7 +576,7 @@ class _Unit(NamedTuple):
     def identity(self) -> Any:
         """What a plan depends on."""
         live = [(id(held.buffer), held.buffer.device, held.buffer.dtype, held.shape) for held in self.members]
-        return [self.group[name] for name in (*STRUCTURAL, *OF_THE_RUN)], live
+        return [self.group[name] for name in NAMES], live
 
 
 @dataclass

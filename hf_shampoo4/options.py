@@ -11,7 +11,7 @@ import dataclasses
 import difflib
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -143,7 +143,7 @@ class Options:
     @property
     def factor_block(self) -> int:
         """`quant_block`, chosen."""
-        return self.quant_block or usual_block(self.algorithm)
+        return self.quant_block or (16 if self.algorithm in EIGENBASIS else 64)
 
     def turn_interval(self, step: int) -> int:
         """Steps between two turns of a basis at a step: bases change fast at first, and slowly later."""
@@ -169,40 +169,33 @@ SHAMPOO_DEFAULTS = {"factor_beta": 0.95, "stagger": False}
 
 # Whoever gives one of these means the papers' Shampoo: the others have no inverse roots.
 SHAMPOO_ONLY = ("factor", "base", "roots_every", "rectify_roots", "root", "graft")
+EIGENBASIS_ONLY = ("refresh_warmup", "vocabulary_beta")
 
-
-def usual_block(algorithm: str) -> int:
-    """What `quant_block=0` means."""
-    return 16 if algorithm in EIGENBASIS else 64
+# Only eigenvectors can be rectified, and only Cholesky factors with error feedback feed errors back.
+FACTOR_ONLY = {"eigen": ("rectify_stats", "rectify_roots"), "cholesky_ef": ("error_beta",)}
 
 
 def _check_algorithm(o: Options) -> None:
     """Refuse options that the algorithm does not have."""
     if o.algorithm in EIGENBASIS:
-        why = f"with algorithm={o.algorithm}; algorithm=shampoo has the others"
-        _require("factor", o.factor, o.factor == "eigen", f"eigen {why}")
-        _require("base", o.base, o.base == "adamw", f"adamw {why}")
-        _left_out(o, ("roots_every", "rectify_roots", "root", "graft"), "it is for algorithm=shampoo")
+        _left_out(o, SHAMPOO_ONLY, "algorithm", "it is for algorithm=shampoo")
     elif o.algorithm == "shampoo":  # the base alone carries the options of its neighbours along
-        _left_out(o, ("refresh_warmup", "vocabulary_beta"), "it is for soap, kl_shampoo and kl_soap")
+        _left_out(o, EIGENBASIS_ONLY, "algorithm", f"it is for {', '.join(EIGENBASIS)}")
 
 
-def _left_out(o: Options, names: tuple[str, ...], why: str) -> None:
+def _left_out(o: Options, names: Iterable[str], because_of: str, why: str) -> None:
     for name in names:
-        value = getattr(o, name)
-        rule = f"left out with algorithm={o.algorithm}: {why}"
-        _require(name, value, value == getattr(Options, name), rule)
+        value, usual = getattr(o, name), getattr(Options, name)
+        rule = f"left out with {because_of}={getattr(o, because_of)}, or {_shown(usual)}: {why}"
+        _require(name, value, value == usual, rule)
 
 
 def _check_factor(o: Options) -> None:
     """Refuse options of one factor that are given with another."""
     _require("error_beta", o.error_beta, 0.0 <= o.error_beta < 1.0, "a number in [0, 1)")
-    feedback = o.factor == "cholesky_ef" or o.error_beta == Options.error_beta
-    _require("error_beta", o.error_beta, feedback, f"left out with factor={o.factor}: only cholesky_ef has feedback")
-    for name in ("rectify_stats", "rectify_roots"):
-        value = getattr(o, name)
-        applies = o.factor == "eigen" or value == getattr(Options, name)
-        _require(name, value, applies, f"left out with factor={o.factor}: only eigen has eigenvectors to rectify")
+    for factor, names in FACTOR_ONLY.items():
+        if o.factor != factor:
+            _left_out(o, names, "factor", f"it is for factor={factor} alone")
     _require("codebook", o.codebook, o.codebook not in ONLY_4_BITS or o.bits != 8, "linear2 or dynamic with bits=8")
 
 
@@ -330,11 +323,12 @@ def resolve(
 def _set_aside(below: Mapping[str, Any], explicit: Mapping[str, Any]) -> dict[str, Any]:
     """The usual values of what a preset, or an optimizer, has set for another algorithm or factor than the explicit."""
     chosen = {**below, **explicit}
-    if chosen.get("algorithm") in EIGENBASIS:
-        names = [*SHAMPOO_ONLY, "error_beta"]
-    else:
-        of_factors = {"eigen": ["rectify_stats", "rectify_roots"], "cholesky_ef": ["error_beta"]}
-        names = [name for factor, own in of_factors.items() if factor != chosen.get("factor") for name in own]
+    algorithm, factor, names = chosen.get("algorithm"), chosen.get("factor"), list[str]()
+    if algorithm in EIGENBASIS:
+        names, factor = [*SHAMPOO_ONLY], "eigen"
+    elif algorithm == "shampoo":
+        names = [*EIGENBASIS_ONLY]
+    names += [name for other, own in FACTOR_ONLY.items() if other != factor for name in own]
     usual = {name: getattr(Options, name) for name in names if name in below and name not in explicit}
     return {name: value for name, value in usual.items() if below[name] != value}
 

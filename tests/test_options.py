@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -162,7 +163,7 @@ def test_another_algorithm_than_the_presets(preset: str, algorithm: str) -> None
 
 
 def test_what_is_explicit_is_not_set_aside() -> None:
-    with pytest.raises(OptionError, match=r"rectify_roots=4 .* only eigen has eigenvectors"):
+    with pytest.raises(OptionError, match=r"rectify_roots=4 .* it is for factor=eigen alone"):
         resolve({"factor": "direct", "rectify_roots": 4}, preset="paper_eigen")
 
 
@@ -172,6 +173,19 @@ def test_a_group_with_another_factor_than_the_optimizers() -> None:
     optimizer.add_param_group({"params": [q], "factor": "cholesky"})
     first, second = optimizer.param_groups
     assert (first["rectify_roots"], second["rectify_roots"], second["factor"]) == (4, 1, "cholesky")
+
+
+@pytest.mark.parametrize(
+    "ours", [{"algorithm": "shampoo"}, {"algorithm": "shampoo", "factor": "cholesky"}, {"algorithm": "elementwise"}]
+)
+def test_a_group_of_another_algorithm_than_the_optimizers(ours: dict[str, Any]) -> None:
+    """What the optimizer was told for its own algorithm is not the group's business."""
+    p, q = torch.nn.Parameter(torch.zeros(64, 64)), torch.nn.Parameter(torch.zeros(64, 64))
+    told = {"refresh_warmup": 0, "vocabulary_beta": 0.9}
+    optimizer = Shampoo4bit([{"params": [p], **ours}, {"params": [q]}], **told)
+    first, second = optimizer.param_groups
+    assert first["refresh_warmup"] == (0 if ours["algorithm"] == "elementwise" else 100)
+    assert (second["algorithm"], second["refresh_warmup"], second["vocabulary_beta"]) == ("kl_shampoo", 0, 0.9)
 
 
 def test_what_the_usual_block_and_levels_are() -> None:

@@ -9,7 +9,7 @@ import torch
 
 import hf_shampoo4
 from hf_shampoo4 import waves
-from hf_shampoo4.algorithms import Context, due
+from hf_shampoo4.algorithms import Context, ahead, due
 from hf_shampoo4.clock import Stopwatch
 from hf_shampoo4.exchange import Ranks
 from hf_shampoo4.held import held_itself
@@ -49,12 +49,14 @@ def result(opt: hf_shampoo4.Shampoo4bit) -> dict[str, torch.Tensor]:
 def test_every_block_once_in_a_period_and_not_later_than_all_together() -> None:
     places = [0.0, 0.25, 0.99, 0.3]
     contexts = [Context(Options(), step, (0.9, 0.99), 1e-8, Stopwatch(), places=places) for step in range(1, 21)]
-    due = [context.due(10, 4) for context in contexts]
+    due = [context.due(10) for context in contexts]
     assert sorted(row for rows in due[:10] for row in rows) == [0, 1, 2, 3]
     assert due[:10] == due[10:]
-    together = Context(Options(), 10, (0.9, 0.99), 1e-8, Stopwatch())
-    assert together.due(10, 4) == [0, 1, 2, 3]
-    assert not together.due(3, 4)
+    together = Context(
+        Options(stagger=False), 10, (0.9, 0.99), 1e-8, Stopwatch(), places=ahead(Options(stagger=False), places)
+    )
+    assert together.due(10) == [0, 1, 2, 3]
+    assert not together.due(3)
 
 
 @each

@@ -459,6 +459,32 @@ def test_options_that_are_not_structural_come_from_the_checkpoint() -> None:
     assert (group["lr"], group["stats_every"], group["roots_every"], group["damping"]) == (0.5, 3, 7, 1e-3)
 
 
+@pytest.mark.parametrize("change", [{"factor_beta": 0.5}, {"damping": 1e-2}, {"rectify_roots": 0}, {"root": "newton"}])
+def test_an_option_that_is_changed_in_training_is_heeded_at_once(change: dict) -> None:
+    def trained() -> Shampoo4bit:
+        optimizer = Shampoo4bit(parameters(), algorithm="shampoo", **OFTEN)
+        run(optimizer, range(3))
+        return optimizer
+
+    first = trained()
+    first.param_groups[0].update(change)
+    second = trained()
+    second.param_groups[0].update(change)
+    second.load_state_dict(saved(second))
+    for optimizer in (first, second):
+        run(optimizer, range(3, 7))
+    assert same(tensors(first), tensors(second))
+    assert not same(tensors(first), tensors(trained()))
+
+
+def test_what_auto_stands_for_fits_what_auto_wrote() -> None:
+    first = Shampoo4bit(parameters(), algorithm="kl_shampoo")
+    run(first, range(1))
+    Shampoo4bit(parameters(), algorithm="kl_shampoo", codebook="lloyd16", quant_block=16).load_state_dict(saved(first))
+    with pytest.raises(CheckpointError, match="was written with codebook=lloyd16, this run has codebook=nf4"):
+        Shampoo4bit(parameters(), algorithm="kl_shampoo", codebook="nf4").load_state_dict(saved(first))
+
+
 def test_an_option_that_an_older_checkpoint_lacks_takes_its_default() -> None:
     first = Shampoo4bit(parameters(), **OFTEN)
     run(first, range(1))
