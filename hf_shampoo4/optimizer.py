@@ -79,7 +79,7 @@ class Shampoo4bit(torch.optim.Optimizer):
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
         """One update of every parameter that has a gradient; with several ranks, all of them must call it.
 
-        A step on which any gradient is not finite changes nothing but `skipped_steps`.
+        A step on which any gradient is not finite, or its square (beyond 1.8e19), changes nothing but `skipped_steps`.
 
         Raises:
             TypeError: a sparse gradient.
@@ -638,9 +638,9 @@ def _refuse_sparse(name: str) -> NoReturn:
 
 
 def _finite(gradients: list[Tensor]) -> bool:
-    """Of gradients on one device."""
+    """Whether the squares of gradients on one device are: an infinite second moment would never move again."""
     if gradients[0].device.type == "cpu":  # where the norm of one tensor takes 25 times as long
         extremes = [x for gradient in gradients for x in torch.aminmax(gradient)]
     else:
         extremes = list(torch._foreach_norm(gradients, math.inf))
-    return bool(torch.isfinite(torch.stack([x.float() for x in extremes])).all())
+    return bool(torch.isfinite(torch.stack([x.float() for x in extremes]).square()).all())

@@ -128,6 +128,7 @@ STREAMS: dict[str, Callable[[int], Callable[[Tensor], Tensor]]] = {
     "huge": _scaled(1e8),
     "spikes": lambda t: _scaled(1e8 if t % 7 == 3 else 1.0)(t),
     "spikes_down": lambda t: _scaled(1e-20 if t % 7 == 3 else 1e8 if t % 7 == 5 else 1.0)(t),
+    "silenced": lambda t: _scaled(1.0 if t < 6 else 0.0)(t),
     "alternating": lambda t: lambda p: torch.full_like(p, (-1.0) ** t),
 }
 
@@ -178,7 +179,7 @@ def after(optimizer: Shampoo4bit, skipped: int, failed: bool | None = None) -> l
 
 
 def skip(algorithm: str, moments: str, value: float, which: int) -> list[str]:
-    """A NaN or infinity in one block of one parameter, on steps 4 to 6."""
+    """A NaN, an infinity, or what has no finite square, in one block of one parameter, on steps 4 to 6."""
     optimizer = make(algorithm, moments)
     for t in range(9):
 
@@ -247,7 +248,7 @@ def each_fault() -> Iterator[tuple[str, Callable[[str, str, int], list[str]]]]:
     """Name, and what tries it: (algorithm, moments, steps) -> what is wrong."""
     for name in STREAMS:
         yield name, lambda a, m, steps, name=name: stream(a, m, name, steps)
-    for value in (torch.nan, torch.inf, -torch.inf):
+    for value in (torch.nan, torch.inf, -torch.inf, 1e25):
         for which in (0, 2):
             yield f"{value} in p{which}", lambda a, m, _, value=value, which=which: skip(a, m, value, which)
     for function in LAPACK:
