@@ -460,8 +460,8 @@ def draw_curves(grid: Grid, rows: Sequence[Row], path: Path) -> None:
             }
             by_step.plot([step for step, _ in row.curve], losses, label=label, **style)
             by_time.plot([seconds / 60 for seconds in row.seconds], losses, **style)
-        ends = [row.mean for row in rows if math.isfinite(row.mean)]
-        by_step.set_ylim(min(ends) - 0.05, max(ends) + 4 * (max(ends) - min(ends)) + 0.2)
+        if ends := [row.mean for row in rows if math.isfinite(row.mean)]:  # all may have diverged
+            by_step.set_ylim(min(ends) - 0.05, max(ends) + 4 * (max(ends) - min(ends)) + 0.2)
         by_step.set(title=f"{grid.title}: by steps", xlabel="step", ylabel="validation loss, mean over seeds")
         by_time.set(title="by time", xlabel="training time, minutes on this machine")
         title = "final loss, best first down the columns"

@@ -148,6 +148,11 @@ def test_pictures(tmp_path, draw):
     assert [file.name for file in tmp_path.iterdir()] == ["a.png"]
 
 
+def test_a_race_in_which_all_diverged_is_drawn(tmp_path):
+    draw_curves(GRID, rows_of(GRID, results({"a": {0: math.nan}, "b": {0: math.nan}})), tmp_path / "a.png")
+    assert (tmp_path / "a.png").exists()
+
+
 @pytest.mark.parametrize("name", read_config(config_root() / "race.yaml")["grids"])
 def test_shipped_grids_are_allowed_and_measure_against_their_own_contestants(name):
     grid = read_grid(name)
