@@ -36,16 +36,19 @@ BUILDERS = {
 COMPRESSED = (".gz", ".zst", ".bz2", ".xz")
 CHAPTER = 4000  # characters of a document of the Bible
 
-ALLOWED = (
-    "allowed: 'stdlib' (Python's own source), 'kjv' (the King James Bible), "
-    "a file, glob or folder of " + " ".join(BUILDERS) + " files, or a hub dataset name"
-)
+ELSEWHERE = "a file, glob or folder of " + " ".join(BUILDERS) + " files, or a hub dataset name"
+ALLOWED = f"allowed: 'stdlib' (Python's own source), 'kjv' (the King James Bible), {ELSEWHERE}"
 TOKENIZER_SAMPLE = 50_000_000  # characters of training text that a BPE is trained on: more hardly changes its merges
 STREAM_SHUFFLE = 10_000  # documents that a stream is shuffled within
 
 
 class ConfigError(OptionError):
     """A run that cannot start as it was asked for: the message names the setting and what is allowed."""
+
+
+def reason(error: BaseException) -> str:
+    """What an error of a library says, in one line; its type where it says nothing."""
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 @dataclass
@@ -179,18 +182,24 @@ def open_dataset(source: str, split: str, config: str | None = None, streaming: 
     """
     from datasets import load_dataset
 
+    if source in PACKAGED:
+        raise ConfigError(f"dataset {source!r} is text for pretraining; allowed: {ELSEWHERE}")
     arguments = _load_arguments(source, split, config)
     try:
         return load_dataset(**arguments, streaming=streaming)
     except Exception as error:  # hub, network, decoding, schema: dozens of types, and every message names the matter
-        reason = str(error.__cause__ or error).strip().splitlines()[0]
-        raise ConfigError(f"dataset {source!r} cannot be loaded ({reason}); {ALLOWED}") from error
+        why = reason(error.__cause__ or error)
+        hint = "" if config else "; a dataset of several configurations needs dataset_config"
+        raise ConfigError(f"dataset {source!r} cannot be loaded ({why}{hint}); {ALLOWED}") from error
 
 
 def _load_arguments(source: str, split: str, config: str | None) -> dict[str, Any]:
     """Arguments of `datasets.load_dataset` for local files, a folder or a hub name."""
     path = Path(source).expanduser()
     if path.is_dir():
+        files = sorted(map(str, path.rglob("*")))
+        if {BUILDERS.get(_suffix(Path(file))) for file in files if Path(file).is_file()} == {"text"}:
+            return _of_files("text", [file for file in files if Path(file).is_file()])
         return {"path": str(path), "name": config, "split": split}
     builder = BUILDERS.get(_suffix(path))
     if builder is None and (path.exists() or glob.has_magic(source)):
@@ -199,9 +208,13 @@ def _load_arguments(source: str, split: str, config: str | None) -> dict[str, An
         files = sorted(glob.glob(str(path), recursive=True))
         if not files:
             raise ConfigError(f"dataset file {source!r} does not exist (looked in {Path.cwd()}); {ALLOWED}")
-        whole = {"sample_by": "document"} if builder == "text" else {}
-        return {"path": builder, "data_files": files, "split": "train", **whole}
+        return _of_files(builder, files)
     return {"path": source, "name": config, "split": split}
+
+
+def _of_files(builder: str | None, files: list[str]) -> dict[str, Any]:
+    whole = {"sample_by": "document"} if builder == "text" else {}
+    return {"path": builder, "data_files": files, "split": "train", **whole}
 
 
 def _suffix(path: Path) -> str:
@@ -307,8 +320,7 @@ def load_tokenizer(data: DataArguments, train: Documents) -> PreTrainedTokenizer
     try:
         tokenizer = AutoTokenizer.from_pretrained(data.tokenizer)
     except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ConfigError(f"tokenizer {data.tokenizer!r} cannot be loaded ({reason}); "
+        raise ConfigError(f"tokenizer {data.tokenizer!r} cannot be loaded ({reason(error)}); "
                           "allowed: 'bpe', a folder, or a hub name") from error  # fmt: skip
     if tokenizer.eos_token_id is None or not tokenizer.is_fast:
         raise ConfigError(f"tokenizer {data.tokenizer!r} must be a fast one with an end-of-text (EOS) token")
@@ -398,7 +410,10 @@ def pack_texts(batch: dict[str, list[Any]], tokenizer_json: str, eos: int, seq_l
 def _tokenizer(tokenizer_json: str) -> Any:
     from tokenizers import Tokenizer
 
-    return Tokenizer.from_str(tokenizer_json)
+    tokenizer = Tokenizer.from_str(tokenizer_json)
+    tokenizer.no_truncation()  # what was saved with it is for other uses, and would cut every document short
+    tokenizer.no_padding()
+    return tokenizer
 
 
 def _fixed_sample(validation: Documents, data: DataArguments) -> Dataset:

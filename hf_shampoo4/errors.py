@@ -208,7 +208,7 @@ REAL_ORDER = 1200
 RUN: dict[str, Any] = {  # W is 1200 x 768, the shape of the paper's block of Swin-Tiny
     "model": "llama_tiny",
     "model_overrides": "hidden_size=768,intermediate_size=1200,num_hidden_layers=1,num_attention_heads=12,"
-    "num_key_value_heads=12",
+    "num_key_value_heads=12,head_dim=32",
     "dataset": "stdlib", "tokenizer": "bpe", "vocab_size": 4096, "seq_len": 128, "max_validation_sequences": 8,
     "optim": "shampoo4bit",
     "optim_args": "factor=direct,bits=32,moments=fp32,block_size=1200,stats_every=2,roots_every=40",

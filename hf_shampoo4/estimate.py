@@ -25,7 +25,7 @@ from .extras import named
 from .files import write_figure, write_json
 from .held import held_itself
 from .integrations.groups import is_of_matrices, param_groups
-from .integrations.trainer import OPTIMS
+from .integrations.trainer import OPTIMS, head_options
 from .options import EIGENBASIS, NAMES, OptionError, Options, parse_optim_args, resolve
 from .placement import Placement, Region, ranges, sharded, whole
 from .plan import Block, _in_parts, _in_waves, blocks_of, loads_of
@@ -288,7 +288,7 @@ def _in_one_buffer(shapes: list[tuple[int, ...]], world: int) -> list[Placement]
 
 def _groups(model: nn.Module, chosen: Mapping[str, Any], layout: _Layout) -> list[_Group]:
     groups = []
-    for group in param_groups(model):
+    for group in param_groups(model, head=head_options(dict(chosen))):
         options = Options(**{**chosen, **{key: value for key, value in group.items() if key in NAMES}}).carried_out()
         replicated = layout.world == 1 or (layout.sharding == "ddp" and not options.shard_state)
         cut = {shape: blocks_of(shape, options) for shape in {tuple(p.shape) for _, p in group["params"]}}
@@ -564,7 +564,8 @@ def draw(p: Plan, path: Path) -> None:
 def main(arguments: Sequence[str]) -> None:
     """`hf-shampoo4 plan`."""
     chosen = _parser().parse_args(arguments)
-    options = {**OPTIMS[chosen.optim], **parse_optim_args(chosen.optim_args)}
+    named = OPTIMS[chosen.optim]
+    options = {**named, **parse_optim_args(chosen.optim_args, beneath=named)}
     made = plan(chosen.model, chosen.world_size, chosen.sharding, chosen.shards, **options)
     print(made)
     if chosen.output_dir:

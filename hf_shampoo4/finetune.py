@@ -12,7 +12,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Union
 
-from .data import ALLOWED, ConfigError, open_dataset
+from .data import ELSEWHERE, ConfigError, open_dataset, reason
 from .train import Result, RunArguments, check_run, parse_as, prepare_output, settings_help, settings_of
 from .train import train_and_evaluate as finish
 
@@ -21,15 +21,17 @@ if TYPE_CHECKING:
     from transformers import TrainerCallback
     from trl import ModelConfig, SFTConfig
 
-# What TRL reads: the columns of an example, the first kind that is there.
+# What TRL reads: the columns of an example, the first kind that is there, and what belongs to any of them.
 KINDS: tuple[tuple[str, ...], ...] = (("messages",), ("prompt", "completion"), ("text",))
+BESIDE = ("tools", "chat_template_kwargs")
+PICTURES = ("image", "images")
 
 
 @dataclass
 class ChatArguments:
     """Which conversations."""
 
-    dataset: str = field(metadata={"help": f"Examples to learn, e.g. JSONL with a column `messages`; {ALLOWED[:-1]}."})
+    dataset: str = field(metadata={"help": f"Examples to learn, e.g. JSONL with a column `messages`: {ELSEWHERE}."})
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a hub dataset."})
     train_split: str = field(default="train", metadata={"help": "Split of a hub dataset to train on."})
     validation_dataset: str | None = field(default=None, metadata={"help": "Examples to validate on."})
@@ -113,7 +115,10 @@ def _with_known_columns(source: str, examples: Dataset) -> Dataset:
     if kind is None:
         allowed = ", or ".join(" and ".join(columns) for columns in KINDS)
         raise ConfigError(f"dataset {source!r} has columns {', '.join(examples.column_names)}; it needs {allowed}")
-    return examples.select_columns(list(kind))
+    if pictures := [name for name in PICTURES if name in examples.column_names]:
+        raise ConfigError(f"dataset {source!r} has pictures (column {pictures[0]!r}), which would not be learnt from: "
+                          "remove the column to train on the text alone")  # fmt: skip
+    return examples.select_columns([name for name in (*kind, *BESIDE) if name in examples.column_names])
 
 
 def run(config: FinetuneConfig, callbacks: Sequence[TrainerCallback] = ()) -> Result:
@@ -149,8 +154,8 @@ def run(config: FinetuneConfig, callbacks: Sequence[TrainerCallback] = ()) -> Re
             peft_config=get_peft_config(model),
         )
     except OSError as error:  # what transformers raises for a name that is neither a folder nor on the hub
-        reason = str(error).strip().splitlines()[0]
-        raise ConfigError(f"model_name_or_path {model.model_name_or_path!r} cannot be loaded ({reason})") from error
+        said = reason(error)
+        raise ConfigError(f"model_name_or_path {model.model_name_or_path!r} cannot be loaded ({said})") from error
     return finish(trainer, checkpoint)
 
 

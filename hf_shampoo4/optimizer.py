@@ -6,6 +6,7 @@ import difflib
 import hashlib
 import math
 import weakref
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -152,6 +153,7 @@ class Shampoo4bit(torch.optim.Optimizer):
             for groups in (self.param_groups, self._groups, self._models):
                 groups.pop()
             raise
+        self._shared_names = _shared_names(self._groups)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over a saved state, every tensor in the dtype it was saved in.
@@ -216,6 +218,7 @@ class Shampoo4bit(torch.optim.Optimizer):
             for name, value in self.defaults.items():
                 group.setdefault(name, value)
         self._groups = list(self.param_groups)
+        self._shared_names = _shared_names(self._groups)
         if "_models" not in vars(self):  # a copy
             self._models = [[weakref.ref(p) for p in group["params"]] for group in self.param_groups]
         self._reset()
@@ -240,9 +243,13 @@ class Shampoo4bit(torch.optim.Optimizer):
         return [probe.metrics() for _, probe in sorted(self._probes.items())]
 
     def names(self, index: int) -> list[str]:
-        """A name for every parameter of group `index`, the same in every run: its own, or its position."""
-        names, count = self._groups[index].get("param_names") or [], len(self.parameters(index))
-        return [clean_name(name) for name in names] if len(names) == count else [f"{index}.{i}" for i in range(count)]
+        """A name for every parameter of group `index`, the same in every run: its own, or its position.
+
+        A name that two parameters have, of two models perhaps, says nothing.
+        """
+        own, count = _own_names(self._groups[index]), len(self.parameters(index))
+        own = own if len(own) == count else [""] * count
+        return [name if name and name not in self._shared_names else f"{index}.{i}" for i, name in enumerate(own)]
 
     def parameters(self, index: int) -> list[Tensor]:
         """The parameters of group `index`: the model's, also where DeepSpeed has put its own tensors in their place."""
@@ -527,14 +534,22 @@ class Shampoo4bit(torch.optim.Optimizer):
                     f"the checkpoint was written with {name}={there}, this run has {name}={here}: "
                     f"resume with {name}={there}, or start the optimizer afresh"
                 )
-        saved_names = [clean_name(name) for name in saved.get("param_names") or []]
-        for i, (key, p) in enumerate(zip(saved["params"], group["params"], strict=True)):
-            name = self.names(index)[i]
-            if group.get("param_names") and saved_names and saved_names[i] != name:
-                raise CheckpointError(f"checkpoint of another model: parameter {saved_names[i]!r} there, {name!r} here")
+        for there, here in zip(_own_names(saved), _own_names(group), strict=False):  # either may have none
+            if there != here:
+                raise CheckpointError(f"checkpoint of another model: parameter {there!r} there, {here!r} here")
+        for key, p, name in zip(saved["params"], group["params"], self.names(index), strict=True):
             entry = state.get(key, {})
             if whole and (entry or (p.requires_grad and saved.get("step", 0))):
                 check_entry(name, entry, state_layout(blocks_of(full_shape(p), Options.of(group))))
+
+
+def _own_names(group: Mapping[str, Any]) -> list[str]:
+    return [clean_name(name) for name in group.get("param_names") or []]
+
+
+def _shared_names(groups: Sequence[Mapping[str, Any]]) -> set[str]:
+    counts = Counter(name for group in groups for name in _own_names(group))
+    return {name for name, count in counts.items() if count > 1}
 
 
 def _layout(group: Mapping[str, Any]) -> dict[str, Any]:

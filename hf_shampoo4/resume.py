@@ -70,8 +70,8 @@ def _problems(folder: Path) -> Iterator[str]:
 
 
 def _missing(folder: Path) -> Iterator[str]:
-    if not (folder / "scheduler.pt").is_file():
-        yield "scheduler.pt is missing"
+    if not (folder / "scheduler.pt").is_file() and not any(folder.glob("global_step*/*.pt")):
+        yield "scheduler.pt is missing"  # a scheduler of DeepSpeed's own is in its files
     for kind, patterns in (("optimizer", OPTIMIZERS), ("weights", WEIGHTS)):
         if not any(_files(folder, patterns)):
             yield f"its {kind} is missing" if kind == "optimizer" else "its weights are missing"

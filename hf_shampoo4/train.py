@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import itertools
 import json
 import math
 import re
@@ -33,7 +34,7 @@ from transformers import (
 from transformers.trainer_callback import ProgressCallback
 
 import hf_shampoo4
-from hf_shampoo4.data import ConfigError, DataArguments, TextData, collate, load_text
+from hf_shampoo4.data import ConfigError, DataArguments, TextData, collate, load_text, reason
 from hf_shampoo4.integrations.trainer import check_args
 from hf_shampoo4.options import read_yaml
 from hf_shampoo4.resume import incomplete, last_complete
@@ -169,11 +170,13 @@ def parse_as(types: Sequence[type], settings: Mapping[str, Any], overrides: Sequ
         ConfigError: unknown setting, wrong type.
     """
     hf_shampoo4.register()
-    arguments = [*_as_arguments(settings), *overrides]
-    given = _check_names(arguments, types)
+    lists = {key: value for key, value in settings.items() if isinstance(value, list)}  # argparse may want one word
+    arguments = [*_as_arguments({key: value for key, value in settings.items() if key not in lists}), *overrides]
+    given = _check_names([*(f"--{key}" for key in lists), *arguments], types)
     if not torch.accelerator.is_available():
         arguments += [] if "use_cpu" in given else ["--use_cpu", "true"]
     parser = HfArgumentParser(types, allow_abbrev=False, add_help=False)
+    parser.set_defaults(**{key.replace("-", "_"): value for key, value in lists.items()})
     parser.error = _refuse  # type: ignore[method-assign]  # argparse would print its usage and exit
     try:
         return parser.parse_args_into_dataclasses(args=arguments, look_for_args_file=False)
@@ -195,14 +198,24 @@ def check_run(run: RunArguments, training: TrainingArguments) -> None:
         raise ConfigError(str(error)) from error
 
 
+PAIRS = ("optim_args", "model_overrides")  # key=value,key=value on the command line, which YAML writes as a mapping
+
+
+def _pair(key: str, value: Any) -> str:
+    """`key=value`; a list is separated by semicolons, what is no text is JSON."""
+    if isinstance(value, list):
+        return f"{key}={';'.join(map(str, value))}"
+    return f"{key}={value if isinstance(value, str) else json.dumps(value)}"
+
+
 def _as_arguments(settings: Mapping[str, Any]) -> list[str]:
     """Settings as command-line items, so that a file and the command line are cast by the same rules."""
     items: list[str] = []
     for key, value in settings.items():
         if value is None:
             continue
-        if isinstance(value, list):
-            items += [f"--{key}", *map(str, value)]
+        if key in PAIRS and isinstance(value, Mapping):
+            items += [f"--{key}={','.join(map(_pair, value, value.values()))}"]
         elif isinstance(value, Mapping):
             items += [f"--{key}={json.dumps(value)}"]
         else:
@@ -237,10 +250,11 @@ def _set_accumulation(run: RunArguments, training: TrainingArguments) -> None:
     total = run.total_batch_size
     if total is None:
         return
-    at_once = training.per_device_train_batch_size * training.world_size
+    at_once = training.train_batch_size * training.world_size  # the first is of all GPUs of a process
     if total % at_once:
-        raise ConfigError(f"total_batch_size={total} is not a multiple of per_device_train_batch_size * processes "
-                          f"= {training.per_device_train_batch_size} * {training.world_size}")  # fmt: skip
+        raise ConfigError(f"total_batch_size={total} is not a multiple of per_device_train_batch_size * devices "
+                          f"= {training.per_device_train_batch_size} * "
+                          f"{at_once // training.per_device_train_batch_size}")  # fmt: skip
     training.gradient_accumulation_steps = total // at_once
 
 
@@ -253,27 +267,32 @@ def load_model_config(arguments: ModelArguments) -> PreTrainedConfig:
     Raises:
         ConfigError: no such preset, file or name; an override that the configuration does not have.
     """
-    config = _base_config(arguments)
+    config, written = _base_config(arguments)
     changes = dict(_override(item, config) for item in filter(None, arguments.model_overrides.split(",")))
     if arguments.tie_word_embeddings is not None:
         changes["tie_word_embeddings"] = arguments.tie_word_embeddings
-    return type(config).from_dict({**config.to_dict(), **changes}) if changes else config
+    if not changes:
+        return config
+    try:  # over what was written, not over what the class has made of it: a head's size follows from the hidden size
+        return type(config).from_dict({**written, **changes})
+    except Exception as error:  # validators of transformers, each with types of its own
+        raise ConfigError(f"model_overrides {arguments.model_overrides!r} do not fit the {config.model_type} "
+                          f"configuration: {reason(error)}") from error  # fmt: skip
 
 
-def _base_config(arguments: ModelArguments) -> PreTrainedConfig:
+def _base_config(arguments: ModelArguments) -> tuple[PreTrainedConfig, dict[str, Any]]:
+    """A configuration, and what is written of it where it comes from."""
     presets = config_root() / "models"
     preset = presets / f"{arguments.model}.json"
     try:
         if not arguments.model and arguments.model_type:
-            return AutoConfig.for_model(arguments.model_type)
-        if arguments.model and preset.is_file():
-            return AutoConfig.from_pretrained(preset)
-        return AutoConfig.from_pretrained(arguments.model)
+            return AutoConfig.for_model(arguments.model_type), {}
+        source = preset if arguments.model and preset.is_file() else arguments.model
+        return AutoConfig.from_pretrained(source), PreTrainedConfig.get_config_dict(source)[0]
     except (OSError, ValueError, KeyError) as error:
         names = ", ".join(sorted(file.stem for file in presets.glob("*.json")))
-        reason = str(error).strip().splitlines()[0]
-        raise ConfigError(f"model {arguments.model or arguments.model_type!r} cannot be loaded ({reason}); allowed: "
-                          f"one of {names}, a config.json, a folder or a hub name") from error  # fmt: skip
+        raise ConfigError(f"model {arguments.model or arguments.model_type!r} cannot be loaded ({reason(error)}); "
+                          f"allowed: one of {names}, a config.json, a folder or a hub name") from error  # fmt: skip
 
 
 def _override(item: str, config: PreTrainedConfig) -> tuple[str, Any]:
@@ -302,13 +321,15 @@ def build_model(arguments: ModelArguments, vocab_size: int, eos_token_id: int | 
         ConfigError: as `load_model_config`, or a vocabulary too small for the tokenizer.
     """
     config = load_model_config(arguments)
-    fixed = arguments.init_from_pretrained or re.search(r"\bvocab_size=", arguments.model_overrides)
+    fixed = arguments.init_from_pretrained or re.search(r"\bvocab_size\s*=", arguments.model_overrides)
     if not fixed:
         config.vocab_size = vocab_size
     if config.vocab_size < vocab_size:
         raise ConfigError(f"model {arguments.model!r} has vocab_size={config.vocab_size}, "
                           f"too small for a tokenizer of {vocab_size} tokens")  # fmt: skip
     config.eos_token_id = eos_token_id
+    if not arguments.init_from_pretrained:  # they are of the tokenizer that the configuration was written for
+        config.bos_token_id = config.pad_token_id = None
     options = {"dtype": DTYPES[arguments.dtype], "attn_implementation": arguments.attn_implementation}
     if arguments.init_from_pretrained:
         return AutoModelForCausalLM.from_pretrained(arguments.model, config=config, **options)
@@ -401,8 +422,17 @@ def prepare_output(run: RunArguments, training: TrainingArguments) -> str | None
         raise ConfigError(f"output_dir {str(folder)!r} is not empty: choose another, or --overwrite_output_dir, "
                           "or continue with --resume_from_checkpoint auto")  # fmt: skip
     for old in folder.glob("checkpoint-*"):  # the Trainer's rotation would take them for newer ones of this run
-        shutil.rmtree(old)
+        if run.overwrite_output_dir:
+            shutil.rmtree(old)
+        else:
+            _set_aside(old)
     return None
+
+
+def _set_aside(checkpoint: Path) -> None:
+    """Rename what cannot be resumed from; it may hold weights that somebody wants."""
+    free = (f"incomplete-{checkpoint.name}{f'-{i}' * (i > 1)}" for i in itertools.count(1))
+    checkpoint.rename(next(path for path in map(checkpoint.with_name, free) if not path.exists()))
 
 
 def _checkpoint(training: TrainingArguments) -> str | None:

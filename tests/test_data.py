@@ -58,14 +58,14 @@ def test_stdlib_split_is_by_file_and_disjoint(cache):
     assert list(same["path"]) == list(validation["path"])
 
 
-@pytest.mark.parametrize("kind", ["jsonl", "json.gz", "parquet", "txt", "folder", "glob"])
+@pytest.mark.parametrize("kind", ["jsonl", "json.gz", "parquet", "txt", "texts", "folder", "glob"])
 def test_local_sources_give_the_same_documents(kind, tmp_path, cache):
     source = tmp_path / "source"
     source.mkdir()
     rows = Dataset.from_dict({"text": TEXTS})
     if kind == "parquet":
         rows.to_parquet(source / "a.parquet")
-    elif kind == "txt":
+    elif kind in ("txt", "texts"):
         for i, text in enumerate(TEXTS):
             (source / f"{i:02d}.txt").write_text(text)
     elif kind == "json.gz":
@@ -80,7 +80,7 @@ def test_local_sources_give_the_same_documents(kind, tmp_path, cache):
         "txt": "*.txt",
         "glob": "**/*.jsonl",
     }
-    path = source if kind == "folder" else source / patterns[kind]
+    path = source if kind in ("folder", "texts") else source / patterns[kind]
     train, validation = load_documents(arguments(path))
     assert sorted([*train["text"], *validation["text"]]) == sorted(TEXTS)
     assert set(validation["text"]) == set(load_documents(arguments(path))[1]["text"])
@@ -129,6 +129,17 @@ def test_a_saved_tokenizer_is_used_by_its_folder(jsonl, cache, tmp_path):
     load_tokenizer(data, load_documents(data)[0]).save_pretrained(tmp_path / "mine")
     named = load_tokenizer(arguments(jsonl, tokenizer=str(tmp_path / "mine")), load_documents(data)[0])
     assert len(named) == 300
+
+
+def test_what_a_tokenizer_was_saved_with_cuts_no_document(jsonl, cache, tmp_path):
+    data = arguments(jsonl)
+    tokenizer = load_tokenizer(data, load_documents(data)[0])
+    whole = len(load_text(data).train)
+    tokenizer.pad_token = tokenizer.eos_token
+    tokenizer(["x"], truncation=True, max_length=16, padding="max_length")
+    tokenizer.save_pretrained(tmp_path / "cutting")
+    assert '"max_length": 16' in (tmp_path / "cutting" / "tokenizer.json").read_text()
+    assert len(load_text(arguments(jsonl, tokenizer=str(tmp_path / "cutting"))).train) == whole
 
 
 def test_packing_joins_documents_by_the_end_of_text_and_drops_only_the_tail():

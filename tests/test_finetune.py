@@ -100,6 +100,21 @@ def test_examples_without_a_known_column_are_refused(tmp_path: Path) -> None:
         load_examples(ChatArguments(dataset=str(path)))
 
 
+def test_tools_stay_beside_the_messages_and_pictures_are_refused(tmp_path: Path) -> None:
+    messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]
+    path = tmp_path / "tools.jsonl"
+    path.write_text("".join(json.dumps({"messages": messages, "tools": "[]", "id": i}) + "\n" for i in range(30)))
+    assert load_examples(ChatArguments(dataset=str(path)))[0].column_names == ["messages", "tools"]
+    path.write_text("".join(json.dumps({"messages": messages, "image": "a.png"}) + "\n" for i in range(30)))
+    with pytest.raises(ConfigError, match=r"has pictures \(column 'image'\)"):
+        load_examples(ChatArguments(dataset=str(path)))
+
+
+def test_text_for_pretraining_is_no_example() -> None:
+    with pytest.raises(ConfigError, match="'stdlib' is text for pretraining; allowed: a file, glob or folder"):
+        load_examples(ChatArguments(dataset="stdlib"))
+
+
 def test_examples_held_out_are_no_training_examples(data: Path) -> None:
     train, held_out = load_examples(ChatArguments(dataset=str(data), validation_fraction=0.25))
     texts = [{row["messages"][0]["content"] for row in part} for part in (train, held_out)]

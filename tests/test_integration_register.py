@@ -17,7 +17,7 @@ from transformers.trainer import DEFAULT_CALLBACKS
 from transformers.training_args import OptimizerNames
 
 import hf_shampoo4 as s4
-from hf_shampoo4.integrations.trainer import OPTIMS
+from hf_shampoo4.integrations.trainer import OPTIMS, check_args
 
 
 def test_importing_the_package_and_registering_import_nothing_heavy():
@@ -140,15 +140,34 @@ def test_bad_options_of_trainer_kwargs_are_refused(tmp_path):
 )
 def test_deepspeed_configurations_that_would_train_otherwise_are_refused(tmp_path, config, message):
     args = arguments(tmp_path)
-    args.hf_deepspeed_config = SimpleNamespace(config=config)  # a real one needs several processes
+    args.deepspeed_plugin = SimpleNamespace(hf_ds_config=SimpleNamespace(config=config))  # of several processes
     with pytest.raises(ValueError, match=message):
         Trainer.get_optimizer_cls_and_kwargs(args, llama())
     with pytest.raises(ValueError, match=message):
-        Trainer(llama(), args, train_dataset=Tokens())
+        check_args(args)
+
+
+def test_deepspeed_as_accelerate_launch_configures_it_is_looked_at_too(tmp_path, monkeypatch):
+    pytest.importorskip("deepspeed")
+    for name, value in (("USE_DEEPSPEED", "true"), ("DEEPSPEED_ZERO_STAGE", "2"),
+                        ("DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE", "cpu")):  # fmt: skip
+        monkeypatch.setenv(f"ACCELERATE_{name}", value)
+    args = arguments(tmp_path)
+    with pytest.raises(ValueError, match="would use DeepSpeedCPUAdam"):
+        check_args(args)
+
+
+def test_an_optimizer_that_takes_the_place_of_ours_is_refused(tmp_path):
+    model = llama()
+    trainer = Trainer(model, arguments(tmp_path), train_dataset=Tokens(),
+                      optimizers=(torch.optim.SGD(model.parameters(), lr=0.1), None))  # fmt: skip
+    with pytest.raises(ValueError, match="--optim shampoo4bit was asked for, but SGD would train"):
+        trainer.train()
 
 
 def test_other_sharding_is_not_refused(tmp_path):
     args = arguments(tmp_path)
     offload = {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}
-    args.hf_deepspeed_config = SimpleNamespace(config={**offload, "zero_force_ds_cpu_optimizer": False})
+    config = {**offload, "zero_force_ds_cpu_optimizer": False}
+    args.deepspeed_plugin = SimpleNamespace(hf_ds_config=SimpleNamespace(config=config))
     assert Trainer.get_optimizer_cls_and_kwargs(args, llama())[0] is s4.Shampoo4bit

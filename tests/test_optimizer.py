@@ -470,3 +470,28 @@ def test_small_tensors_stay_in_float32_by_the_whole_parameters_size() -> None:
     run(optimizer, range(1))
     assert {"64x63/left.basis.codes", "64x63/right.basis.dense"} <= optimizer.state[p].keys()
     assert {"64x1000/left.root.codes", "64x1000/right.root.codes"} <= optimizer.state[q].keys()
+
+
+def test_parameters_of_two_models_with_equal_names() -> None:
+    """A generator and a discriminator in one group, or in two: each keeps its own blocks and its own state."""
+    torch.manual_seed(0)
+    two = [torch.nn.Sequential(torch.nn.Linear(*shape)) for shape in ((80, 96), (64, 70))]
+    named = [list(model.named_parameters()) for model in two]
+    optimizers = [
+        Shampoo4bit([*named[0], *named[1]], lr=0.1, weight_decay=0.0),
+        Shampoo4bit([{"params": of_one} for of_one in named], lr=0.1, weight_decay=0.0),
+    ]
+    for optimizer in optimizers:
+        trained = [p for group in optimizer.param_groups for p in group["params"]]
+        before = [p.detach().clone() for p in trained]
+        for p in trained:
+            p.grad = torch.randn_like(p)
+        optimizer.step()
+        for p, old in zip(trained, before, strict=True):
+            assert (p != old).all()
+        rows = optimizer.rows()
+        assert sum(row.numel() for row in rows.values()) == sum(
+            t.numel() for entry in optimizer.state.values() for t in entry.values()
+        )
+        optimizer.load_state_dict(optimizer.state_dict())
+        optimizer.step()

@@ -204,6 +204,17 @@ def test_train_begins_again_where_no_checkpoint_was_completed(run: Path) -> None
     (run / "all_results.json").unlink()
     assert asked_for(run, "auto") is None
     assert not list(run.glob("checkpoint-*"))
+    aside = sorted(folder.name for folder in run.glob("incomplete-*"))  # their weights may be wanted
+    assert aside == ["incomplete-checkpoint-1", "incomplete-checkpoint-2", "incomplete-checkpoint-3"][: len(aside)]
+    assert (run / aside[0] / "model.safetensors").exists()
+
+
+def test_a_scheduler_of_deepspeeds_own_is_in_its_files(run: Path) -> None:
+    folder = run / "checkpoint-2"
+    (folder / "scheduler.pt").unlink()
+    (folder / "global_step2").mkdir()
+    torch.save({}, folder / "global_step2" / "mp_rank_00_model_states.pt")
+    assert incomplete(folder) == ""
 
 
 @pytest.mark.slow

@@ -178,6 +178,42 @@ def test_model_overrides_and_types():
     assert load_model_config(ModelArguments(model="", model_type="gpt2")).n_layer == 12
 
 
+@pytest.mark.parametrize("source", [{"model": "llama_tiny"}, {"model": "", "model_type": "llama"}])
+def test_what_follows_from_an_overridden_value_follows(source):
+    """The preset's own heads have 32 entries; those of a hidden size of 256 in four heads have 64."""
+    changes = "hidden_size=256,num_attention_heads=4,num_key_value_heads=4"
+    assert load_model_config(ModelArguments(**source, model_overrides=changes)).head_dim == 64
+    assert load_model_config(ModelArguments(**source, model_overrides=f"{changes},head_dim=32")).head_dim == 32
+
+
+def test_overrides_that_do_not_fit_each_other_are_named():
+    with pytest.raises(ConfigError, match="model_overrides 'hidden_size=130' do not fit the llama configuration"):
+        load_model_config(ModelArguments(model_overrides="hidden_size=130"))
+
+
+def test_special_tokens_of_another_tokenizer_are_left_out(tmp_path):
+    config = load_model_config(ModelArguments(model_overrides="pad_token_id=4000,bos_token_id=3999"))
+    config.save_pretrained(tmp_path)
+    model = build_model(ModelArguments(model=str(tmp_path), model_overrides="hidden_size=64"), 300, 7)
+    assert (model.config.pad_token_id, model.config.bos_token_id, model.config.eos_token_id) == (None, None, 7)
+    assert build_model(ModelArguments(model_overrides="vocab_size = 512"), 300).config.vocab_size == 512
+
+
+def test_lists_and_mappings_in_a_file(settings):
+    mapped = {"optim": "shampoo4bit", "optim_args": {"block_size": 512, "row_splits": [32, 32], "shard_state": True}}
+    overrides = {"model_overrides": {"hidden_size": 64, "hidden_act": "gelu"}}
+    lists = {"report_to": ["tensorboard"], "optim_target_modules": ["q_proj", "v_proj"], "lr_scheduler_kwargs": {}}
+    config = parse({**settings, **mapped, **overrides, **lists})
+    assert config.training.optim_args == "block_size=512,row_splits=32;32,shard_state=true"
+    assert config.model.model_overrides == "hidden_size=64,hidden_act=gelu"
+    assert (config.training.report_to, config.training.optim_target_modules) == (["tensorboard"], ["q_proj", "v_proj"])
+    assert parse({**settings, "report_to": []}).training.report_to == []
+    overridden = parse({**settings, **lists}, ["--optim_target_modules", "k_proj", "--report_to", "none"])
+    assert (overridden.training.optim_target_modules, overridden.training.report_to) == ("k_proj", [])
+    with pytest.raises(ConfigError, match="unknown setting 'reports'"):
+        parse({**settings, "reports": ["x"]})
+
+
 def test_models_from_a_file_and_a_folder(tmp_path):
     model = build_model(ModelArguments(model_overrides="hidden_size=64"), 300)
     model.save_pretrained(tmp_path)

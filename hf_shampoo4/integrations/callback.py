@@ -11,7 +11,7 @@ from transformers.trainer_callback import ExportableState, TrainerCallback
 from ..optimizer import CheckpointError, Shampoo4bit
 from ..report import metrics, table
 from ..resume import CALLBACK, STATE, incomplete
-from .trainer import check_args
+from .trainer import OPTIMS, check_args
 
 
 class Shampoo4bitCallback(TrainerCallback, ExportableState):
@@ -43,6 +43,7 @@ class Shampoo4bitCallback(TrainerCallback, ExportableState):
         state.stateful_callbacks.setdefault(CALLBACK, self.state())  # a checkpoint from before may lack it
         ours = _ours(optimizer)
         if ours is None:
+            _refuse_another(args, optimizer)
             return
         if state.global_step:
             _check_whole(args, state.global_step)
@@ -81,14 +82,24 @@ class Shampoo4bitCallback(TrainerCallback, ExportableState):
             state.log_history[-1].update(extra)  # for trainer_state.json: a copy of the logs, made before the callbacks
 
 
+def _refuse_another(args: Any, optimizer: Any) -> None:
+    """An engine may have put an optimizer of its own in the place of the one that was asked for."""
+    while hasattr(optimizer, "optimizer"):
+        optimizer = optimizer.optimizer
+    if args.optim in OPTIMS and optimizer is not None:
+        raise ValueError(
+            f"--optim {args.optim.value} was asked for, but {type(optimizer).__name__} would train: leave the optimizer "
+            "out of the DeepSpeed configuration and out of the Trainer's `optimizers`, or leave --optim out"
+        )
+
+
 def _before_a_checkpoint(args: Any, state: Any, control: Any, ours: Shampoo4bit | None) -> None:
     """Bring together the state that `shard_state` has spread: the Trainer asks rank 0 only for it."""
-    if not control.should_save:
-        return
-    if state.is_world_process_zero:  # about to be replaced file by file: no longer whole
-        (_folder(args, state.global_step) / STATE).unlink(missing_ok=True)
-    if ours is not None:
+    best = control.should_evaluate and args.save_strategy == "best"  # what is saved is known after the evaluation
+    if ours is not None and (control.should_save or best):
         ours.consolidate()
+    if control.should_save and state.is_world_process_zero:  # about to be replaced file by file: no longer whole
+        (_folder(args, state.global_step) / STATE).unlink(missing_ok=True)
 
 
 def _folder(args: Any, step: int) -> Path:

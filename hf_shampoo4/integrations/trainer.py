@@ -89,7 +89,7 @@ def _optimizer_cls_and_kwargs(args: Any, model: nn.Module | None, options: dict[
         from .groups import param_groups
 
         groups = param_groups(
-            model, args.weight_decay, _target_rule(args.optim_target_modules, model), _head_options(options)
+            model, args.weight_decay, _target_rule(args.optim_target_modules, model), head_options(options)
         )
         if options.get("algorithm") != "elementwise" and all("algorithm" in group for group in groups):
             raise ValueError(
@@ -100,7 +100,7 @@ def _optimizer_cls_and_kwargs(args: Any, model: nn.Module | None, options: dict[
     return Shampoo4bit, kwargs
 
 
-def _head_options(options: dict[str, Any]) -> dict[str, Any]:
+def head_options(options: dict[str, Any]) -> dict[str, Any]:
     """What the output head gets besides the options of all: the last part of training with stochastic rounding."""
     share = STOCHASTIC_HEAD.get(options.get("moments", ""), 0.0)
     chosen = any(name in options for name in ("stochastic_last", "stochastic_from"))
@@ -131,8 +131,8 @@ def _target_rule(targets: str | list[str] | None, model: nn.Module) -> Callable[
 
 def _check_deepspeed(args: Any) -> None:
     """Refuse configurations under which another optimizer would train instead, or ours could not."""
-    found = getattr(args, "hf_deepspeed_config", None)
-    config: dict[str, Any] = found.config if found is not None else {}
+    plugin = getattr(args, "deepspeed_plugin", None)  # of --deepspeed as of `accelerate launch`
+    config: dict[str, Any] = plugin.hf_ds_config.config if plugin is not None else {}
     offload = config.get("zero_optimization", {}).get("offload_optimizer", {}).get("device", "none")
     problem = ""
     if "optimizer" in config:
