@@ -22,7 +22,7 @@ from .matrix import between, transpose, within
 from .moments import PLAIN, Coordinates, Moments, make_moments, same
 from .options import Options
 from .rounding import Noise
-from .storage import Buffers, Dense, Storage, put_back, taken
+from .storage import Buffers, Dense, Index, Storage, index_of, put_back, taken
 
 State = dict[str, Buffers]
 
@@ -157,7 +157,7 @@ class Shampoo:
         for every, work in ((o.stats_every, self._update), (o.roots_every, self._refresh)):
             rows = context.due(every)
             if rows:
-                with context.stopwatch.on(g.device), _part(state, g, _index(rows, g)) as (part, some):
+                with context.stopwatch.on(g.device), _part(state, g, _some(rows, g)) as (part, some):
                     part["failures"]["dense"] += work(part, some)
         # P = L^-1/4 G R^-1/4
         return Preconditioned(
@@ -224,7 +224,7 @@ class Eigenbasis:
         turn: Callable[[Tensor], Tensor] = same
         if rows:
             memory = max(o.factor_beta**every, SHORTEST_MEMORY)
-            index = _index(rows, g)
+            index = _some(rows, g)
             with context.stopwatch.on(g.device), _part(state, rotated, index) as (part, some):
                 here = (left, right) if index is None else self._opened(part, some)
                 part["failures"]["dense"] += self._turn(*here, some, memory)
@@ -314,14 +314,22 @@ def _scales(left: OpenSide, right: OpenSide, damping: float) -> Scales:
     return of_left.unsqueeze(-1), of_right.unsqueeze(-2)
 
 
-def _index(rows: list[int], x: Tensor) -> Tensor | None:
+def _some(rows: list[int], x: Tensor) -> Index | None:
     """Some blocks of a stack; None: all of them."""
-    return None if len(rows) == len(x) else torch.tensor(rows, device=x.device)
+    return None if len(rows) == len(x) else index_of(rows, x.device)
 
 
-def _of_rows(index: Tensor | None, of_part: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    """On all blocks of a stack, what is done to some."""
-    return of_part if index is None else lambda x: x.index_copy(0, index, of_part(x[index]))
+def _of_rows(index: Index | None, of_part: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """On all blocks of a stack, what is done to some; None: to all."""
+    if index is None:
+        return of_part
+
+    def of_all(x: Tensor) -> Tensor:
+        y = x.clone()
+        y[index] = of_part(x[index])
+        return y
+
+    return of_all
 
 
 class Stack(Protocol):
@@ -409,7 +417,7 @@ def make_algorithm(shape: tuple[int, ...], options: Options, quantise_moments: b
 
 
 @contextmanager
-def _part(state: State, x: Tensor, index: Tensor | None) -> Iterator[tuple[State, Tensor]]:
+def _part(state: State, x: Tensor, index: Index | None) -> Iterator[tuple[State, Tensor]]:
     """Some blocks of a stack's state, to be changed in place, and of x (B, ...)."""
     if index is None:
         yield state, x

@@ -22,9 +22,10 @@ class Stopwatch:
         """Time what is launched on `device` meanwhile."""
         if device.type == "cuda":
             start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            start.record()
+            stream = torch.cuda.current_stream(device)  # of that device, which need not be the current one
+            start.record(stream)
             yield
-            end.record()
+            end.record(stream)
             self._pending.append((start, end))
             self._collect(wait=False)
         else:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from .matrix import bjorck, finite_blocks, or_identity, safe_qr
 from .options import Options
-from .storage import SMALL, Blockwise, Buffers, Dense, DoubleQuantized, Storage, transposed, write_good
+from .storage import SMALL, Blockwise, Buffers, Dense, DoubleQuantized, Index, Storage, transposed, write_good
 
 State = dict[str, Buffers]
 
@@ -49,7 +49,8 @@ class Side:
         """U = I; eigenvalues of 0 say that there was no gradient yet (buffers come zeroed)."""
         if self.basis is not None:
             like = state["eigenvalues"]["dense"]
-            self.basis.write(state["basis"], torch.eye(self.order, device=like.device).expand(*like.shape, self.order))
+            eye = torch.eye(self.order, dtype=torch.float32, device=like.device)
+            self.basis.write(state["basis"], eye.expand(*like.shape, self.order))
 
 
 class OpenSide:
@@ -111,7 +112,7 @@ class OpenSide:
         self.eigenvalues.copy_(torch.where(good[:, None], diagonal, self.eigenvalues))
         return ~good
 
-    def adopt(self, turned: OpenSide, index: Tensor) -> None:
+    def adopt(self, turned: OpenSide, index: Index) -> None:
         """Take over the vectors of some blocks' side, which turned apart from the others."""
         if self.vectors is not None and turned.vectors is not None:
             self.vectors[index] = turned.vectors

@@ -222,7 +222,7 @@ def make_factor(order: int, options: Options) -> Factor:
 def _identity(buffers: Buffers, order: int) -> Tensor:
     """(B, order, order), B and device as the buffers have them."""
     like = next(iter(buffers.values()))
-    return torch.eye(order, device=like.device).expand(like.shape[0], order, order)
+    return torch.eye(order, dtype=torch.float32, device=like.device).expand(like.shape[0], order, order)
 
 
 def _keep_root(storage: Storage, state: State, root: Tensor) -> Tensor:

@@ -103,7 +103,7 @@ class Job:
             return
         out = {r: [self._update(p) for p in pieces] for r, pieces in side.out.items() if r != self.rank}
         sizes = {r: _numel(pieces) for r, pieces in side.into.items()}
-        like = self._on_wire(torch.empty(0, device=self.wave.device), side)
+        like = self._on_wire(torch.empty(0, dtype=torch.float32, device=self.wave.device), side)
         self._delivering = self.wave.ranks.all_to_all("updates", out, sizes, like)
         if self.wave.replicated:
             state = self.wave.state_map
@@ -138,7 +138,10 @@ class Job:
         if len(stacks) == len(mine) == len(self._sources) == 1 and side.local:  # one block, all here: look, do not copy
             return [[mine[0].of_flat(self._sources[0][mine[0].member]).float().reshape(1, *stacks[0].algorithm.shape)]]
         filled = [
-            [torch.empty(len(s.blocks), *s.algorithm.shape, device=self.wave.device) for s in stacks]
+            [
+                torch.empty((len(s.blocks), *s.algorithm.shape), dtype=torch.float32, device=self.wave.device)
+                for s in stacks
+            ]
             for _ in self._sources
         ]
         views = [self._by_block(stacks, tensors) for tensors in filled]
@@ -179,7 +182,7 @@ class Job:
             exact = torch.stack([targets[i] for i in found]).float().mul_(keep)
             exact.add_(torch.stack([updates[i] for i in found]).float(), alpha=-self.lr)
             if options.stochastic_rounding and dtype == torch.bfloat16:
-                salts = torch.tensor([self.wave.salts[pieces[i].block] for i in found], dtype=torch.int32)
+                salts = torch.tensor([self.wave.salts[pieces[i].block] for i in found], dtype=torch.int32, device="cpu")
                 at = _positions(row, column, rows, columns, width, self.wave.device)
                 noise = noise_at(salts.to(self.wave.device), self.context.step, options.seed, at)
                 exact = to_bfloat16(exact, noise.view_as(exact))

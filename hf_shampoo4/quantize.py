@@ -14,6 +14,7 @@ Special values, on the way in:
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterator
 from functools import cache
 from importlib import import_module
@@ -55,7 +56,7 @@ def quantize_block(
         codes, scales = kernels().quantize(rows, *padded(codebook, bits, x.device), bits, block, fit == "least_squares")
         return codes.view(*x.shape[:-1], -1), scales.view(*x.shape[:-1], -1)
     codes = torch.empty(rows.shape, dtype=torch.uint8, device=x.device)
-    scales = torch.empty((len(rows), -(-length // block)), device=x.device)
+    scales = torch.empty((len(rows), -(-length // block)), dtype=torch.float32, device=x.device)
     for i, j in _pieces(len(rows), length, block, x.device):
         part = rows[i, j].float()
         absmax = _safe_scale(_block_absmax(part, block))
@@ -77,7 +78,7 @@ def dequantize_block(codes: Tensor, scales: Tensor, codebook: str, bits: int, bl
     if has_kernels(codes.device, block):
         x = kernels().dequantize(rows, scale_rows, padded(codebook, bits, codes.device)[0], bits, block, length)
         return x.view(*codes.shape[:-1], length)
-    x = torch.empty((len(rows), length), device=codes.device)
+    x = torch.empty((len(rows), length), dtype=torch.float32, device=codes.device)
     for i, j in _pieces(len(rows), length, block, x.device):
         part = x[i, j]
         decoded = decode(rows[i, _bytes(j, bits)], codebook, bits, part.shape[-1])
@@ -98,8 +99,8 @@ def quantize_rank1(x: Tensor, codebook: str, bits: int) -> tuple[Tensor, Tensor,
     """
     m, n = x.shape[-2:]
     matrices = x.reshape(-1, m, n)
-    rows = torch.empty((len(matrices), m), device=x.device)
-    columns = torch.zeros((len(matrices), n), device=x.device)
+    rows = torch.empty((len(matrices), m), dtype=torch.float32, device=x.device)
+    columns = torch.zeros((len(matrices), n), dtype=torch.float32, device=x.device)
     for k, i in _row_pieces(matrices):
         magnitude = matrices[k, i].float().abs()
         rows[k, i] = magnitude.amax(-1)
@@ -122,7 +123,7 @@ def dequantize_rank1(codes: Tensor, rows: Tensor, columns: Tensor, codebook: str
         rows.reshape(-1, m),
         columns.reshape(-1, n),
     )
-    x = torch.empty((len(rows), m, n), device=codes.device)
+    x = torch.empty((len(rows), m, n), dtype=torch.float32, device=codes.device)
     for k, i in _row_pieces(x):
         part = x[k, i]
         flat = slice(i.start * n, i.start * n + part[0].numel())
@@ -178,7 +179,22 @@ def packed_length(length: int, bits: int) -> int:
 
 def has_kernels(device: torch.device, block: int) -> bool:
     """Whether Triton's kernels do the work: on a GPU, for blocks that fit their tiles."""
-    return device.type == "cuda" and find_spec("triton") is not None and kernels().can_run(block)
+    return device.type == "cuda" and _triton_works(device) and kernels().can_run(block)
+
+
+@cache
+def _triton_works(device: torch.device) -> bool:
+    """Whether Triton is there and can build a kernel, for which it needs a C compiler and Python's headers."""
+    if find_spec("triton") is None:
+        return False
+    try:
+        kernels().quantize(torch.zeros((1, 2), dtype=torch.float32, device=device), *padded("linear2", 4, device), 4, 2)
+    except Exception as error:  # of the compiler, the driver, the linker
+        warnings.warn(
+            f"Triton builds no kernels for {device}, plain PyTorch works in their place: {error}", stacklevel=2
+        )
+        return False
+    return True
 
 
 @cache
@@ -291,9 +307,9 @@ def _thresholds(codebook: str, bits: int, floor: bool) -> Tensor:
 
     The middles between levels; with `floor` just below the levels themselves, but for the first and the last.
     """
-    exact = torch.tensor(levels(codebook, bits), dtype=torch.float64)
+    exact = torch.tensor(levels(codebook, bits), dtype=torch.float64, device="cpu")
     if floor:
-        return torch.nextafter(exact[1:-1].float(), torch.tensor(-math.inf))
+        return torch.nextafter(exact[1:-1].float(), exact.new_tensor(-math.inf).float())
     return ((exact[1:] + exact[:-1]) / 2).float()
 
 
@@ -301,12 +317,12 @@ def _thresholds(codebook: str, bits: int, floor: bool) -> Tensor:
 def _cells(codebook: str, bits: int, floor: bool, device: torch.device) -> Tensor:
     """For `_count_below`, int32 (65536,): what to add to a float32's bits, by its upper 16."""
     thresholds = _thresholds(codebook, bits, floor)
-    cell = torch.arange(1 << 16, dtype=torch.int32) << 16
+    cell = torch.arange(1 << 16, dtype=torch.int32, device="cpu") << 16
     ends = torch.stack([cell, cell | 0xFFFF]).view(torch.float32)
     ends[1] = torch.where(ends[0].isinf(), ends[0], ends[1])  # the cell of an infinity holds NaNs too
     first, last = torch.searchsorted(thresholds, ends.nan_to_num(nan=-math.inf, posinf=math.inf, neginf=-math.inf))
     assert int((last - first).abs().max()) <= 1, f"two thresholds of {codebook} ({bits} bits) in one cell"
-    following = torch.cat([thresholds, torch.tensor([math.inf])])[torch.minimum(first, last)]
+    following = torch.cat([thresholds, thresholds.new_tensor([math.inf])])[torch.minimum(first, last)]
     # the first lower half whose count is another one than that of 0: past the threshold, or at it where bits shrink
     passed = (following.view(torch.int32) & 0xFFFF) + (cell >= 0)
     passed = torch.where(first == last, 1 << 16, passed)
@@ -317,7 +333,7 @@ def _cells(codebook: str, bits: int, floor: bool, device: torch.device) -> Tenso
 @cache
 def _pair_table(codebook: str, device: torch.device) -> Tensor:
     """int64 (256,): the two float32 levels of every byte."""
-    table = torch.tensor(levels(codebook, 4), dtype=torch.float32)
+    table = torch.tensor(levels(codebook, 4), dtype=torch.float32, device="cpu")
     table = torch.nn.functional.pad(table, (0, 16 - len(table)))  # dynamic0 leaves code 15 unused
-    byte = torch.arange(256)
+    byte = torch.arange(256, device="cpu")
     return torch.stack([table[byte >> 4], table[byte & 15]], dim=-1).view(torch.int64).squeeze(-1).to(device)

@@ -15,7 +15,7 @@ import math
 from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
-from typing import Protocol
+from typing import Protocol, Union
 
 import torch
 from torch import Tensor
@@ -24,6 +24,7 @@ from .quantize import Fit, dequantize_block, dequantize_rank1, packed_length, qu
 from .rounding import Stochastic
 
 Buffers = dict[str, Tensor]
+Index = Union[slice, Tensor]
 Layout = dict[str, tuple[tuple[int, ...], torch.dtype]]
 
 SMALL = 4096  # tensors with fewer elements are not worth quantising (bitsandbytes' and torchao's rule too)
@@ -42,13 +43,25 @@ class Storage(Protocol):
         """The stored tensor, (B, *shape).  It may *be* a buffer: change it only to write it back."""
 
 
-def taken(state: dict[str, Buffers], index: slice | Tensor) -> dict[str, Buffers]:
+def index_of(rows: list[int], device: torch.device) -> Index:
+    """Some blocks of a stack: a slice if they follow each other, as those that are refreshed together do.
+
+    To index by a tensor is to copy, and to make one of a list on a GPU is to wait for it.
+    """
+    if rows == list(range(rows[0], rows[-1] + 1)):
+        return slice(rows[0], rows[-1] + 1)
+    return torch.tensor(rows, device=device)
+
+
+def taken(state: dict[str, Buffers], index: Index) -> dict[str, Buffers]:
     """The state of some blocks of a stack: views for a slice, copies for a tensor of positions."""
     return {tensor: {name: buffer[index] for name, buffer in buffers.items()} for tensor, buffers in state.items()}
 
 
-def put_back(state: dict[str, Buffers], index: Tensor, part: dict[str, Buffers]) -> None:
+def put_back(state: dict[str, Buffers], index: Index, part: dict[str, Buffers]) -> None:
     """Copy what `taken` has copied back."""
+    if isinstance(index, slice):
+        return
     for tensor, buffers in part.items():
         for name, buffer in buffers.items():
             state[tensor][name][index] = buffer
@@ -177,7 +190,7 @@ class DoubleQuantized:
         buffers["scales"].copy_(shares.sqrt_().mul_(255).round_())
 
     def read(self, buffers: Buffers) -> Tensor:
-        scales = (buffers["scales"] / 255).square_().mul_(buffers["largest"])
+        scales = (buffers["scales"].float() / 255).square_().mul_(buffers["largest"])
         return self.of.read({"codes": buffers["codes"], "scales": scales})
 
 

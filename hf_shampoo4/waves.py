@@ -32,7 +32,7 @@ from .options import Options
 from .placement import Placement, assign, held_here, ranges, sharded, whole
 from .plan import Block, _in_parts, _in_waves, blocks_of, loads_of, places_of, refreshed, state_key
 from .saved import CheckpointError, Entry, blocks_key
-from .storage import allocate, put_back, taken
+from .storage import allocate, index_of, put_back, taken
 
 
 @dataclass
@@ -111,18 +111,10 @@ class Stack:
         """Some blocks of it, as a view where they follow each other, and what brings changed state back."""
         if len(rows) == len(self.blocks):
             return self, lambda: None
-        if rows == list(range(rows[0], rows[-1] + 1)):
-            index: slice | Tensor = slice(rows[0], rows[-1] + 1)
-        else:
-            index = torch.tensor(rows, device=self.salts.device)
-        state, blocks = taken(self.state, index), [self.blocks[i] for i in rows]
-
-        def bring_back() -> None:
-            if isinstance(index, Tensor):
-                put_back(self.state, index, state)
-
-        places = [self.places[i] for i in rows]
-        return Stack(self.algorithm, blocks, self.membership[:, index], self.salts[index], places, state), bring_back
+        index = index_of(rows, self.salts.device)
+        state, blocks, places = taken(self.state, index), [self.blocks[i] for i in rows], [self.places[i] for i in rows]
+        part = Stack(self.algorithm, blocks, self.membership[:, index], self.salts[index], places, state)
+        return part, lambda: put_back(self.state, index, state)
 
 
 @dataclass(frozen=True)
@@ -251,7 +243,9 @@ class Wave:
         """Member -> the part of its state that this rank keeps (saved.py); plain tensors."""
         found, state = self.live(), self.state_map
         for g, (m, algorithm) in enumerate(state.groups):
-            found[m][blocks_key(state_key(algorithm, "", ""))] = torch.tensor(state.kept(g), dtype=torch.long)
+            found[m][blocks_key(state_key(algorithm, "", ""))] = torch.tensor(
+                state.kept(g), dtype=torch.long, device="cpu"
+            )
         return found
 
     def rows(self) -> dict[str, Tensor]:
@@ -507,7 +501,7 @@ def _wave(members: list[Member], ranks: Ranks, replicated: bool) -> Wave:
 
 
 def _stack(algorithm: Algorithm, rows: list[tuple[int, int, int, float]], members: int, device: torch.device) -> Stack:
-    membership = torch.zeros(members, len(rows))
+    membership = torch.zeros((members, len(rows)), dtype=torch.float32, device="cpu")
     membership[[m for m, *_ in rows], list(range(len(rows)))] = 1.0
     state = {name: allocate(storage, len(rows), device) for name, storage in algorithm.storages().items()}
     algorithm.initialise(state)

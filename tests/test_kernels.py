@@ -116,12 +116,27 @@ from hf_shampoo4.kernels import blockwise
 
 types = {"x": "*bf16", "codes": "*u8", "codes1": "*u8", "codes2": "*u8", "length": "i32", "blocks": "i32"}
 types |= dict.fromkeys(("beta1", "beta2", "weight1", "weight2", "eps"), "fp32")
-for kernel, more in ((blockwise._quantize, {}), (blockwise._dequantize, {}), (blockwise._adamw, {"EDEN": True})):
-    constants = {"BITS": 4, "TILE": 16, "BLOCK": 64, **more}
-    signature = {name: "constexpr" if name in constants else types.get(name, "*fp32") for name in kernel.arg_names}
-    built = triton.compile(ASTSource(kernel, signature, constants), target=GPUTarget("cuda", 90, 32))
-    print(kernel.__name__, "div.rn.f32" in built.asm["ptx"])
+variants = [(4, 64, 16, True), (8, 16, 128, False), (4, 1, 128, False), (4, 2, 4, True)]  # bits, tile, block, fit
+kernels = ((blockwise._quantize, "LEAST_SQUARES"), (blockwise._dequantize, ""), (blockwise._adamw, "EDEN"))
+for kernel, flag in kernels:
+    divides = []
+    for bits, tile, block, fit in variants:
+        constants = {"BITS": bits, "TILE": tile, "BLOCK": block, **({flag: fit} if flag else {})}
+        assert {name for name in kernel.arg_names if name.isupper()} == set(constants)
+        signature = {name: "constexpr" if name in constants else types.get(name, "*fp32") for name in kernel.arg_names}
+        aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(kernel.arg_names) if "*" in signature[name]}
+        source = ASTSource(kernel, signature, constants, aligned)
+        divides.append("div.rn.f32" in triton.compile(source, target=GPUTarget("cuda", 90, 32)).asm["ptx"])
+    assert len(set(divides)) == 1
+    print(kernel.__name__, divides[0])
 """
+
+
+def test_where_triton_cannot_build_pytorch_works_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert quantize._triton_works.__wrapped__(CPU)  # in the interpreter
+    monkeypatch.setattr(quantize.kernels(), "quantize", lambda *_: (_ for _ in ()).throw(RuntimeError("no C compiler")))
+    with pytest.warns(UserWarning, match="Triton builds no kernels for cpu, plain PyTorch .*: no C compiler"):
+        assert not quantize._triton_works.__wrapped__(CPU)
 
 
 def test_kernels_compile_for_a_gpu(tmp_path: os.PathLike[str]) -> None:

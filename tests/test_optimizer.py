@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from hf_shampoo4 import Shampoo4bit
+from hf_shampoo4 import Shampoo4bit, quantize
 from hf_shampoo4.options import OptionError
 
 SHAPES = [(70, 40), (64, 64), (3, 20, 30), (6, 4, 3, 3), (9,), (), (5000,), (7, 1)]
@@ -495,3 +495,26 @@ def test_parameters_of_two_models_with_equal_names() -> None:
         )
         optimizer.load_state_dict(optimizer.state_dict())
         optimizer.step()
+
+
+@pytest.mark.parametrize("options", [{}, {"algorithm": "soap"}, {"algorithm": "shampoo"}, {"factor": "cholesky_ef"}])
+def test_torchs_default_dtype_does_not_matter(options: dict[str, object]) -> None:
+    """Scripts set it to bfloat16 to make their model, and leave it there."""
+
+    def trained() -> torch.Tensor:
+        generator = torch.Generator().manual_seed(0)
+        p = torch.nn.Parameter(torch.zeros((80, 96), dtype=torch.float32))
+        optimizer = Shampoo4bit([p], lr=0.1, stats_every=1, **options)
+        for _ in range(3):
+            p.grad = torch.randn((80, 96), generator=generator, dtype=torch.float32)
+            optimizer.step()
+        return p.detach()
+
+    usual = trained()
+    for cached in (quantize._table, quantize._thresholds, quantize._cells, quantize._pair_table):
+        cached.cache_clear()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        assert torch.equal(trained(), usual)
+    finally:
+        torch.set_default_dtype(torch.float32)

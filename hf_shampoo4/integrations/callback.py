@@ -88,8 +88,8 @@ def _refuse_another(args: Any, optimizer: Any) -> None:
         optimizer = optimizer.optimizer
     if args.optim in OPTIMS and optimizer is not None:
         raise ValueError(
-            f"--optim {args.optim.value} was asked for, but {type(optimizer).__name__} would train: leave the optimizer "
-            "out of the DeepSpeed configuration and out of the Trainer's `optimizers`, or leave --optim out"
+            f"--optim {args.optim.value} was asked for, but {type(optimizer).__name__} would train: leave that out of "
+            "the DeepSpeed configuration and of the Trainer's `optimizers`, or leave --optim out"
         )
 
 

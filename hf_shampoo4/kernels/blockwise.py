@@ -18,6 +18,7 @@ from torch import Tensor
 
 FLOAT32_MAX = tl.constexpr(torch.finfo(torch.float32).max)
 NUMBERS = 2048  # of a program's tile
+LARGEST_BLOCK = 8192  # more would not fit a program's registers
 
 
 @triton.jit
@@ -126,7 +127,8 @@ def _adamw(
         # scale <- scale |x|^2 / <x, Q(x)>, of the normalised x
         x = v / tl.where(scale > 0, scale, 1.0)[:, None]
         agreement = tl.sum(tl.where(inside, x * tl.load(table2 + code), 0.0), axis=1)
-        scale *= tl.sum(x * x, axis=1) / tl.maximum(agreement, 1e-12)
+        factor = tl.sum(x * x, axis=1) / tl.maximum(agreement, 1e-12)
+        scale *= tl.where(factor < float("inf"), factor, 1.0)
     tl.store(scales2 + place, scale, mask=whole)
 
 
@@ -150,12 +152,13 @@ def quantize(
     rows, length = x.shape
     blocks = -(-length // block)
     codes = torch.empty((rows, length if bits == 8 else (length + 1) // 2), dtype=torch.uint8, device=x.device)
-    scales = torch.empty((rows, blocks), device=x.device)
+    scales = torch.empty((rows, blocks), dtype=torch.float32, device=x.device)
     tile = _tile(block, blocks)
-    _quantize[rows, triton.cdiv(blocks, tile)](
-        x, codes, scales, table, thresholds, length, blocks,
-        LEAST_SQUARES=least_squares, BITS=bits, TILE=tile, BLOCK=block,
-    )  # fmt: skip
+    with torch.cuda.device_of(x):
+        _quantize[rows, triton.cdiv(blocks, tile)](
+            x, codes, scales, table, thresholds, length, blocks,
+            LEAST_SQUARES=least_squares, BITS=bits, TILE=tile, BLOCK=block,
+        )  # fmt: skip
     return codes, scales
 
 
@@ -166,11 +169,12 @@ def dequantize(codes: Tensor, scales: Tensor, table: Tensor, bits: int, block: i
         table: float32, the levels, 2^bits of them.
     """
     rows, blocks = scales.shape
-    x = torch.empty((rows, length), device=codes.device)
+    x = torch.empty((rows, length), dtype=torch.float32, device=codes.device)
     tile = _tile(block, blocks)
-    _dequantize[rows, triton.cdiv(blocks, tile)](
-        codes.contiguous(), scales.contiguous(), x, table, length, blocks, BITS=bits, TILE=tile, BLOCK=block
-    )
+    with torch.cuda.device_of(x):
+        _dequantize[rows, triton.cdiv(blocks, tile)](
+            codes.contiguous(), scales.contiguous(), x, table, length, blocks, BITS=bits, TILE=tile, BLOCK=block
+        )
     return x
 
 
@@ -209,17 +213,18 @@ def adamw(
     u = torch.empty_like(g)
     (rows, length), blocks = g.shape, first.scales.shape[1]
     tile = _tile(block, blocks)
-    _adamw[rows, triton.cdiv(blocks, tile)](
-        g, u, first.codes, first.scales, second.codes, second.scales, first.table, first.thresholds, second.table,
-        second.thresholds, *biases, *betas, 1 - betas[0], 1 - betas[1], eps, length, blocks,
-        EDEN=eden, BITS=bits, TILE=tile, BLOCK=block,
-    )  # fmt: skip
+    with torch.cuda.device_of(g):
+        _adamw[rows, triton.cdiv(blocks, tile)](
+            g, u, first.codes, first.scales, second.codes, second.scales, first.table, first.thresholds, second.table,
+            second.thresholds, *biases, *betas, 1 - betas[0], 1 - betas[1], eps, length, blocks,
+            EDEN=eden, BITS=bits, TILE=tile, BLOCK=block,
+        )  # fmt: skip
     return u
 
 
 def can_run(block: int) -> bool:
     """Whether the kernels take blocks of this size: a tile's sides are powers of two, and a byte lies in one block."""
-    return block >= 2 and math.log2(block).is_integer()
+    return 2 <= block <= LARGEST_BLOCK and math.log2(block).is_integer()
 
 
 @cache
