@@ -321,13 +321,13 @@ class Shampoo4bit(torch.optim.Optimizer):
         coupled, decoupled = (decay, 0.0) if options.base == "sgdm" else (0.0, decay)
         probe = Probe() if options.diagnose_every and group["step"] % options.diagnose_every == 0 else None
         context = Context(options, group["step"], group["betas"], group["eps"], self._stopwatch, coupled, probe)
-        jobs = []
+        jobs, lr = [], float(group["lr"])
         for wave in built.waves:
             present = {m for m, member in enumerate(wave.members) if id(member.parameter) in wanted}
             for whole, split in wave.shared(options, group["step"]):
                 part = wave.of_members(whole, present)
                 if part.blocks:
-                    jobs.append(Job(wave, part, split, context, float(group["lr"]), decoupled))
+                    jobs.append(Job(wave, part, split, context, lr, decoupled))
         run(jobs)
         if probe:
             self._probes[unit.key] = probe
