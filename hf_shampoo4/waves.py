@@ -32,7 +32,7 @@ from .options import Options
 from .placement import Placement, assign, held_here, ranges, sharded, whole
 from .plan import Block, _in_parts, _in_waves, blocks_of, loads_of, places_of, refreshed, state_key
 from .saved import CheckpointError, Entry, blocks_key
-from .storage import allocate, index_of, put_back, taken
+from .storage import Index, allocate, index_of, put_back, taken
 
 
 @dataclass
@@ -380,25 +380,27 @@ class StateMap:
         outgoing = {rank: self._rows(pieces, source) for rank, pieces in side.out.items()}
         incoming = {rank: self._rows(pieces, target) for rank, pieces in side.into.items()}
         out = {
-            rank: [t[rows].reshape(-1).view(torch.uint8) for t, rows in there if rank != ranks.rank]
+            rank: [t[rows].reshape(-1).view(torch.uint8) for t, rows, _ in there if rank != ranks.rank]
             for rank, there in outgoing.items()
         }
-        sizes = {rank: sum(len(rows) * _row_bytes(t) for t, rows in there) for rank, there in incoming.items()}
+        sizes = {rank: sum(count * _row_bytes(t) for t, _, count in there) for rank, there in incoming.items()}
         if source is not target:
-            for (t, rows), (s, theirs) in zip(incoming.get(ranks.rank, ()), outgoing.get(ranks.rank, ()), strict=True):
+            for (t, rows, _), (s, theirs, _) in zip(
+                incoming.get(ranks.rank, ()), outgoing.get(ranks.rank, ()), strict=True
+            ):
                 t[rows] = s[theirs]
         if side.local:
             return
         received = ranks.all_to_all(purpose, out, sizes, _empty((0,), torch.uint8, self.wave.device)).wait()
         for rank, there in incoming.items():
             at = 0
-            for t, rows in there if rank != ranks.rank else ():
-                size = len(rows) * _row_bytes(t)
-                t[rows] = received[rank][at : at + size].clone().view(t.dtype).view(len(rows), *t.shape[1:])
+            for t, rows, count in there if rank != ranks.rank else ():
+                size = count * _row_bytes(t)
+                t[rows] = received[rank][at : at + size].clone().view(t.dtype).view(count, *t.shape[1:])
                 at += size
 
-    def _rows(self, pieces: Sequence[Piece], tensors: list[Entry]) -> list[tuple[Tensor, list[int]]]:
-        """(tensor, its rows) for every tensor of the groups that the pieces are of."""
+    def _rows(self, pieces: Sequence[Piece], tensors: list[Entry]) -> list[tuple[Tensor, Index, int]]:
+        """(tensor, its rows, how many) for every tensor of the groups that the pieces are of."""
         found = []
         by_group: dict[int, list[Piece]] = {}
         for piece in pieces:
@@ -408,7 +410,8 @@ class StateMap:
             if tensors is self.live:
                 position = {k: i for i, k in enumerate(self.kept(g))}
                 rows = [position[piece.block - self.first[g]] for piece in members]
-            found += [(tensors[g][key], rows) for key in self.layout(g)]
+            index = index_of(rows, self.wave.device)
+            found += [(tensors[g][key], index, len(rows)) for key in self.layout(g)]
         return found
 
 
