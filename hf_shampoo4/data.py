@@ -197,9 +197,9 @@ def _load_arguments(source: str, split: str, config: str | None) -> dict[str, An
     """Arguments of `datasets.load_dataset` for local files, a folder or a hub name."""
     path = Path(source).expanduser()
     if path.is_dir():
-        files = sorted(map(str, path.rglob("*")))
-        if {BUILDERS.get(_suffix(Path(file))) for file in files if Path(file).is_file()} == {"text"}:
-            return _of_files("text", [file for file in files if Path(file).is_file()])
+        kinds = {str(file): BUILDERS.get(_suffix(file)) for file in sorted(path.rglob("*")) if file.is_file()}
+        if set(kinds.values()) - {None} == {"text"}:  # which `datasets` would read line by line
+            return _of_files("text", [file for file, kind in kinds.items() if kind])
         return {"path": str(path), "name": config, "split": split}
     builder = BUILDERS.get(_suffix(path))
     if builder is None and (path.exists() or glob.has_magic(source)):

@@ -68,6 +68,7 @@ def test_local_sources_give_the_same_documents(kind, tmp_path, cache):
     elif kind in ("txt", "texts"):
         for i, text in enumerate(TEXTS):
             (source / f"{i:02d}.txt").write_text(text)
+        (source / ".gitattributes").write_text("*.txt text")
     elif kind == "json.gz":
         rows.to_json(source / "a.json.gz", compression="gzip")
     else:
