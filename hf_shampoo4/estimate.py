@@ -288,7 +288,7 @@ def _in_one_buffer(shapes: list[tuple[int, ...]], world: int) -> list[Placement]
 
 def _groups(model: nn.Module, chosen: Mapping[str, Any], layout: _Layout) -> list[_Group]:
     groups = []
-    for group in param_groups(model, head=head_options(dict(chosen))):
+    for group in param_groups(model, head=head_options(chosen)):
         options = Options(**{**chosen, **{key: value for key, value in group.items() if key in NAMES}}).carried_out()
         replicated = layout.world == 1 or (layout.sharding == "ddp" and not options.shard_state)
         cut = {shape: blocks_of(shape, options) for shape in {tuple(p.shape) for _, p in group["params"]}}

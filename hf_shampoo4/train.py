@@ -267,28 +267,29 @@ def load_model_config(arguments: ModelArguments) -> PreTrainedConfig:
     Raises:
         ConfigError: no such preset, file or name; an override that the configuration does not have.
     """
-    config, written = _base_config(arguments)
+    config, source = _base_config(arguments)
     changes = dict(_override(item, config) for item in filter(None, arguments.model_overrides.split(",")))
     if arguments.tie_word_embeddings is not None:
         changes["tie_word_embeddings"] = arguments.tie_word_embeddings
     if not changes:
         return config
     try:  # over what was written, not over what the class has made of it: a head's size follows from the hidden size
+        written = PreTrainedConfig.get_config_dict(source)[0] if source else {}
         return type(config).from_dict({**written, **changes})
     except Exception as error:  # validators of transformers, each with types of its own
         raise ConfigError(f"model_overrides {arguments.model_overrides!r} do not fit the {config.model_type} "
                           f"configuration: {reason(error)}") from error  # fmt: skip
 
 
-def _base_config(arguments: ModelArguments) -> tuple[PreTrainedConfig, dict[str, Any]]:
-    """A configuration, and what is written of it where it comes from."""
+def _base_config(arguments: ModelArguments) -> tuple[PreTrainedConfig, Union[str, Path, None]]:
+    """A configuration, and where it is written; None: nowhere, it is a type's default."""
     presets = config_root() / "models"
     preset = presets / f"{arguments.model}.json"
     try:
         if not arguments.model and arguments.model_type:
-            return AutoConfig.for_model(arguments.model_type), {}
+            return AutoConfig.for_model(arguments.model_type), None
         source = preset if arguments.model and preset.is_file() else arguments.model
-        return AutoConfig.from_pretrained(source), PreTrainedConfig.get_config_dict(source)[0]
+        return AutoConfig.from_pretrained(source), source
     except (OSError, ValueError, KeyError) as error:
         names = ", ".join(sorted(file.stem for file in presets.glob("*.json")))
         raise ConfigError(f"model {arguments.model or arguments.model_type!r} cannot be loaded ({reason(error)}); "

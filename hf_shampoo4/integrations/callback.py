@@ -84,8 +84,7 @@ class Shampoo4bitCallback(TrainerCallback, ExportableState):
 
 def _refuse_another(args: Any, optimizer: Any) -> None:
     """An engine may have put an optimizer of its own in the place of the one that was asked for."""
-    while hasattr(optimizer, "optimizer"):
-        optimizer = optimizer.optimizer
+    optimizer = _unwrapped(optimizer)
     if args.optim in OPTIMS and optimizer is not None:
         raise ValueError(
             f"--optim {args.optim.value} was asked for, but {type(optimizer).__name__} would train: leave that out of "
@@ -118,7 +117,12 @@ def _check_whole(args: Any, step: int) -> None:
         )
 
 
-def _ours(optimizer: Any) -> Shampoo4bit | None:
+def _unwrapped(optimizer: Any) -> Any:
     while hasattr(optimizer, "optimizer"):  # accelerate wraps it, DeepSpeed too
         optimizer = optimizer.optimizer
+    return optimizer
+
+
+def _ours(optimizer: Any) -> Shampoo4bit | None:
+    optimizer = _unwrapped(optimizer)
     return optimizer if isinstance(optimizer, Shampoo4bit) else None

@@ -5,7 +5,7 @@ Imports neither torch nor transformers until a training starts.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -100,7 +100,7 @@ def _optimizer_cls_and_kwargs(args: Any, model: nn.Module | None, options: dict[
     return Shampoo4bit, kwargs
 
 
-def head_options(options: dict[str, Any]) -> dict[str, Any]:
+def head_options(options: Mapping[str, Any]) -> dict[str, Any]:
     """What the output head gets besides the options of all: the last part of training with stochastic rounding."""
     share = STOCHASTIC_HEAD.get(options.get("moments", ""), 0.0)
     chosen = any(name in options for name in ("stochastic_last", "stochastic_from"))
