@@ -9,25 +9,23 @@ Names are looked up on first use, so that `import hf_shampoo4` imports neither t
 
 from __future__ import annotations
 
-import sys
 from importlib import import_module
-from types import ModuleType
 
 TYPE_CHECKING = False  # as type checkers read it: importing `typing` would take longer than all of this
 if TYPE_CHECKING:
     from typing import Any
 
-    from .estimate import plan
+    from .checkpointing.optimizer_folder import load_optimizer, save_optimizer
+    from .exceptions import OptionError
+    from .groups import param_groups
     from .integrations.callback import Shampoo4bitCallback
-    from .integrations.groups import param_groups
     from .integrations.trainer import register, trainer_kwargs
     from .optimizer import Shampoo4bit
-    from .options import OptionError
-    from .report import metrics
-    from .side import load_optimizer, save_optimizer
+    from .planning.estimate import plan
+    from .state_report import metrics
 
 _HOMES = {
-    "OptionError": ".options",
+    "OptionError": ".exceptions",
     "Shampoo4bit": ".optimizer",
     "Shampoo4bitCallback": ".integrations.callback",
     "load_optimizer": ".side",
@@ -48,7 +46,7 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from .extras import named
+    from .utils.extras import named
 
     with named():
         return getattr(import_module(_HOMES[name], __name__), name)
@@ -56,13 +54,3 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *_HOMES})
-
-
-class _Package(ModuleType):
-    def __setattr__(self, name: str, value: Any) -> None:
-        """Python binds an imported submodule in its package: `plan` stays the function, whoever imports `.plan`."""
-        if not (name == "plan" and isinstance(value, ModuleType)):
-            super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Package

@@ -10,20 +10,29 @@ import importlib
 import sys
 from collections.abc import Sequence
 
-from hf_shampoo4.extras import MissingPackage, named
-from hf_shampoo4.options import InputError
+from hf_shampoo4.exceptions import InputError, MissingPackage
+from hf_shampoo4.utils.extras import named
 
 # name -> (module whose `main(arguments)` does it, what it does)
 COMMANDS = {
-    "bench": ("hf_shampoo4.bench", "what an optimizer step costs in time and memory, beside other optimizers"),
-    "checkpoint": ("hf_shampoo4.checkpoint", "inspect a checkpoint's optimizer, or convert it for another mode"),
-    "demo": ("hf_shampoo4.demo", "pretrain a small LLaMA with AdamW and with shampoo4bit, and compare them"),
-    "errors": ("hf_shampoo4.errors", "what quantising preconditioners costs, beside the papers' tables"),
-    "race": ("hf_shampoo4.race", "optimizers side by side, each at its best learning rate, over seeds"),
-    "finetune": ("hf_shampoo4.finetune", "fine-tune on conversations, fully or by LoRA: CONFIG [--key value ...]"),
-    "plan": ("hf_shampoo4.estimate", "memory and traffic of a training, from geometry: MODEL --world-size N"),
-    "report": ("hf_shampoo4.runs", "training runs as one HTML page: RUN_DIR..."),
-    "train": ("hf_shampoo4.train", "pretrain by a YAML configuration: CONFIG [--key value ...]"),
+    "bench": (".studies.bench", "what an optimizer step costs in time and memory, beside other optimizers"),
+    "checkpoint": (
+        ".checkpointing.convert",
+        "inspect a checkpoint's optimizer, or convert it for another mode",
+    ),
+    "demo": (".studies.demo", "pretrain a small LLaMA with AdamW and with shampoo4bit, and compare them"),
+    "errors": (
+        ".studies.quantization_error",
+        "what quantising preconditioners costs, beside the papers' tables",
+    ),
+    "race": (".studies.race", "optimizers side by side, each at its best learning rate, over seeds"),
+    "finetune": (
+        ".training.finetune",
+        "fine-tune on conversations, fully or by LoRA: CONFIG [--key value ...]",
+    ),
+    "plan": (".planning.estimate", "memory and traffic of a training, from geometry: MODEL --world-size N"),
+    "report": (".training.run_page", "training runs as one HTML page: RUN_DIR..."),
+    "train": (".training.pretrain", "pretrain by a YAML configuration: CONFIG [--key value ...]"),
 }
 
 
@@ -40,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     chosen = _overview().parse_args(items[:1] or ["--help"])
     try:
         with named():
-            importlib.import_module(COMMANDS[chosen.command][0]).main(items[1:])
+            importlib.import_module(COMMANDS[chosen.command][0], __package__).main(items[1:])
     except (InputError, MissingPackage, FileNotFoundError, FileExistsError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -15,18 +15,20 @@ from typing import Any, NamedTuple, NoReturn
 import torch
 from torch import Tensor
 
-from .algorithms import Context
-from .blocks import matrix_view
-from .clock import Stopwatch
-from .diagnostics import Probe
-from .exchange import Ranks
-from .held import Held, check, full_shape, held_by_deepspeed, held_itself, in_deepspeed, in_fsdp1
-from .job import Job, raise_together, run
-from .moments import make_moments
-from .options import NAMES, OF_THE_RUN, STRUCTURAL, OptionError, Options, check_rates, resolve
-from .plan import blocks_of, state_layout
-from .saved import FORMAT, CheckpointError, Entry, check_entry, clean_name, pack, unpack, well_formed
-from .waves import Wave, build
+from .checkpointing.formats import FORMAT, check_entry, clean_name, pack, unpack, well_formed
+from .exceptions import CheckpointError, OptionError
+from .execution.blocking import blocks_of
+from .execution.state_layout import Entry, state_layout
+from .execution.wave_step import Job, raise_together, run
+from .execution.waves import Wave, build
+from .options import NAMES, OF_THE_RUN, STRUCTURAL, Options, check_rates, resolve
+from .preconditioners.algorithms import Context
+from .preconditioners.diagnostics import Probe
+from .preconditioners.moments import make_moments
+from .sharding.exchange import Ranks
+from .sharding.geometry import matrix_view
+from .sharding.local_parameter import Held, check, full_shape, held_by_deepspeed, held_itself, in_deepspeed, in_fsdp1
+from .utils.stopwatch import Stopwatch
 
 
 class Shampoo4bit(torch.optim.Optimizer):

@@ -16,7 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from .codebooks import ONLY_4_BITS
+from .exceptions import OptionError
+from .numerics.codebooks import ONLY_4_BITS
 
 CONFIG_ENV = "HF_SHAMPOO4_CONFIG"
 LARGEST_YAML = 1 << 20
@@ -266,14 +267,6 @@ PRESETS: dict[str, dict[str, Any]] = {
         "factor_beta": 0.95, "damping": 1e-6, "graft": "norm", "moments": "bf16",
     },
 }  # fmt: skip
-
-
-class InputError(ValueError):
-    """Something that was given cannot be used; the message is for people, and the commands print nothing else."""
-
-
-class OptionError(InputError):
-    """An option that does not exist or has a value that is not allowed; the message says what is."""
 
 
 def resolve(

@@ -7,7 +7,7 @@ off goes on where it was.
 import sys
 
 from hf_shampoo4.options import OptionError
-from hf_shampoo4.vision import main
+from hf_shampoo4.studies.vision import main
 
 if __name__ == "__main__":
     try:

@@ -8,9 +8,10 @@ from typing import Any
 
 from transformers.trainer_callback import ExportableState, TrainerCallback
 
-from ..optimizer import CheckpointError, Shampoo4bit
-from ..report import metrics, table
-from ..resume import CALLBACK, STATE, incomplete
+from ..checkpointing.completeness import CALLBACK, STATE, incomplete
+from ..exceptions import CheckpointError
+from ..optimizer import Shampoo4bit
+from ..state_report import metrics, table
 from .trainer import OPTIMS, check_args
 
 

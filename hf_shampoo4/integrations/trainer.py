@@ -86,7 +86,7 @@ def _optimizer_cls_and_kwargs(args: Any, model: nn.Module | None, options: dict[
         **options,
     }
     if model is not None:
-        from .groups import param_groups
+        from ..groups import param_groups
 
         groups = param_groups(
             model, args.weight_decay, _target_rule(args.optim_target_modules, model), head_options(options)

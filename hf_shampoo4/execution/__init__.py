@@ -1,0 +1,1 @@
+"""Shapes become blocks, blocks become waves, and a wave takes a step."""

@@ -1,0 +1,179 @@
+"""From shapes to what is computed: blocks, their algorithms, what they cost, and the layout of their state.
+
+Nothing here looks at a number of a parameter, so it plans for models that do not fit this machine as well.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol, TypeVar
+
+from ..numerics.storage import SMALL, nbytes
+from ..options import Options
+from ..preconditioners.algorithms import Algorithm, Eigenbasis, Shampoo, ahead, due, make_algorithm
+from ..preconditioners.bases import ONE_SIDED
+from ..sharding.geometry import MatrixView, Rect, matrix_view, partition, strips, vocabulary_strips
+from ..sharding.placement import Load
+
+WAVE_ELEMENTS = 1 << 24  # 64 MiB of float32 gradient
+MOMENT_FLOPS, STATS_CUBES, ROOT_CUBES, TURN_CUBES = 50, 12, 25, 12  # an entry's work; k^3 of a factor of order k
+EIGEN_ROOT_CUBES, BJORCK_CUBES = 9, 4  # a root by eigenvectors, and each Bjorck step before it
+STRIP = 1 << 20  # entries of a block of an embedding: as many as a block of 1024 x 1024
+TALL = 8  # an embedding's block with a factor of order k has at least 8 k rows: the factor takes 1/16 byte an entry
+
+
+@dataclass(frozen=True)
+class Block:
+    """One rectangle of a parameter's matrix view, and the algorithm that runs on it."""
+
+    view: MatrixView
+    rect: Rect
+    algorithm: Algorithm
+
+    @property
+    def numel(self) -> int:
+        """Entries of it."""
+        return math.prod(self.rect.shape)
+
+
+def blocks_of(shape: tuple[int, ...], options: Options) -> list[Block]:
+    """How a parameter of `shape` (the global one) is treated, from geometry alone; empty for one without elements."""
+    numel = math.prod(shape)
+    if not numel:
+        return []
+    quantise = numel >= SMALL
+    view = matrix_view(shape, options.matrix_view) if options.algorithm != "elementwise" else None
+    if view is not None and options.vocabulary and view.rows < ONE_SIDED * view.columns:
+        view = None  # hardly a vocabulary: learned positions, a class token, the classes of a classifier
+    if view is None:
+        rows = shape[0] if len(shape) > 1 else 1
+        view, options = MatrixView(1, rows, numel // rows), dataclasses.replace(options, algorithm="elementwise")
+        rects = strips(view, STRIP)
+    elif options.vocabulary:
+        rects = vocabulary_strips(view, options.block_size, TALL, STRIP)
+    else:
+        splits = options.row_splits if sum(options.row_splits) == view.rows else ()
+        rects = partition(view, options.block_size, splits)
+    of_block = {rect.shape: rect.shape if len(shape) > 1 else (numel,) for rect in rects}
+    algorithms = {rect: make_algorithm(block, options, quantise) for rect, block in of_block.items()}
+    return [Block(view, rect, algorithms[rect.shape]) for rect in rects]
+
+
+def loads_of(blocks: Sequence[Block], options: Options) -> list[Load]:
+    """What each block asks of its owner, from shapes alone; exact in bytes, in flops good enough to balance by."""
+    found: dict[tuple[int, int], Load] = {}
+    for block in blocks:
+        if block.rect.shape not in found:
+            found[block.rect.shape] = _load(block, options)
+    return [found[block.rect.shape] for block in blocks]
+
+
+def _load(block: Block, options: Options) -> Load:
+    m, n = block.rect.shape
+    flops = MOMENT_FLOPS * m * n
+    if isinstance(block.algorithm, Shampoo):
+        products, cubes = 2 * m * n * (m + n), m**3 + n**3
+        # P = L^-1/4 G R^-1/4;  G G^T, G^T G, Bjorck and QR of each;  eigh or Newton of each
+        flops += products + (products + STATS_CUBES * cubes) // options.stats_every
+        by_eigen = EIGEN_ROOT_CUBES + BJORCK_CUBES * options.rectify_roots
+        flops += (by_eigen if options.factor == "eigen" else ROOT_CUBES) * cubes // options.roots_every
+    elif isinstance(block.algorithm, Eigenbasis):
+        # of each side that is rotated: into the basis and out;  the statistic, carrying m and G' over, Bjorck, QR, U Q
+        for side in (block.algorithm.left, block.algorithm.right):
+            k = side.order if side.basis is not None else 0
+            flops += 4 * k * m * n + (6 * k * m * n + TURN_CUBES * k**3) // options.stats_every
+    return Load(flops, sum(nbytes(storage) for storage in block.algorithm.storages().values()))
+
+
+def refreshed(options: Options, step: int, places: Sequence[float]) -> frozenset[int]:
+    """Positions of the blocks whose factors a step refreshes, which ranks that could all do it share among them.
+
+    Of staggered Shampoo none is: its graft goes over all blocks of a parameter, in whichever step their turns come.
+
+    Args:
+        places: of the blocks, see `places_of`.
+    """
+    o = options
+    if o.algorithm == "elementwise" or (o.algorithm == "shampoo" and o.stagger):
+        return frozenset()
+    intervals = (o.stats_every, o.roots_every) if o.algorithm == "shampoo" else (o.turn_interval(step),)
+    return frozenset(i for every in intervals for i in due(step, every, ahead(o, places)))
+
+
+def places_of(counts: Mapping[str, int]) -> dict[str, list[float]]:
+    """What share of a group's blocks comes before each: staggered, neighbours are refreshed in one step or the next.
+
+    So the owners of a wave, among whom its blocks are dealt, have work in the same steps, and other waves in others.
+
+    Args:
+        counts: parameter's name -> its number of blocks, in the group's order.
+    """
+    total, first, places = sum(counts.values()), 0, {}
+    for name, count in counts.items():
+        places[name] = [(first + k) / total for k in range(count)]
+        first += count
+    return places
+
+
+class Planned(Protocol):
+    """A parameter that waits for its wave."""
+
+    @property
+    def kind(self) -> Hashable:
+        """Only equal kinds share a wave."""
+
+    @property
+    def numel(self) -> int:
+        """Entries of all of it."""
+
+    @property
+    def parts(self) -> int:
+        """Into how many the ranks have cut it; 1: it is whole on every rank."""
+
+
+P = TypeVar("P", bound=Planned)
+
+
+def _in_waves(parameters: Iterable[P]) -> Iterator[list[P]]:
+    """Parameters of one kind and number of parts, as many as fit `WAVE_ELEMENTS` a rank; at least one."""
+    alike: dict[Hashable, list[P]] = {}
+    for p in parameters:
+        alike.setdefault((p.kind, p.parts), []).append(p)
+    for candidates in alike.values():
+        wave: list[P] = []
+        elements = 0
+        for p in candidates:
+            if wave and elements + p.numel > WAVE_ELEMENTS * p.parts:
+                yield wave
+                wave, elements = [], 0
+            wave.append(p)
+            elements += p.numel
+        yield wave
+
+
+def _in_parts(blocks: Sequence[Block], owners: Sequence[int], ranks: int) -> list[list[int]]:
+    """Positions of the blocks of a wave, so that no rank computes many more than `WAVE_ELEMENTS` entries of a part.
+
+    One part where the wave fits, and where norms go over whole parameters (Shampoo's graft).  Of several ranks each
+    deals out its own blocks in turn: all are at work in every part, and so are those that hold the gradients.
+
+    Args:
+        owners: who computes each block.
+        ranks: into how many parts the ranks have cut the parameters.
+    """
+    grafted = any(isinstance(block.algorithm, Shampoo) for block in blocks)
+    if grafted or sum(block.numel for block in blocks) <= WAVE_ELEMENTS * ranks:
+        return [list(range(len(blocks)))] if blocks else []
+    of_owner: dict[int, list[int]] = {}
+    for i, owner in enumerate(owners):
+        of_owner.setdefault(owner, []).append(i)
+    entries = (sum(blocks[i].numel for i in of_rank) for of_rank in of_owner.values())
+    count = max(-(-numel // WAVE_ELEMENTS) for numel in entries)
+    parts: list[list[int]] = [[] for _ in range(count)]
+    for of_rank in of_owner.values():
+        for j, i in enumerate(of_rank):  # one rank alone: neighbours together, so that their state is one slice
+            parts[j * count // len(of_rank) if len(of_owner) == 1 else j % count].append(i)
+    return [sorted(part) for part in parts if part]

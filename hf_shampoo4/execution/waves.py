@@ -1,0 +1,556 @@
+"""Stacks of equal blocks, and the waves in which gradients reach them and updates go back.
+
+A *stack* is all blocks of a wave that share an algorithm description (hence a shape), as one (B, m, n) tensor; its
+state buffers have B rows, and `optimizer.state[p]` holds the rows of parameter p as views, under
+"<shape>/<tensor>.<buffer>".  A *wave* is as many whole parameters as fit `plan.WAVE_ELEMENTS`; one that does not fit, a
+large embedding, is a wave of several *parts*, which are computed one after the other.  That bounds the memory that a
+step needs at a time, whatever the size of the model.
+
+Where every rank holds all of a parameter (one process, DDP), every rank keeps the state of all its blocks and computes
+them all; but those whose factors a step refreshes are computed by their owners, who send what changed to the others.
+Everywhere else a block's owner alone keeps its state and computes it.
+"""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import accumulate
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..exceptions import CheckpointError
+from ..numerics.storage import Index, allocate, index_of, put_back, taken
+from ..options import Options
+from ..preconditioners.algorithms import Algorithm, Elementwise, State
+from ..sharding.exchange import Cut, Exchange, Piece, Ranks, Route, route
+from ..sharding.geometry import MatrixView, Rect
+from ..sharding.local_parameter import Held
+from ..sharding.placement import Placement, assign, held_here, ranges, sharded, whole
+from .blocking import Block, _in_parts, _in_waves, blocks_of, loads_of, places_of, refreshed
+from .state_layout import Entry, blocks_key, state_key
+
+
+@dataclass
+class Member:
+    """A parameter of a wave."""
+
+    held: Held
+    placement: Placement
+    blocks: list[Block]
+    owners: list[int]
+    """Of the blocks, in canonical order."""
+    places: list[float] = field(default_factory=list)
+    """Of the blocks, see `plan.places_of`."""
+
+    @property
+    def name(self) -> str:
+        """The same in every run and on every rank."""
+        return self.held.name
+
+    @property
+    def parameter(self) -> Tensor:
+        """The model's."""
+        return self.held.parameter
+
+    @property
+    def kind(self) -> Hashable:
+        """What the parameters of a wave have in common."""
+        return self.held.buffer.device, self.held.buffer.dtype
+
+    @property
+    def numel(self) -> int:
+        """Entries of all of it."""
+        return self.held.numel
+
+    @property
+    def parts(self) -> int:
+        """Into how many the ranks have cut it."""
+        return len(self.placement.shares)
+
+    def gradient(self) -> Tensor:
+        """What this rank has of its gradient, flat; zeros if there is none."""
+        found = self.held.gradient()
+        return torch.zeros_like(self.held.weights()) if found is None else found
+
+    @cached_property
+    def salts(self) -> list[int]:
+        """One number a block, for stochastic rounding."""
+        return [zlib.crc32(f"{self.name}:{k}".encode()) - (1 << 31) for k in range(len(self.blocks))]
+
+    def rows(self, algorithm: Algorithm) -> list[int]:
+        """Its blocks that run `algorithm`: block i is row `rows.index(i)` of the saved state."""
+        return [i for i, block in enumerate(self.blocks) if block.algorithm == algorithm]
+
+
+@dataclass
+class Stack:
+    """Equal blocks of a wave, and their state."""
+
+    algorithm: Algorithm
+    blocks: list[int]
+    """Their positions in the wave."""
+    membership: Tensor
+    salts: Tensor
+    places: list[float]
+    state: State = field(default_factory=dict)
+    weights: Tensor | None = None
+    """float32 (B, *shape), on steps that need them."""
+
+    def parameters(self) -> Tensor:
+        """float32 (B, *shape), a copy."""
+        if self.weights is None:
+            raise RuntimeError("the weights of this stack were not collected")
+        return self.weights
+
+    def part(self, rows: list[int]) -> tuple[Stack, Callable[[], None]]:
+        """Some blocks of it, as a view where they follow each other, and what brings changed state back."""
+        if len(rows) == len(self.blocks):
+            return self, lambda: None
+        index = index_of(rows, self.salts.device)
+        state, blocks, places = taken(self.state, index), [self.blocks[i] for i in rows], [self.places[i] for i in rows]
+        part = Stack(self.algorithm, blocks, self.membership[:, index], self.salts[index], places, state)
+        return part, lambda: put_back(self.state, index, state)
+
+
+@dataclass(frozen=True)
+class Part:
+    """What of a wave is computed together, and the way to the owners and back."""
+
+    blocks: frozenset[int]
+    route: Route
+
+    def of(self, blocks: frozenset[int]) -> Part:
+        """The part of some of its blocks."""
+        if len(blocks) == len(self.blocks):
+            return self
+        return Part(blocks, Route(*(side.of_blocks(blocks) for side in self.route)))
+
+
+@dataclass
+class Wave:
+    """Whole parameters: all that are computed together or, of a large one, in parts one after the other."""
+
+    members: list[Member]
+    stacks: list[Stack]
+    ranks: Ranks
+    replicated: bool
+    """Whether every rank keeps all state."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where all of it is computed."""
+        return self.members[0].held.buffer.device
+
+    @cached_property
+    def owners(self) -> list[int]:
+        """Of every block."""
+        return [owner for member in self.members for owner in member.owners]
+
+    @cached_property
+    def member_of(self) -> list[int]:
+        """Of every block."""
+        return [m for m, member in enumerate(self.members) for _ in member.blocks]
+
+    @cached_property
+    def rects(self) -> list[Rect]:
+        """Of every block."""
+        return [block.rect for member in self.members for block in member.blocks]
+
+    @cached_property
+    def salts(self) -> list[int]:
+        """Of every block."""
+        return [salt for member in self.members for salt in member.salts]
+
+    @cached_property
+    def places(self) -> list[float]:
+        """Of every block."""
+        return [place for member in self.members for place in member.places]
+
+    @cached_property
+    def split(self) -> list[Part]:
+        """Owners compute their blocks."""
+        cuts = [_cut(member, member.placement, member.owners) for member in self.members]
+        return self._parts(route(self.ranks.rank, self.ranks.world, cuts), self.owners)
+
+    @cached_property
+    def alone(self) -> list[Part]:
+        """This rank computes everything, from what it holds."""
+        cuts = [_cut(m, whole(m.placement.shape, 1), [0] * len(m.blocks)) for m in self.members]
+        return self._parts(route(0, 1, cuts), [0] * len(self.rects))
+
+    def shared(self, options: Options, step: int) -> Iterator[tuple[Part, bool]]:
+        """What is computed one after the other in a step, and whether owners do it or every rank does.
+
+        What refreshes takes so long that owners do it, even where every rank could.
+        """
+        if not self.replicated:
+            yield from ((part, True) for part in self.split)
+        elif self.ranks.world == 1:
+            yield from ((part, False) for part in self.alone)
+        else:
+            long = refreshed(options, step, self.places)
+            yield from ((part.of(some), True) for part in self.split if (some := part.blocks & long))
+            yield from ((part.of(some), False) for part in self.alone if (some := part.blocks - long))
+
+    def _parts(self, way: Route, owners: list[int]) -> list[Part]:
+        blocks = [block for member in self.members for block in member.blocks]
+        every = Part(frozenset(range(len(blocks))), way)
+        return [every.of(frozenset(part)) for part in _in_parts(blocks, owners, self.members[0].parts)]
+
+    def of_members(self, part: Part, wanted: Collection[int]) -> Part:
+        """What of a part is of some parameters."""
+        if len(wanted) == len(self.members):
+            return part
+        return part.of(frozenset(block for block in part.blocks if self.member_of[block] in wanted))
+
+    def live(self) -> dict[int, Entry]:
+        """Member -> the rows of its state that this rank keeps, as views of the stacks."""
+        found: dict[int, Entry] = {m: {} for m in range(len(self.members))}
+        for stack in self.stacks:
+            start = 0
+            for m in sorted({self.member_of[block] for block in stack.blocks}):
+                count = sum(self.member_of[block] == m for block in stack.blocks)
+                for tensor, buffers in stack.state.items():
+                    for name, buffer in buffers.items():
+                        found[m][state_key(stack.algorithm, tensor, name)] = buffer[start : start + count]
+                start += count
+        return found
+
+    @cached_property
+    def state_map(self) -> StateMap:
+        """Between live and saved state."""
+        return StateMap(self)
+
+    def saved(self) -> dict[int, Entry]:
+        """Member -> its whole state in canonical block order, with no rank in it; every rank must call it.
+
+        Plain tensors for a parameter that is whole on every rank, DTensors with the blocks sharded over the
+        parameter's mesh for one that is a DTensor.
+        """
+        if self.replicated:
+            return self.live()
+        state = self.state_map
+        held = state.empty()
+        state.move(state.route.deliver, "save", state.live, held)
+        return state.entries(held)
+
+    def share(self) -> dict[int, Entry]:
+        """Member -> the part of its state that this rank keeps (saved.py); plain tensors."""
+        found, state = self.live(), self.state_map
+        for g, (m, algorithm) in enumerate(state.groups):
+            found[m][blocks_key(state_key(algorithm, "", ""))] = torch.tensor(
+                state.kept(g), dtype=torch.long, device="cpu"
+            )
+        return found
+
+    def rows(self) -> dict[str, Tensor]:
+        """The state that this rank keeps, block by block: "<parameter>/<state key>/<row of the whole>" -> a view."""
+        state = self.state_map
+        return {
+            f"{self.members[m].name}/{key}/{k}": t[i]
+            for g, (m, _) in enumerate(state.groups)
+            for key, t in state.live[g].items()
+            for i, k in enumerate(state.kept(g))
+        }
+
+    def check(self, saved: Sequence[Mapping[str, Any]]) -> None:
+        """Make sure that `adopt` can take the members' state over.
+
+        Raises:
+            CheckpointError: a part of the state (`share`) of other blocks than are this rank's here.
+        """
+        state = self.state_map
+        for g, (m, algorithm) in enumerate(state.groups):
+            there = saved[m].get(blocks_key(state_key(algorithm, "", "")))
+            if there is not None and there.tolist() != state.kept(g):
+                raise CheckpointError(
+                    f"the checkpoint has blocks {_few(there.tolist())} of {self.members[m].name!r} for this rank, "
+                    f"which has {_few(state.kept(g))} here: another number of ranks, ZeRO stage or configuration of "
+                    "DeepSpeed.  Make one file of it that fits any: hf-shampoo4 checkpoint convert DIR, and give that "
+                    "to optimizer.load_state_dict"
+                )
+
+    def keeps(self, owner: int) -> bool:
+        """Whether this rank keeps the state of a block."""
+        return self.replicated or owner == self.ranks.rank
+
+    def adopt(self, saved: Sequence[Mapping[str, Any]]) -> None:
+        """Take the members' state over from what `saved` or `live` gave; every rank must call it.
+
+        Raises:
+            ValueError: a tensor with neither all blocks nor those of this rank.
+        """
+        state = self.state_map
+        if any(hasattr(t, "to_local") for entry in saved for t in entry.values()):
+            state.move(state.route.collect, "load", state.local(saved), state.live)
+            return
+        for g, (m, _) in enumerate(state.groups):
+            mine = state.kept(g)
+            for key, live in state.live[g].items():
+                there = saved[m].get(key)
+                if there is None:
+                    continue
+                if len(there) not in (len(live), len(state.cuts[g].rects)):
+                    name, expected = self.members[m].name, len(state.cuts[g].rects)
+                    raise ValueError(f"state of {name!r}: {key} has {len(there)} blocks, expected {expected}")
+                live.copy_(there if len(there) == len(live) else there[mine])
+
+
+class StateMap:
+    """The rows of a wave's state: live on their owners, saved where the parameters' placements say.
+
+    A row moves as an entry of a vector of rows would, so `exchange.route` knows the way: `collect` is loading,
+    `deliver` saving.
+    """
+
+    def __init__(self, wave: Wave) -> None:
+        self.wave = wave
+        self.groups = [
+            (m, algorithm)
+            for m, member in enumerate(wave.members)
+            for algorithm in dict.fromkeys(block.algorithm for block in member.blocks)
+        ]
+        self.cuts: list[Cut] = []
+        self.first = [0]
+        self.blocks: list[int] = []
+        """Of the wave, for every row of every group."""
+        starts = [0, *accumulate(len(member.blocks) for member in wave.members)]
+        for m, algorithm in self.groups:
+            member = wave.members[m]
+            rows = member.rows(algorithm)
+            self.blocks += [starts[m] + i for i in rows]
+            rects = [Rect(0, 0, 1, k, k + 1) for k in range(len(rows))]
+            placement = _saved_placement(member.parameter, len(rows), wave.ranks.world)
+            self.cuts.append(Cut(placement, MatrixView(1, 1, len(rows)), rects, [member.owners[i] for i in rows]))
+            self.first.append(self.first[-1] + len(rows))
+        live = wave.live()
+        self.live = [{k: live[m][k] for k in self.layout(g) if k in live[m]} for g, (m, _) in enumerate(self.groups)]
+
+    @cached_property
+    def route(self) -> Route:
+        """Of rows, as pieces of one entry."""
+        return route(self.wave.ranks.rank, self.wave.ranks.world, self.cuts)
+
+    def kept(self, group: int) -> list[int]:
+        """The blocks of a group whose state lives on this rank."""
+        owners = self.cuts[group].owners
+        return [k for k, owner in enumerate(owners) if self.wave.keeps(owner)]
+
+    def of_blocks(self, wanted: Collection[int]) -> set[int]:
+        """The rows, as the route counts them, of some blocks of the wave."""
+        return {row for row, block in enumerate(self.blocks) if block in wanted}
+
+    def layout(self, group: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """State key -> shape of a row and dtype."""
+        algorithm = self.groups[group][1]
+        return {
+            state_key(algorithm, tensor, buffer): layout
+            for tensor, storage in algorithm.storages().items()
+            for buffer, layout in storage.layout().items()
+        }
+
+    def empty(self) -> list[Entry]:
+        """Room for the saved rows that this rank holds."""
+        rank, found = self.wave.ranks.rank, []
+        for g in range(len(self.groups)):
+            count, layout = self.cuts[g].placement.share_of[rank].region.numel, self.layout(g).items()
+            found.append({k: _empty((count, *shape), dtype, self.wave.device) for k, (shape, dtype) in layout})
+        return found
+
+    def local(self, saved: Sequence[Mapping[str, Any]]) -> list[Entry]:
+        """The rows of saved DTensors that this rank holds."""
+        return [{key: saved[m][key].to_local() for key in self.layout(g)} for g, (m, _) in enumerate(self.groups)]
+
+    def entries(self, held: list[Entry]) -> dict[int, Entry]:
+        """Member -> its saved state, from the rows that this rank holds."""
+        found: dict[int, Entry] = {m: {} for m in range(len(self.wave.members))}
+        for g, (m, _) in enumerate(self.groups):
+            blocks = len(self.cuts[g].rects)
+            found[m].update({key: _as_saved(t, self.wave.members[m].parameter, blocks) for key, t in held[g].items()})
+        return found
+
+    def move(self, side: Exchange, purpose: str, source: list[Entry], target: list[Entry]) -> None:
+        """Copy rows from where they are to where the exchange says, all of them in one all-to-all of bytes."""
+        ranks = self.wave.ranks
+        outgoing = {rank: self._rows(pieces, source) for rank, pieces in side.out.items()}
+        incoming = {rank: self._rows(pieces, target) for rank, pieces in side.into.items()}
+        out = {
+            rank: [t[rows].reshape(-1).view(torch.uint8) for t, rows, _ in there if rank != ranks.rank]
+            for rank, there in outgoing.items()
+        }
+        sizes = {rank: sum(count * _row_bytes(t) for t, _, count in there) for rank, there in incoming.items()}
+        if source is not target:
+            for (t, rows, _), (s, theirs, _) in zip(
+                incoming.get(ranks.rank, ()), outgoing.get(ranks.rank, ()), strict=True
+            ):
+                t[rows] = s[theirs]
+        if side.local:
+            return
+        received = ranks.all_to_all(purpose, out, sizes, _empty((0,), torch.uint8, self.wave.device)).wait()
+        for rank, there in incoming.items():
+            at = 0
+            for t, rows, count in there if rank != ranks.rank else ():
+                size = count * _row_bytes(t)
+                t[rows] = received[rank][at : at + size].clone().view(t.dtype).view(count, *t.shape[1:])
+                at += size
+
+    def _rows(self, pieces: Sequence[Piece], tensors: list[Entry]) -> list[tuple[Tensor, Index, int]]:
+        """(tensor, its rows, how many) for every tensor of the groups that the pieces are of."""
+        found = []
+        by_group: dict[int, list[Piece]] = {}
+        for piece in pieces:
+            by_group.setdefault(piece.member, []).append(piece)
+        for g, members in by_group.items():
+            rows = [piece.offset for piece in members]
+            if tensors is self.live:
+                position = {k: i for i, k in enumerate(self.kept(g))}
+                rows = [position[piece.block - self.first[g]] for piece in members]
+            index = index_of(rows, self.wave.device)
+            found += [(tensors[g][key], index, len(rows)) for key in self.layout(g)]
+        return found
+
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+def build(groups: Sequence[tuple[Options, Sequence[Held], Shapes]], ranks: Ranks) -> list[list[Wave]]:
+    """Waves over the parameters of each group, with freshly initialised state; the same plan on every rank.
+
+    Args:
+        groups: options, the parameters in the same order on every rank, and the shapes of all that the group has: with
+            DeepSpeed, the parameters may be a part of these.
+
+    Raises:
+        ValueError: a parameter that lives in a way that `held_here` does not know, or not completely on these ranks.
+    """
+    flat = [held for _, members, _ in groups for held in members if held.range is not None]
+    placed = dict(zip(map(id, flat), _ranges(flat, ranks), strict=True))
+    members = []
+    for options, of_group, shapes in groups:
+        blocks = {name: blocks_of(shape, options) for name, shape in shapes.items()}
+        places = places_of({name: len(of_one) for name, of_one in blocks.items()})
+        members.append([_member(h, placed.get(id(h)), ranks, blocks[h.name], places[h.name]) for h in of_group])
+    _assign(members, [options for options, _, _ in groups], ranks.world)
+    return [_waves(found, options, ranks) for found, (options, _, _) in zip(members, groups, strict=True)]
+
+
+def _ranges(flat: Sequence[Held], ranks: Ranks) -> list[Placement]:
+    """Where all of each parameter is, from the range that each rank says it has."""
+    if not flat:
+        return []
+    by_rank = ranks.gather([(held.range.start, held.range.start + held.range.numel) for held in flat if held.range])
+    placements = [ranges(held.shape, bounds) for held, bounds in zip(flat, zip(*by_rank, strict=True), strict=True)]
+    for held, placement in zip(flat, placements, strict=True):
+        if sum(share.region.numel for share in placement.shares) != held.numel:
+            bounds = [(share.region.start, share.region.start + share.region.numel) for share in placement.shares]
+            raise ValueError(
+                f"the {ranks.world} ranks that train together hold entries {bounds[:4]} of the {held.numel} of "
+                f"{held.name!r}: leave out communicate=false, and use FSDP or DeepSpeed over all ranks"
+            )
+    return placements
+
+
+def _member(held: Held, placement: Placement | None, ranks: Ranks, blocks: list[Block], places: list[float]) -> Member:
+    if placement is None:
+        placement = held_here(held.parameter, ranks.rank, ranks.world)
+    return Member(held, placement, blocks, [0] * len(blocks), places)
+
+
+def _assign(groups: list[list[Member]], options: list[Options], world: int) -> None:
+    """Give every block its owner; an elementwise one stays where it is, if one rank has most of it."""
+    if world == 1:
+        return
+    loads, free, there = [], [], []
+    for members, of_group in zip(groups, options, strict=True):
+        for member in members:
+            for k, load in enumerate(loads_of(member.blocks, of_group)):
+                block = member.blocks[k]
+                if isinstance(block.algorithm, Elementwise) and not member.placement.whole:
+                    r, view = block.rect, block.view
+                    middle = (r.matrix * view.rows + (r.r0 + r.r1) // 2) * view.columns + (r.c0 + r.c1) // 2
+                    holders = member.placement.holders(middle)
+                    member.owners[k] = holders[k % len(holders)]
+                    there.append((member.owners[k], load))
+                else:
+                    loads.append(load)
+                    free.append((member, k))
+    for (member, k), owner in zip(free, assign(loads, world, there), strict=True):
+        member.owners[k] = owner
+
+
+def _waves(members: list[Member], options: Options, ranks: Ranks) -> list[Wave]:
+    waves = []
+    for batch in _in_waves(members):
+        replicated = ranks.world == 1 or (batch[0].placement.whole and not options.shard_state)
+        waves.append(_wave(batch, ranks, replicated))
+    return waves
+
+
+def _wave(members: list[Member], ranks: Ranks, replicated: bool) -> Wave:
+    rows: dict[Algorithm, list[tuple[int, int, int, float]]] = {}
+    first = 0
+    for m, member in enumerate(members):
+        for k, (block, owner) in enumerate(zip(member.blocks, member.owners, strict=True)):
+            if replicated or owner == ranks.rank:
+                rows.setdefault(block.algorithm, []).append((m, first + k, member.salts[k], member.places[k]))
+        first += len(member.blocks)
+    device = members[0].held.buffer.device
+    return Wave(members, [_stack(a, found, len(members), device) for a, found in rows.items()], ranks, replicated)
+
+
+def _stack(algorithm: Algorithm, rows: list[tuple[int, int, int, float]], members: int, device: torch.device) -> Stack:
+    membership = torch.zeros((members, len(rows)), dtype=torch.float32, device="cpu")
+    membership[[m for m, *_ in rows], list(range(len(rows)))] = 1.0
+    state = {name: allocate(storage, len(rows), device) for name, storage in algorithm.storages().items()}
+    algorithm.initialise(state)
+    salts = torch.tensor([salt for _, _, salt, _ in rows], dtype=torch.int32, device=device)
+    places = [place for *_, place in rows]
+    return Stack(algorithm, [block for _, block, *_ in rows], membership.to(device), salts, places, state)
+
+
+def _cut(member: Member, placement: Placement, owners: Sequence[int]) -> Cut:
+    view = member.blocks[0].view if member.blocks else MatrixView(0, 0, 0)
+    return Cut(placement, view, [block.rect for block in member.blocks], owners)
+
+
+def _saved_placement(p: Tensor, rows: int, world: int) -> Placement:
+    """Where the saved state of `rows` blocks lives: on a DTensor's mesh, cut where it is cut, else everywhere."""
+    mesh = getattr(p, "device_mesh", None)
+    if mesh is None:
+        return whole((rows,), world)
+    return sharded((rows,), tuple(mesh.mesh.flatten().tolist()), tuple(mesh.mesh.shape), _by_block(p))
+
+
+def _by_block(p: Any) -> tuple[Any, ...]:
+    from torch.distributed.tensor import Replicate, Shard
+
+    return tuple(Replicate() if placement.is_replicate() else Shard(0) for placement in p.placements)
+
+
+def _as_saved(rows: Tensor, p: Any, blocks: int) -> Tensor:
+    """This rank's rows of all blocks, as a DTensor if the parameter is one."""
+    if not hasattr(p, "device_mesh"):
+        return rows
+    from torch.distributed.tensor import DTensor
+
+    shape = torch.Size((blocks, *rows.shape[1:]))
+    stride = torch.empty(shape, device="meta").stride()
+    return DTensor.from_local(rows, p.device_mesh, _by_block(p), run_check=False, shape=shape, stride=stride)
+
+
+def _row_bytes(t: Tensor) -> int:
+    return math.prod(t.shape[1:]) * t.element_size()
+
+
+def _empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device=device)
+
+
+def _few(numbers: list[int]) -> str:
+    return f"{numbers}" if len(numbers) <= 4 else f"{numbers[:4]} and {len(numbers) - 4} more"

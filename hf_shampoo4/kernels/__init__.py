@@ -1,4 +1,0 @@
-"""Triton kernels: what quantize.py and moments.py do in many passes over the memory, in one.
-
-Nothing here is imported where there is no GPU; `tests/test_kernels.py` runs them in Triton's interpreter.
-"""

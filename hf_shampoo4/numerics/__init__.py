@@ -1,0 +1,1 @@
+"""Pure functions on tensors: codebooks, rounding, packing, storages, matrix roots."""

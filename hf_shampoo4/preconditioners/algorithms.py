@@ -1,0 +1,436 @@
+"""How a block's gradient becomes a direction: Shampoo (two factors, graft, moments), the eigenbasis family (moments in
+the factors' eigenbasis) or the base alone.
+
+An algorithm is a frozen description of one block shape; equal descriptions are computed as one stack.  Its state is
+{tensor name: buffers}; `directions` runs the stacks of a wave together, as the graft goes over whole parameters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from ..numerics.linalg import between, transpose, within
+from ..numerics.rounding import Noise
+from ..numerics.storage import Buffers, Dense, Index, Storage, index_of, put_back, taken
+from ..options import Options
+from ..utils.stopwatch import Stopwatch
+from .bases import SHORTEST_MEMORY, TINY, OpenSide, Side, make_sides, statistic
+from .factors import Factor, make_factor
+from .moments import PLAIN, Coordinates, Moments, make_moments, same
+
+State = dict[str, Buffers]
+
+FLOOR = 1e-7  # of a side's largest eigenvalue: the least that KL's whitening and stored moments are divided by
+LARGEST = 1e30  # of a whitened moment, which grows while no gradient comes and eigenvalues are forgotten faster
+LIMIT = 32.0  # of an entry of SOAP's direction: Adam's own is at most 1 / sqrt(1 - b2), which is this with b2 = 0.999
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a step knows beside gradients and state."""
+
+    options: Options
+    step: int
+    betas: tuple[float, float]
+    eps: float
+    stopwatch: Stopwatch
+    """Times the refreshes."""
+    coupled_decay: float = 0.0
+    """L2: this times the parameter is added to what goes through the base, as torch.optim.SGD does."""
+    probe: Probe | None = None
+    """Looks at the state before and after, if this is a step to look at."""
+    total: Callable[[Tensor], Tensor] = lambda sums: sums
+    """Sums over the blocks of each parameter here, float64 (k, parameters) -> over its blocks on all ranks."""
+    places: Sequence[float] = ()
+    """Of the stack's blocks, in [0, 1), see `ahead`."""
+
+    def due(self, every: int) -> list[int]:
+        """Rows of a stack whose turn it is in a period of `every` steps."""
+        return due(self.step, every, self.places)
+
+
+def ahead(options: Options, places: Sequence[float]) -> Sequence[float]:
+    """What share of a period earlier than all together each block is refreshed: its place, if blocks are staggered."""
+    return places if options.stagger else [0.0] * len(places)
+
+
+def due(step: int, every: int, places: Sequence[float]) -> list[int]:
+    """Positions of the blocks whose turn it is at a step, each once in a period of `every` steps."""
+    return [i for i, place in enumerate(places) if (step + int(place * every)) % every == 0]
+
+
+class Probe(Protocol):
+    """What a step tells a `diagnostics.Probe`."""
+
+    def before(self, stacks: Sequence[Stack]) -> None:
+        """The step begins."""
+
+    def moment(self, stack: Stack, exact: Tensor) -> None:
+        """The first moment before it was stored, (B, *shape) float32."""
+
+    def after(self, stacks: Sequence[Stack]) -> None:
+        """The step is over."""
+
+
+@dataclass(frozen=True)
+class Preconditioned:
+    """What an algorithm makes of a gradient."""
+
+    value: Tensor
+    """(B, *shape) float32: what goes through the base in the gradient's place."""
+    coordinates: Coordinates = PLAIN
+    """In which the base's first moment was and will be stored."""
+    back: Callable[[Tensor], Tensor] = same
+    """The base's direction -> the parameter's coordinates."""
+    grafted: bool = False
+    """Whether it is to have the gradient's norm."""
+
+
+class Algorithm(Protocol):
+    """What every algorithm offers."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of one block."""
+
+    @property
+    def moments(self) -> Moments:
+        """The base's moments."""
+
+    def storages(self) -> dict[str, Storage]:
+        """Name -> storage of every tensor of a block's state."""
+
+    def initialise(self, state: State) -> None:
+        """Write the state before the first step (buffers come zeroed)."""
+
+    def precondition(self, state: State, g: Tensor, context: Context) -> Preconditioned:
+        """Bring the state up to date with a gradient, (B, *shape) float32, and precondition it; `g` is not changed."""
+
+
+@dataclass(frozen=True)
+class Elementwise:
+    """No preconditioner: embeddings, output head, norms, biases."""
+
+    shape: tuple[int, ...]
+    moments: Moments
+
+    def storages(self) -> dict[str, Storage]:
+        return {"steps": Dense(()), **self.moments.storages()}
+
+    def initialise(self, state: State) -> None:
+        """Zeros are right."""
+
+    def precondition(self, state: State, g: Tensor, context: Context) -> Preconditioned:
+        return Preconditioned(g)
+
+
+@dataclass(frozen=True)
+class Shampoo:
+    """P = L^-1/4 G R^-1/4 (1802.09568), L and R kept as `factors` says."""
+
+    shape: tuple[int, ...]
+    moments: Moments
+    left: Factor
+    right: Factor
+
+    def storages(self) -> dict[str, Storage]:
+        return {
+            "steps": Dense(()),
+            "failures": Dense((), torch.int32),
+            **{f"left.{name}": storage for name, storage in self.left.storages().items()},
+            **{f"right.{name}": storage for name, storage in self.right.storages().items()},
+            **self.moments.storages(),
+        }
+
+    def initialise(self, state: State) -> None:
+        self.left.initialise(_side(state, "left"))
+        self.right.initialise(_side(state, "right"))
+
+    def precondition(self, state: State, g: Tensor, context: Context) -> Preconditioned:
+        o = context.options
+        for every, work in ((o.stats_every, self._update), (o.roots_every, self._refresh)):
+            rows = context.due(every)
+            if rows:
+                with context.stopwatch.on(g.device), _part(state, g, _some(rows, g)) as (part, some):
+                    part["failures"]["dense"] += work(part, some)
+        # P = L^-1/4 G R^-1/4
+        return Preconditioned(
+            self.left.root(_side(state, "left")) @ g @ self.right.root(_side(state, "right")), grafted=True
+        )
+
+    def _update(self, state: State, g: Tensor) -> Tensor:
+        # L <- beta L + (1 - beta) G G^T;  R <- beta R + (1 - beta) G^T G
+        failed = self.left.update(_side(state, "left"), g @ g.mT).int()
+        return failed + self.right.update(_side(state, "right"), g.mT @ g)
+
+    def _refresh(self, state: State, g: Tensor) -> Tensor:
+        # L^-1/4, R^-1/4
+        failed = self.left.refresh(_side(state, "left")).int()
+        return failed + self.right.refresh(_side(state, "right"))
+
+
+@dataclass(frozen=True)
+class Eigenbasis:
+    """SOAP, KL-Shampoo and KL-SOAP: the base works on G' = U_L^T G U_R; see eigenbasis.py."""
+
+    shape: tuple[int, ...]
+    moments: Moments
+    left: Side
+    right: Side
+    whitened: bool
+    """KL: each factor is whitened by the other one."""
+    scaled: bool
+    """KL-Shampoo: the eigenvalues take the second moment's place."""
+
+    @property
+    def is_two_sided(self) -> bool:
+        """Whether both sides are rotated."""
+        return self.left.basis is not None and self.right.basis is not None
+
+    def storages(self) -> dict[str, Storage]:
+        return {
+            "steps": Dense(()),
+            "failures": Dense((), torch.int32),
+            **{f"left.{name}": storage for name, storage in self.left.storages().items()},
+            **{f"right.{name}": storage for name, storage in self.right.storages().items()},
+            **self.moments.storages(),
+        }
+
+    def initialise(self, state: State) -> None:
+        self.left.initialise(_side(state, "left"))
+        self.right.initialise(_side(state, "right"))
+
+    def precondition(self, state: State, g: Tensor, context: Context) -> Preconditioned:
+        o = context.options
+        left, right = self._opened(state, g)
+        damping = max(o.damping, FLOOR)
+        before = _scales(left, right, damping)
+        # G' = U_L^T G U_R
+        rotated = between(left.vectors, g, right.vectors)
+        squares = rotated.square()
+        level = squares.mean((-2, -1))
+        good = level.isfinite()
+        rotated.masked_fill_(~good[:, None, None], 0.0)
+        state["failures"]["dense"] += ~good
+        self._follow(left, right, squares, level.where(good, 0.0), o)
+        every = o.turn_interval(context.step)
+        rows = context.due(every)
+        turn: Callable[[Tensor], Tensor] = same
+        if rows:
+            memory = max(o.factor_beta**every, SHORTEST_MEMORY)
+            index = _some(rows, g)
+            with context.stopwatch.on(g.device), _part(state, rotated, index) as (part, some):
+                here = (left, right) if index is None else self._opened(part, some)
+                part["failures"]["dense"] += self._turn(*here, some, memory)
+            if index is not None:
+                left.adopt(here[0], index)
+                right.adopt(here[1], index)
+            # m' <- Q_L^T m' Q_R
+            turn = _of_rows(index, lambda x: between(here[0].turned, x, here[1].turned))
+        after = _scales(left, right, damping)
+
+        # stored is m' / sqrt(lambda_L lambda_R^T): few bits serve all directions alike; it is KL-Shampoo's direction
+        def opened(x: Tensor) -> Tensor:
+            return (x * before[0]).mul_(before[1])
+
+        def closed(m: Tensor) -> Tensor:
+            return (m / after[0]).div_(after[1]).clamp_(-LARGEST, LARGEST)
+
+        def back(u: Tensor) -> Tensor:
+            # U_L u U_R^T
+            u = self._within_reason(u, o.factor_beta, context.betas[1])
+            return between(transpose(left.vectors), u, transpose(right.vectors))
+
+        if self.scaled:  # nothing but the first moment sees the gradient: both turn at once, as one sum
+            return Preconditioned(rotated, Coordinates(opened, lambda m: closed(turn(m))), back)
+        return Preconditioned(turn(rotated), Coordinates(lambda x: turn(opened(x)), closed), back)
+
+    def _within_reason(self, u: Tensor, factor_beta: float, beta2: float) -> Tensor:
+        """No larger than gradients can make it as long as the bases rest; without a spike it seldom is.
+
+        A turn brings the first moment into entries whose second moment, or eigenvalue, has not seen the like of it.
+        """
+        if not self.scaled:
+            limit = max(LIMIT, (1 - beta2) ** -0.5)
+            return u.clamp(-limit, limit)
+        # (1 - beta) mean_j G'_ij^2 / lambda_Rj is a part of lambda_Li: what bounds a gradient's rows bounds a mean's
+        most = (1 - factor_beta) ** -0.5
+        return within(u, most, rows=self.left.basis is not None, columns=self.right.basis is not None)
+
+    def _opened(self, state: State, x: Tensor) -> tuple[OpenSide, OpenSide]:
+        return OpenSide(self.left, _side(state, "left"), x), OpenSide(self.right, _side(state, "right"), x)
+
+    def _follow(self, left: OpenSide, right: OpenSide, squares: Tensor, level: Tensor, o: Options) -> None:
+        """Eigenvalues follow the squares of the rotated gradient, which are used up, at every step.
+
+        Args:
+            level: (B,), the squares' mean: what eigenvalues start from.
+        """
+        if self.whitened and self.left.followed and self.right.followed:
+            level = level.sqrt()  # lambda_L lambda_R^T is the mean square
+        left.start(level)
+        right.start(level)
+        # lambda_L <- beta lambda_L + (1 - beta) mean_j G'_ij^2 / lambda_Rj, lambda_R likewise (SOAP: / 1)
+        m, n = self.shape
+        by_left, by_right = self._whitening(left).expand(-1, m), self._whitening(right).expand(-1, n)
+        of_right = (by_left.reciprocal() / m).unsqueeze(-2) @ squares
+        of_left = squares.div_(by_right.unsqueeze(-2)).mean(-1)
+        left.follow(of_left, _beta(left, o))
+        right.follow(of_right.squeeze(-2), _beta(right, o))
+
+    def _turn(self, left: OpenSide, right: OpenSide, rotated: Tensor, memory: float) -> Tensor:
+        """Turn both bases; the blocks of which one failed."""
+        of_left, of_right = statistic(rotated, self._whitening(right)), statistic(rotated.mT, self._whitening(left))
+        failed = left.turn(of_left, memory)
+        return failed | right.turn(of_right, memory)
+
+    def _whitening(self, side: OpenSide) -> Tensor:
+        if not self.whitened:
+            return torch.ones_like(side.eigenvalues)
+        # directions without any gradient for long have decayed to 0: the first one there must not overflow
+        return torch.maximum(side.eigenvalues, FLOOR * side.eigenvalues.amax(-1, keepdim=True)).clamp_min(TINY)
+
+
+def _beta(side: OpenSide, o: Options) -> float:
+    """How slowly a side's eigenvalues forget."""
+    return o.factor_beta if side.vectors is not None or not o.vocabulary else o.vocabulary_beta
+
+
+Scales = tuple[Tensor, Tensor]
+
+
+def _scales(left: OpenSide, right: OpenSide, damping: float) -> Scales:
+    """lambda_L^1/2 and lambda_R^1/2, damped, to be multiplied with: (B, m or 1, 1) and (B, 1, n or 1)."""
+    of_left, of_right = (
+        (side.eigenvalues + damping * side.eigenvalues.amax(-1, keepdim=True)).clamp_min(TINY).sqrt()
+        for side in (left, right)
+    )
+    return of_left.unsqueeze(-1), of_right.unsqueeze(-2)
+
+
+def _some(rows: list[int], x: Tensor) -> Index | None:
+    """Some blocks of a stack; None: all of them."""
+    return None if len(rows) == len(x) else index_of(rows, x.device)
+
+
+def _of_rows(index: Index | None, of_part: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """On all blocks of a stack, what is done to some; None: to all."""
+    if index is None:
+        return of_part
+
+    def of_all(x: Tensor) -> Tensor:
+        y = x.clone()
+        y[index] = of_part(x[index])
+        return y
+
+    return of_all
+
+
+class Stack(Protocol):
+    """What `directions` needs of a stack of equal blocks."""
+
+    algorithm: Algorithm
+    state: State
+    membership: Tensor
+    """float32 (parameters of the wave, B): 1 where the block belongs to the parameter."""
+    salts: Tensor
+    """int32 (B,): the same number for a block in every run and on every rank."""
+    places: list[float]
+    """What share of the parameter group's blocks comes before each."""
+
+    def parameters(self) -> Tensor:
+        """float32 (B, *shape), a copy."""
+
+
+def directions(stacks: Sequence[Stack], gradients: Sequence[Tensor], context: Context) -> list[Tensor]:
+    """The step of every block of some stacks, without learning rate and weight decay: float32 (B, *shape) a stack."""
+    if context.probe:
+        context.probe.before(stacks)
+    contexts = [replace(context, places=ahead(context.options, stack.places)) for stack in stacks]
+    inputs = zip(stacks, gradients, contexts, strict=True)
+    preconditioned = [stack.algorithm.precondition(stack.state, g, its_context) for stack, g, its_context in inputs]
+    grafted = graft(stacks, gradients, preconditioned, context)
+    steps = [
+        through_base(stack, value, p.coordinates, context)
+        for stack, value, p in zip(stacks, grafted, preconditioned, strict=True)
+    ]
+    if context.probe:
+        context.probe.after(stacks)
+    return [p.back(step) for p, step in zip(preconditioned, steps, strict=True)]
+
+
+def through_base(stack: Stack, p: Tensor, coordinates: Coordinates, context: Context) -> Tensor:
+    """The base's direction for what takes the gradient's place, (B, *shape) float32; counts the blocks' steps."""
+    o = context.options
+    steps = stack.state["steps"]["dense"].add_(1)
+    if context.coupled_decay:
+        p = stack.parameters().mul_(context.coupled_decay).add_(p)
+    noise = Noise(stack.salts, context.step, o.seed)
+    late = 0 < o.stochastic_from <= context.step
+    moments = stack.algorithm.moments
+    exact = moments.next_first(stack.state, p, context.betas, coordinates) if context.probe else None
+    direction = moments.direction(stack.state, p, context.betas, context.eps, steps, noise, late, coordinates)
+    if context.probe and exact is not None:
+        context.probe.moment(stack, exact)
+    return direction
+
+
+def graft(
+    stacks: Sequence[Stack], gradients: Sequence[Tensor], preconditioned: Sequence[Preconditioned], context: Context
+) -> list[Tensor]:
+    """P <- P |G|_F / |P|_F, the norms over each parameter (`norm`) or each block (`block`); a zero P stays zero.
+
+    A P that is not finite (a gradient whose square overflows) becomes zero.
+    """
+    values, over = [p.value for p in preconditioned], context.options.graft
+    chosen = [i for i, p in enumerate(preconditioned) if p.grafted]
+    if not chosen:
+        return values
+    p2 = [_squared_norms(values[i]) for i in chosen]
+    g2 = [_squared_norms(gradients[i]) for i in chosen] if over != "none" else p2
+    if over == "norm":
+        members = [stacks[i].membership.double() for i in chosen]
+        # products with the membership matrices, not a scatter-add, whose order is not fixed on a GPU
+        sums = [torch.stack([m @ x for m, x in zip(members, squares, strict=True)]).sum(0) for squares in (g2, p2)]
+        g2, p2 = ([m.T @ over_all for m in members] for over_all in context.total(torch.stack(sums)))
+    for i, numerator, denominator in zip(chosen, g2, p2, strict=True):
+        ratio = torch.nan_to_num((numerator / denominator).sqrt(), nan=0.0, posinf=0.0).float()[:, None, None]
+        values[i] = torch.where(ratio > 0, values[i] * ratio, 0.0)
+    return values
+
+
+def make_algorithm(shape: tuple[int, ...], options: Options, quantise_moments: bool) -> Algorithm:
+    """The algorithm for blocks of `shape` that the options name."""
+    moments = make_moments(shape, options, quantise_moments)
+    if options.algorithm == "elementwise":
+        return Elementwise(shape, moments)
+    if options.algorithm == "shampoo":
+        return Shampoo(shape, moments, make_factor(shape[0], options), make_factor(shape[1], options))
+    kl_shampoo = options.algorithm == "kl_shampoo"
+    return Eigenbasis(shape, moments, *make_sides(shape, options), options.algorithm != "soap", kl_shampoo)
+
+
+@contextmanager
+def _part(state: State, x: Tensor, index: Index | None) -> Iterator[tuple[State, Tensor]]:
+    """Some blocks of a stack's state, to be changed in place, and of x (B, ...)."""
+    if index is None:
+        yield state, x
+        return
+    part = taken(state, index)
+    yield part, x[index]
+    put_back(state, index, part)
+
+
+def _side(state: State, side: str) -> State:
+    return {name.removeprefix(side + "."): buffers for name, buffers in state.items() if name.startswith(side + ".")}
+
+
+def _squared_norms(x: Tensor) -> Tensor:
+    """float64 (B,): the square of a float32 norm overflows float32."""
+    return torch.linalg.vector_norm(x.flatten(1), dim=1).double().square()

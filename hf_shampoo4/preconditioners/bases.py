@@ -1,0 +1,164 @@
+"""The eigenbasis family: SOAP, KL-Shampoo and KL-SOAP, with no stored inverse root.
+
+A side keeps an orthogonal basis U (its columns quantised) and eigenvalues; the moments live in the rotated space
+
+    G' = U_L^T G U_R
+
+where the factors are nearly diagonal.  Eigenvalues move at every step.  A *refresh*, every T1 steps, turns the bases
+towards the factors' eigenvectors; the first moment is carried over.
+
+SOAP (2409.11321): Adam on G'.  KL-Shampoo (2509.03378): each factor is whitened by the other, and the step is
+m' / sqrt(lambda_L lambda_R^T), without a second moment.  KL-SOAP: KL-Shampoo's bases, SOAP's moments.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..numerics.linalg import bjorck, finite_blocks, or_identity, safe_qr
+from ..numerics.storage import SMALL, Blockwise, Buffers, Dense, DoubleQuantized, Index, Storage, transposed, write_good
+from ..options import Options
+
+State = dict[str, Buffers]
+
+ONE_SIDED = 4  # a side this many times longer than the other one is not rotated: its basis would outweigh the moments
+SHORTEST_MEMORY = 0.3  # least share of the old factor in a new one, however long ago the last refresh was
+TINY = torch.finfo(torch.float32).tiny
+
+
+@dataclass(frozen=True)
+class Side:
+    """One Kronecker factor A = U diag(lambda) U^T, in the coordinates of its own basis U."""
+
+    order: int
+    basis: Storage | None
+    """None: the side is not rotated."""
+    followed: bool = True
+    """Whether there are eigenvalues: a side with neither has the identity for a factor."""
+    rectify: int = 0
+    """Bjorck steps on the decoded basis before it turns, so that its rounding does not add up over the turns."""
+
+    def storages(self) -> dict[str, Storage]:
+        basis: dict[str, Storage] = {} if self.basis is None else {"basis": self.basis}
+        return {**basis, "eigenvalues": Dense((self.order,))} if self.followed else basis
+
+    def initialise(self, state: State) -> None:
+        """U = I; eigenvalues of 0 say that there was no gradient yet (buffers come zeroed)."""
+        if self.basis is not None:
+            like = state["eigenvalues"]["dense"]
+            eye = torch.eye(self.order, dtype=torch.float32, device=like.device)
+            self.basis.write(state["basis"], eye.expand(*like.shape, self.order))
+
+
+class OpenSide:
+    """A stack's side while a step works on it: decoded once, written through."""
+
+    def __init__(self, side: Side, state: State, x: Tensor) -> None:
+        self._side, self._state = side, state
+        self.vectors = None if side.basis is None else side.basis.read(state["basis"])
+        """U, or None; orthogonal up to the rounding."""
+        self.eigenvalues = state["eigenvalues"]["dense"] if state else x.new_ones(x.shape[0], 1)
+        """lambda, (B, k), the buffer itself; (B, 1) ones for a side that has none."""
+        self.turned: Tensor | None = None
+        """Q of the last turn, (B, k, k): the basis after it in coordinates of the one before; None: it did not turn."""
+
+    def start(self, level: Tensor) -> None:
+        """Give eigenvalues to the blocks that had no gradient before: `level` (B,), all alike."""
+        if self._side.followed:
+            fresh = self.eigenvalues.amax(-1, keepdim=True) <= 0
+            self.eigenvalues.copy_(torch.where(fresh, level.unsqueeze(-1), self.eigenvalues))
+
+    def follow(self, diagonal: Tensor, beta: float) -> None:
+        """lambda <- beta lambda + (1 - beta) diagonal, but for blocks whose gradient is zero, or too large to square.
+
+        Forgotten at beta a step on both sides, eigenvalues would go as fast as the first moment, and KL-Shampoo's
+        direction, their ratio, not at all.
+        """
+        if self._side.followed:
+            largest = diagonal.amax(-1, keepdim=True)
+            tells = (largest > 0) & largest.isfinite()
+            self.eigenvalues.lerp_(torch.where(tells, diagonal, self.eigenvalues), 1 - beta)
+
+    def turn(self, sample: Tensor, memory: float) -> Tensor:
+        """Turn the basis towards the eigenvectors of the factor.
+
+        Args:
+            sample: (B, k, k), the factor's new statistic in the coordinates of U.
+            memory: the old factor's share in the new one.
+
+        Returns:
+            bool (B,): blocks that failed and kept their basis.
+        """
+        basis = self._side.basis
+        if self.vectors is None or basis is None:
+            return torch.zeros(sample.shape[0], dtype=torch.bool, device=sample.device)
+        a = factor_in_basis(self.eigenvalues, sample, memory)
+        # Q R = A', one orthogonal iteration from U.  LAPACK works by columns, and so are bases stored: in memory, row
+        # by row, lie Q^T, R^T and U^T, and a pass over tensors of one layout is five times as fast
+        good = finite_blocks(a)
+        q, r = (x.mT for x in safe_qr(or_identity(a, good)))
+        signs = torch.where(r.diagonal(dim1=-2, dim2=-1) < 0, -1.0, 1.0)  # no vector changes its direction
+        q, r = q * signs.unsqueeze(-1), r * signs.unsqueeze(-2)
+        good &= finite_blocks(q, r)
+        q, u = or_identity(q, good), self.vectors.mT
+        # U <- U Q
+        write_good(basis, self._state["basis"], (q @ bjorck(u, self._side.rectify)).mT, good)
+        self.vectors, self.turned = basis.read(self._state["basis"]), q.mT
+        # lambda <- diag(Q^T A' Q) = diag(R Q)
+        diagonal = (transposed(r) * q).sum(-1).clamp_min(0.0)
+        self.eigenvalues.copy_(torch.where(good[:, None], diagonal, self.eigenvalues))
+        return ~good
+
+    def adopt(self, turned: OpenSide, index: Index) -> None:
+        """Take over the vectors of some blocks' side, which turned apart from the others."""
+        if self.vectors is not None and turned.vectors is not None:
+            self.vectors[index] = turned.vectors
+
+
+def make_sides(shape: tuple[int, ...], options: Options) -> tuple[Side, Side]:
+    """Left and right side of blocks of `shape`; a basis is float32 where it is too small to quantise.
+
+    A side much longer than the other one is not rotated; a vocabulary has eigenvalues all the same, a diagonal factor.
+    """
+    m, n = shape
+    return _side(m, m >= ONE_SIDED * n, options), _side(n, n >= ONE_SIDED * m, options)
+
+
+def _side(order: int, is_long: bool, options: Options) -> Side:
+    shape = (order, order)
+    if is_long:
+        return Side(order, None, followed=options.vocabulary)
+    if options.bits == 32 or order * order < SMALL:
+        return Side(order, Dense(shape))
+    columns = Blockwise(
+        shape, options.factor_codebook, options.bits, options.factor_block, columns=True, fit="least_squares"
+    )
+    return Side(order, DoubleQuantized(columns), rectify=options.rectify_stats)
+
+
+def statistic(g: Tensor, whitening: Tensor) -> Tensor:
+    """A factor's sample, X diag(1 / whitening) X^T / n.
+
+    Args:
+        g: (B, k, n), the gradient in the basis.
+        whitening: (B, n) or (B, 1).
+
+    Returns:
+        (B, k, k).
+    """
+    return (g / (g.shape[-1] * whitening.clamp_min(TINY)).unsqueeze(-2)) @ g.mT
+
+
+def factor_in_basis(eigenvalues: Tensor, sample: Tensor, memory: float) -> Tensor:
+    """U^T A U from its diagonal, which moved at every step, and the correlations of a sample, all there is of the rest.
+
+    A' = D (memory I + (1 - memory) C) D, D = diag(lambda)^1/2, C the sample scaled to a unit diagonal: positive
+    semidefinite, and lambda remains its diagonal.
+    """
+    diagonal = sample.diagonal(dim1=-2, dim2=-1)
+    scale = torch.where(diagonal > 0, (eigenvalues / diagonal).sqrt(), 0.0)
+    a = sample * ((1 - memory) * scale.unsqueeze(-1)) * scale.unsqueeze(-2)
+    return torch.diagonal_scatter(a, eigenvalues, dim1=-2, dim2=-1)

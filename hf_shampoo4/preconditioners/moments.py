@@ -1,0 +1,324 @@
+"""First and second moments under any storage, and the direction of AdamW or SGD that they give, on stacks."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from ..numerics.quantize import has_kernels, kernels, padded
+from ..numerics.rounding import Noise, PreconditionerSpace, Stochastic, to_bfloat16
+from ..numerics.storage import Bitsandbytes, Blockwise, Buffers, Dense, Factored, RankOne, Storage
+from ..options import EIGENBASIS, SECOND_CODEBOOKS, Options
+
+State = dict[str, Buffers]
+
+
+def same(m: Tensor) -> Tensor:
+    """m."""
+    return m
+
+
+@dataclass(frozen=True)
+class Coordinates:
+    """In which a first moment is stored; both functions are linear but for a bound."""
+
+    opened: Callable[[Tensor], Tensor] = same
+    """What is stored, (B, *shape) float32 -> the moment in the coordinates of the step's gradient."""
+    closed: Callable[[Tensor], Tensor] = same
+    """The moment in these -> what is stored, which the next step may see in another basis."""
+
+
+PLAIN = Coordinates()
+
+MOMENT_BLOCK = 128  # 2309.01507: smaller than 8-bit's 256, because outliers cost a 4-bit block more
+
+VOCABULARY_BLOCK = 256  # of a vocabulary's 8-bit first moment, as bitsandbytes' and torchao's
+
+FIRST_STREAM, SECOND_STREAM = 1, 2  # of a block's noise; 0 is the parameter's
+
+
+class Moments(Protocol):
+    """What every base offers; its direction is computed from the moments *before* they are stored."""
+
+    @property
+    def first(self) -> Storage:
+        """Of the first moment."""
+
+    def storages(self) -> dict[str, Storage]:
+        """Name -> storage of each moment."""
+
+    def next_first(
+        self, state: State, g: Tensor, betas: tuple[float, float], coordinates: Coordinates = PLAIN
+    ) -> Tensor:
+        """The first moment after g as it would be stored exactly, (B, *shape) float32; nothing is."""
+
+    def direction(
+        self,
+        state: State,
+        g: Tensor,
+        betas: tuple[float, float],
+        eps: float,
+        steps: Tensor,
+        noise: Noise | None = None,
+        stochastic_first: bool = False,
+        coordinates: Coordinates = PLAIN,
+    ) -> Tensor:
+        """The base's step without the learning rate and the weight decay.
+
+        Args:
+            g: (B, *shape) float32, the gradient or its preconditioned form; not changed.
+            steps: float32 (B,), how many times each block has been updated, this one included.
+            noise: for stochastic rounding.
+            stochastic_first: round the first moment stochastically, where it is stored in 4 bits.
+            coordinates: in which the first moment is stored.
+
+        Returns:
+            (B, *shape) float32, which may be a state buffer: not to be written to.  In the gradient's coordinates;
+            `Momentum`'s in those in which the moment is stored.
+        """
+
+
+@dataclass(frozen=True)
+class Adam:
+    """AdamW: the bias-corrected first moment over the root of the second."""
+
+    first: Storage
+    second: Storage
+    zip_sr: bool = False
+    """Round the second moment stochastically in preconditioner space (2610.12444)."""
+
+    def storages(self) -> dict[str, Storage]:
+        return {"first": self.first, "second": self.second}
+
+    def next_first(
+        self, state: State, g: Tensor, betas: tuple[float, float], coordinates: Coordinates = PLAIN
+    ) -> Tensor:
+        # m <- b1 m + (1 - b1) g
+        return coordinates.closed(torch.lerp(_read_first(self.first, state, coordinates), g, 1 - betas[0]))
+
+    def direction(
+        self,
+        state: State,
+        g: Tensor,
+        betas: tuple[float, float],
+        eps: float,
+        steps: Tensor,
+        noise: Noise | None = None,
+        stochastic_first: bool = False,
+        coordinates: Coordinates = PLAIN,
+    ) -> Tensor:
+        if self._fits_kernel(g.device) and not stochastic_first and coordinates is PLAIN:
+            return self._by_kernel(state, g, betas, eps, steps)
+        # m <- b1 m + (1 - b1) g;  v <- b2 v + (1 - b2) g^2
+        m = _read_first(self.first, state, coordinates).lerp_(g, 1 - betas[0])
+        v = self.second.read(state["second"]).mul_(betas[1]).addcmul_(g, g, value=1 - betas[1])
+        # u = (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps)
+        bias = _bias(betas[1], steps, v.dim())
+        u = (m / _bias(betas[0], steps, m.dim())).div_((v / bias).sqrt_().add_(eps))
+        _write_first(self.first, state, coordinates.closed(m), noise if stochastic_first else None)
+        if self.zip_sr and isinstance(self.second, Blockwise):
+            uniform = _required(noise).uniform(SECOND_STREAM, v[0].numel())
+            self.second.write(state["second"], v, PreconditionerSpace(uniform, bias.flatten(1), eps))
+        else:
+            self.second.write(state["second"], _for_bfloat16(self.second, v, noise))
+        return u
+
+    def _fits_kernel(self, device: torch.device) -> bool:
+        """Whether one pass of a kernel does all of `direction`: both moments in blocks, to the nearest level."""
+        both = isinstance(self.first, Blockwise) and isinstance(self.second, Blockwise) and not self.zip_sr
+        return both and has_kernels(device, MOMENT_BLOCK)
+
+    def _by_kernel(self, state: State, g: Tensor, betas: tuple[float, float], eps: float, steps: Tensor) -> Tensor:
+        moments = [
+            kernels().Codes(*state[name].values(), *padded(storage.codebook, storage.bits, g.device))
+            for name, storage in self.storages().items()
+            if isinstance(storage, Blockwise)
+        ]
+        biases = (_bias(betas[0], steps, 1), _bias(betas[1], steps, 1))
+        eden = isinstance(self.second, Blockwise) and self.second.fit == "eden"
+        return kernels().adamw(g.flatten(1), *moments, biases, betas, eps, 4, MOMENT_BLOCK, eden).view_as(g)
+
+
+@dataclass(frozen=True)
+class Sgdm:
+    """`torch.optim.SGD` with momentum betas[0] and no dampening; betas[1] and eps are not used."""
+
+    first: Storage
+    nesterov: bool
+
+    def storages(self) -> dict[str, Storage]:
+        return {"first": self.first}
+
+    def next_first(
+        self, state: State, g: Tensor, betas: tuple[float, float], coordinates: Coordinates = PLAIN
+    ) -> Tensor:
+        # m <- mu m + g
+        return coordinates.closed(torch.add(g, _read_first(self.first, state, coordinates), alpha=betas[0]))
+
+    def direction(
+        self,
+        state: State,
+        g: Tensor,
+        betas: tuple[float, float],
+        eps: float,
+        steps: Tensor,
+        noise: Noise | None = None,
+        stochastic_first: bool = False,
+        coordinates: Coordinates = PLAIN,
+    ) -> Tensor:
+        # m <- mu m + g;  u = m, or with Nesterov's momentum g + mu m
+        m = _read_first(self.first, state, coordinates).mul_(betas[0]).add_(g)
+        _write_first(self.first, state, coordinates.closed(m), noise if stochastic_first else None)
+        return torch.add(g, m, alpha=betas[0]) if self.nesterov else m
+
+
+@dataclass(frozen=True)
+class Momentum:
+    """Adam's first moment alone: for KL-Shampoo, whose eigenvalues take the second one's place."""
+
+    first: Storage
+
+    def storages(self) -> dict[str, Storage]:
+        return {"first": self.first}
+
+    def next_first(
+        self, state: State, g: Tensor, betas: tuple[float, float], coordinates: Coordinates = PLAIN
+    ) -> Tensor:
+        # m <- b1 m + (1 - b1) g
+        return coordinates.closed(torch.lerp(_read_first(self.first, state, coordinates), g, 1 - betas[0]))
+
+    def direction(
+        self,
+        state: State,
+        g: Tensor,
+        betas: tuple[float, float],
+        eps: float,
+        steps: Tensor,
+        noise: Noise | None = None,
+        stochastic_first: bool = False,
+        coordinates: Coordinates = PLAIN,
+    ) -> Tensor:
+        # m <- b1 m + (1 - b1) g;  u = m / (1 - b1^t), in the coordinates in which it is stored
+        m = coordinates.closed(_read_first(self.first, state, coordinates).lerp_(g, 1 - betas[0]))
+        u = m / _bias(betas[0], steps, m.dim())
+        _write_first(self.first, state, m, noise if stochastic_first else None)
+        return u
+
+
+def make_moments(shape: tuple[int, ...], options: Options, quantise: bool) -> Adam | Sgdm | Momentum:
+    """The base of blocks of `shape` with the moments that the options name.
+
+    | moments | first | second |
+    |---|---|---|
+    | fp32, bf16 | as it is | as it is |
+    | 8bit | bitsandbytes, block 256 | bitsandbytes, block 256 |
+    | 4bit (2309.01507) | dynamic, block 128 | linear0, rank-1 scales |
+    | 4bit_factored (2309.01507) | dynamic, block 128 | row and column means, as Adafactor |
+    | 4bit_eden (2610.12444) | nf4, block 128 | dynamic0, block 128, scales corrected (ZE-EDEN) |
+    | 4bit_zipsr (2610.12444) | nf4, block 128 | dynamic_unsigned, block 128, rounded in preconditioner space (ZIP-SR) |
+
+    SOAP's, KL-SOAP's and KL-Shampoo's first moment is stored whitened, and so without outliers: nf4.
+
+    A 4-bit first moment of embeddings or the output head without a second one (KL-Shampoo) has 8 bits, dynamic, block
+    256, unless `first_codebook` asks for another: 4 bits lose half of what preconditioning them gains.
+
+    Vectors have no rows and columns: their second moment is block-wise (2309.01507, section 4.2).
+
+    Args:
+        quantise: whether the parameter has at least 4,096 elements; else 8- and 4-bit moments are float32.
+
+    Raises:
+        ImportError: 8-bit moments without bitsandbytes.
+    """
+    first, second = _storages(shape, options, quantise)
+    if options.base == "sgdm":
+        return Sgdm(first, options.nesterov)
+    if options.algorithm == "kl_shampoo":
+        in_8_bits = options.vocabulary and isinstance(first, Blockwise) and options.first_codebook == "auto"
+        return Momentum(Blockwise(shape, "dynamic", 8, VOCABULARY_BLOCK) if in_8_bits else first)
+    return Adam(first, second, zip_sr=quantise and options.moments == "4bit_zipsr")
+
+
+def radial_bias(exact: Tensor, stored: Tensor) -> Tensor:
+    """<Q(m) - m, m> / |m|^2 of each block: how much storing shrinks (< 0) or stretches m along itself (2610.12444).
+
+    Args:
+        exact: (B, ...) before it was stored.
+        stored: (B, ...) as it is read back.
+
+    Returns:
+        float64 (B,); 0 for a block of zeros.
+    """
+    exact, error = exact.double().flatten(1), (stored.double() - exact.double()).flatten(1)
+    return (error * exact).sum(1) / exact.square().sum(1).clamp_(min=torch.finfo(torch.float64).tiny)
+
+
+def unmoved(before: Tensor, after: Tensor, bits: int) -> Tensor:
+    """Share of codes that an update left where they were: near 1, a moment has stalled (2603.16731).
+
+    Args:
+        before: uint8 (B, bytes), codes of a stack before a step (a clone: state is written in place).
+        after: the same after it.
+        bits: of a code; 4-bit codes are two to a byte.
+
+    Returns:
+        float32 (B,).
+    """
+    changed = before ^ after
+    halves = [changed] if bits == 8 else [changed >> 4, changed & 15]
+    return torch.stack([half == 0 for half in halves]).float().mean(0).flatten(1).mean(1)
+
+
+def _storages(shape: tuple[int, ...], options: Options, quantise: bool) -> tuple[Storage, Storage]:
+    recipe = options.moments
+    if recipe == "bf16":
+        return Dense(shape, torch.bfloat16), Dense(shape, torch.bfloat16)
+    if recipe == "fp32" or not quantise:
+        return Dense(shape), Dense(shape)
+    if recipe == "8bit":
+        return Bitsandbytes(shape, signed=True), Bitsandbytes(shape, signed=False)
+    modern = recipe in ("4bit_eden", "4bit_zipsr")
+    default = "nf4" if modern or options.algorithm in EIGENBASIS else "dynamic"
+    first = Blockwise(shape, default if options.first_codebook == "auto" else options.first_codebook, 4, MOMENT_BLOCK)
+    if recipe == "4bit_factored" and len(shape) == 2:
+        return first, Factored(shape)
+    default = SECOND_CODEBOOKS.get(recipe, ("linear0",))[0]
+    levels = default if options.second_codebook == "auto" else options.second_codebook
+    if recipe == "4bit" and len(shape) == 2:
+        return first, RankOne(shape, levels, 4)
+    return first, Blockwise(shape, levels, 4, MOMENT_BLOCK, fit="eden" if recipe == "4bit_eden" else "largest")
+
+
+def _for_bfloat16(storage: Storage, v: Tensor, noise: Noise | None) -> Tensor:
+    """Round stochastically what goes to bfloat16: to nearest, v - 0.001 v is v again and v never decays."""
+    if noise is None or not isinstance(storage, Dense) or storage.dtype != torch.bfloat16:
+        return v
+    return to_bfloat16(v, noise.bits(SECOND_STREAM, v[0].numel()).view_as(v))
+
+
+def _read_first(storage: Storage, state: State, coordinates: Coordinates) -> Tensor:
+    return coordinates.opened(storage.read(state["first"]))
+
+
+def _write_first(storage: Storage, state: State, stored: Tensor, noise: Noise | None) -> None:
+    if noise is not None and isinstance(storage, Blockwise) and storage.bits == 4:
+        storage.write(state["first"], stored, Stochastic(noise.uniform(FIRST_STREAM, stored[0].numel())))
+    else:
+        storage.write(state["first"], stored)
+
+
+def _required(noise: Noise | None) -> Noise:
+    if noise is None:
+        raise ValueError("ZIP-SR rounds stochastically: direction() needs `noise`")
+    return noise
+
+
+def _bias(beta: float, steps: Tensor, dim: int) -> Tensor:
+    """1 - beta^t, shaped to broadcast over (B, *shape); expm1 keeps its digits when beta is near 1."""
+    bias = -torch.expm1(steps * math.log(beta)) if beta > 0 else torch.ones_like(steps)
+    return bias.view(-1, *[1] * (dim - 1))

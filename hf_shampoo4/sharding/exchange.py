@@ -1,0 +1,209 @@
+"""Who sends which rectangle of which block to whom (`route`), and the sending: one all-to-all each way (`Ranks`).
+
+A block's owner collects the block's gradient from the ranks that hold it and delivers its update to all of them.  Both
+ends go through the same pieces in the same order, so nothing but the numbers themselves is sent.  What a rank would
+send to itself stays where it is: one process is the case in which that is everything.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .geometry import MatrixView, Rect
+from .placement import Patch, Placement, Region, patches
+
+
+class Piece(NamedTuple):
+    """A rectangle of a block that one rank holds."""
+
+    member: int
+    """Position of the parameter in the wave."""
+    block: int
+    """Position of the block in the wave."""
+    offset: int
+    """Of the first entry in the holder's flat tensor."""
+    stride: int
+    row: int
+    """Of the first entry in the block."""
+    column: int
+    rows: int
+    columns: int
+
+    @property
+    def numel(self) -> int:
+        return self.rows * self.columns
+
+    def of_flat(self, flat: Tensor) -> Tensor:
+        """This piece of the holder's flat tensor: (rows, columns), a view."""
+        return flat.as_strided((self.rows, self.columns), (self.stride, 1), flat.storage_offset() + self.offset)
+
+    def of_block(self, block: Tensor) -> Tensor:
+        """This piece of the block, (rows, columns), a view."""
+        return block[self.row : self.row + self.rows, self.column : self.column + self.columns]
+
+
+class Cut(NamedTuple):
+    """A parameter of a wave: where it lives, and its blocks with their owners in canonical order."""
+
+    placement: Placement
+    view: MatrixView
+    rects: Sequence[Rect]
+    owners: Sequence[int]
+
+
+@dataclass
+class Exchange:
+    """What this rank sends and receives in one direction, by the other rank (itself among them), in canonical order."""
+
+    out: dict[int, list[Piece]] = field(default_factory=dict)
+    into: dict[int, list[Piece]] = field(default_factory=dict)
+    local: bool = False
+    """Whether no rank sends anything to another one: then there is no collective."""
+
+    def of_blocks(self, wanted: Collection[int]) -> Exchange:
+        """The part that concerns some blocks only."""
+        out, into = (
+            {rank: [p for p in pieces if p.block in wanted] for rank, pieces in side.items()}
+            for side in (self.out, self.into)
+        )
+        return Exchange(out, into, self.local)
+
+
+class Route(NamedTuple):
+    """Gradients to the owners, updates to the holders."""
+
+    collect: Exchange
+    deliver: Exchange
+
+
+def route(rank: int, world: int, cuts: Sequence[Cut]) -> Route:
+    """The pieces that `rank` sends and receives.
+
+    A replicated piece is collected from the owner itself where it has one, else from the replica in the owner's place
+    (with HSDP: of the owner's own shard group); it is delivered to all of them.
+    """
+    found = Route(
+        Exchange(local=world == 1 or all(cut.placement.whole for cut in cuts)),
+        Exchange(local=world == 1),
+    )
+    first = 0
+    for member, (placement, view, rects, owners) in enumerate(cuts):
+        mine = placement.share_of[rank]
+        for k, (rect, owner) in enumerate(zip(rects, owners, strict=True)):
+            for region, ranks in placement.shares if owner == rank else (mine,):
+                source = owner if owner in ranks else ranks[owner * len(ranks) // world]
+                for piece in _pieces(member, first + k, rect, region, view):
+                    if source == rank:
+                        found.collect.out.setdefault(owner, []).append(piece)
+                    if owner == rank:
+                        found.collect.into.setdefault(source, []).append(piece)
+                        for holder in ranks:
+                            found.deliver.out.setdefault(holder, []).append(piece)
+                    if rank in ranks:
+                        found.deliver.into.setdefault(owner, []).append(piece)
+        first += len(rects)
+    return found
+
+
+def _pieces(member: int, block: int, rect: Rect, region: Region, view: MatrixView) -> Iterator[Piece]:
+    for held, offset, stride in _patches_by_matrix(region, view).get(rect.matrix, ()):
+        r0, r1, c0, c1 = max(rect.r0, held.r0), min(rect.r1, held.r1), max(rect.c0, held.c0), min(rect.c1, held.c1)
+        if r0 < r1 and c0 < c1:
+            start = offset + (r0 - held.r0) * stride + c0 - held.c0
+            yield Piece(member, block, start, stride, r0 - rect.r0, c0 - rect.c0, r1 - r0, c1 - c0)
+
+
+@lru_cache(maxsize=1 << 16)
+def _patches_by_matrix(region: Region, view: MatrixView) -> dict[int, list[Patch]]:
+    found: dict[int, list[Patch]] = {}
+    for patch in patches(region, view):
+        found.setdefault(patch.rect.matrix, []).append(patch)
+    return found
+
+
+@dataclass
+class Pending:
+    """An all-to-all under way; whoever waits for it gets what each rank sent."""
+
+    received: Tensor
+    sizes: list[int]
+    device: torch.device
+    work: Any = None
+    sent: Tensor | None = None
+    """Kept alive until the transfer is over."""
+
+    def wait(self) -> list[Tensor]:
+        """Flat, one tensor a rank; empty from this rank itself."""
+        if self.work is not None:
+            self.work.wait()
+        self.work = self.sent = None
+        return list(self.received.to(self.device).split(self.sizes))
+
+
+@dataclass
+class Ranks:
+    """The processes that train one model together, as this one sees them."""
+
+    rank: int = 0
+    world: int = 1
+    sent: dict[str, int] = field(default_factory=dict)
+    """Bytes that this rank has sent to others so far, by purpose."""
+
+    @classmethod
+    def here(cls) -> Ranks:
+        """All processes of the default group, or this one alone where there is none."""
+        if dist.is_available() and dist.is_initialized():
+            return cls(dist.get_rank(), dist.get_world_size())
+        return cls()
+
+    def all_to_all(
+        self, purpose: str, out: Mapping[int, Sequence[Tensor]], sizes: Mapping[int, int], like: Tensor
+    ) -> Pending:
+        """Send tensors to ranks; every rank must call it, also one with nothing to send or to receive.
+
+        Args:
+            purpose: what the bytes are counted under.
+            out: rank -> tensors for it, of one dtype; those for this rank itself are left out.
+            sizes: rank -> number of entries that come from it.
+            like: has the dtype on the wire, and the device on which what comes is wanted.
+        """
+        others = [rank for rank in range(self.world) if rank != self.rank]
+        wire = _wire_device(like.device)
+        parts = [t.reshape(-1) for rank in others for t in out.get(rank, ())]
+        sent = torch.cat([t.to(wire, like.dtype) for t in parts]) if parts else like.new_empty(0, device=wire)
+        counts = [0 if r == self.rank else sum(t.numel() for t in out.get(r, ())) for r in range(self.world)]
+        expected = [0 if r == self.rank else sizes.get(r, 0) for r in range(self.world)]
+        received = like.new_empty(sum(expected), device=wire)
+        work = dist.all_to_all_single(received, sent, expected, counts, async_op=True)
+        self.sent[purpose] = self.sent.get(purpose, 0) + sent.numel() * sent.element_size()
+        return Pending(received, expected, like.device, work, sent)
+
+    def reduce(self, x: Tensor, largest: bool = False) -> Tensor:
+        """The sum over ranks (or the largest), the same bits on all of them; written in place of x where it can be."""
+        if self.world == 1:
+            return x
+        on_wire = x.to(_wire_device(x.device))
+        dist.all_reduce(on_wire, dist.ReduceOp.MAX if largest else dist.ReduceOp.SUM)
+        return on_wire.to(x.device)
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's value, by rank; any small object."""
+        if self.world == 1:
+            return [value]
+        values: list[Any] = [None] * self.world
+        dist.all_gather_object(values, value)
+        return values
+
+
+def _wire_device(device: torch.device) -> torch.device:
+    """Where the backend can send from: NCCL sends from a GPU alone, also what was offloaded to the CPU."""
+    group = dist.group.WORLD
+    known = [found.type for found in getattr(group, "_device_types", [])]
+    return device if not known or device.type in known else torch.device(known[0])

@@ -1,0 +1,1 @@
+"""The measurements behind docs/results: races, benchmarks, error tables."""

@@ -1,0 +1,370 @@
+"""Image classification: a small ResNet and a small ViT of transformers, by AdamW, SGD and Shampoo over either.
+
+`python scripts/train_vision.py` trains every model of `configs/vision.yaml` with every optimizer there, on the Hugging
+Face Trainer, with every learning rate and seed, and compares them at each one's best rate.
+The images are scikit-learn's digits: 1,797 handwritten ones of 8 x 8 pixels, which come inside the package.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import math
+import statistics
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+from transformers import (
+    AutoConfig,
+    AutoModelForImageClassification,
+    EvalPrediction,
+    PreTrainedModel,
+    Trainer,
+    TrainingArguments,
+    set_seed,
+)
+
+from hf_shampoo4.exceptions import ConfigError
+from hf_shampoo4.integrations.trainer import register
+from hf_shampoo4.studies.demo import COLOURS, Settings, machine, state_bytes
+from hf_shampoo4.studies.race import write_markdown
+from hf_shampoo4.training.pretrain import config_root, read_config
+from hf_shampoo4.utils.files import write_figure, write_json
+
+COLUMNS = (
+    "model", "base", "optimizer", "learning rate", "seeds", "train loss", "test loss", "test accuracy, %",
+    "bytes a parameter",
+)  # fmt: skip
+SPLIT = {"train": 1000, "validation": 297, "test": 500}
+DIGIT_SIDE = 8
+
+
+# ---------------------------------------------------------------------------------------------------- data and model
+
+
+@dataclass(frozen=True)
+class Images(Dataset):
+    """Images and their classes."""
+
+    pixels: Tensor
+    """float32 (images, 1, side, side), of mean 0 and variance 1 over the training images."""
+    labels: Tensor
+    """int64 (images,)."""
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        return {"pixel_values": self.pixels[index], "labels": self.labels[index]}
+
+
+def digits(side: int = DIGIT_SIDE) -> dict[str, Images]:
+    """Scikit-learn's digits, drawn apart by a fixed seed into the parts of `SPLIT`.
+
+    Args:
+        side: pixels of a side; other than 8, the images are interpolated.
+
+    Raises:
+        ConfigError: scikit-learn is not installed.
+    """
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError as error:
+        raise ConfigError("the images come with scikit-learn, which is not installed: "
+                          "pip install scikit-learn, or 'hf-shampoo4[vision]'") from error  # fmt: skip
+    found = load_digits()
+    order = torch.randperm(len(found.target), generator=torch.Generator().manual_seed(0))
+    pixels = torch.tensor(found.images, dtype=torch.float32)[order, None]
+    labels = torch.tensor(found.target, dtype=torch.int64)[order]
+    if side != DIGIT_SIDE:
+        pixels = torch.nn.functional.interpolate(pixels, size=(side, side), mode="bilinear", align_corners=False)
+    train = pixels[: SPLIT["train"]]
+    pixels = (pixels - train.mean()) / train.std()
+    sizes = list(SPLIT.values())
+    parts = zip(SPLIT, pixels.split(sizes), labels.split(sizes), strict=True)
+    return {name: Images(images, classes) for name, images, classes in parts}
+
+
+def build_model(build: Mapping[str, Any]) -> PreTrainedModel:
+    """A model of the plan with random weights, in the memory format that it asks for."""
+    model = AutoModelForImageClassification.from_config(AutoConfig.for_model(num_labels=10, **build["config"]))
+    return model.to(memory_format=torch.channels_last if build["channels_last"] else torch.contiguous_format)
+
+
+# ---------------------------------------------------------------------------------------------------- one run
+
+
+def make_trainer(build: Mapping[str, Any], settings: Mapping[str, Any], folder: Path) -> Trainer:
+    """A Trainer that is ready to run; equal seeds give equal weights and order of the images.
+
+    Args:
+        build: a model of the plan, with the size of its images.
+        settings: `TrainingArguments`.
+        folder: the Trainer's.
+
+    Raises:
+        ConfigError: scikit-learn is not installed.
+    """
+    register()
+    images = digits(build["image_size"])
+    arguments = TrainingArguments(
+        output_dir=str(folder),
+        report_to="none",
+        save_strategy="no",
+        disable_tqdm=True,
+        use_cpu=not torch.accelerator.is_available(),
+        **settings,
+    )
+    set_seed(arguments.seed)
+    return Trainer(
+        build_model(build),
+        arguments,
+        train_dataset=images["train"],
+        eval_dataset={name: images[name] for name in ("validation", "test")},
+        compute_metrics=_accuracy,
+    )
+
+
+def _accuracy(predictions: EvalPrediction) -> dict[str, float]:
+    return {"accuracy": float((predictions.predictions.argmax(-1) == predictions.label_ids).mean())}
+
+
+def train(build: Mapping[str, Any], settings: Mapping[str, Any]) -> Settings:
+    """Train once; what the Trainer prints goes to stderr.
+
+    Args:
+        build: a model of the plan, with the size of its images.
+        settings: `TrainingArguments`, with a `seed`.
+
+    Returns:
+        Losses and accuracies after the last epoch, the test loss after each, and the optimizer's bytes a parameter.
+
+    Raises:
+        ConfigError: scikit-learn is not installed.
+    """
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr):
+        trainer = make_trainer(build, settings, Path(folder))
+        seconds = trainer.train().metrics["train_runtime"]
+    parameters = sum(p.numel() for p in trainer.model.parameters())
+    curves = {
+        name: [round(entry[key], 5) for entry in trainer.state.log_history if key in entry]
+        for name, key in (
+            ("train_loss", "loss"),
+            ("validation_loss", "eval_validation_loss"),
+            ("test_loss", "eval_test_loss"),
+            ("test_accuracy", "eval_test_accuracy"),
+        )
+    }
+    return {
+        **{name: curve[-1] for name, curve in curves.items()},
+        "test_loss_by_epoch": curves["test_loss"],
+        "parameters": parameters,
+        "bytes_per_parameter": round(state_bytes(trainer.optimizer) / parameters, 3),
+        "seconds": round(seconds, 1),
+    }
+
+
+# ---------------------------------------------------------------------------------------------------- all runs
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """A model with an optimizer: a line of the table."""
+
+    model: str
+    build: Settings
+    """Of the model, and the size of its images."""
+    base: str
+    optimizer: str
+    settings: Settings
+    """`TrainingArguments` but learning rate and seed."""
+    rates: Sequence[float]
+    """Learning rates to try."""
+    seeds: Sequence[int]
+    """Of weights and order."""
+
+
+def read_plan(quick: bool = False) -> Settings:
+    """`configs/vision.yaml`; if `quick`, with one learning rate, one seed and ten steps."""
+    plan = read_config(config_root() / "vision.yaml")
+    for given in plan["models"].values() if quick else ():
+        given["training"] = plan["quick"]
+        given["seeds"] = given["seeds"][:1]
+        given["learning_rates"] = {base: rates[:1] for base, rates in given["learning_rates"].items()}
+    return plan
+
+
+def contestants_of(plan: Mapping[str, Any], models: Sequence[str]) -> list[Contestant]:
+    """Every optimizer of the plan on each of these models.
+
+    Raises:
+        ConfigError: a model that the plan does not have.
+    """
+    for model in models:
+        if model not in plan["models"]:
+            raise ConfigError(f"the plan has no model {model!r}; it has: {', '.join(plan['models'])}")
+    found = []
+    for model in models:
+        given = plan["models"][model]
+        for base, optimizers in plan["bases"].items():
+            rates = given["learning_rates"][base]
+            for optimizer, own in optimizers.items():
+                settings = {**plan["training"], **given["training"], **own}
+                if "optim_args" in own:
+                    settings["optim_args"] = own["optim_args"].format(every=given["every"])
+                found.append(Contestant(model, given["build"], base, optimizer, settings, rates, given["seeds"]))
+    return found
+
+
+def compete(contestant: Contestant, path: Path) -> list[Settings]:
+    """Its runs, one a seed, at the learning rate with the lowest final validation loss in the mean over seeds.
+
+    Args:
+        contestant: of the plan.
+        path: see `run_once`.
+    """
+    sweep = [[run_once(contestant, rate, seed, path) for seed in contestant.seeds] for rate in contestant.rates]
+    return min(sweep, key=_mean_validation_loss)
+
+
+def _mean_validation_loss(runs: Sequence[Mapping[str, Any]]) -> float:
+    loss = statistics.mean(run["validation_loss"] for run in runs)
+    return loss if math.isfinite(loss) else math.inf
+
+
+def run_once(contestant: Contestant, rate: float, seed: int, path: Path) -> Settings:
+    """The run from the file, if it is there; else train, and put it there at once.
+
+    Args:
+        contestant: whose run.
+        rate: learning rate.
+        seed: of weights and order.
+        path: the JSON file with all contestants and their runs.
+    """
+    contestants = json.loads(path.read_text(encoding="utf-8"))["contestants"] if path.exists() else []
+    fields = ("model", "build", "base", "optimizer", "settings")
+    key = {name: getattr(contestant, name) for name in fields}
+    mine = next((entry for entry in contestants if key.items() <= entry.items()), None)
+    if mine is None:
+        contestants.append(mine := {**key, "runs": []})
+    for run in mine["runs"]:
+        if (run["learning_rate"], run["seed"]) == (rate, seed):
+            return run
+    point = {"learning_rate": rate, "seed": seed}
+    run = {**point, **train(contestant.build, {**contestant.settings, **point})}
+    mine["runs"].append(run)
+    write_json(path, {"machine": machine(), "split": SPLIT, "contestants": contestants})
+    print(
+        f"{contestant.model:6} {contestant.base:17} {contestant.optimizer:26} lr {rate:<6g} seed {seed}: "
+        f"train {run['train_loss']:.4f}  validation {run['validation_loss']:.4f}  test {run['test_loss']:.4f}  "
+        f"{100 * run['test_accuracy']:.1f}%  {run['bytes_per_parameter']:.2f} B/param  {run['seconds']} s",
+        flush=True,
+    )
+    return run
+
+
+# ---------------------------------------------------------------------------------------------------- the report
+
+
+Result = tuple[Contestant, list[Settings]]
+"""A contestant and its runs at its best learning rate, one a seed."""
+
+
+def markdown(results: Sequence[Result]) -> str:
+    """The table."""
+    lines = [
+        "# Images: ResNet and ViT, over AdamW and over SGD with momentum",
+        "",
+        "`python scripts/train_vision.py` (settings: `configs/vision.yaml`; every run: `vision.json`).",
+        "",
+        f"Scikit-learn's digits: {SPLIT['train']:,} images to train on, {SPLIT['validation']} to choose the learning "
+        f"rate by their mean loss over seeds (in brackets: the rates tried), {SPLIT['test']} to test. After the last "
+        "epoch; mean ± standard deviation over seeds of weights and order, the same for all optimizers.",
+        "",
+        f"| {' | '.join(COLUMNS)} |",
+        "|" + "---|" * len(COLUMNS),
+        *(_line(contestant, runs) for contestant, runs in results),
+        "",
+        "![Test loss by epoch](vision.png)",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _line(contestant: Contestant, runs: Sequence[Mapping[str, Any]]) -> str:
+    cells = (
+        contestant.model, contestant.base, contestant.optimizer,
+        f"{runs[0]['learning_rate']:g} ({', '.join(f'{rate:g}' for rate in contestant.rates)})",
+        str(len(runs)),
+        _spread([run["train_loss"] for run in runs], 4),
+        _spread([run["test_loss"] for run in runs], 4),
+        _spread([100 * run["test_accuracy"] for run in runs], 1),
+        f"{runs[0]['bytes_per_parameter']:.2f}",
+    )  # fmt: skip
+    return f"| {' | '.join(cells)} |"
+
+
+def _spread(values: Sequence[float], places: int) -> str:
+    spread = f" ± {statistics.stdev(values):.{places}f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.{places}f}{spread}"
+
+
+def draw(results: Sequence[Result], path: Path) -> None:
+    """Test loss by epoch as a PNG: a row a model, a column a base; lines are means, bands the range over seeds.
+
+    Args:
+        results: of all contestants.
+        path: the file, replaced at once.
+    """
+    import matplotlib
+    from matplotlib.figure import Figure  # no pyplot: nothing global, no display
+    from matplotlib.ticker import MaxNLocator
+
+    models, bases = (list(dict.fromkeys(getattr(c, name) for c, _ in results)) for name in ("model", "base"))
+    with matplotlib.rc_context({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False}):
+        figure = Figure(figsize=(5.5 * len(bases), 3.9 * len(models)), dpi=140, layout="constrained")
+        panels: Any = figure.subplots(len(models), len(bases), sharey="row", squeeze=False)
+        for contestant, runs in results:
+            axes = panels[models.index(contestant.model)][bases.index(contestant.base)]
+            _draw_curves(axes, contestant.optimizer, [run["test_loss_by_epoch"] for run in runs])
+            axes.set(title=f"{contestant.model}, {contestant.base}", xlabel="epoch", ylabel="test loss", yscale="log")
+        for axes in panels.flat:
+            axes.grid(color="#e5e7eb", linewidth=0.8, which="both")
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+            axes.legend(frameon=False, fontsize=8)
+        write_figure(path, figure)
+
+
+def _draw_curves(axes: Any, label: str, curves: Sequence[Sequence[float]]) -> None:
+    by_epoch = list(zip(*curves, strict=True))
+    epochs = range(1, len(by_epoch) + 1)
+    means = [statistics.mean(losses) for losses in by_epoch]
+    colour = COLOURS[len(axes.get_lines()) % len(COLOURS)]
+    axes.plot(epochs, means, color=colour, linewidth=2, label=f"{label}: {means[-1]:.3f}")
+    axes.fill_between(epochs, list(map(min, by_epoch)), list(map(max, by_epoch)), color=colour, alpha=0.15, linewidth=0)
+
+
+# ---------------------------------------------------------------------------------------------------- command line
+
+
+def main(arguments: Sequence[str]) -> None:
+    """`train_vision.py [--models resnet,vit] [--output_dir DIR] [--quick]`."""
+    parser = argparse.ArgumentParser(prog="train_vision.py", description=__doc__)
+    parser.add_argument("--models", default="resnet,vit", help="of configs/vision.yaml; default: %(default)s")
+    parser.add_argument("--output_dir", type=Path, default=Path("runs/vision"), help="default: %(default)s")
+    parser.add_argument("--quick", action="store_true", help="ten steps with each optimizer: does it work here?")
+    chosen = parser.parse_args(arguments)
+    plan, folder = read_plan(chosen.quick), chosen.output_dir
+    contestants = contestants_of(plan, chosen.models.split(","))
+    results = [(contestant, compete(contestant, folder / "vision.json")) for contestant in contestants]
+    write_markdown(folder / "vision.md", markdown(results))
+    draw(results, folder / "vision.png")
+    print((folder / "vision.md").read_text(encoding="utf-8"))

@@ -1,0 +1,202 @@
+"""Flat parameters, the forms of saved state, and the state in a folder of its own; in one process."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+
+import hf_shampoo4 as s4
+from hf_shampoo4 import Shampoo4bit
+from hf_shampoo4.checkpointing.convert import by_position, described, main, read
+from hf_shampoo4.checkpointing.formats import PACKED, join, pack, unpack
+from hf_shampoo4.exceptions import CheckpointError
+from hf_shampoo4.execution.state_layout import is_part
+from hf_shampoo4.sharding.local_parameter import Range, check, held_by_deepspeed
+
+SHAPES = {"weight": (70, 40), "bias": (9,), "experts": (3, 20, 30)}
+OPTIONS = {"stats_every": 2, "roots_every": 2, "block_size": 32, "lr": 1e-2}
+
+
+def model(flat: bool = False) -> nn.ParameterDict:
+    """Random parameters; `flat`: as FSDP1 leaves them to a rank that is alone."""
+    generator = torch.Generator().manual_seed(0)
+    found = nn.ParameterDict()
+    for name, shape in SHAPES.items():
+        p = nn.Parameter(torch.randn(shape, generator=generator))
+        if flat:
+            p = nn.Parameter(p.detach().flatten())
+            p._fsdp_flattened = True
+            p._hf_shampoo4_range = (shape, Range(0, p.numel()))
+        found[name] = p
+    return found
+
+
+def optimizer_of(parameters: nn.ParameterDict, **options: object) -> Shampoo4bit:
+    return Shampoo4bit(parameters.named_parameters(), **{**OPTIONS, **options})
+
+
+def train(parameters: nn.ParameterDict, optimizer: Shampoo4bit, steps: range) -> list[torch.Tensor]:
+    for t in steps:
+        generator = torch.Generator().manual_seed(t)
+        for name, shape in SHAPES.items():
+            p = parameters[name]
+            p.grad = torch.randn(shape, generator=generator).view_as(p)
+        optimizer.step()
+    return [p.detach().flatten().clone() for p in parameters.values()]
+
+
+def test_a_flat_parameter_is_trained_by_its_shape() -> None:
+    whole, flat = model(), model(flat=True)
+    expected = train(whole, optimizer_of(whole), range(4))
+    assert all(map(torch.equal, train(flat, optimizer_of(flat), range(4)), expected))
+
+
+def test_the_state_of_flat_parameters_is_packed_and_loads_everywhere() -> None:
+    flat = model(flat=True)
+    optimizer = optimizer_of(flat)
+    train(flat, optimizer, range(3))
+    saved = copy.deepcopy(optimizer.state_dict())
+    assert saved["state"] == {}
+    assert isinstance(saved["param_groups"][0][PACKED], bytes)
+    start = {name: p.detach().clone() for name, p in flat.items()}
+    expected = train(flat, optimizer, range(3, 6))
+    for like_fsdp1 in (True, False):
+        parameters = model(like_fsdp1)
+        with torch.no_grad():
+            for name, p in parameters.items():
+                p.copy_(start[name].view_as(p))
+        again = optimizer_of(parameters)
+        again.load_state_dict(saved)
+        assert PACKED not in again.param_groups[0]
+        assert all(map(torch.equal, train(parameters, again, range(3, 6)), expected))
+
+
+def test_packed_and_unpacked() -> None:
+    entries = {"b": {"x": torch.arange(3)}, "a": {"y": torch.zeros(2, dtype=torch.uint8)}}
+    whole = {"state": entries, "param_groups": [{"params": ["a"], "lr": 1.0}, {"params": ["b"], "lr": 2.0}]}
+    again = unpack(pack(whole))
+    assert again["param_groups"] == whole["param_groups"]
+    assert torch.equal(again["state"]["b"]["x"], torch.arange(3))
+    assert again["state"]["a"]["y"].dtype == torch.uint8
+    assert unpack(whole) is whole
+
+
+def test_parts_are_joined_in_order_and_a_missing_block_is_told() -> None:
+    first = {
+        "4x4/left": torch.tensor([[2.0], [0.0]]),
+        "4x4/blocks": torch.tensor([2, 0]),
+        "4x2/blocks": torch.tensor([]),
+    }
+    second = {"4x4/left": torch.tensor([[1.0]]), "4x4/blocks": torch.tensor([1]), "4x2/blocks": torch.tensor([0]),
+              "4x2/left": torch.tensor([[7.0]])}  # fmt: skip
+    assert is_part(first)
+    whole = join("p", [first, second])
+    assert not is_part(whole)
+    assert whole["4x4/left"].flatten().tolist() == [0, 1, 2]
+    assert whole["4x2/left"].flatten().tolist() == [7]
+    with pytest.raises(CheckpointError, match=r"state of 'p': 4x4/left has blocks \[0, 2\], some are missing"):
+        join("p", [first])
+
+
+def test_what_fsdp1_hides_is_refused_with_what_to_do() -> None:
+    p = nn.Parameter(torch.zeros(12))
+    p._fsdp_flattened = True
+    with pytest.raises(ValueError, match=r"pass hf_shampoo4.param_groups\(model\)"):
+        Shampoo4bit([p], algorithm="elementwise")
+    p._is_flat_param = True
+    with pytest.raises(ValueError, match="use_orig_params=True"):
+        check(p)
+
+
+def test_what_deepspeed_spreads_in_ways_that_cannot_be_followed_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    p, flat = nn.Parameter(torch.zeros(4, 3)), torch.zeros(12)
+    p._z3_optimizer = SimpleNamespace(swap_optimizer=True)
+    with pytest.raises(ValueError, match=r"offloaded to NVMe.*set .*\"cpu\""):
+        held_by_deepspeed(flat, [("p", p)])
+    p._z3_optimizer = SimpleNamespace(swap_optimizer=False, fp32_partitioned_groups_flat=[torch.zeros(12)])
+    with pytest.raises(ValueError, match="none of DeepSpeed's sub-groups"):
+        held_by_deepspeed(flat, [("p", p)])
+    monkeypatch.setattr(dist, "get_rank", lambda group=None: 0)
+    monkeypatch.setattr(dist, "get_world_size", lambda group=None: 8 if group is None else 2)
+    expert = nn.Parameter(torch.zeros(4, 3))
+    expert._dp_group = "experts"
+    with pytest.raises(ValueError, match=r"over 2 of 8 ranks .*use ZeRO over all ranks, or FSDP2"):
+        held_by_deepspeed(flat, [("expert", expert)])
+
+
+@pytest.fixture
+def side(tmp_path: Path) -> Path:
+    parameters = model()
+    optimizer = optimizer_of(parameters)
+    with pytest.raises(RuntimeError, match="known after the first step"):
+        s4.save_optimizer(optimizer, tmp_path / "side")
+    train(parameters, optimizer, range(3))
+    s4.save_optimizer(optimizer, tmp_path / "side")
+    with pytest.raises(FileExistsError, match="holds an optimizer already"):
+        s4.save_optimizer(optimizer, tmp_path / "side")
+    torch.save([p.detach() for p in parameters.values()], tmp_path / "parameters")
+    torch.save(train(parameters, optimizer, range(3, 6)), tmp_path / "after")
+    return tmp_path / "side"
+
+
+@pytest.mark.parametrize("converted", [False, True])
+def test_the_state_in_a_folder_of_its_own(side: Path, converted: bool) -> None:
+    parameters = model()
+    with torch.no_grad():
+        for p, kept in zip(parameters.values(), torch.load(side.parent / "parameters"), strict=True):
+            p.copy_(kept)
+    optimizer = optimizer_of(parameters, lr=0.5)
+    if converted:
+        main(["convert", str(side), "--output", str(side.parent / "optimizer.pt")])
+        optimizer.load_state_dict(torch.load(side.parent / "optimizer.pt", weights_only=True, mmap=True))
+    else:
+        s4.load_optimizer(optimizer, side)
+        with pytest.raises(RuntimeError, match="make one before saving it again"):
+            optimizer.state_dict()
+    assert optimizer.param_groups[0]["lr"] == OPTIONS["lr"]
+    assert optimizer.param_groups[0]["step"] == 3
+    after = train(parameters, optimizer, range(3, 6))
+    assert all(map(torch.equal, after, torch.load(side.parent / "after")))
+
+
+def test_a_folder_that_does_not_fit_is_refused(side: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(CheckpointError, match="written with bits=4, this run has bits=8"):
+        s4.load_optimizer(optimizer_of(model(), bits=8), side)
+    with pytest.raises(FileNotFoundError, match=r"has no groups.json: .* or half of one"):
+        s4.load_optimizer(optimizer_of(model()), side.parent)
+    monkeypatch.setitem(SHAPES, "weight", (70, 41))
+    with pytest.raises(
+        CheckpointError, match=r"of another model: parameter 'weight' is \[70, 40\] there and \[70, 41\]"
+    ):
+        s4.load_optimizer(optimizer_of(model()), side)
+
+
+def test_a_block_that_is_missing_is_told_at_the_next_step(side: Path) -> None:
+    groups = json.loads((side / "groups.json").read_text())
+    groups[0]["parameters"]["weight"] = [102, 40]  # as if the file were of a run with three more blocks
+    (side / "groups.json").write_text(json.dumps(groups))
+    SHAPES["weight"] = (102, 40)
+    try:
+        parameters = model()
+        optimizer = optimizer_of(parameters)
+        s4.load_optimizer(optimizer, side)
+        with pytest.raises(CheckpointError, match=r"lacks \d+ blocks' tensors"):
+            train(parameters, optimizer, range(3, 4))
+    finally:
+        SHAPES["weight"] = (70, 40)
+    next(side.glob("*.distcp")).unlink()
+    with pytest.raises(CheckpointError, match="cannot be read: FileNotFoundError"):
+        read(side)
+
+
+def test_inspect_a_side_folder(side: Path) -> None:
+    lines = "\n".join(described(read(side)))
+    assert "3 parameters, step 3" in lines
+    assert set(by_position(read(side))["state"]) == {0, 1, 2}

@@ -1,0 +1,143 @@
+"""param_groups: who is preconditioned, who is decayed, in which order."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from transformers import GPT2Config, GPT2LMHeadModel, Trainer
+
+import hf_shampoo4 as s4
+from hf_shampoo4.integrations.trainer import trainer_kwargs
+from tests.support.tiny import arguments, llama
+
+
+def names(group: dict) -> list[str]:
+    return [name for name, _ in group["params"]]
+
+
+def kind_of(group: dict) -> str:
+    return "vocabulary" if group.get("vocabulary") else group.get("algorithm") or group.get("matrix_view") or "matrix"
+
+
+def kinds(groups: list[dict]) -> dict[str, str]:
+    """Parameter name -> "matrix" | "flatten" | "vocabulary" | "elementwise"."""
+    kind = {name: kind_of(g) for g in groups for name in names(g)}
+    assert len(kind) == sum(len(g["params"]) for g in groups), "a parameter is in two groups"
+    return kind
+
+
+def test_llama_has_matrices_first_then_embedding_and_head_then_norms():
+    matrices, lookups, norms = s4.param_groups(llama(), weight_decay=0.1)
+    assert {name.split(".")[-2] for name in names(matrices)} == {
+        "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"
+    }  # fmt: skip
+    assert {key: value for key, value in matrices.items() if key != "params"} == {"weight_decay": 0.1}
+    assert names(lookups) == ["model.embed_tokens.weight", "lm_head.weight"]
+    assert (lookups["vocabulary"], lookups["weight_decay"]) == (True, 0.1)
+    assert all("norm" in name for name in names(norms))
+    assert (norms["algorithm"], norms["weight_decay"]) == ("elementwise", 0.0)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_decayed_are_the_parameters_that_the_trainer_decays(tied):
+    model = llama(tie_word_embeddings=tied, attention_bias=True)
+    decayed = {name for group in s4.param_groups(model, 0.1) if group["weight_decay"] for name in names(group)}
+    wanted = set(Trainer.get_decay_parameter_names(None, model))
+    assert decayed == {name for name, _ in model.named_parameters() if name in wanted}
+
+
+def test_a_tied_head_is_told_by_identity_whatever_its_name():
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.out = nn.Linear(64, 256, bias=False)  # registered first, so the shared weight bears this name
+            self.words = nn.Embedding(256, 64)
+            self.words.weight = self.out.weight
+
+    assert kinds(s4.param_groups(Tied())) == {"out.weight": "vocabulary"}
+
+
+def test_gpt2_projections_are_matrices_and_positions_are_not():
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=64, n_positions=32, n_embd=32, n_layer=1, n_head=2))
+    kind = kinds(s4.param_groups(model))
+    assert {name for name in kind if kind[name] == "matrix"} == {
+        f"transformer.h.0.{module}.weight" for module in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
+    }
+
+
+def test_convolutions_experts_norms_and_names_in_a_plain_module():
+    model = nn.ModuleDict({
+        "conv1": nn.Conv1d(8, 16, 3), "conv2": nn.Conv2d(8, 16, 3), "norm2d": nn.LayerNorm((16, 16)),
+        "lm_head": nn.Linear(16, 64), "proj_norm": nn.Linear(16, 16),
+    })  # fmt: skip
+    model.experts = nn.Parameter(torch.zeros(4, 16, 32))
+    model.cls_token = nn.Parameter(torch.zeros(1, 1, 16))
+    model.position_embeddings = nn.Parameter(torch.zeros(1, 8, 16))
+    groups = s4.param_groups(model, weight_decay=0.1)
+    kind = kinds(groups)
+    assert kind.pop("conv1.weight") == "flatten"
+    assert {name for name in kind if kind[name] == "matrix"} == {"experts", "conv2.weight", "proj_norm.weight"}
+    decay = {name: group["weight_decay"] for group in groups for name in names(group)}
+    assert decay["proj_norm.weight"] == decay["norm2d.weight"] == decay["lm_head.bias"] == 0.0
+    assert decay["lm_head.weight"] == decay["cls_token"] == 0.1
+    assert names(groups[0]) == ["experts", "conv2.weight"], "decayed matrices come first: their rate is logged"
+
+
+def test_frozen_parameters_are_left_out_and_compiled_modules_are_told():
+    model = llama()
+    model.model.layers[0].requires_grad_(False)
+    model.model.layers[1] = torch.compile(model.model.layers[1])
+    found = kinds(s4.param_groups(model))
+    assert not any("layers.0." in name for name in found)
+    assert found["model.layers.1._orig_mod.mlp.up_proj.weight"] == "matrix"
+    assert found["model.layers.1._orig_mod.input_layernorm.weight"] == "elementwise"
+
+
+def test_grouping_does_not_depend_on_the_amount_of_decay():
+    with_decay, without = s4.param_groups(llama(), 0.1), s4.param_groups(llama(), 0.0)
+    assert [names(group) for group in with_decay] == [names(group) for group in without]
+
+
+def test_lora_factors_are_matrices_but_lora_of_an_embedding_and_saved_heads_are_not():
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=4, target_modules=["q_proj", "embed_tokens"], modules_to_save=["lm_head"])
+    kind = kinds(s4.param_groups(peft.get_peft_model(llama(), config)))
+    assert {name.split(".")[-3] for name in kind if kind[name] == "matrix"} == {"lora_A", "lora_B"}
+    vocabularies = {name for name in kind if kind[name] == "vocabulary"}
+    assert any("lora_embedding_A" in name for name in vocabularies)
+    assert any("lm_head.modules_to_save" in name for name in vocabularies)
+
+
+@pytest.mark.parametrize(
+    ("targets", "parts"),
+    [
+        ("all-linear", {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}),
+        (["q_proj", "v_proj"], {"q_proj", "v_proj"}),
+        (r".*layers\.\d+\.mlp\..*", {"gate_proj", "up_proj", "down_proj"}),
+    ],
+)
+def test_optim_target_modules_are_the_only_ones_preconditioned(tmp_path, targets, parts):
+    args = arguments(tmp_path, optim_target_modules=targets)
+    _, kwargs = trainer_kwargs(llama(), args)["optimizer_cls_and_kwargs"]
+    kind = kinds(kwargs["params"])
+    assert {name.split(".")[-2] for name in kind if kind[name] == "matrix"} == parts
+    assert kind["model.embed_tokens.weight"] == "elementwise"
+
+
+def test_a_model_without_a_matrix_is_refused(tmp_path):
+    model = llama()
+    model.model.layers.requires_grad_(False)
+    s4.Shampoo4bit(s4.param_groups(model))  # embedding and head
+    with pytest.raises(ValueError, match=r"nothing to precondition.*embeddings and the output head.*--optim adamw4bit"):
+        s4.Shampoo4bit(s4.param_groups(model), algorithm="shampoo")
+    model.model.embed_tokens.requires_grad_(False)
+    model.lm_head.requires_grad_(False)
+    with pytest.raises(ValueError, match=r"nothing to precondition.*--optim adamw4bit"):
+        trainer_kwargs(model, arguments(tmp_path))
+    trainer_kwargs(model, arguments(tmp_path), algorithm="elementwise")
+
+
+def test_optim_target_modules_that_match_nothing_are_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"optim_target_modules=\['query'\] matches no module.*q_proj"):
+        trainer_kwargs(llama(), arguments(tmp_path, optim_target_modules=["query"]))

@@ -1,0 +1,134 @@
+"""Training through the Trainer: the report, the trackers, TRL, and the way without patching."""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import Trainer
+
+import hf_shampoo4 as s4
+from tests.support.tiny import Tokens, arguments, llama
+
+KEYS = {"optim/state_bytes", "optim/skipped_steps", "optim/failed_refreshes", "optim/refresh_seconds"}
+
+
+def train(args, **kwargs) -> Trainer:
+    trainer = Trainer(kwargs.pop("model", None) or llama(), args, train_dataset=Tokens(), **kwargs)
+    trainer.train()
+    return trainer
+
+
+def losses(trainer: Trainer) -> list[float]:
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+@pytest.mark.parametrize("optim", ["shampoo4bit", "adamw4bit"])
+def test_the_flag_trains_and_reports(tmp_path, capsys, optim):
+    trainer = train(arguments(tmp_path, optim=optim, bf16=True, gradient_accumulation_steps=2))
+    assert isinstance(trainer.optimizer.optimizer, s4.Shampoo4bit)
+    assert losses(trainer)[-1] < losses(trainer)[0] - 0.1
+    printed = capsys.readouterr().out
+    assert "128x64" in printed, printed
+    logged = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert all(entry.keys() >= KEYS for entry in logged)
+    assert logged[-1]["optim/state_bytes"] > 0
+    assert logged[-1]["optim/skipped_steps"] == 0
+    assert trainer.state.log_history[-1]["train_mem_optimizer_state"] == logged[-1]["optim/state_bytes"]
+
+
+def test_the_results_of_a_run_hold_the_bytes(tmp_path):
+    trainer = Trainer(llama(), arguments(tmp_path, max_steps=1), train_dataset=Tokens())
+    metrics = trainer.train().metrics
+    trainer.log_metrics("train", metrics)
+    trainer.save_metrics("train", metrics)
+    saved = json.loads((tmp_path / "train_results.json").read_text())["train_mem_optimizer_state"]
+    assert isinstance(saved, int)
+    assert saved > 0
+
+
+def test_tensorboard_receives_the_numbers(tmp_path, monkeypatch):
+    event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    monkeypatch.delenv("TENSORBOARD_LOGGING_DIR", raising=False)
+    train(arguments(tmp_path, report_to="tensorboard", max_steps=2))
+    (event_file,) = tmp_path.rglob("events.out.tfevents.*")
+    events = event_accumulator.EventAccumulator(str(event_file))
+    events.Reload()
+    assert set(events.Tags()["scalars"]) >= {f"train/{key}" for key in KEYS} | {"train/train_mem_optimizer_state"}
+    assert events.Scalars("train/optim/state_bytes")[-1].value > 0
+
+
+def test_trackio_receives_the_numbers(tmp_path):
+    trackio = pytest.importorskip("trackio")
+    train(arguments(tmp_path, report_to="trackio", run_name="run", project="shampoo4", max_steps=2))
+    (database,) = Path(trackio.utils.TRACKIO_DIR).glob("shampoo4*.db")
+    with sqlite3.connect(database) as connection:
+        rows = [json.loads(row) for (row,) in connection.execute("select metrics from metrics order by step")]
+    assert any(row.keys() >= {f"train/{key}" for key in KEYS} for row in rows), rows
+
+
+def test_wandb_receives_the_numbers(tmp_path, monkeypatch):
+    """Offline: its own process keeps what it would send in a file, and answers with the summary."""
+    wandb = pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    trainer = train(arguments(tmp_path / "run", report_to="wandb", max_steps=2))
+    kept = dict(wandb.run.summary)
+    wandb.finish()
+    assert kept.keys() >= {f"train/{key}" for key in KEYS}
+    assert kept["train/optim/state_bytes"] == trainer.state.log_history[-1]["train_mem_optimizer_state"]
+    assert list(tmp_path.rglob("run-*.wandb"))
+
+
+def test_without_patching(tmp_path, capsys):
+    args = arguments(tmp_path, optim="adamw_torch", optim_args=None)
+    model = llama()
+    trainer = Trainer(
+        model, args, train_dataset=Tokens(), callbacks=[],
+        **s4.trainer_kwargs(model, args, stats_every=2, roots_every=2, preset="paper_eigen"),
+    )  # fmt: skip
+    trainer.train()
+    group = trainer.optimizer.optimizer.param_groups[0]
+    assert (group["stats_every"], group["block_size"], group["lr"] >= 0) == (2, 1200, True)
+    assert losses(trainer)[-1] < losses(trainer)[0]
+
+
+def test_nothing_is_said_about_another_optimizer(tmp_path, capsys):
+    trainer = train(arguments(tmp_path, optim="adamw_torch", optim_args=None, max_steps=1))
+    assert not any(key.startswith("optim/") for entry in trainer.state.log_history for key in entry)
+    assert "train_mem_optimizer_state" not in trainer.state.log_history[-1]
+
+
+def test_sft_trainer_with_lora(tmp_path):
+    trl = pytest.importorskip("trl")
+    peft = pytest.importorskip("peft")
+    datasets = pytest.importorskip("datasets")
+    tokens = [{"input_ids": row.tolist()} for row in Tokens().tokens]
+    args = trl.SFTConfig(
+        output_dir=str(tmp_path), optim="shampoo4bit", optim_args="stats_every=2,roots_every=2", use_cpu=True,
+        bf16=False, max_steps=4, per_device_train_batch_size=4, learning_rate=1e-2, report_to="none",
+        logging_steps=1, disable_tqdm=True, max_length=16, save_strategy="no", gradient_checkpointing=False,
+        dataset_kwargs={"skip_prepare_dataset": True},
+    )  # fmt: skip
+    trainer = trl.SFTTrainer(
+        llama(), args, train_dataset=datasets.Dataset.from_list(tokens), processing_class=tokenizer(),
+        peft_config=peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"),
+    )  # fmt: skip
+    before = {name: p.detach().clone() for name, p in trainer.model.named_parameters() if p.requires_grad}
+    trainer.train()
+    assert isinstance(trainer.optimizer.optimizer, s4.Shampoo4bit)
+    after = dict(trainer.model.named_parameters())
+    assert len(before) == 8
+    assert all(not torch.equal(before[name], after[name]) for name in before)
+
+
+def tokenizer():
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(256)}, unk_token="w0"))
+    return PreTrainedTokenizerFast(tokenizer_object=words, eos_token="w1", pad_token="w2", unk_token="w0")

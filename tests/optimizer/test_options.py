@@ -1,0 +1,264 @@
+"""Options: casting, precedence, and messages that say what is allowed."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from hf_shampoo4 import Shampoo4bit
+from hf_shampoo4.exceptions import OptionError
+from hf_shampoo4.options import CONFIG_ENV, NAMES, PRESETS, STRUCTURAL, Options, parse_optim_args, resolve
+
+
+def test_defaults_are_allowed_and_every_option_is_documented() -> None:
+    Options()
+    source = (Path(__file__).resolve().parents[2] / "hf_shampoo4" / "options.py").read_text()
+    for name in NAMES:
+        line = next(i for i, text in enumerate(source.splitlines()) if text.startswith(f"    {name}: "))
+        assert source.splitlines()[line + 1].strip().startswith('"""'), name
+    assert set(STRUCTURAL) <= set(NAMES)
+
+
+@pytest.mark.parametrize("preset", sorted(PRESETS))
+def test_presets_are_valid_and_cast(preset: str) -> None:
+    resolved = resolve({}, preset=preset)
+    assert resolved == PRESETS[preset]
+    assert dataclasses.asdict(Options(**resolved)).items() >= resolved.items()
+
+
+# ------------------------------------------------------------------------------------------------------- casting
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "value"),
+    [
+        ("bits", "8", 8),
+        ("bits", 8.0, 8),
+        ("algorithm", "elementwise", "elementwise"),
+        ("block_size", "512", 512),
+        ("block_size", 512.0, 512),
+        ("damping", "1e-4", 1e-4),
+        ("factor_beta", 0, 0.0),
+        ("stochastic_rounding", "true", True),
+        ("stochastic_rounding", "False", False),
+        ("stochastic_rounding", "1", True),
+        ("stochastic_rounding", 0, False),
+        ("stochastic_rounding", "no", False),
+        ("row_splits", "64;32;32", (64, 32, 32)),
+        ("row_splits", "64", (64,)),
+        ("row_splits", "", ()),
+        ("row_splits", [64, "32"], (64, 32)),
+        ("seed", "12345678901", 12345678901),
+    ],
+)
+def test_casting(name: str, text: object, value: object) -> None:
+    cast = resolve({name: text})[name]
+    assert cast == value
+    assert type(cast) is type(value)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"bits": 5}, "option bits=5 is not allowed: it must be one of 4, 8, "),
+        ({"bits": "four"}, "option bits='four' is not allowed: it must be one of 4, 8, "),
+        ({"bits": True}, "option bits=True is not allowed"),
+        ({"bits": None}, "option bits=None is not allowed"),
+        ({"algorithm": "adam"}, "option algorithm='adam' is not allowed: it must be one of shampoo, "),
+        ({"moments": "16bit"}, "it must be one of fp32, bf16, "),
+        ({"block_size": "1k"}, "option block_size='1k' is not allowed: it must be an integer"),
+        ({"block_size": 512.5}, "option block_size=512.5 is not allowed: it must be an integer"),
+        ({"block_size": True}, "option block_size=True is not allowed: it must be an integer"),
+        ({"block_size": [1]}, "it must be an integer"),
+        ({"block_size": float("inf")}, "it must be an integer"),
+        ({"block_size": 0}, "option block_size=0 is not allowed: it must be an integer >= 1"),
+        ({"quant_block": -1}, "option quant_block=-1 is not allowed: it must be an integer >= 0"),
+        ({"stats_every": 0}, "option stats_every=0 is not allowed"),
+        ({"roots_every": 0}, "option roots_every=0 is not allowed"),
+        ({"rectify_stats": -1}, "option rectify_stats=-1 is not allowed: it must be an integer >= 0"),
+        ({"rectify_roots": -1}, "option rectify_roots=-1 is not allowed"),
+        ({"seed": -1}, "option seed=-1 is not allowed"),
+        ({"factor_beta": 1.0}, r"option factor_beta=1.0 is not allowed: it must be a number in \[0, 1\)"),
+        ({"factor_beta": -0.1}, "option factor_beta=-0.1 is not allowed"),
+        ({"factor_beta": "nan"}, "option factor_beta=nan is not allowed"),
+        ({"factor_beta": True}, "option factor_beta=True is not allowed: it must be a number"),
+        ({"damping": 0}, r"option damping=0.0 is not allowed: it must be a number in \(0, 1\)"),
+        ({"damping": "small"}, "option damping='small' is not allowed: it must be a number"),
+        ({"stochastic_rounding": "maybe"}, "option stochastic_rounding='maybe' is not allowed: it must be true or"),
+        ({"stochastic_rounding": 2}, "option stochastic_rounding=2 is not allowed"),
+        ({"row_splits": "64;x"}, "option row_splits='64;x' is not allowed: it must be sizes such as 64;32;32"),
+        ({"row_splits": 64}, "option row_splits=64 is not allowed: it must be sizes"),
+        ({"row_splits": [64, 0]}, r"option row_splits=\(64, 0\) is not allowed: it must be positive sizes"),
+    ],
+)
+def test_bad_values_are_named_with_what_is_allowed(given: dict[str, object], message: str) -> None:
+    with pytest.raises(OptionError, match=message):
+        resolve(given)
+
+
+def test_an_unknown_option_lists_the_valid_ones_and_guesses() -> None:
+    with pytest.raises(OptionError, match=r"unknown option 'block_sise' .did you mean 'block_size'") as caught:
+        resolve({"block_sise": 64})
+    assert all(name in str(caught.value) for name in (*NAMES, "preset", "config"))
+    with pytest.raises(OptionError, match=f"unknown option 'zzz'; valid options: {', '.join(NAMES)}"):
+        resolve({"zzz": 1})
+
+
+def test_an_option_error_is_a_value_error() -> None:
+    assert issubclass(OptionError, ValueError)
+
+
+def test_an_unknown_preset_lists_the_valid_ones() -> None:
+    with pytest.raises(OptionError, match=f"unknown preset 'papr'; valid presets: {', '.join(sorted(PRESETS))}"):
+        resolve({}, preset="papr")
+    with pytest.raises(OptionError, match="unknown preset ''"):
+        resolve({"preset": ""})
+
+
+# ---------------------------------------------------------------------------------------------------- precedence
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> str:
+    path = tmp_path / "options.yaml"
+    path.write_text("preset: paper_eigen\nblock_size: 256\nrow_splits: [8, 8]\ndamping: '1e-4'\n")
+    return str(path)
+
+
+def test_explicit_over_file_over_preset(config: str) -> None:
+    found = resolve({"block_size": "128", "config": config})
+    assert found == {**PRESETS["paper_eigen"], "block_size": 128, "row_splits": (8, 8), "damping": 1e-4}
+    assert resolve({}, config=config)["block_size"] == 256
+    assert resolve({"preset": "shampoo32"}, config=config)["factor"] == "direct"
+    assert resolve({}) == {}
+
+
+@pytest.mark.parametrize("factor", ["direct", "cholesky", "cholesky_ef", "eigen"])
+@pytest.mark.parametrize("preset", sorted(PRESETS))
+def test_another_factor_than_the_presets(preset: str, factor: str) -> None:
+    """It takes what the preset says that is not of the preset's own factor."""
+    found = Options(**resolve({"factor": factor}, preset=preset))
+    assert (found.factor, found.stats_every) == (factor, 200)
+    assert found.rectify_roots == (4 if factor == "eigen" and preset == "paper_eigen" else 1)
+    assert found.error_beta == (0.95 if factor == "cholesky_ef" and preset == "paper_cholesky" else 0.7)
+
+
+@pytest.mark.parametrize("algorithm", ["kl_shampoo", "soap"])
+@pytest.mark.parametrize("preset", sorted(PRESETS))
+def test_another_algorithm_than_the_presets(preset: str, algorithm: str) -> None:
+    found = Options(**resolve({"algorithm": algorithm}, preset=preset))
+    assert (found.algorithm, found.factor, found.stats_every, found.rectify_roots) == (algorithm, "eigen", 200, 1)
+
+
+def test_what_is_explicit_is_not_set_aside() -> None:
+    with pytest.raises(OptionError, match=r"rectify_roots=4 .* it is for factor=eigen alone"):
+        resolve({"factor": "direct", "rectify_roots": 4}, preset="paper_eigen")
+
+
+def test_a_group_with_another_factor_than_the_optimizers() -> None:
+    p, q = torch.nn.Parameter(torch.zeros(64, 64)), torch.nn.Parameter(torch.zeros(64, 64))
+    optimizer = Shampoo4bit([p], preset="paper_eigen")
+    optimizer.add_param_group({"params": [q], "factor": "cholesky"})
+    first, second = optimizer.param_groups
+    assert (first["rectify_roots"], second["rectify_roots"], second["factor"]) == (4, 1, "cholesky")
+
+
+@pytest.mark.parametrize(
+    "ours", [{"algorithm": "shampoo"}, {"algorithm": "shampoo", "factor": "cholesky"}, {"algorithm": "elementwise"}]
+)
+def test_a_group_of_another_algorithm_than_the_optimizers(ours: dict[str, Any]) -> None:
+    """What the optimizer was told for its own algorithm is not the group's business."""
+    p, q = torch.nn.Parameter(torch.zeros(64, 64)), torch.nn.Parameter(torch.zeros(64, 64))
+    told = {"refresh_warmup": 0, "vocabulary_beta": 0.9}
+    optimizer = Shampoo4bit([{"params": [p], **ours}, {"params": [q]}], **told)
+    first, second = optimizer.param_groups
+    assert first["refresh_warmup"] == (0 if ours["algorithm"] == "elementwise" else 100)
+    assert (second["algorithm"], second["refresh_warmup"], second["vocabulary_beta"]) == ("kl_shampoo", 0, 0.9)
+
+
+def test_what_the_usual_block_and_levels_are() -> None:
+    for algorithm, bits, block, codebook in (
+        ("kl_shampoo", 4, 16, "lloyd16"), ("soap", 4, 16, "lloyd16"), ("kl_soap", 8, 16, "linear2"),
+        ("shampoo", 4, 64, "linear2"),
+    ):  # fmt: skip
+        options = Options(algorithm=algorithm, bits=bits)
+        assert (options.factor_block, options.factor_codebook) == (block, codebook)
+    assert Options(quant_block=32).factor_block == 32
+
+
+def test_presets_are_not_changed_by_use(config: str) -> None:
+    before = {name: dict(options) for name, options in PRESETS.items()}
+    resolve({"block_size": 3}, preset="paper_eigen", config=config)
+    assert before == PRESETS
+
+
+# --------------------------------------------------------------------------------------------------------- files
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"bits: [", "is not valid YAML"),
+        (b"\xff\xfe\x00", "is not valid YAML"),
+        (b"- bits\n- 4\n", "must map option names to values, not list"),
+        (b"just text\n", "must map option names to values, not str"),
+        (b"bitz: 4\n", "unknown option 'bitz' .did you mean 'bits'"),
+        (b"bits: 5\n", "option bits=5 is not allowed"),
+        (b"bits: {a: 1}\n", "option bits={'a': 1} is not allowed"),
+        (b"config: other.yaml\n", "an options file cannot name another one"),
+        (b"preset: nope\n", "unknown preset 'nope'"),
+    ],
+)
+def test_malformed_files(tmp_path: Path, content: bytes, message: str) -> None:
+    path = tmp_path / "options.yaml"
+    path.write_bytes(content)
+    with pytest.raises(OptionError, match=message):
+        resolve({}, config=str(path))
+
+
+def test_missing_file_and_folder(tmp_path: Path) -> None:
+    with pytest.raises(OptionError, match=r"options file .*absent.yaml' cannot be read: No such file"):
+        resolve({"config": str(tmp_path / "absent.yaml")})
+    with pytest.raises(OptionError, match="cannot be read: Is a directory"):
+        resolve({"config": str(tmp_path)})
+
+
+def test_an_empty_file_sets_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "options.yaml"
+    path.write_text("# nothing\n")
+    assert resolve({}, config=str(path)) == {}
+
+
+# ---------------------------------------------------------------------------------------------------- optim_args
+
+
+def test_optim_args(config: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert parse_optim_args("block_size=512,stats_every=20") == {"block_size": 512, "stats_every": 20}
+    assert parse_optim_args(" block_size = 512 , row_splits=8;8 ,") == {"block_size": 512, "row_splits": (8, 8)}
+    assert parse_optim_args({"bits": "8"}) == {"bits": 8}
+    assert parse_optim_args(None) == parse_optim_args("") == {}
+    assert parse_optim_args(f"config={config},bits=8")["block_size"] == 256
+    monkeypatch.setenv(CONFIG_ENV, config)
+    assert parse_optim_args("bits=8")["block_size"] == 256
+    assert parse_optim_args("config=,bits=8") == {"bits": 8}  # an empty one switches the environment's off
+
+
+@pytest.mark.parametrize("text", ["block_size", "bits=4,flag", "row_splits=64,32,32"])
+def test_an_item_without_a_value(text: str) -> None:
+    with pytest.raises(OptionError, match=r"is not key=value .lists use ';'"):
+        parse_optim_args(text)
+
+
+def test_a_value_with_an_equals_sign_stays_whole(tmp_path: Path) -> None:
+    path = tmp_path / "a=b.yaml"
+    path.write_text("bits: 8")
+    assert parse_optim_args(f"config={path}") == {"bits": 8}
+
+
+def test_an_unknown_key_lists_the_valid_ones() -> None:
+    with pytest.raises(OptionError, match=r"unknown option 'blocksize' .did you mean 'block_size'.*; valid options: "):
+        parse_optim_args("blocksize=64")

@@ -1,0 +1,522 @@
+"""SOAP, KL-Shampoo and KL-SOAP: against a literal float64 twin, torch's AdamW, and what must hold for any of them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from importlib import import_module
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from hf_shampoo4 import Shampoo4bit
+from hf_shampoo4 import state_report as report
+from hf_shampoo4.exceptions import CheckpointError, OptionError
+from hf_shampoo4.execution.blocking import blocks_of
+from hf_shampoo4.integrations.trainer import OPTIMS
+from hf_shampoo4.numerics.linalg import between, bjorck, transpose
+from hf_shampoo4.options import Options, parse_optim_args
+from hf_shampoo4.preconditioners import algorithms
+from hf_shampoo4.preconditioners.bases import OpenSide, factor_in_basis, make_sides, statistic
+
+FAMILY = ("soap", "kl_shampoo", "kl_soap")
+Array = np.ndarray
+
+
+def gradient(shape: tuple[int, ...], t: int) -> Tensor:
+    """Correlated rows and columns, so that the factors have a basis worth finding."""
+    m, n = shape
+    fixed, moving = torch.Generator().manual_seed(m * n), torch.Generator().manual_seed(t)
+    mix_rows, mix_columns = torch.randn(m, m, generator=fixed), torch.randn(n, n, generator=fixed)
+    return (mix_rows @ torch.randn(m, n, generator=moving) @ mix_columns + 2) / (m * n)
+
+
+def train(shape: tuple[int, ...], steps: int, **options: object) -> tuple[nn.Parameter, Shampoo4bit]:
+    torch.manual_seed(0)
+    p = nn.Parameter(torch.randn(shape))
+    optimizer = Shampoo4bit([p], lr=0.05, betas=(0.9, 0.98), eps=1e-8, weight_decay=0.1, **options)
+    for t in range(steps):
+        p.grad = gradient(shape, t)
+        optimizer.step()
+    return p, optimizer
+
+
+# ---------------------------------------------------------------------------------------- the literal float64 twin
+
+
+class Literal:
+    """One block, in plain numpy and in the parameter's coordinates wherever the papers are: bases in full precision."""
+
+    def __init__(self, w: Array, algorithm: str, beta: float, damping: float, vocabulary: bool) -> None:
+        self.w, self.algorithm, self.damping = w, algorithm, damping
+        m, n = w.shape
+        self.beta = [beta if m < 4 * n else 0.98, beta]
+        self.u = [np.eye(m), np.eye(n)]
+        self.rotated = [m < 4 * n, n < 4 * m]
+        self.followed = [rotated or vocabulary for rotated in self.rotated]
+        self.eigenvalues: list[Array] | None = None
+        self.momentum = np.zeros_like(w)  # in the parameter's coordinates: what carrying over must preserve
+        self.second = np.zeros_like(w)
+        self.t = 0
+
+    def step(self, g: Array, lr: float, wd: float, refresh_memory: float | None) -> None:
+        self.t += 1
+        kl = self.algorithm != "soap"
+        inside = self.u[0].T @ g @ self.u[1]
+        if self.eigenvalues is None:
+            level = (inside**2).mean()
+            level = level**0.5 if kl and all(self.followed) else level
+            self.eigenvalues = [
+                np.full(k, level if followed else 1.0) for k, followed in zip(g.shape, self.followed, strict=True)
+            ]
+        whitening = self.eigenvalues if kl else [np.ones(k) for k in g.shape]
+        new = [
+            np.array([np.mean(inside[i, :] ** 2 / whitening[1]) for i in range(g.shape[0])]),
+            np.array([np.mean(inside[:, j] ** 2 / whitening[0]) for j in range(g.shape[1])]),
+        ]
+        self.eigenvalues = [
+            beta * old + (1 - beta) * x if followed else old
+            for old, x, beta, followed in zip(self.eigenvalues, new, self.beta, self.followed, strict=True)
+        ]
+        if refresh_memory is not None:
+            self.refresh(g, refresh_memory, kl)
+        inside = self.u[0].T @ g @ self.u[1]
+        self.momentum = 0.9 * self.momentum + 0.1 * g
+        m = self.u[0].T @ self.momentum @ self.u[1] / (1 - 0.9**self.t)
+        if self.algorithm == "kl_shampoo":
+            left, right = (x + self.damping * x.max() for x in self.eigenvalues)
+            direction = m / np.sqrt(np.outer(left, right))
+        else:
+            self.second = 0.98 * self.second + 0.02 * inside**2
+            direction = m / (np.sqrt(self.second / (1 - 0.98**self.t)) + 1e-8)
+        self.w = (1 - lr * wd) * self.w - lr * self.u[0] @ direction @ self.u[1].T
+
+    def refresh(self, g: Array, memory: float, kl: bool) -> None:
+        before = [x.copy() for x in self.eigenvalues]
+        bases = [u.copy() for u in self.u]
+        for side in (0, 1):
+            if not self.rotated[side]:
+                continue
+            other = before[1 - side] if kl else np.ones_like(before[1 - side])
+            x = bases[0].T @ g @ bases[1]
+            x = x if side == 0 else x.T
+            sample = x @ np.diag(1 / other) @ x.T / x.shape[1]
+            correlations = sample / np.sqrt(np.outer(np.diag(sample), np.diag(sample)))
+            mixed = memory * np.eye(len(sample)) + (1 - memory) * correlations
+            root = np.diag(np.sqrt(before[side]))
+            a = root @ mixed @ root
+            q, r = np.linalg.qr(a)
+            q = q * np.where(np.diag(r) < 0, -1.0, 1.0)
+            self.u[side] = bases[side] @ q
+            self.eigenvalues[side] = np.diag(q.T @ a @ q)
+
+
+@pytest.mark.parametrize("algorithm", [*FAMILY, "vocabulary"])
+@pytest.mark.parametrize("shape", [(12, 12), (7, 20), (20, 7), (24, 4), (3, 16)])
+@pytest.mark.parametrize(("every", "warmup"), [(1, 0), (3, 2)])
+def test_32_bit_whole_run_agrees_with_the_literal_one(
+    algorithm: str, shape: tuple[int, int], every: int, warmup: int
+) -> None:
+    options: dict[str, object] = {"factor_beta": 0.9, "damping": 1e-4}
+    if vocabulary := algorithm == "vocabulary":
+        if shape != (24, 4):
+            pytest.skip("too few rows for a vocabulary: the base alone")
+        algorithm, options = "kl_shampoo", {**options, "vocabulary": True, "vocabulary_beta": 0.98}
+    torch.manual_seed(0)
+    literal = Literal(torch.randn(shape).double().numpy(), algorithm, 0.9, 1e-4, vocabulary)
+    for t in range(8):
+        interval = min(every, max(1, (t + 1) // warmup)) if warmup else every
+        memory = 0.9**interval if (t + 1) % interval == 0 else None
+        literal.step(gradient(shape, t).double().numpy(), 0.05, 0.1, memory)
+    p, _ = train(
+        shape, 8, algorithm=algorithm, bits=32, moments="fp32", stats_every=every, refresh_warmup=warmup, **options
+    )
+    np.testing.assert_allclose(p.detach().numpy(), literal.w, rtol=0, atol=3e-4)
+
+
+def test_turns_are_rarer_and_rarer() -> None:
+    options = Options(stats_every=10, refresh_warmup=100)
+    turns = [step for step in range(1, 2001) if step % options.turn_interval(step) == 0]
+    assert turns[:200] == [*range(1, 200), 200]
+    assert [sum(a < step <= a + 100 for step in turns) for a in (100, 200, 300, 900, 1500)] == [100, 50, 34, 12, 10]
+    assert {Options(stats_every=10, refresh_warmup=0).turn_interval(step) for step in (1, 50, 10**6)} == {10}
+
+
+def test_soap_in_the_first_basis_is_adamw() -> None:
+    """An outsider: with no refresh the bases stay the identity."""
+    p, _ = train((24, 40), 12, algorithm="soap", bits=32, moments="fp32", stats_every=10**6, refresh_warmup=0)
+    torch.manual_seed(0)
+    q = nn.Parameter(torch.randn(24, 40))
+    adamw = torch.optim.AdamW([q], lr=0.05, betas=(0.9, 0.98), eps=1e-8, weight_decay=0.1)
+    for t in range(12):
+        q.grad = gradient((24, 40), t)
+        adamw.step()
+    torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
+
+
+def test_kl_shampoo_whitens_a_kronecker_gradient() -> None:
+    """E[vec G vec G^T] = R x L: with true bases and eigenvalues the steps' second moment is the identity."""
+
+    def distance_from_identity(stats_every: int) -> float:
+        torch.manual_seed(0)
+        left, right = torch.randn(8, 8), torch.randn(12, 12) * torch.logspace(0, -2, 12)
+        p = nn.Parameter(torch.zeros(8, 12))
+        optimizer = Shampoo4bit(
+            [p], lr=1.0, betas=(0.0, 0.98), weight_decay=0.0, algorithm="kl_shampoo", bits=32, moments="fp32",
+            stats_every=stats_every, refresh_warmup=0, factor_beta=0.99,
+        )  # fmt: skip
+        steps = []
+        for _ in range(700):
+            before = p.detach().clone()
+            p.grad = left @ torch.randn(8, 12) @ right.T
+            optimizer.step()
+            steps.append((before - p.detach()).flatten())
+        x = torch.stack(steps[300:])
+        return float(torch.linalg.matrix_norm(x.T @ x / len(x) - torch.eye(96))) / 96**0.5
+
+    assert distance_from_identity(1) < 0.75  # the sampling of 400 steps alone gives .49
+    assert distance_from_identity(10**6) > 1.5  # variances alone, in the first basis
+
+
+# ------------------------------------------------------------------------------------------------ the carried moment
+
+
+def momentum_in_the_parameters_coordinates(optimizer: Shampoo4bit, p: Tensor) -> Tensor:
+    stack = optimizer._waves(0)[0].stacks[0]
+    a, state = stack.algorithm, stack.state
+    sides = [OpenSide(side, algorithms._side(state, name), p) for side, name in ((a.left, "left"), (a.right, "right"))]
+    m = a.moments.first.read(state["first"])
+    of_left, of_right = algorithms._scales(*sides, optimizer.param_groups[0]["damping"])
+    m = m * of_left * of_right
+    return between(transpose(sides[0].vectors), m, transpose(sides[1].vectors))[0]
+
+
+def moment_error(shape: tuple[int, int], **options: object) -> float:
+    """Distance of the momentum from the exponential average of the gradients, relative."""
+    p, optimizer = train(shape, 12, stats_every=2, refresh_warmup=0, factor_beta=0.5, **options)
+    exact = sum(0.1 * 0.9 ** (11 - t) * gradient(shape, t) for t in range(12))
+    found = momentum_in_the_parameters_coordinates(optimizer, p)
+    return float(torch.linalg.matrix_norm(found - exact) / torch.linalg.matrix_norm(exact))
+
+
+@pytest.mark.parametrize("algorithm", FAMILY)
+@pytest.mark.parametrize(("bits", "moments", "bound"), [(32, "fp32", 1e-5), (8, "bf16", 0.02), (4, "fp32", 0.3)])
+def test_the_momentum_is_carried_over_at_every_turn(algorithm: str, bits: int, moments: str, bound: float) -> None:
+    assert moment_error((96, 80), algorithm=algorithm, bits=bits, moments=moments) < bound
+
+
+@pytest.mark.parametrize("algorithm", ["soap", "kl_shampoo"])
+@pytest.mark.parametrize("wrong", [lambda turned: None, transpose])
+def test_a_wrong_carry_over_is_found(
+    wrong: Callable[[Tensor], Tensor | None], algorithm: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right = OpenSide.turn
+
+    def turn(self: OpenSide, sample: Tensor, memory: float) -> Tensor:
+        failed = right(self, sample, memory)
+        self.turned = wrong(self.turned)
+        return failed
+
+    monkeypatch.setattr(OpenSide, "turn", turn)
+    assert moment_error((96, 80), algorithm=algorithm, bits=32, moments="fp32") > 0.3
+
+
+def test_a_4_bit_moment_serves_small_directions_as_well_as_large_ones() -> None:
+    """Columns of the gradient are 1 to 1/128 in size, KL-Shampoo's steps are not, nor are errors of rounding."""
+
+    def last_step(moments: str) -> Tensor:
+        p = nn.Parameter(torch.zeros(64, 128))
+        optimizer = Shampoo4bit([p], lr=1.0, bits=32, moments=moments, stats_every=10**6, refresh_warmup=0)
+        generator = torch.Generator().manual_seed(0)
+        for _ in range(150):  # until the eigenvalues have forgotten their start
+            before = p.detach().clone()
+            p.grad = torch.randn(64, 128, generator=generator) / torch.arange(1, 129)
+            optimizer.step()
+        return before - p.detach()
+
+    exact, rounded = last_step("fp32"), last_step("4bit")
+    error = ((rounded - exact).square().mean(0) / exact.square().mean(0)).sqrt()
+    assert error.max() < 0.35
+    assert error[96:].mean() < 1.2 * error[:32].mean()
+
+
+# ------------------------------------------------------------------------------------------------------------ parts
+
+
+def test_factor_in_basis_is_semidefinite_and_keeps_its_diagonal() -> None:
+    torch.manual_seed(0)
+    x, eigenvalues = torch.randn(3, 20, 4), torch.logspace(0, -6, 20).expand(3, 20)  # a sample of rank 4
+    a = factor_in_basis(eigenvalues, statistic(x, torch.ones(3, 1)), 0.6)
+    torch.testing.assert_close(a.diagonal(dim1=-2, dim2=-1), eigenvalues)
+    scale = eigenvalues.double().rsqrt()
+    correlations = a.double() * scale.unsqueeze(-1) * scale.unsqueeze(-2)
+    assert torch.linalg.eigvalsh(correlations).min() > 0.6 - 1e-4
+
+
+@pytest.mark.parametrize("algorithm", FAMILY)
+def test_rounding_does_not_add_up_over_the_turns(algorithm: str) -> None:
+    """After 35 turns; rounding once gives .15, of which a Bjorck step, with which a turn begins, leaves a tenth."""
+    _, optimizer = train((128, 96), 60, algorithm=algorithm, stats_every=2, refresh_warmup=10)
+    stack = optimizer._waves(0)[0].stacks[0]
+    for name, side in (("left", stack.algorithm.left), ("right", stack.algorithm.right)):
+        u = OpenSide(side, algorithms._side(stack.state, name), torch.zeros(1, 128, 96)).vectors
+        assert defect(u) < 0.2, name
+        assert defect(bjorck(u, 1)) < 0.1, name
+
+
+def defect(u: Tensor) -> float:
+    return float(torch.linalg.matrix_norm(u.mT @ u - torch.eye(u.shape[-1]))) / u.shape[-1] ** 0.5
+
+
+@pytest.mark.parametrize("algorithm", FAMILY)
+@pytest.mark.parametrize("bits", [4, 32])
+def test_no_gradient_no_step(algorithm: str, bits: int) -> None:
+    p = nn.Parameter(torch.ones(80, 72))
+    optimizer = Shampoo4bit([p], lr=1.0, weight_decay=0.0, algorithm=algorithm, bits=bits)
+    for size, moves in ((0.0, False), (0.0, False), (1.0, True), (0.0, True)):
+        before = p.detach().clone()
+        p.grad = torch.full_like(p, size)
+        optimizer.step()
+        assert torch.isfinite(p).all()
+        assert torch.equal(p, before) != moves
+
+
+@pytest.mark.parametrize("algorithm", FAMILY)
+def test_gradients_of_rank_one_and_of_any_size(algorithm: str) -> None:
+    for size in (1e-8, 1.0, 1e12):
+        torch.manual_seed(0)
+        p = nn.Parameter(torch.zeros(70, 90))
+        optimizer = Shampoo4bit([p], lr=1e-2, weight_decay=0.0, algorithm=algorithm, stats_every=3)
+        for _ in range(30):
+            p.grad = size * torch.outer(torch.randn(70), torch.ones(90))
+            optimizer.step()
+        assert torch.isfinite(p).all()
+        assert 0 < p.abs().max() < 3.0, size
+
+
+@pytest.mark.parametrize("algorithm", FAMILY)
+def test_long_silence_is_survived(algorithm: str) -> None:
+    """Here the eigenvalues are forgotten long before the moment is, and what is stored of it is their quotient."""
+    torch.manual_seed(0)
+    p = nn.Parameter(torch.zeros(72, 70))
+    options = {"algorithm": algorithm, "factor_beta": 0.5, "stats_every": 10, "refresh_warmup": 0}
+    optimizer = Shampoo4bit([p], lr=1.0, weight_decay=0.0, **options)
+    for size in (*[1e8] * 20, *[0.0] * 200, *[1.0] * 5):
+        before = p.detach().clone()
+        p.grad = size * torch.randn_like(p)
+        optimizer.step()
+        assert torch.isfinite(p).all()
+        assert (before - p.detach()).abs().max() < 100.0
+
+
+@pytest.mark.parametrize("algorithm", FAMILY)
+def test_silence_ends_in_rest_and_is_not_remembered(algorithm: str) -> None:
+    """An expert that no token reaches, a parameter that an engine hands zeros: ten steps of drift, as with AdamW."""
+    torch.manual_seed(0)
+    p = nn.Parameter(torch.zeros(72, 70))
+    optimizer = Shampoo4bit([p], lr=1.0, weight_decay=0.0, algorithm=algorithm, moments="fp32")
+    moved = []
+    for size in (*[1.0] * 20, *[0.0] * 900, *[3.0] * 5):
+        before = p.detach().clone()
+        p.grad = size * torch.randn_like(p)
+        optimizer.step()
+        moved.append((p.detach() - before).norm())
+    assert sum(moved[20:920]) < 12 * moved[19]
+    assert moved[919] == 0
+    assert all(moved[19] / 5 < there < 8 * moved[19] for there in moved[920:])
+
+
+def test_a_failed_turn_keeps_the_basis_and_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    from hf_shampoo4.preconditioners import bases as eigenbasis
+
+    p, optimizer = train((80, 72), 4, algorithm="kl_shampoo", stats_every=1)
+    key = "80x72/left.eigenvalues.dense"
+    monkeypatch.setattr(eigenbasis, "factor_in_basis", lambda e, s, m: torch.full_like(s, torch.nan))
+    eigenvalues = optimizer.state[p][key].clone()
+    p.grad = gradient((80, 72), 5)
+    optimizer.step()
+    assert torch.isfinite(p).all()
+    assert torch.isfinite(optimizer.state[p][key]).all()
+    assert not torch.equal(optimizer.state[p][key], eigenvalues)  # they follow the gradient as ever
+    assert optimizer.state[p]["80x72/failures.dense"].item() == 1
+
+
+# ------------------------------------------------------------------------------------------------------------ bytes
+
+
+@pytest.mark.parametrize(("algorithm", "most"), [("soap", 2.3), ("kl_shampoo", 1.75), ("kl_soap", 2.3)])
+def test_bytes_of_live_tensors(algorithm: str, most: float) -> None:
+    """LLaMA-130M's matrices."""
+    shapes = [(768, 768)] * 4 + [(2048, 768)] * 2 + [(768, 2048)]
+    parameters = [nn.Parameter(torch.zeros(shape)) for shape in shapes]
+    optimizer = Shampoo4bit(parameters, algorithm=algorithm, stats_every=10**6, refresh_warmup=0)
+    for p in parameters:
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    size = sum(t.numel() * t.element_size() for entry in optimizer.state.values() for t in entry.values())
+    assert size / sum(p.numel() for p in parameters) <= most
+
+
+def test_a_side_four_times_as_long_as_the_other_is_not_rotated() -> None:
+    rotated = {
+        shape: [side.basis is not None for side in make_sides(shape, Options())]
+        for shape in ((255, 64), (256, 64), (64, 255), (64, 256))
+    }
+    assert rotated == {
+        (255, 64): [True, True],
+        (256, 64): [False, True],
+        (64, 255): [True, True],
+        (64, 256): [True, False],
+    }
+
+
+def test_an_oblong_matrix_has_a_basis_on_its_short_side_alone() -> None:
+    """A LoRA adapter."""
+    p, optimizer = train((8, 1024), 2, algorithm="kl_shampoo")
+    assert {key.split("/")[1].split(".")[0] for key in optimizer.state[p]} == {"steps", "failures", "left", "first"}
+    size = sum(t.numel() * t.element_size() for t in optimizer.state[p].values())
+    assert size / p.numel() < 0.6
+
+
+def test_a_vocabulary_has_a_diagonal_factor_and_one_moment_in_8_bits() -> None:
+    p, optimizer = train((4096, 128), 2, algorithm="soap", vocabulary=True)
+    layout = {key.split("/")[1]: tuple(t.shape[1:]) for key, t in optimizer.state[p].items()}
+    assert layout == {
+        "steps.dense": (), "failures.dense": (), "left.eigenvalues.dense": (4096,), "right.eigenvalues.dense": (128,),
+        "right.basis.codes": (128, 64), "right.basis.scales": (128, 8), "right.basis.largest": (128, 1),
+        "first.codes": (4096 * 128,), "first.scales": (4096 * 128 // 256,),
+    }  # fmt: skip
+    size = sum(t.numel() * t.element_size() for t in optimizer.state[p].values())
+    assert size / p.numel() <= 1.1
+
+
+@pytest.mark.parametrize("options", [{"embeddings": "elementwise"}, {"algorithm": "shampoo"}])
+@pytest.mark.parametrize("shape", [(256, 64), (96, 64)])
+def test_a_vocabulary_without_a_preconditioner(shape: tuple[int, int], options: dict[str, object]) -> None:
+    """Asked for, or hardly a vocabulary."""
+    chosen = {} if shape == (96, 64) else options
+    parameters = [nn.Parameter(torch.zeros(64, 64)), nn.Parameter(torch.zeros(shape))]
+    optimizer = Shampoo4bit([{"params": parameters[:1]}, {"params": parameters[1:], "vocabulary": True}], **chosen)
+    (block,) = blocks_of(shape, Options.of(optimizer.param_groups[1]))
+    assert isinstance(block.algorithm, algorithms.Elementwise)
+
+
+@pytest.mark.parametrize(
+    ("shape", "blocks"),
+    [
+        ((50257, 768), {(5584, 768), (5585, 768)}),
+        ((32000, 4096), {(8000, 1024)}),
+        ((4096, 128), {(4096, 128)}),
+    ],
+)
+def test_blocks_of_a_vocabulary_are_tall(shape: tuple[int, int], blocks: set[tuple[int, int]]) -> None:
+    found = blocks_of(shape, Options(vocabulary=True))
+    assert {block.rect.shape for block in found} == blocks
+    assert sum(block.rect.shape[0] * block.rect.shape[1] for block in found) == shape[0] * shape[1]
+
+
+# ---------------------------------------------------------------------------------------------- as an optimizer
+
+
+SHAPES = [(70, 66), (24, 140), (200, 70), (9,), (3, 20, 32)]
+
+
+def model(dtype: torch.dtype = torch.float32) -> list[nn.Parameter]:
+    generator = torch.Generator().manual_seed(1)
+    return [nn.Parameter(torch.randn(shape, generator=generator).to(dtype)) for shape in SHAPES]
+
+
+def optimizer_of(parameters: list[nn.Parameter], **options: object) -> Shampoo4bit:
+    return Shampoo4bit(parameters, lr=1e-2, **{"block_size": 100, "stats_every": 2, "refresh_warmup": 1, **options})
+
+
+def advance(optimizer: Shampoo4bit, steps: range, unused: int | None = None) -> None:
+    for t in steps:
+        generator = torch.Generator().manual_seed(1000 + t)
+        for i, p in enumerate(optimizer.param_groups[0]["params"]):
+            g = torch.randn(p.shape, generator=generator).to(p.dtype)
+            p.grad = None if i == unused and t % 2 else g
+        optimizer.step()
+
+
+def values(optimizer: Shampoo4bit) -> list[Tensor]:
+    parameters = optimizer.param_groups[0]["params"]
+    return [p.detach() for p in parameters] + [t for p in parameters for _, t in sorted(optimizer.state[p].items())]
+
+
+@pytest.mark.parametrize("algorithm", FAMILY)
+@pytest.mark.parametrize("moments", ["fp32", "4bit", "4bit_eden", "4bit_zipsr"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_resume_repeats_the_bits(algorithm: str, moments: str, dtype: torch.dtype) -> None:
+    options = {"algorithm": algorithm, "moments": moments, "stochastic_rounding": True}
+    whole = optimizer_of(model(dtype), **options)
+    advance(whole, range(5), unused=1)
+    parameters = [nn.Parameter(p.detach().clone()) for p in whole.param_groups[0]["params"]]
+    resumed = optimizer_of(parameters, **options)
+    resumed.load_state_dict(whole.state_dict())
+    advance(whole, range(5, 9), unused=1)
+    advance(resumed, range(5, 9), unused=1)
+    assert all(torch.equal(a, b) for a, b in zip(values(whole), values(resumed), strict=True))
+
+
+@pytest.mark.parametrize("algorithm", FAMILY)
+def test_waves_do_not_matter(algorithm: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    together, apart = optimizer_of(model(), algorithm=algorithm), optimizer_of(model(), algorithm=algorithm)
+    advance(together, range(3))
+    monkeypatch.setattr(import_module("hf_shampoo4.execution.blocking"), "WAVE_ELEMENTS", 1)
+    advance(apart, range(3))
+    assert len(apart._waves(0)) == len(SHAPES) > len(together._waves(0)) == 1
+    for a, b in zip(model_of(together), model_of(apart), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)  # batched products round otherwise; a code may differ
+
+
+def model_of(optimizer: Shampoo4bit) -> list[Tensor]:
+    return [p.detach() for p in optimizer.param_groups[0]["params"]]
+
+
+@pytest.mark.parametrize("algorithm", FAMILY)
+def test_another_algorithms_checkpoint_is_refused(algorithm: str) -> None:
+    there = optimizer_of(model(), algorithm=algorithm)
+    advance(there, range(2))
+    here = Shampoo4bit(model(), lr=1e-2, block_size=100, algorithm="shampoo")
+    with pytest.raises(CheckpointError, match=f"algorithm={algorithm}, this run has algorithm=shampoo"):
+        here.load_state_dict(there.state_dict())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"factor": "cholesky"},
+            "factor='cholesky' is not allowed: it must be left out with algorithm=soap, or 'eigen': it is for",
+        ),
+        ({"base": "sgdm", "moments": "fp32"}, "base='sgdm' is not allowed: it must be left out with algorithm=soap"),
+        ({"roots_every": 20}, "roots_every=20 is not allowed: it must be left out with algorithm=soap"),
+        ({"graft": "none"}, "graft='none' is not allowed: it must be left out with algorithm=soap"),
+        ({"algorithm": "shampoo", "refresh_warmup": 5}, "refresh_warmup=5 is not allowed: it must be left out"),
+    ],
+)
+def test_options_that_make_no_sense_are_refused(options: dict[str, object], message: str) -> None:
+    with pytest.raises(OptionError, match=re.escape(message)):
+        Shampoo4bit(model(), lr=1e-2, **{"algorithm": "soap", **options})
+
+
+def test_the_names_of_the_flag_carry_their_options() -> None:
+    options = parse_optim_args("refresh_warmup=7,stats_every=3", beneath=OPTIMS["kl_shampoo4bit"])
+    assert options == {"refresh_warmup": 7, "stats_every": 3}
+    with pytest.raises(OptionError, match="roots_every"):
+        parse_optim_args("roots_every=7", beneath=OPTIMS["soap4bit"])
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "treatment"), [("soap", "SOAP"), ("kl_soap", "KL-SOAP"), ("kl_shampoo", "KL-Sh")]
+)
+def test_report(algorithm: str, treatment: str) -> None:
+    rows = report.rows(optimizer_of(model(), algorithm=algorithm))
+    assert rows[0].treatment.startswith(treatment)
+    assert any("4-bit, 4bit moments" in row.treatment for row in rows)
+    optimizer = optimizer_of(model(), algorithm=algorithm)
+    advance(optimizer, range(1))
+    assert sum(row.bytes for row in rows) == report.metrics(optimizer)["optim/state_bytes"]

@@ -1,0 +1,142 @@
+"""Refreshes spread over a period: every block as often as before and no later, the same in every run."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+import hf_shampoo4
+from hf_shampoo4.execution import waves
+from hf_shampoo4.execution.blocking import places_of, refreshed
+from hf_shampoo4.options import Options, resolve
+from hf_shampoo4.preconditioners.algorithms import Context, ahead, due
+from hf_shampoo4.sharding.exchange import Ranks
+from hf_shampoo4.sharding.local_parameter import held_itself
+from hf_shampoo4.utils.stopwatch import Stopwatch
+
+ALGORITHMS: list[dict[str, Any]] = [
+    {"algorithm": "shampoo"},
+    {"algorithm": "shampoo", "factor": "cholesky_ef", "stats_every": 2},
+    {"algorithm": "soap", "refresh_warmup": 2},
+    {"algorithm": "kl_shampoo", "refresh_warmup": 0, "bits": 32, "moments": "fp32"},
+]
+each = pytest.mark.parametrize("options", ALGORITHMS, ids=lambda o: f"{o['algorithm']}{o.get('factor', '')}")
+COUNT, EVERY = 7, 4
+
+
+def optimizer(names: list[int], **options: Any) -> hf_shampoo4.Shampoo4bit:
+    generator = torch.Generator().manual_seed(0)
+    parameters = [torch.nn.Parameter(torch.randn(72, 80, generator=generator)) for _ in range(COUNT)]
+    named = [(f"layer{i}", parameters[i]) for i in names]
+    if options["algorithm"] == "shampoo":
+        options.setdefault("roots_every", EVERY)
+    return hf_shampoo4.Shampoo4bit(named, lr=1e-2, **{"stats_every": EVERY, "stagger": True, **options})
+
+
+def step(opt: hf_shampoo4.Shampoo4bit, number: int) -> None:
+    for name, p in zip(opt.param_groups[0]["param_names"], opt.param_groups[0]["params"], strict=True):
+        p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(1000 * number + int(name[5:])))
+    opt.step()
+
+
+def result(opt: hf_shampoo4.Shampoo4bit) -> dict[str, torch.Tensor]:
+    group = opt.param_groups[0]
+    return {name: p.detach() for name, p in zip(group["param_names"], group["params"], strict=True)}
+
+
+def test_every_block_once_in_a_period_and_not_later_than_all_together() -> None:
+    places = [0.0, 0.25, 0.99, 0.3]
+    contexts = [Context(Options(), step, (0.9, 0.99), 1e-8, Stopwatch(), places=places) for step in range(1, 21)]
+    due = [context.due(10) for context in contexts]
+    assert sorted(row for rows in due[:10] for row in rows) == [0, 1, 2, 3]
+    assert due[:10] == due[10:]
+    together = Context(
+        Options(stagger=False), 10, (0.9, 0.99), 1e-8, Stopwatch(), places=ahead(Options(stagger=False), places)
+    )
+    assert together.due(10) == [0, 1, 2, 3]
+    assert not together.due(3)
+
+
+@each
+def test_a_block_does_not_depend_on_those_beside_it(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Refreshed with some blocks of its stack, with others, or alone: as 1-block stacks, where there is no part."""
+    places = {f"layer{i}": [i / COUNT] for i in range(COUNT)}
+    monkeypatch.setattr(waves, "places_of", lambda counts: {name: places[name] for name in counts})
+    together, alone = optimizer(list(range(COUNT)), **options), [optimizer([i], **options) for i in range(COUNT)]
+    for number in range(1, 2 * EVERY + 2):
+        for opt in (together, *alone):
+            step(opt, number)
+    for opt in alone:
+        for name, p in result(opt).items():
+            torch.testing.assert_close(result(together)[name], p, rtol=1e-4, atol=1e-5)
+
+
+@each
+def test_a_resume_repeats_it(options: dict[str, Any]) -> None:
+    straight = optimizer(list(range(COUNT)), **options)
+    for number in range(1, EVERY):
+        step(straight, number)
+    resumed = optimizer(list(range(COUNT)), **options)
+    for p, q in zip(result(resumed).values(), result(straight).values(), strict=True):
+        p.copy_(q)
+    resumed.load_state_dict(straight.state_dict())
+    for number in range(EVERY, 2 * EVERY):
+        step(straight, number)
+        step(resumed, number)
+    for name, p in result(straight).items():
+        assert torch.equal(result(resumed)[name], p), name
+
+
+def test_a_period_of_one_step_is_the_same_with_and_without() -> None:
+    pair = [optimizer(list(range(COUNT)), algorithm="shampoo", stats_every=1, roots_every=1, stagger=s) for s in (0, 1)]
+    for number in range(1, 4):
+        for opt in pair:
+            step(opt, number)
+    for p, q in zip(*(result(opt).values() for opt in pair), strict=True):
+        assert torch.equal(p, q)
+
+
+def test_on_two_ranks_owners_refresh_what_is_due_and_every_rank_does_the_rest() -> None:
+    options = Options(algorithm="kl_shampoo", stats_every=EVERY, refresh_warmup=0)
+    held = [held_itself(f"layer{i}", torch.nn.Parameter(torch.randn(72, 80))) for i in range(COUNT)]
+    ranks = Ranks()
+    ranks.world = 2
+    ((wave,),) = waves.build([(options, held, {one.name: one.shape for one in held})], ranks)
+    everything, seen = frozenset(range(COUNT)), []
+    for number in range(1, EVERY + 1):
+        due = refreshed(options, number, wave.places)
+        parts = list(wave.shared(options, number))
+        by_owner, by_all = (frozenset().union(*(p.blocks for p, split in parts if split is s)) for s in (True, False))
+        assert by_owner == due
+        assert by_all == everything - due
+        seen += due
+    assert sorted(seen) == sorted(everything)  # once a period
+
+
+def test_bases_are_staggered_and_the_papers_shampoo_is_not() -> None:
+    assert Options(**resolve({})).stagger
+    assert not Options(**resolve({"algorithm": "shampoo"})).stagger
+    assert Options(**resolve({"algorithm": "shampoo", "stagger": True})).stagger
+    together = refreshed(Options(**resolve({"algorithm": "shampoo"})), 10, [0.0, 0.3, 0.6])
+    assert together == {0, 1, 2}
+    assert not refreshed(Options(algorithm="shampoo"), 10, [0.0, 0.3, 0.6])  # its graft needs whole parameters
+
+
+def test_neighbours_are_refreshed_together_as_many_in_each_step() -> None:
+    places = [place for of_one in places_of({"a": 3, "b": 0, "c": 37}).values() for place in of_one]
+    turns = [due(step, 10, places) for step in range(1, 11)]
+    assert sorted(len(rows) for rows in turns) == [4] * 10
+    assert all(rows == list(range(rows[0], rows[-1] + 1)) for rows in turns)
+    assert due(10, 10, places) == [0, 1, 2, 3]
+
+
+def test_a_group_of_another_algorithm_has_that_one_s_default() -> None:
+    p = [torch.nn.Parameter(torch.randn(8, 8)) for _ in range(4)]
+    groups = [{"params": p[:1]}, {"params": p[1:2], "algorithm": "shampoo"}]
+    mixed = hf_shampoo4.Shampoo4bit(groups)
+    assert [(g["stagger"], g["factor_beta"]) for g in mixed.param_groups] == [(True, 0.9), (False, 0.95)]
+    groups = [{"params": p[2:3]}, {"params": p[3:], "algorithm": "soap"}]
+    mixed = hf_shampoo4.Shampoo4bit(groups, algorithm="shampoo", factor_beta=0.8)
+    assert [(g["stagger"], g["factor_beta"]) for g in mixed.param_groups] == [(False, 0.8), (True, 0.8)]

@@ -1,0 +1,259 @@
+"""Configurations and runs of `hf_shampoo4.training.pretrain`, on a tiny model and a few lines of text."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+import yaml
+from transformers import LlamaForCausalLM
+
+from hf_shampoo4.exceptions import ConfigError, OptionError
+from hf_shampoo4.training.pretrain import ModelArguments, build_model, load_model_config, main, parse, read_config, run
+
+
+@pytest.fixture
+def settings(tmp_path):
+    """A run of seconds."""
+    text = tmp_path / "texts.jsonl"
+    if not text.exists():
+        rows = ({"text": " ".join(f"word{(i * j) % 37}" for j in range(60))} for i in range(60))
+        text.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return {
+        "model": "llama_tiny",
+        "model_overrides": "hidden_size=64,intermediate_size=96,num_hidden_layers=1",
+        "dataset": str(text),
+        "cache_dir": str(tmp_path / "cache"),
+        "vocab_size": 300,
+        "seq_len": 16,
+        "max_validation_sequences": 8,
+        "output_dir": str(tmp_path / "out"),
+        "optim": "adamw_torch",
+        "learning_rate": 1e-3,
+        "max_steps": 4,
+        "per_device_train_batch_size": 2,
+        "logging_steps": 1,
+        "save_steps": 2,
+        "disable_tqdm": True,
+        "use_cpu": True,
+    }
+
+
+def losses(result):
+    return [entry["loss"] for entry in result.trainer.state.log_history if "loss" in entry]
+
+
+def weights(folder):
+    return LlamaForCausalLM.from_pretrained(folder).state_dict()
+
+
+@pytest.mark.parametrize("optim", ["adamw_torch", "shampoo4bit", "adamw4bit"])
+def test_a_run_writes_model_checkpoints_and_metrics(optim, settings, tmp_path):
+    result = run(parse({**settings, "optim": optim}))
+    written = json.loads((tmp_path / "out" / "all_results.json").read_text())
+    assert written["eval_loss"] == result.metrics["eval_loss"]
+    assert written["perplexity"] == pytest.approx(torch.tensor(written["eval_loss"]).exp().item(), rel=1e-4)
+    assert {"train_loss", "train_runtime"} <= set(written)
+    assert (tmp_path / "out" / "checkpoint-4").is_dir()
+    assert len(weights(tmp_path / "out")["model.embed_tokens.weight"]) == len(result.trainer.processing_class)
+
+
+def test_optimizers_start_from_the_same_weights_and_batches(settings, tmp_path):
+    first = [
+        losses(run(parse({**settings, "optim": optim, "max_steps": 1, "output_dir": str(tmp_path / optim)})))
+        for optim in ("adamw_torch", "shampoo4bit")
+    ]
+    assert first[0] == first[1]
+    other = run(parse({**settings, "max_steps": 1, "seed": 1, "output_dir": str(tmp_path / "other")}))
+    assert losses(other) != first[0]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_resumed_run_equals_an_unbroken_one(streaming, settings, tmp_path):
+    settings |= {"optim": "shampoo4bit", "optim_args": "stats_every=1,roots_every=2", "streaming": streaming}
+    whole = run(parse(settings))
+    broken = {**settings, "output_dir": str(tmp_path / "broken")}
+    run(parse(broken))
+    for name in ("checkpoint-4", "model.safetensors"):
+        subprocess.run(["rm", "-r", str(tmp_path / "broken" / name)], check=True)
+    resumed = run(parse(broken, ["--resume_from_checkpoint", "auto"]))
+    assert losses(resumed) == losses(whole)
+    for name, value in weights(tmp_path / "out").items():
+        assert torch.equal(value, weights(tmp_path / "broken")[name]), name
+
+
+def test_a_folder_with_content_is_not_overwritten(settings, tmp_path):
+    old = tmp_path / "out" / "checkpoint-900"
+    old.mkdir(parents=True)
+    with pytest.raises(ConfigError, match="is not empty: choose another, or --overwrite_output_dir"):
+        run(parse(settings))
+    run(parse(settings, ["--overwrite_output_dir"]))
+    assert not old.exists()
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [("true", "there is no complete checkpoint in"), ("/nowhere", r"'/nowhere' does not exist; allowed: true, auto")],
+)
+def test_a_missing_checkpoint_is_named(asked, message, settings):
+    with pytest.raises(ConfigError, match=message):
+        run(parse(settings, ["--resume_from_checkpoint", asked]))
+
+
+def test_missing_data_is_told_before_a_model_is_built(settings, monkeypatch):
+    monkeypatch.setattr("hf_shampoo4.training.pretrain.build_model", lambda *_: pytest.fail("a model was built"))
+    with pytest.raises(ConfigError, match=r"dataset file 'nowhere.txt' does not exist .* allowed: 'stdlib'"):
+        run(parse({**settings, "dataset": "nowhere.txt"}))
+
+
+# ---------------------------------------------------------------------------------------------------- configuration
+
+
+def test_yaml_then_overrides(settings, tmp_path):
+    path = tmp_path / "run.yaml"
+    text = yaml.safe_dump({**settings, "lr_scheduler_kwargs": {"min_lr_rate": 0.1}, "streaming": False, "dtype": None})
+    path.write_text(text + "adam_epsilon: 1e-6\nlabel_names: [labels]\n")  # YAML reads 1e-6 as text
+    config = parse(path, ["--max_steps", "9", "--weight-decay=0.5", "--streaming"])
+    assert config.training.adam_epsilon == 1e-6
+    assert config.training.lr_scheduler_kwargs == {"min_lr_rate": 0.1}
+    assert config.training.label_names == ["labels"]
+    assert (config.training.max_steps, config.training.weight_decay) == (9, 0.5)
+    assert config.data.streaming
+    assert config.model.dtype == "float32"
+
+
+def test_total_batch_size_sets_accumulation(settings):
+    assert parse({**settings, "total_batch_size": 12}).training.gradient_accumulation_steps == 6
+    with pytest.raises(ConfigError, match="total_batch_size=13 is not a multiple of per_device_train_batch_size"):
+        parse({**settings, "total_batch_size": 13})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (["--learning_rat", "1"], r"unknown setting 'learning_rat': did you mean learning_rate"),
+        (["--zzz", "1"], r"unknown setting 'zzz': ours are model, .*seq_len.*TrainingArguments"),
+        (["--max_steps", "many"], r"argument --max_steps.*invalid int value: 'many'"),
+        (["--optim", "shampoo5bit"], r"argument --optim: invalid choice: .*shampoo5bit"),
+        (["--dtype", "int8"], r"dtype='int8' is not allowed: it must be one of float32, bfloat16"),
+        (["stray"], r"stray"),
+        (["--warmup_steps", "-1"], r"warmup_steps"),
+    ],
+)
+def test_a_bad_setting_is_named(change, message, settings):
+    with pytest.raises(ConfigError, match=message):
+        parse(settings, change)
+
+
+def test_a_bad_option_of_the_optimizer_is_told_at_once(settings):
+    with pytest.raises(OptionError, match=r"unknown option 'block_sise' \(did you mean 'block_size'"):
+        parse({**settings, "optim": "shampoo4bit", "optim_args": "block_sise=3"})
+
+
+def test_bad_config_files(tmp_path):
+    with pytest.raises(ConfigError, match=r"'nowhere' does not exist; allowed: a YAML file, or one of .*stdlib_tiny"):
+        read_config("nowhere")
+    path = tmp_path / "bad.yaml"
+    path.write_text("a: [1, 2\nb: 3")
+    with pytest.raises(ConfigError, match=r"bad.yaml' is not valid YAML: .*line 2"):
+        read_config(path)
+    path.write_text("- a\n- b\n")
+    with pytest.raises(ConfigError, match="must map settings to values, not list"):
+        read_config(path)
+
+
+# ---------------------------------------------------------------------------------------------------- models
+
+
+def test_model_overrides_and_types():
+    arguments = ModelArguments(model_overrides="hidden_size=64, num_hidden_layers=1,hidden_act=gelu")
+    config = load_model_config(arguments)
+    assert (config.hidden_size, config.num_hidden_layers, config.hidden_act) == (64, 1, "gelu")
+    model = build_model(ModelArguments(dtype="bfloat16", tie_word_embeddings=True), 300)
+    assert model.dtype == torch.bfloat16
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert load_model_config(ModelArguments(model="", model_type="gpt2")).n_layer == 12
+
+
+@pytest.mark.parametrize("source", [{"model": "llama_tiny"}, {"model": "", "model_type": "llama"}])
+def test_what_follows_from_an_overridden_value_follows(source):
+    """The preset's own heads have 32 entries; those of a hidden size of 256 in four heads have 64."""
+    changes = "hidden_size=256,num_attention_heads=4,num_key_value_heads=4"
+    assert load_model_config(ModelArguments(**source, model_overrides=changes)).head_dim == 64
+    assert load_model_config(ModelArguments(**source, model_overrides=f"{changes},head_dim=32")).head_dim == 32
+
+
+def test_overrides_that_do_not_fit_each_other_are_named():
+    with pytest.raises(ConfigError, match="model_overrides 'hidden_size=130' do not fit the llama configuration"):
+        load_model_config(ModelArguments(model_overrides="hidden_size=130"))
+
+
+def test_special_tokens_of_another_tokenizer_are_left_out(tmp_path):
+    config = load_model_config(ModelArguments(model_overrides="pad_token_id=4000,bos_token_id=3999"))
+    config.save_pretrained(tmp_path)
+    model = build_model(ModelArguments(model=str(tmp_path), model_overrides="hidden_size=64"), 300, 7)
+    assert (model.config.pad_token_id, model.config.bos_token_id, model.config.eos_token_id) == (None, None, 7)
+    assert build_model(ModelArguments(model_overrides="vocab_size = 512"), 300).config.vocab_size == 512
+
+
+def test_lists_and_mappings_in_a_file(settings):
+    mapped = {"optim": "shampoo4bit", "optim_args": {"block_size": 512, "row_splits": [32, 32], "shard_state": True}}
+    overrides = {"model_overrides": {"hidden_size": 64, "hidden_act": "gelu"}}
+    lists = {"report_to": ["tensorboard"], "optim_target_modules": ["q_proj", "v_proj"], "lr_scheduler_kwargs": {}}
+    config = parse({**settings, **mapped, **overrides, **lists})
+    assert config.training.optim_args == "block_size=512,row_splits=32;32,shard_state=true"
+    assert config.model.model_overrides == "hidden_size=64,hidden_act=gelu"
+    assert (config.training.report_to, config.training.optim_target_modules) == (["tensorboard"], ["q_proj", "v_proj"])
+    assert parse({**settings, "report_to": []}).training.report_to == []
+    overridden = parse({**settings, **lists}, ["--optim_target_modules", "k_proj", "--report_to", "none"])
+    assert (overridden.training.optim_target_modules, overridden.training.report_to) == ("k_proj", [])
+    with pytest.raises(ConfigError, match="unknown setting 'reports'"):
+        parse({**settings, "reports": ["x"]})
+
+
+def test_models_from_a_file_and_a_folder(tmp_path):
+    model = build_model(ModelArguments(model_overrides="hidden_size=64"), 300)
+    model.save_pretrained(tmp_path)
+    assert load_model_config(ModelArguments(model=str(tmp_path / "config.json"))).hidden_size == 64
+    again = build_model(ModelArguments(model=str(tmp_path), init_from_pretrained=True), 300)
+    assert torch.equal(again.lm_head.weight, model.lm_head.weight)
+    with pytest.raises(ConfigError, match="vocab_size=300, too small for a tokenizer of 301 tokens"):
+        build_model(ModelArguments(model=str(tmp_path), init_from_pretrained=True), 301)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model": "no-one/nothing"}, r"model 'no-one/nothing' cannot be loaded .* one of gpt2_124m, .*llama_tiny"),
+        ({"model_overrides": "hiden_size=3"}, "'hiden_size=3' is not key=value .* did you mean hidden_size"),
+        ({"model": "", "model_type": "no_such"}, "model 'no_such' cannot be loaded"),
+    ],
+)
+def test_a_bad_model_is_named(changes, message):
+    with pytest.raises(ConfigError, match=message):
+        load_model_config(ModelArguments(**changes))
+
+
+# ---------------------------------------------------------------------------------------------------- processes
+
+
+def test_torchrun_gives_the_losses_of_one_process(settings, tmp_path):
+    settings |= {"optim": "shampoo4bit", "total_batch_size": 4, "save_strategy": "no"}
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump({**settings, "ddp_backend": "gloo"}))
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command = [*launcher, "-m", "hf_shampoo4.cli", "train", str(path)]
+    done = subprocess.run(command, env=os.environ, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-3000:]
+    two = json.loads((tmp_path / "out" / "all_results.json").read_text())
+    one = run(parse({**settings, "output_dir": str(tmp_path / "one")}))
+    assert two["eval_loss"] == pytest.approx(one.metrics["eval_loss"], rel=1e-4)
+
+
+def test_help_lists_our_settings(capsys):
+    main(["--help"])
+    shown = capsys.readouterr().out
+    assert "--seq_len (256): Tokens of a sequence." in shown
+    assert "--total_batch_size" in shown
