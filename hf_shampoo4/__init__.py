@@ -28,12 +28,12 @@ _HOMES = {
     "OptionError": ".exceptions",
     "Shampoo4bit": ".optimizer",
     "Shampoo4bitCallback": ".integrations.callback",
-    "load_optimizer": ".side",
-    "metrics": ".report",
-    "param_groups": ".integrations.groups",
-    "plan": ".estimate",
+    "load_optimizer": ".checkpointing.optimizer_folder",
+    "metrics": ".state_report",
+    "param_groups": ".groups",
+    "plan": ".planning.estimate",
     "register": ".integrations.trainer",
-    "save_optimizer": ".side",
+    "save_optimizer": ".checkpointing.optimizer_folder",
     "trainer_kwargs": ".integrations.trainer",
 }
 
