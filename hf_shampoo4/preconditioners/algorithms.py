@@ -286,9 +286,14 @@ class Eigenbasis:
 
     def _turn(self, left: OpenSide, right: OpenSide, rotated: Tensor, memory: float) -> Tensor:
         """Turn both bases; the blocks of which one failed."""
-        of_left, of_right = statistic(rotated, self._whitening(right)), statistic(rotated.mT, self._whitening(left))
-        failed = left.turn(of_left, memory)
-        return failed | right.turn(of_right, memory)
+        # both from the eigenvalues before either turns; a side without a basis needs no statistic, rows x rows
+        of_right = statistic(rotated.mT, self._whitening(left)) if right.rotates else None
+        of_left = statistic(rotated, self._whitening(right)) if left.rotates else None
+        failed = torch.zeros(len(rotated), dtype=torch.bool, device=rotated.device)
+        for side, sample in ((left, of_left), (right, of_right)):
+            if sample is not None:
+                failed |= side.turn(sample, memory)
+        return failed
 
     def _whitening(self, side: OpenSide) -> Tensor:
         if not self.whitened:

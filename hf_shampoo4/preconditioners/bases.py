@@ -65,6 +65,11 @@ class OpenSide:
         self.turned: Tensor | None = None
         """Q of the last turn, (B, k, k): the basis after it in coordinates of the one before; None: it did not turn."""
 
+    @property
+    def rotates(self) -> bool:
+        """Whether the side has a basis."""
+        return self.vectors is not None
+
     def start(self, level: Tensor) -> None:
         """Give eigenvalues to the blocks that had no gradient before: `level` (B,), all alike."""
         if self._side.followed:
@@ -94,7 +99,7 @@ class OpenSide:
         """
         basis = self._side.basis
         if self.vectors is None or basis is None:
-            return torch.zeros(sample.shape[0], dtype=torch.bool, device=sample.device)
+            raise ValueError("a side without a basis does not turn")
         a = factor_in_basis(self.eigenvalues, sample, memory)
         # Q R = A', one orthogonal iteration from U.  LAPACK works by columns, and so are bases stored: in memory, row
         # by row, lie Q^T, R^T and U^T, and a pass over tensors of one layout is five times as fast
