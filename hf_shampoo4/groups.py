@@ -14,13 +14,13 @@ from .sharding.local_parameter import full_shape, remember
 _NO_DECAY_NAME = re.compile(r"bias|layernorm|rmsnorm|(?:^|\.)norm(?:$|\.)|_norm(?:$|\.)", re.IGNORECASE)
 
 # Rows that are looked up or are classes, in modules that no type tells: PEFT's LoRA of an embedding and its trainable
-# tokens, the head of a model without get_output_embeddings(), learned positions and class tokens.
-_LOOKUP_NAME = re.compile(
-    r"lora_embedding_|trainable_tokens_|(?:^|\.)(?:lm_head|embed_out)\.|(?:embed|embeddings?|_token)$", re.IGNORECASE
-)
+# tokens, learned positions and class tokens; the head of a model without get_output_embeddings().
+_LOOKUP_NAME = re.compile(r"lora_embedding_|trainable_tokens_|(?:embed|embeddings?|_token)$", re.IGNORECASE)
+_CONVOLUTIONS = (nn.Conv1d, nn.ConvTranspose1d)
+_HEAD_NAME = re.compile(r"(?:^|\.)(?:lm_head|embed_out)\.", re.IGNORECASE)
 
-# kind of group -> its options; the order of the groups, for the learning rate that the Trainer logs is the first's
-_KINDS: dict[str, dict[str, Any]] = {
+# treatment -> its options; the order of the groups, for the learning rate that the Trainer logs is the first's
+_TREATMENTS: dict[str, dict[str, Any]] = {
     "matrix": {},
     "conv1d": {"matrix_view": "flatten"},  # (out, in, width): one matrix, not `out` matrices as a 3-D expert weight is
     "vocabulary": {"vocabulary": True},
@@ -47,44 +47,56 @@ def param_groups(
         head: options that the output head alone gets, in a group of its own (tied: with the embedding that it is).
 
     Returns:
-        Groups `{"params": [(name, parameter), ...], "weight_decay": ..., ...}`, none of them empty, in an order that
-        depends on the model and the arguments alone.
+        Groups `{"params": [(name, parameter), ...], "weight_decay": ..., "kind": ..., ...}`, each of one kind
+        (`Options.kind`), none of them empty, in an order that depends on the model and the arguments alone.
     """
     remember(model)
-    kinds = {**_KINDS, **{f"{kind} head": {**_KINDS[kind], **(head or {})} for kind in ("vocabulary", "elementwise")}}
-    members: dict[tuple[str, bool], list[tuple[str, nn.Parameter]]] = {
-        (kind, decayed): [] for kind in kinds for decayed in (True, False)
-    }
-    norms = _ids(model, (nn.LayerNorm, nn.RMSNorm))
-    heads = _output_head(model)
-    lookups = _ids(model, (nn.Embedding, nn.EmbeddingBag)) | heads
-    convolutions = _ids(model, (nn.Conv1d, nn.ConvTranspose1d))
-    targets = _ids_of_targets(model, is_target)
+    kind_of, targets, convolutions = _kinds(model), _ids_of_targets(model, is_target), _ids(model, _CONVOLUTIONS)
+    heads, order = _output_head(model) if head else set[int](), list(_TREATMENTS)
+    members: dict[tuple[int, str, bool, bool], list[tuple[str, nn.Parameter]]] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        key = id(parameter)
-        vector = len(full_shape(parameter)) < 2 or key in norms
-        if vector or key not in targets:
-            kind = "elementwise"
-        elif key in lookups or _LOOKUP_NAME.search(name):
-            kind = "vocabulary"
+        key, kind = id(parameter), kind_of(name, parameter)
+        if kind == "vector" or key not in targets:
+            treatment = "elementwise"
+        elif kind in ("embedding", "head"):
+            treatment = "vocabulary"
         else:
-            kind = "conv1d" if key in convolutions else "matrix"
-        if head and key in heads:
-            kind += " head"
-        decayed = not vector and not _NO_DECAY_NAME.search(name)
-        members[kind, decayed].append((name, parameter))
+            treatment = "conv1d" if key in convolutions else "matrix"
+        undecayed = kind == "vector" or bool(_NO_DECAY_NAME.search(name))
+        members.setdefault((order.index(treatment), kind, key in heads, undecayed), []).append((name, parameter))
     return [
-        {"params": named, "weight_decay": weight_decay if decayed else 0.0, **kinds[kind]}
-        for (kind, decayed), named in members.items()
-        if named
+        {
+            "params": named,
+            "weight_decay": 0.0 if undecayed else weight_decay,
+            "kind": kind,
+            **_TREATMENTS[order[treatment]],
+            **(head if head and of_head else {}),
+        }
+        for (treatment, kind, of_head, undecayed), named in sorted(members.items(), key=lambda item: item[0])
     ]
 
 
 def is_of_matrices(group: Mapping[str, Any]) -> bool:
     """Whether a group of `param_groups` has the matrices that a preconditioner is for, vocabularies not counted."""
     return "algorithm" not in group and "vocabulary" not in group
+
+
+def _kinds(model: nn.Module) -> Callable[[str, Tensor], str]:
+    """Tells a parameter's `Options.kind` by its name and itself."""
+    embeddings, heads = _ids(model, (nn.Embedding, nn.EmbeddingBag)), _output_head(model)
+    norms = _ids(model, (nn.LayerNorm, nn.RMSNorm))
+
+    def kind(name: str, parameter: Tensor) -> str:
+        key = id(parameter)
+        if len(full_shape(parameter)) < 2 or key in norms:
+            return "vector"
+        if key not in embeddings and (key in heads or _HEAD_NAME.search(name)):
+            return "head"
+        return "embedding" if key in embeddings or _LOOKUP_NAME.search(name) else "matrix"
+
+    return kind
 
 
 def _ids(model: nn.Module, types: tuple[type[nn.Module], ...]) -> set[int]:

@@ -21,7 +21,7 @@ from .execution.blocking import blocks_of
 from .execution.state_layout import Entry, state_layout
 from .execution.wave_step import Job, raise_together, run
 from .execution.waves import Wave, build
-from .options import NAMES, OF_THE_RUN, STRUCTURAL, Options, check_rates, resolve
+from .options import KINDS, NAMES, OF_THE_RUN, STRUCTURAL, Options, check_rates, resolve
 from .preconditioners.algorithms import Context
 from .preconditioners.diagnostics import Probe
 from .preconditioners.moments import make_moments
@@ -323,7 +323,7 @@ class Shampoo4bit(torch.optim.Optimizer):
         coupled, decoupled = (decay, 0.0) if options.base == "sgdm" else (0.0, decay)
         probe = Probe() if options.diagnose_every and group["step"] % options.diagnose_every == 0 else None
         context = Context(options, group["step"], group["betas"], group["eps"], self._stopwatch, coupled, probe)
-        jobs, lr = [], float(group["lr"])
+        jobs, lr = [], float(group["lr"]) * options.rate
         for wave in built.waves:
             present = {m for m, member in enumerate(wave.members) if id(member.parameter) in wanted}
             for whole, split in wave.shared(options, group["step"]):
@@ -528,6 +528,10 @@ class Shampoo4bit(torch.optim.Optimizer):
 
     def _check_saved_group(self, index: int, saved: dict[str, Any], state: dict[Any, Any], whole: bool) -> None:
         group = self.param_groups[index]
+        try:
+            _require_kind({**group, "rates": saved.get("rates", ())})
+        except OptionError as error:
+            raise CheckpointError(f"the checkpoint was written with {error}") from error
         ours = _layout(group)
         for name, there in _layout({**group, **saved}).items():
             here = ours[name]
@@ -629,11 +633,22 @@ def _check_group(group: dict[str, Any]) -> None:
     if group["nesterov"] and betas[0] == 0:
         raise OptionError(f"betas={betas!r} is not allowed: nesterov needs a momentum, the first number in (0, 1)")
     group["betas"] = tuple(betas)
+    _require_kind(group)
     make_moments((1,), Options.of(group), quantise=True)  # raises if a storage needs a package that is missing
     if len({id(p) for p in group["params"]}) < len(group["params"]):
         raise ValueError("a parameter is in its group twice: it would be updated twice a step")
     for p in group["params"]:
         check(p)
+
+
+def _require_kind(group: Mapping[str, Any]) -> None:
+    """Refuse factors by kind on parameters of an unknown kind."""
+    if group["kind"] == "any" and any(rate != 1 for _, rate in group["rates"]):
+        raise OptionError(
+            f"rates={dict(group['rates'])} needs parameter groups of one kind each: pass "
+            "hf_shampoo4.param_groups(model) instead of model.parameters(), or give each group its `kind`, one of "
+            f"{', '.join(KINDS)}"
+        )
 
 
 def _check_row_splits(groups: list[dict[str, Any]]) -> None:

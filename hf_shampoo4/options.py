@@ -38,6 +38,13 @@ class Options:
     vocabulary: bool = False
     """The group's matrices are embeddings or the output head, one row for each entry of a vocabulary; `param_groups`
     says so."""
+    rates: tuple[tuple[str, float], ...] = ()
+    """Factors on the learning rate by kind of parameter, such as `embedding:6,head:2` or {"embedding": 6, "head": 2};
+    1 for a kind that is not named.  As a group's own `lr` would, they scale decoupled weight decay along; schedulers
+    and logs keep to the rate that the factors multiply."""
+    kind: Literal["any", "embedding", "head", "matrix", "vector"] = "any"
+    """What a group's parameters are, for `rates`; `param_groups` says so.  A weight that is both embedding and head
+    counts as an embedding: it begins as small and grows as far as one, and has one rate."""
     factor: Literal["eigen", "direct", "cholesky", "cholesky_ef"] = "eigen"
     """What is kept of a Kronecker factor: its eigenvectors and eigenvalues, the matrix itself, or its Cholesky factor,
     without or with error feedback."""
@@ -129,6 +136,7 @@ class Options:
             _require(name, getattr(self, name), 0.0 <= getattr(self, name) < 1.0, "a number in [0, 1)")
         _require("damping", self.damping, 0.0 < self.damping < 1.0, "a number in (0, 1)")
         _require("row_splits", self.row_splits, all(n >= 1 for n in self.row_splits), "positive sizes")
+        _check_factors_by_kind(self.rates)
         _check_algorithm(self)
         _check_factor(self)
         _check_moments(self)
@@ -145,6 +153,11 @@ class Options:
     def factor_block(self) -> int:
         """`quant_block`, chosen."""
         return self.quant_block or (16 if self.algorithm in EIGENBASIS else 64)
+
+    @property
+    def rate(self) -> float:
+        """What the learning rate is multiplied by: the factor of `rates` for this kind."""
+        return dict(self.rates).get(self.kind, 1.0)
 
     def turn_interval(self, step: int) -> int:
         """Steps between two turns of a basis at a step: bases change fast at first, and slowly later."""
@@ -163,6 +176,8 @@ class Options:
         return dataclasses.replace(self, algorithm="kl_shampoo" if preconditioned else "elementwise")
 
 
+KINDS = ("embedding", "head", "matrix", "vector")
+
 EIGENBASIS = ("soap", "kl_shampoo", "kl_soap")
 
 # 2405.18144 and 2412.10663: factors are updated rarely, and all of them at once
@@ -174,6 +189,12 @@ EIGENBASIS_ONLY = ("refresh_warmup", "vocabulary_beta")
 
 # Only eigenvectors can be rectified, and only Cholesky factors with error feedback feed errors back.
 FACTOR_ONLY = {"eigen": ("rectify_stats", "rectify_roots"), "cholesky_ef": ("error_beta",)}
+
+
+def _check_factors_by_kind(rates: tuple[tuple[str, float], ...]) -> None:
+    rule = f"numbers > 0 by kind, such as embedding:6;head:2, of {', '.join(KINDS)}"
+    strange = [kind for kind, rate in rates if kind not in KINDS or not 0 < rate < math.inf]
+    _require("rates", dict(rates), not strange and len(dict(rates)) == len(rates), rule)
 
 
 def _check_algorithm(o: Options) -> None:
@@ -242,7 +263,7 @@ STRUCTURAL: tuple[str, ...] = (
 )  # fmt: skip
 
 # What belongs to a run, not to what it trains: a checkpoint does not change these.
-OF_THE_RUN: tuple[str, ...] = ("shard_state", "wire", "communicate")
+OF_THE_RUN: tuple[str, ...] = ("shard_state", "wire", "communicate", "kind")
 
 PRESETS: dict[str, dict[str, Any]] = {
     # 2405.18144, LLM runs: T1 = T2 = 200, t1 = 1, t2 = 4, order <= 1200 (LLaMA-350M), first-order states in 16 bits.
@@ -338,7 +359,8 @@ def _defaults_of(algorithm: str, beneath: Mapping[str, Any]) -> dict[str, Any]:
 def parse_optim_args(text: str | Mapping[str, str] | None, beneath: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """Options of `--optim_args "key=value,key=value"`; `config=` and $HF_SHAMPOO4_CONFIG name a YAML file.
 
-    Lists are separated by `;` (the comma separates options).  `beneath`: as in `resolve`.
+    Lists are separated by `;`, for the comma separates options (`rates=embedding:6,head:2` may have either).
+    `beneath`: as in `resolve`.
 
     Raises:
         OptionError: an item that is not `key=value`, or anything `resolve` refuses.
@@ -350,11 +372,15 @@ def parse_optim_args(text: str | Mapping[str, str] | None, beneath: Mapping[str,
 
 def _split_items(text: str) -> dict[str, str]:
     items: dict[str, str] = {}
+    key = ""
     for item in filter(None, (part.strip() for part in text.split(","))):
-        key, equals, value = item.partition("=")
+        if key == "rates" and "=" not in item and ":" in item:
+            items[key] += f";{item}"
+            continue
+        key, equals, value = (part.strip() for part in item.partition("="))
         if not equals:
             raise OptionError(f"optim_args item {item!r} is not key=value (lists use ';', e.g. row_splits=64;32;32)")
-        items[key.strip()] = value.strip()
+        items[key] = value
     return items
 
 
@@ -414,12 +440,18 @@ def _cast(name: str, value: Any) -> Any:
             if isinstance(value, (str, int, float)) and value in (allowed, str(allowed)):
                 return allowed
         _require(name, value, False, "one of " + ", ".join(str(a) for a in get_args(kind)))
-    caster = {bool: _as_bool, int: _as_int, float: _as_float}.get(kind, _as_sizes)
+    caster = {bool: _as_bool, int: _as_int, float: _as_float, _TYPES["rates"]: _as_rates}.get(kind, _as_sizes)
     try:
         return caster(value)
     except (TypeError, ValueError, OverflowError):
-        expected = {bool: "true or false", int: "an integer", float: "a number"}.get(kind, "sizes such as 64;32;32")
+        expected = EXPECTED.get(name) or {bool: "true or false", int: "an integer", float: "a number"}[kind]
         _require(name, value, False, expected)
+
+
+EXPECTED = {
+    "row_splits": "sizes such as 64;32;32",
+    "rates": f"numbers by kind, such as embedding:6;head:2, of {', '.join(KINDS)}",
+}
 
 
 def _as_bool(value: Any) -> bool:
@@ -446,6 +478,14 @@ def _as_float(value: Union[str, int, float]) -> float:
 def _as_sizes(value: Any) -> tuple[int, ...]:
     parts = [part for part in value.split(";") if part.strip()] if isinstance(value, str) else value
     return tuple(_as_int(part) for part in parts)
+
+
+def _as_rates(value: Any) -> tuple[tuple[str, float], ...]:
+    """(kind, factor) pairs, in one order however they are given."""
+    if isinstance(value, str):
+        value = [part.split(":") for part in value.replace(",", ";").split(";") if part.strip()]
+    pairs = value.items() if isinstance(value, Mapping) else value
+    return tuple(sorted((str(kind).strip(), _as_float(rate)) for kind, rate in pairs))
 
 
 def check_rates(group: Mapping[str, Any]) -> None:

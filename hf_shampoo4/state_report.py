@@ -31,21 +31,25 @@ class Row:
     blocks: str
     elements: int
     bytes: int
+    kind: str
+    rate: float
+    """Factor on the learning rate."""
 
 
 def rows(optimizer: Shampoo4bit) -> list[Row]:
     """One row for each shape and treatment, the largest state first; from geometry, before any step."""
-    grouped: dict[tuple[str, tuple[int, ...], str, int], int] = Counter()
+    grouped: dict[tuple[str, tuple[int, ...], str, int, str, float], int] = Counter()
     for index, group in enumerate(optimizer.param_groups):
         options = Options.of(group)
         for p in optimizer.parameters(index):
             shape = full_shape(p)
             if p.requires_grad and _elements(shape):
                 blocks = blocks_of(shape, options)
-                grouped[_treatment(blocks, options), shape, _cut(blocks), block_bytes(blocks)] += 1
+                size = block_bytes(blocks)
+                grouped[_treatment(blocks, options), shape, _cut(blocks), size, options.kind, options.rate] += 1
     table = [
-        Row(treatment, shape, count, cut, count * _elements(shape), count * size)
-        for (treatment, shape, cut, size), count in grouped.items()
+        Row(treatment, shape, count, cut, count * _elements(shape), count * size, kind, rate)
+        for (treatment, shape, cut, size, kind, rate), count in grouped.items()
     ]
     return sorted(table, key=lambda row: (row.treatment.startswith(tuple(BASES.values())), -row.bytes))
 
@@ -60,13 +64,13 @@ def table(optimizer: Shampoo4bit) -> str:
     found = rows(optimizer)
     cells = [
         (r.treatment, "x".join(map(str, r.shape)), str(r.parameters), r.blocks, _mega(r.elements), _mega(r.bytes),
-         f"{r.bytes / r.elements:.2f}")
+         f"{r.bytes / r.elements:.2f}", r.kind, f"x{r.rate:g}")
         for r in found
     ]  # fmt: skip
     elements, size = sum(r.elements for r in found), sum(r.bytes for r in found)
     count = str(sum(r.parameters for r in found))
-    cells.append(("total", "", count, "", _mega(elements), _mega(size), f"{size / max(elements, 1):.2f}"))
-    header = ("treatment", "shape", "tensors", "blocks", "M elements", "M bytes", "bytes/param")
+    cells.append(("total", "", count, "", _mega(elements), _mega(size), f"{size / max(elements, 1):.2f}", "", ""))
+    header = ("treatment", "shape", "tensors", "blocks", "M elements", "M bytes", "bytes/param", "kind", "rate")
     widths = [max(len(row[i]) for row in [header, *cells]) for i in range(len(header))]
     lines = [_line(row, widths) for row in [header, *cells]]
     rule = "-" * len(lines[0])

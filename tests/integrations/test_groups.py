@@ -28,15 +28,30 @@ def kinds(groups: list[dict]) -> dict[str, str]:
 
 
 def test_llama_has_matrices_first_then_embedding_and_head_then_norms():
-    matrices, lookups, norms = s4.param_groups(llama(), weight_decay=0.1)
+    matrices, embedding, head, norms = s4.param_groups(llama(), weight_decay=0.1)
     assert {name.split(".")[-2] for name in names(matrices)} == {
         "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"
     }  # fmt: skip
-    assert {key: value for key, value in matrices.items() if key != "params"} == {"weight_decay": 0.1}
-    assert names(lookups) == ["model.embed_tokens.weight", "lm_head.weight"]
-    assert (lookups["vocabulary"], lookups["weight_decay"]) == (True, 0.1)
+    rest = {key: value for key, value in matrices.items() if key != "params"}
+    assert rest == {"weight_decay": 0.1, "kind": "matrix"}
+    assert (names(embedding), names(head)) == (["model.embed_tokens.weight"], ["lm_head.weight"])
+    for group, kind in ((embedding, "embedding"), (head, "head")):
+        assert (group["vocabulary"], group["weight_decay"], group["kind"]) == (True, 0.1, kind)
     assert all("norm" in name for name in names(norms))
-    assert (norms["algorithm"], norms["weight_decay"]) == ("elementwise", 0.0)
+    assert (norms["algorithm"], norms["weight_decay"], norms["kind"]) == ("elementwise", 0.0, "vector")
+
+
+def test_a_kind_is_what_a_parameter_is_whether_preconditioned_or_not():
+    def of(model, **options):
+        return {name: group["kind"] for group in s4.param_groups(model, **options) for name in names(group)}
+
+    plain = of(llama(attention_bias=True))
+    assert of(llama(attention_bias=True), is_target=lambda name, module: "mlp" in name) == plain
+    assert plain["model.layers.0.self_attn.q_proj.bias"] == "vector"
+    assert of(llama(tie_word_embeddings=True))["model.embed_tokens.weight"] == "embedding"
+    gpt2 = GPT2LMHeadModel(GPT2Config(vocab_size=64, n_positions=32, n_embd=32, n_layer=1, n_head=2))
+    assert of(gpt2)["transformer.wpe.weight"] == "embedding"
+    assert of(nn.ModuleDict({"lm_head": nn.Linear(16, 64)})) == {"lm_head.weight": "head", "lm_head.bias": "vector"}
 
 
 @pytest.mark.parametrize("tied", [False, True])

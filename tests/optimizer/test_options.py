@@ -53,6 +53,10 @@ def test_presets_are_valid_and_cast(preset: str) -> None:
         ("row_splits", "", ()),
         ("row_splits", [64, "32"], (64, 32)),
         ("seed", "12345678901", 12345678901),
+        ("rates", "embedding:6;head:2", (("embedding", 6.0), ("head", 2.0))),
+        ("rates", {"head": 2, "embedding": "6"}, (("embedding", 6.0), ("head", 2.0))),
+        ("rates", [["head", 2]], (("head", 2.0),)),  # of a checkpoint that went through torch's full state dict
+        ("rates", {}, ()),
     ],
 )
 def test_casting(name: str, text: object, value: object) -> None:
@@ -92,6 +96,21 @@ def test_casting(name: str, text: object, value: object) -> None:
         ({"stochastic_rounding": 2}, "option stochastic_rounding=2 is not allowed"),
         ({"row_splits": "64;x"}, "option row_splits='64;x' is not allowed: it must be sizes such as 64;32;32"),
         ({"row_splits": 64}, "option row_splits=64 is not allowed: it must be sizes"),
+        (
+            {"rates": {"embeding": 6}},
+            "option rates={'embeding': 6.0} is not allowed: it must be numbers > 0 by kind, such",
+        ),
+        ({"rates": "embedding:0"}, "option rates={'embedding': 0.0} is not allowed: it must be numbers > 0 by kind"),
+        ({"rates": "embedding:inf"}, "rates={'embedding': inf} is not allowed"),
+        ({"rates": "embedding:nan"}, "rates={'embedding': nan} is not allowed"),
+        ({"rates": "head:2;head:3"}, "rates={'head': 3.0} is not allowed"),
+        (
+            {"rates": "embedding"},
+            "option rates='embedding' is not allowed: it must be numbers by kind, such as embedding:6;",
+        ),
+        ({"rates": 6}, "option rates=6 is not allowed: it must be numbers by kind"),
+        ({"rates": {"head": None}}, "is not allowed: it must be numbers by kind"),
+        ({"kind": "bias"}, "option kind='bias' is not allowed: it must be one of any, embedding, head, matrix, vector"),
         ({"row_splits": [64, 0]}, r"option row_splits=\(64, 0\) is not allowed: it must be positive sizes"),
     ],
 )
@@ -247,7 +266,14 @@ def test_optim_args(config: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert parse_optim_args("config=,bits=8") == {"bits": 8}  # an empty one switches the environment's off
 
 
-@pytest.mark.parametrize("text", ["block_size", "bits=4,flag", "row_splits=64,32,32"])
+@pytest.mark.parametrize(
+    "text", ["rates=embedding:6;head:2,seed=1", "seed=1,rates = embedding:6, head:2", "rates=head:2,embedding:6,seed=1"]
+)
+def test_factors_by_kind_may_have_commas_too(text: str) -> None:
+    assert parse_optim_args(text) == {"rates": (("embedding", 6.0), ("head", 2.0)), "seed": 1}
+
+
+@pytest.mark.parametrize("text", ["seed=1,head:2", "block_size", "bits=4,flag", "row_splits=64,32,32"])
 def test_an_item_without_a_value(text: str) -> None:
     with pytest.raises(OptionError, match=r"is not key=value .lists use ';'"):
         parse_optim_args(text)
