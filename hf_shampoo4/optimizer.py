@@ -56,6 +56,7 @@ class Shampoo4bit(torch.optim.Optimizer):
     """
 
     _reader: Callable[[dict[str, Tensor]], None] | None
+    """Reads the state of the first `_unread` groups' blocks, when it is known which are this rank's."""
 
     def __init__(
         self,
@@ -184,17 +185,17 @@ class Shampoo4bit(torch.optim.Optimizer):
         first = [sum(sizes[:i]) for i in range(len(sizes))]
         numbered = [{**g, "params": list(range(f, f + n))} for g, f, n in zip(groups, first, sizes, strict=False)]
         self._load({"state": {}, "param_groups": [*numbered, *groups[len(sizes) :]]}, whole=False)
-        self._reader = read
+        self._reader, self._unread = read, len(self._groups)
 
     def rows(self) -> dict[str, Tensor]:
-        """The state of the blocks that this rank keeps, as `Wave.rows` names it; views.
+        """The state of the blocks that this rank owns, as `Wave.rows` names it; views.
 
         Raises:
             RuntimeError: no step has been made that says which these are.
         """
         if not self._built:
-            raise RuntimeError("which rank keeps which block is known after the first step (also after loading)")
-        return {name: row for wave in self._all_waves() for name, row in wave.rows().items()}
+            raise RuntimeError("which rank owns which block is known after the first step (also after loading)")
+        return {name: row for wave in self._all_waves() for name, row in wave.rows(owned=True).items()}
 
     def _load(self, state_dict: dict[str, Any], whole: bool = True) -> None:
         with self._as_made():
@@ -260,6 +261,10 @@ class Shampoo4bit(torch.optim.Optimizer):
             return [p for p in models if p is not None]
         return self._groups[index]["params"]
 
+    def gather(self, value: Any) -> list[Any]:
+        """What each rank gives, by rank; any small object.  Every rank must call it."""
+        return self._ranks.gather(value)
+
     @contextmanager
     def together(self) -> Iterator[None]:
         """All ranks leave the block, or all raise; a rank must not fail in it before others wait for it."""
@@ -276,7 +281,7 @@ class Shampoo4bit(torch.optim.Optimizer):
         self._built: dict[tuple[int, int], _Built] = {}
         self._probes: dict[tuple[int, int], Probe] = {}
         self._consolidated: dict[Tensor, Entry] = {}
-        self._reader = None
+        self._reader, self._unread = None, 0
         self._stopwatch = Stopwatch()
 
     def _units(self) -> list[_Unit]:
@@ -340,6 +345,8 @@ class Shampoo4bit(torch.optim.Optimizer):
         error: Exception | None = None
         live = [held for unit in units for held in unit.members]
         stale = any(self._stale(unit) for unit in units)
+        if any(unit.key in self._built for unit in units):  # the second round: all that was to be read has been
+            self._reader = None
         if not self._built:
             self._ranks = Ranks.here() if all(group["communicate"] for group in self._groups) else Ranks()
             self._introduce()
@@ -411,18 +418,19 @@ class Shampoo4bit(torch.optim.Optimizer):
             )
             for wave in [wave for waves in planned for wave in waves]:
                 wave.check([self.state[member.parameter] for member in wave.members])
+        for wave in [wave for waves in planned for wave in waves]:
+            wave.adopt([self.state[member.parameter] for member in wave.members])
+            self.state.update({wave.members[m].parameter: entry for m, entry in wave.live().items()})
+        if self._reader is not None:  # while there is no plan: a step that fails here has not been made
+            fresh = [of_unit for unit, of_unit, old in zip(units, planned, before, strict=True)
+                     if old is None and unit.key[0] < self._unread]  # fmt: skip
+            with self.together():
+                self._reader({name: row for waves in fresh for wave in waves for name, row in wave.rows().items()})
         for unit, waves, old in zip(units, planned, before, strict=True):
-            for wave in waves:
-                wave.adopt([self.state[member.parameter] for member in wave.members])
-                self.state.update({wave.members[m].parameter: entry for m, entry in wave.live().items()})
             views = {held.parameter: dict(self.state[held.parameter]) for held in unit.members}
             others = (built.start for (index, _), built in self._built.items() if index == unit.key[0])
             start = old.step if old else next(others, unit.group["step"])
             self._built[unit.key] = _Built(unit.identity(), list(unit.group["params"]), views, waves, start, start)
-        if self._reader is not None:
-            fresh = [waves for waves, old in zip(planned, before, strict=True) if old is None]
-            with self.together():
-                self._reader({name: row for waves in fresh for wave in waves for name, row in wave.rows().items()})
 
     def _require_state(self, units: Sequence[_Unit]) -> None:
         for unit in units:

@@ -2,16 +2,20 @@
 
 For what the engine's own files cannot carry: DeepSpeed ZeRO at another number of ranks, FSDP1 to and from other modes.
 
-    groups.json       the groups' options and the parameters' shapes; written last, so that it marks a complete folder
+    groups.json           the groups' options, the parameters' shapes, and checksums of everything;
+                          written last, so that it marks a complete folder
     .metadata, *.distcp   torch.distributed.checkpoint: "<parameter>/<kind of tensor>/<block>" -> a tensor
 
-Every rank writes the blocks that it keeps and reads those that it will keep, so that none holds more than its own.
+Every rank writes the blocks that it owns and reads those that it will keep, so that none holds more than its own.
 """
 
 from __future__ import annotations
 
 import json
 import warnings
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,33 +26,84 @@ from ..exceptions import CheckpointError
 from ..execution.state_layout import Entry
 from ..sharding.local_parameter import full_shape
 from ..utils.files import write_json
+from . import checksums
 from .formats import check_metadata
 
 if TYPE_CHECKING:
     from ..optimizer import Shampoo4bit
 
 GROUPS = "groups.json"
+ELSEWHERE = "copy the folder again from where it is whole, or go on from another checkpoint"
 
 
 def save_optimizer(optimizer: Shampoo4bit, folder: str | Path) -> None:
     """Write the optimizer's state; every rank must call it, with the same folder on a disk that all of them share.
 
+    If it fails on one rank it raises on all, and what is in the folder then is not taken for a checkpoint.
+
     Raises:
         FileExistsError: the folder holds one already.
-        RuntimeError: no step was made since the optimizer was made or loaded.
+        RuntimeError: no step was made since the optimizer was made or loaded; or another rank failed.
+        CheckpointError: a rank could not write: the disk is full, read-only, or not the same for all ranks.
+        TypeError: a parameter group has a value that JSON cannot hold.
     """
-    from torch.distributed import checkpoint
-
     folder = Path(folder)
     with optimizer.together():
         rows = optimizer.rows()
         if (folder / GROUPS).exists():
             raise FileExistsError(f"{folder} holds an optimizer already: choose another folder")
-    checkpoint.save(dict(rows), checkpoint_id=folder, no_dist=optimizer.world_size == 1)
-    if optimizer.rank == 0:
-        write_json(folder / GROUPS, [_described(optimizer, i) for i in range(len(optimizer.param_groups))])
-    with optimizer.together():
-        pass  # nobody goes on before it is complete
+        groups = [_described(optimizer, i) for i in range(len(optimizer.param_groups))]
+        json.dumps(groups)
+        mine = {name: checksums.of_tensor(row) for name, row in rows.items()}
+    _write(rows, folder, alone=optimizer.world_size == 1)
+    everybodys = {name: number for of_rank in optimizer.gather(mine) for name, number in of_rank.items()}
+    with optimizer.together():  # nobody goes on before it is complete
+        if optimizer.rank == 0:
+            _complete(folder, groups, everybodys)
+
+
+def _write(rows: dict[str, Tensor], folder: Path, alone: bool) -> None:
+    """Every rank its rows.
+
+    Raises:
+        CheckpointError: on all ranks, if one could not.
+    """
+    from torch.distributed import checkpoint
+
+    try:
+        with _without_warnings():
+            checkpoint.save(dict(rows), checkpoint_id=folder, no_dist=alone)
+    except checkpoint.CheckpointException as error:
+        ranks = ", ".join(map(str, sorted(error.failures)))
+        where = "" if alone else f"rank {ranks} could not write: "
+        raise CheckpointError(f"{folder} was not completed: {where}{_reasons(error)}") from error
+
+
+def _complete(folder: Path, groups: list[dict[str, Any]], sums: dict[str, int]) -> None:
+    """Write what marks the folder as complete, after a look at what the ranks have written.
+
+    Raises:
+        CheckpointError: it cannot be written, or a file is not there.
+    """
+    try:
+        missing = sorted({name for name in _files(folder).values() if not (folder / name).is_file()})
+        if missing:
+            raise CheckpointError(
+                f"{folder} was not completed: {missing[:3]} of other ranks are not there: use a disk that all share"
+            )
+        write_json(folder / GROUPS, sealed(groups, sums, _metadata_checksum(folder)))
+    except OSError as error:
+        raise CheckpointError(f"{folder} was not completed: {type(error).__name__}: {error}") from error
+
+
+def sealed(groups: list[dict[str, Any]], sums: dict[str, int], metadata: int) -> dict[str, Any]:
+    """What groups.json holds."""
+    content = {"groups": groups, "checksums": sums, "metadata": metadata}
+    return {**content, "checksum": checksums.of_content(content)}
+
+
+def _metadata_checksum(folder: Path) -> int:
+    return zlib.crc32((folder / ".metadata").read_bytes())
 
 
 def load_optimizer(optimizer: Shampoo4bit, folder: str | Path) -> None:
@@ -60,11 +115,10 @@ def load_optimizer(optimizer: Shampoo4bit, folder: str | Path) -> None:
     Raises:
         FileNotFoundError: there is none, or it was not completed.
         CheckpointError: another model or other structural options.  Nothing is changed then.  At the next step also:
-            a block is missing.
+            a block is missing, or not what was written; the step is not made then.
     """
     folder = Path(folder)
-    groups = read_groups(folder)
-    check_metadata(folder)
+    groups, sums = read_groups(folder)
     ours = [_described(optimizer, i)["parameters"] for i in range(len(optimizer.param_groups))]
     for there, here in zip([group["parameters"] for group in groups], ours, strict=False):
         for name in [*there, *here]:
@@ -74,47 +128,54 @@ def load_optimizer(optimizer: Shampoo4bit, folder: str | Path) -> None:
     bare = [{key: value for key, value in group.items() if key != "parameters"} for group in groups]
 
     def read(rows: dict[str, Tensor]) -> None:
-        from torch.distributed import checkpoint
-
         check_metadata(folder)
-        stored = set(checkpoint.FileSystemReader(folder).read_metadata().state_dict_metadata)
-        missing = sorted(rows.keys() - stored)
+        missing = sorted(rows.keys() - sums.keys())
         if missing:
             raise CheckpointError(f"{folder} lacks {len(missing)} blocks' tensors that are this rank's: {missing[:3]}")
-        _load(rows, folder)
+        _load(rows, folder, sums)
 
     optimizer.load_blocks(bare, read)
 
 
-def read_groups(folder: Path) -> list[dict[str, Any]]:
-    """The groups, with the shapes of the parameters.
+def read_groups(folder: Path) -> tuple[list[dict[str, Any]], dict[str, int]]:
+    """The groups, with the shapes of the parameters; and the checksums of the blocks' tensors.
 
     Raises:
-        FileNotFoundError: no complete side checkpoint.
+        FileNotFoundError: it is not complete.
         CheckpointError: the file is damaged.
     """
-    if not (folder / GROUPS).is_file():
+    file = folder / GROUPS
+    if not file.is_file():
         raise FileNotFoundError(f"{folder} has no {GROUPS}: it is no optimizer saved by save_optimizer, or half of one")
     try:
-        groups = json.loads((folder / GROUPS).read_text(encoding="utf-8"))
+        content = json.loads(file.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{folder / GROUPS} is not JSON: {error}") from error
-    if not isinstance(groups, list) or not all(
-        isinstance(group, dict) and isinstance(group.get("parameters"), dict) for group in groups
-    ):
-        raise CheckpointError(f"{folder / GROUPS} is no list of parameter groups")
-    return groups
+        raise CheckpointError(f"{file} is not JSON: {error}") from error
+    if isinstance(content, list):
+        raise CheckpointError(f"{file} has no checksums: an earlier version of hf_shampoo4 wrote it, resume with that")
+    content = content if isinstance(content, dict) else {}
+    seal = content.pop("checksum", None)
+    if content.keys() != {"groups", "checksums", "metadata"} or seal != checksums.of_content(content):
+        raise CheckpointError(f"{file} is not what was written, by its checksum: {ELSEWHERE}")
+    if (folder / ".metadata").is_file() and content["metadata"] != _metadata_checksum(folder):
+        raise CheckpointError(f"{folder / '.metadata'} is not what was written, by its checksum: {ELSEWHERE}")
+    check_metadata(folder)
+    return content["groups"], content["checksums"]
 
 
 def read_whole(folder: Path) -> dict[str, Any]:
-    """All of it as a state dict keyed by the parameters' names, in the CPU's memory."""
+    """All of it as a state dict keyed by the parameters' names, in the CPU's memory.
+
+    Raises:
+        FileNotFoundError: it is not complete.
+        CheckpointError: it is damaged.
+    """
     from torch.distributed import checkpoint
 
-    groups = read_groups(folder)
-    check_metadata(folder)
+    groups, sums = read_groups(folder)
     stored: dict[str, Any] = checkpoint.FileSystemReader(folder).read_metadata().state_dict_metadata
     rows = {name: torch.empty(found.size, dtype=found.properties.dtype) for name, found in stored.items()}
-    _load(rows, folder)
+    _load(rows, folder, sums)
     of: dict[str, dict[str, dict[int, Tensor]]] = {}
     for path, row in rows.items():
         name, shape, kind, k = path.rsplit("/", 3)
@@ -131,21 +192,46 @@ def read_whole(folder: Path) -> dict[str, Any]:
     }
 
 
-def _load(rows: dict[str, Tensor], folder: Path) -> None:
+def _load(rows: dict[str, Tensor], folder: Path, sums: dict[str, int]) -> None:
     """Fill tensors, each rank for itself.
 
     Raises:
-        CheckpointError: a file cannot be read.
+        CheckpointError: a file cannot be read, or is not what was written.
     """
     from torch.distributed import checkpoint
 
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # that no process group is used, as it is meant
+        with _without_warnings():
             checkpoint.load(dict(rows), checkpoint_id=folder, no_dist=True)
-    except checkpoint.CheckpointException as error:  # no Exception, so that whoever cleans up after those would not
-        reasons = "; ".join(sorted({f"{type(e).__name__}: {e}" for e, _ in error.failures.values()}))
-        raise CheckpointError(f"{folder} cannot be read: {reasons}") from error
+    except checkpoint.CheckpointException as error:
+        raise CheckpointError(f"{folder} cannot be read: {_reasons(error)}") from error
+    damaged = sorted(name for name, row in rows.items() if checksums.of_tensor(row) != sums.get(name))
+    if damaged:
+        files = ", ".join(sorted({str(folder / _files(folder)[name]) for name in damaged})[:3])
+        raise CheckpointError(
+            f"{files}: {len(damaged)} tensors are not what was written, by their checksums ({damaged[0]}): {ELSEWHERE}"
+        )
+
+
+def _files(folder: Path) -> dict[str, str]:
+    """In which file each tensor is."""
+    from torch.distributed import checkpoint
+
+    contents: Any = checkpoint.FileSystemReader(folder).read_metadata().storage_data
+    return {index.fqn: stored.relative_path for index, stored in contents.items()}
+
+
+def _reasons(error: Any) -> str:
+    """What has failed; torch's is no Exception, so whoever cleans up after those would not."""
+    return "; ".join(sorted({f"{type(e).__name__}: {e}" for e, _ in error.failures.values()}))
+
+
+@contextmanager
+def _without_warnings() -> Iterator[None]:
+    """torch warns that no process group is used, as it is meant."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
 
 
 def _described(optimizer: Shampoo4bit, index: int) -> dict[str, Any]:

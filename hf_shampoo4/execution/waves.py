@@ -249,14 +249,19 @@ class Wave:
             )
         return found
 
-    def rows(self) -> dict[str, Tensor]:
-        """The state that this rank keeps, block by block: "<parameter>/<state key>/<row of the whole>" -> a view."""
+    def rows(self, owned: bool = False) -> dict[str, Tensor]:
+        """The state that this rank keeps, block by block: "<parameter>/<state key>/<row of the whole>" -> a view.
+
+        Args:
+            owned: of its own blocks alone, so that every row is some rank's and no row is two ranks'.
+        """
         state = self.state_map
         return {
             f"{self.members[m].name}/{key}/{k}": t[i]
             for g, (m, _) in enumerate(state.groups)
             for key, t in state.live[g].items()
             for i, k in enumerate(state.kept(g))
+            if not owned or state.cuts[g].owners[k] == self.ranks.rank
         }
 
     def check(self, saved: Sequence[Mapping[str, Any]]) -> None:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+import errno
 import json
+import resource
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,8 +17,10 @@ from torch import nn
 
 import hf_shampoo4 as s4
 from hf_shampoo4 import Shampoo4bit
+from hf_shampoo4.checkpointing import optimizer_folder
 from hf_shampoo4.checkpointing.convert import by_position, described, main, read
 from hf_shampoo4.checkpointing.formats import PACKED, join, pack, unpack
+from hf_shampoo4.checkpointing.optimizer_folder import sealed
 from hf_shampoo4.exceptions import CheckpointError
 from hf_shampoo4.execution.state_layout import is_part
 from hf_shampoo4.sharding.local_parameter import Range, check, held_by_deepspeed
@@ -179,9 +184,9 @@ def test_a_folder_that_does_not_fit_is_refused(side: Path, monkeypatch: pytest.M
 
 
 def test_a_block_that_is_missing_is_told_at_the_next_step(side: Path) -> None:
-    groups = json.loads((side / "groups.json").read_text())
-    groups[0]["parameters"]["weight"] = [102, 40]  # as if the file were of a run with three more blocks
-    (side / "groups.json").write_text(json.dumps(groups))
+    content = json.loads((side / "groups.json").read_text())
+    content["groups"][0]["parameters"]["weight"] = [102, 40]  # as if the file were of a run with three more blocks
+    (side / "groups.json").write_text(json.dumps(sealed(content["groups"], content["checksums"], content["metadata"])))
     SHAPES["weight"] = (102, 40)
     try:
         parameters = model()
@@ -194,6 +199,98 @@ def test_a_block_that_is_missing_is_told_at_the_next_step(side: Path) -> None:
     next(side.glob("*.distcp")).unlink()
     with pytest.raises(CheckpointError, match="cannot be read: FileNotFoundError"):
         read(side)
+
+
+def flip(file: Path, at: float) -> None:
+    """Turn one bit of a file; `at` is in [0, 1)."""
+    content = bytearray(file.read_bytes())
+    content[int(at * len(content))] ^= 16
+    file.write_bytes(content)
+
+
+@pytest.mark.parametrize("kind", ["*.distcp", ".metadata", "groups.json"])
+def test_one_turned_bit_is_found_wherever_the_folder_is_read(side: Path, kind: str) -> None:
+    (file,) = side.glob(kind)
+    whole, start = file.read_bytes(), 0
+    if kind == "*.distcp":  # not the zip archives' own words around the tensors, which nothing depends on
+        start = whole.index(next(row.numpy().tobytes() for row in stepped().rows().values() if row.nbytes > 1000))
+    for at in range(3):
+        flip(file, (start + at * 300) / len(whole))
+        with pytest.raises(CheckpointError, match=f"{file.name}|cannot be read"):
+            main(["inspect", str(side)])
+        with pytest.raises(CheckpointError, match=f"{file.name}|cannot be read"):
+            load_and_step(side)
+        file.write_bytes(whole)
+    load_and_step(side)
+
+
+def stepped() -> s4.Shampoo4bit:
+    """What `side` has saved."""
+    parameters = model()
+    optimizer = optimizer_of(parameters)
+    train(parameters, optimizer, range(3))
+    return optimizer
+
+
+def load_and_step(side: Path) -> None:
+    parameters = model()
+    optimizer = optimizer_of(parameters)
+    s4.load_optimizer(optimizer, side)
+    train(parameters, optimizer, range(3, 4))
+
+
+def test_a_step_whose_state_cannot_be_read_is_not_made_and_can_be_tried_again(side: Path) -> None:
+    (file,) = side.glob("*.distcp")
+    whole = file.read_bytes()
+    parameters = model()
+    with torch.no_grad():
+        for p, kept in zip(parameters.values(), torch.load(side.parent / "parameters"), strict=True):
+            p.copy_(kept)
+    optimizer = optimizer_of(parameters)
+    s4.load_optimizer(optimizer, side)
+    file.unlink()
+    for _ in range(2):
+        with pytest.raises(CheckpointError, match="cannot be read"):
+            train(parameters, optimizer, range(3, 4))
+    file.write_bytes(whole)
+    after = train(parameters, optimizer, range(3, 6))
+    assert all(map(torch.equal, after, torch.load(side.parent / "after")))
+
+
+@pytest.mark.parametrize("steps", [1, 2])
+def test_a_group_that_comes_later_begins_afresh(side: Path, steps: int) -> None:
+    parameters = model()
+    optimizer = optimizer_of(parameters)
+    s4.load_optimizer(optimizer, side)
+    train(parameters, optimizer, range(3, 3 + steps))
+    shutil.rmtree(side)
+    new = nn.Parameter(torch.ones(8, 8))
+    optimizer.add_param_group({"params": [("new", new)]})
+    new.grad = torch.ones(8, 8)
+    train(parameters, optimizer, range(3 + steps, 5 + steps))
+    assert int(optimizer.state[new]["8x8/steps.dense"]) == 2
+
+
+def test_a_disk_that_is_full_leaves_nothing_that_looks_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*arguments: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    optimizer = stepped()
+    with monkeypatch.context() as patched:
+        patched.setattr(optimizer_folder, "write_json", full)
+        with pytest.raises(CheckpointError, match=r"folder was not completed: OSError: \[Errno 28\] No space"):
+            s4.save_optimizer(optimizer, tmp_path / "folder")
+    with pytest.raises(FileNotFoundError, match="no optimizer saved by save_optimizer, or half of one"):
+        s4.load_optimizer(optimizer, tmp_path / "folder")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))  # the largest file that this process may write
+    try:
+        with pytest.raises(CheckpointError, match=r"folder was not completed: OSError: .*File too large"):
+            s4.save_optimizer(optimizer, tmp_path / "folder")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    s4.save_optimizer(optimizer, tmp_path / "folder")  # the same folder, once there is room
+    load_and_step(tmp_path / "folder")
 
 
 def test_inspect_a_side_folder(side: Path) -> None:
