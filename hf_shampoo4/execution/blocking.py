@@ -13,14 +13,13 @@ from typing import Protocol, TypeVar
 
 from ..numerics.storage import SMALL, nbytes
 from ..options import Options
-from ..preconditioners.algorithms import Algorithm, Eigenbasis, Shampoo, ahead, due, make_algorithm
+from ..preconditioners.algorithms import Algorithm, Shampoo, ahead, due, intervals, make_algorithm
 from ..preconditioners.bases import ONE_SIDED
+from ..preconditioners.operations import amortised
 from ..sharding.geometry import MatrixView, Rect, matrix_view, partition, strips, vocabulary_strips
 from ..sharding.placement import Load
 
 WAVE_ELEMENTS = 1 << 24  # 64 MiB of float32 gradient
-MOMENT_FLOPS, STATS_CUBES, ROOT_CUBES, TURN_CUBES = 50, 12, 25, 12  # an entry's work; k^3 of a factor of order k
-EIGEN_ROOT_CUBES, BJORCK_CUBES = 9, 4  # a root by eigenvectors, and each Bjorck step before it
 STRIP = 1 << 20  # entries of a block of an embedding: as many as a block of 1024 x 1024
 TALL = 8  # an embedding's block with a factor of order k has at least 8 k rows: the factor takes 1/16 byte an entry
 
@@ -63,7 +62,7 @@ def blocks_of(shape: tuple[int, ...], options: Options) -> list[Block]:
 
 
 def loads_of(blocks: Sequence[Block], options: Options) -> list[Load]:
-    """What each block asks of its owner, from shapes alone; exact in bytes, in flops good enough to balance by."""
+    """What each block asks of its owner, from shapes alone: exact in bytes, in flops as `operations.Work.cost`."""
     found: dict[tuple[int, int], Load] = {}
     for block in blocks:
         if block.rect.shape not in found:
@@ -72,20 +71,8 @@ def loads_of(blocks: Sequence[Block], options: Options) -> list[Load]:
 
 
 def _load(block: Block, options: Options) -> Load:
-    m, n = block.rect.shape
-    flops = MOMENT_FLOPS * m * n
-    if isinstance(block.algorithm, Shampoo):
-        products, cubes = 2 * m * n * (m + n), m**3 + n**3
-        # P = L^-1/4 G R^-1/4;  G G^T, G^T G, Bjorck and QR of each;  eigh or Newton of each
-        flops += products + (products + STATS_CUBES * cubes) // options.stats_every
-        by_eigen = EIGEN_ROOT_CUBES + BJORCK_CUBES * options.rectify_roots
-        flops += (by_eigen if options.factor == "eigen" else ROOT_CUBES) * cubes // options.roots_every
-    elif isinstance(block.algorithm, Eigenbasis):
-        # of each side that is rotated: into the basis and out;  the statistic, carrying m and G' over, Bjorck, QR, U Q
-        for side in (block.algorithm.left, block.algorithm.right):
-            k = side.order if side.basis is not None else 0
-            flops += 4 * k * m * n + (6 * k * m * n + TURN_CUBES * k**3) // options.stats_every
-    return Load(flops, sum(nbytes(storage) for storage in block.algorithm.storages().values()))
+    work = amortised(block.algorithm.work(), intervals(options))
+    return Load(work.cost(block.numel), sum(nbytes(storage) for storage in block.algorithm.storages().values()))
 
 
 def refreshed(options: Options, step: int, places: Sequence[float]) -> frozenset[int]:
@@ -99,8 +86,7 @@ def refreshed(options: Options, step: int, places: Sequence[float]) -> frozenset
     o = options
     if o.algorithm == "elementwise" or (o.algorithm == "shampoo" and o.stagger):
         return frozenset()
-    intervals = (o.stats_every, o.roots_every) if o.algorithm == "shampoo" else (o.turn_interval(step),)
-    return frozenset(i for every in intervals for i in due(step, every, ahead(o, places)))
+    return frozenset(i for every in intervals(o, step).values() for i in due(step, every, ahead(o, places)))
 
 
 def places_of(counts: Mapping[str, int]) -> dict[str, list[float]]:

@@ -89,7 +89,7 @@ class Plan:
     exchange: Load
     """What is sent and received of the largest wave, in buffers."""
     work: Load
-    """Floating-point operations of the blocks' owners, an average step; good enough to balance by."""
+    """Operations of the blocks' owners, an average step: `preconditioners.operations.Work.cost`."""
     wire_step: Load
     """Sent by the optimizer in a step, on average where refreshes are spread over the steps of a period; what the data
     parallelism itself sends is not in it."""

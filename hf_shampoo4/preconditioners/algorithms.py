@@ -23,6 +23,7 @@ from ..utils.stopwatch import Stopwatch
 from .bases import SHORTEST_MEMORY, TINY, OpenSide, Side, make_sides, statistic
 from .factors import Factor, make_factor
 from .moments import PLAIN, Coordinates, Moments, make_moments, same
+from .operations import Work, product, total
 
 State = dict[str, Buffers]
 
@@ -63,6 +64,15 @@ def ahead(options: Options, places: Sequence[float]) -> Sequence[float]:
 def due(step: int, every: int, places: Sequence[float]) -> list[int]:
     """Positions of the blocks whose turn it is at a step, each once in a period of `every` steps."""
     return [i for i, place in enumerate(places) if (step + int(place * every)) % every == 0]
+
+
+def intervals(options: Options, step: int | None = None) -> dict[str, int]:
+    """Refresh -> steps between two of a block's, at a step, or (None) in the long run."""
+    if options.algorithm == "elementwise":
+        return {}
+    if options.algorithm == "shampoo":
+        return {"stats": options.stats_every, "roots": options.roots_every}
+    return {"turn": options.stats_every if step is None else options.turn_interval(step)}
 
 
 class Probe(Protocol):
@@ -109,6 +119,9 @@ class Algorithm(Protocol):
     def initialise(self, state: State) -> None:
         """Write the state before the first step (buffers come zeroed)."""
 
+    def work(self) -> dict[str, Work]:
+        """A block's operations: of every "step", and of each refresh of `intervals` beyond these."""
+
     def precondition(self, state: State, g: Tensor, context: Context) -> Preconditioned:
         """Bring the state up to date with a gradient, (B, *shape) float32, and precondition it; `g` is not changed."""
 
@@ -125,6 +138,9 @@ class Elementwise:
 
     def initialise(self, state: State) -> None:
         """Zeros are right."""
+
+    def work(self) -> dict[str, Work]:
+        return {"step": Work()}
 
     def precondition(self, state: State, g: Tensor, context: Context) -> Preconditioned:
         return Preconditioned(g)
@@ -152,9 +168,16 @@ class Shampoo:
         self.left.initialise(_side(state, "left"))
         self.right.initialise(_side(state, "right"))
 
+    def work(self) -> dict[str, Work]:
+        m, n = self.shape
+        (left_update, left_root), (right_update, right_root) = self.left.work(), self.right.work()
+        # L^-1/4 G R^-1/4;  G G^T and G^T G
+        step = statistics = product(m, m, n) + product(m, n, n)
+        return {"step": step, "stats": statistics + left_update + right_update, "roots": left_root + right_root}
+
     def precondition(self, state: State, g: Tensor, context: Context) -> Preconditioned:
-        o = context.options
-        for every, work in ((o.stats_every, self._update), (o.roots_every, self._refresh)):
+        due = intervals(context.options, context.step)
+        for every, work in ((due["stats"], self._update), (due["roots"], self._refresh)):
             rows = context.due(every)
             if rows:
                 with context.stopwatch.on(g.device), _part(state, g, _some(rows, g)) as (part, some):
@@ -206,6 +229,16 @@ class Eigenbasis:
         self.left.initialise(_side(state, "left"))
         self.right.initialise(_side(state, "right"))
 
+    def work(self) -> dict[str, Work]:
+        m, n = self.shape
+        sides = [side for side in (self.left, self.right) if side.basis]
+        turn = total(product(side.order, side.order, m * n // side.order) for side in sides)
+        # into the bases and back;  the squares' weighted mean
+        step = turn * 2 + product(1, m, n)
+        # the statistics;  what is carried over: G' goes apart where the second moment needs it;  the bases themselves
+        carried = turn if self.scaled else turn * 2
+        return {"step": step, "turn": turn + carried + total(side.turn_work() for side in sides)}
+
     def precondition(self, state: State, g: Tensor, context: Context) -> Preconditioned:
         o = context.options
         left, right = self._opened(state, g)
@@ -219,7 +252,7 @@ class Eigenbasis:
         rotated.masked_fill_(~good[:, None, None], 0.0)
         state["failures"]["dense"] += ~good
         self._follow(left, right, squares, level.where(good, 0.0), o)
-        every = o.turn_interval(context.step)
+        every = intervals(o, context.step)["turn"]
         rows = context.due(every)
         turn: Callable[[Tensor], Tensor] = same
         if rows:

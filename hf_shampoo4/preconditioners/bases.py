@@ -21,6 +21,7 @@ from torch import Tensor
 from ..numerics.linalg import bjorck, finite_blocks, or_identity, safe_qr
 from ..numerics.storage import SMALL, Blockwise, Buffers, Dense, DoubleQuantized, Index, Storage, transposed, write_good
 from ..options import Options
+from .operations import Work, bjorck_work, product, qr_work
 
 State = dict[str, Buffers]
 
@@ -44,6 +45,11 @@ class Side:
     def storages(self) -> dict[str, Storage]:
         basis: dict[str, Storage] = {} if self.basis is None else {"basis": self.basis}
         return {**basis, "eigenvalues": Dense((self.order,))} if self.followed else basis
+
+    def turn_work(self) -> Work:
+        """Of `OpenSide.turn`, without the statistic: Bjorck steps, QR, U Q."""
+        k = self.order
+        return bjorck_work(k, self.rectify) + qr_work(k) + product(k, k, k) if self.basis else Work()
 
     def initialise(self, state: State) -> None:
         """U = I; eigenvalues of 0 say that there was no gradient yet (buffers come zeroed)."""

@@ -20,6 +20,7 @@ from torch import Tensor
 from ..numerics.linalg import ROOTS, bjorck, finite_blocks, or_identity, power_qr, safe_cholesky, symmetric_power
 from ..numerics.storage import SMALL, Blockwise, Buffers, Dense, OffDiagonal, Storage, Triangles, roundtrip, write_good
 from ..options import Options
+from .operations import Work, bjorck_work, cholesky_work, product, qr_work, root_work
 
 State = dict[str, Buffers]
 
@@ -47,6 +48,9 @@ class Factor(Protocol):
 
     def root(self, state: State) -> Tensor:
         """The inverse root, (B, k, k)."""
+
+    def work(self) -> tuple[Work, Work]:
+        """Operations of an `update`, without the statistic, and of a `refresh`."""
 
 
 @dataclass(frozen=True)
@@ -102,6 +106,13 @@ class Eigen:
     def root(self, state: State) -> Tensor:
         return self.inverse_root.read(state["root"])
 
+    def work(self) -> tuple[Work, Work]:
+        k = self.eigenvalues.shape[0]
+        # V diag(lambda) V^T, A V, A U
+        update = bjorck_work(k, self.rectify_stats) + product(k, k, k) * 3 + qr_work(k)
+        root = Work() if self.solver == "eigh" else root_work(k, self.solver)
+        return update, bjorck_work(k, self.rectify_roots) + product(k, k, k) + root
+
 
 @dataclass(frozen=True)
 class Direct:
@@ -135,6 +146,9 @@ class Direct:
 
     def root(self, state: State) -> Tensor:
         return self.inverse_root.read(state["root"])
+
+    def work(self) -> tuple[Work, Work]:
+        return Work(), root_work(self.order, self.solver)
 
 
 @dataclass(frozen=True)
@@ -185,6 +199,11 @@ class Cholesky:
 
     def root(self, state: State) -> Tensor:
         return self.inverse_root.read(state["root"])
+
+    def work(self) -> tuple[Work, Work]:
+        k = self.order
+        rebuilt = product(k, k, k)  # D(C) D(C)^T
+        return rebuilt + cholesky_work(k), rebuilt + root_work(k, self.solver)
 
 
 def make_factor(order: int, options: Options) -> Factor:
