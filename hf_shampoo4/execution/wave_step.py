@@ -113,16 +113,27 @@ class Job:
 
     def finish(self) -> None:
         """p <- (1 - lr wd) p - lr u on what this rank holds."""
-        members, pieces = self.wave.members, list(self.route.deliver.into.get(self.rank, ()))
-        updates = [self._update(p) for p in pieces]
-        for theirs, received in self._arrived(self._delivering, self.route.deliver):
-            pieces += theirs
-            updates += received
-        flats = {m: members[m].held.weights() for m in self.wanted}
-        self._apply(pieces, [p.of_flat(flats[p.member]) for p in pieces], updates)
-        for m, flat in flats.items():
-            members[m].held.write_back(flat)
+        own = self.route.deliver.into.get(self.rank, [])
+        found: dict[int, list[tuple[Piece, Tensor]]] = {m: [] for m in self.wanted}
+        for pieces, updates in [
+            (own, [self._update(p) for p in own]),
+            *self._arrived(self._delivering, self.route.deliver),
+        ]:
+            for piece, update in zip(pieces, updates, strict=True):
+                found[piece.member].append((piece, update))
+        for together in self._in_turn():
+            flats = {m: self.wave.members[m].held.weights() for m in together}
+            changes = [change for m in together for change in found[m]]
+            pieces = [piece for piece, _ in changes]
+            self._apply(pieces, [p.of_flat(flats[p.member]) for p in pieces], [update for _, update in changes])
+            for m, flat in flats.items():
+                self.wave.members[m].held.write_back(flat)
         self._updates, self._delivering = {}, None
+
+    def _in_turn(self) -> list[list[int]]:
+        """Parameters that are changed together: one of which `weights` is a copy may lie in another one's memory."""
+        flat = {m: self.wave.members[m].held.is_flat for m in self.wanted}
+        return [[m for m in flat if flat[m]], *([m] for m in flat if not flat[m])]
 
     def _rows(self, stack: Stack) -> list[int]:
         """The rows of a stack whose blocks are computed here now."""

@@ -41,7 +41,7 @@ class Piece(NamedTuple):
         return self.rows * self.columns
 
     def of_flat(self, flat: Tensor) -> Tensor:
-        """This piece of the holder's flat tensor: (rows, columns), a view."""
+        """This piece of the holder's flat tensor, whose stride is 1: (rows, columns), a view."""
         return flat.as_strided((self.rows, self.columns), (self.stride, 1), flat.storage_offset() + self.offset)
 
     def of_block(self, block: Tensor) -> Tensor:

@@ -52,8 +52,13 @@ class Held:
         return math.prod(self.shape)
 
     def weights(self) -> Tensor:
-        """What this rank holds, flat: a view, or a copy where the memory is not row-major (channels last)."""
-        return self._part(local_tensor(self.buffer).reshape(-1))
+        """What this rank holds, flat and row-major: a view if the memory `is_flat`, else a copy."""
+        return self._part(_flat(self.buffer))
+
+    @property
+    def is_flat(self) -> bool:
+        """Whether its entries lie in memory one after the other, row-major; not channels last, nor a column."""
+        return _is_flat(local_tensor(self.buffer))
 
     def gradient(self) -> Tensor | None:
         """Its gradient in the same order; None if this rank has none."""
@@ -63,13 +68,14 @@ class Held:
         mine: Any = self.buffer
         if hasattr(grad, "placements") and grad.placements != mine.placements:
             grad = grad.redistribute(placements=mine.placements)
-        return self._part(local_tensor(grad).reshape(-1))
+        return self._part(_flat(grad))
 
     def write_back(self, flat: Tensor) -> None:
         """Copy changed weights back, if `weights` had to copy them."""
-        local = local_tensor(self.buffer)
-        if flat.untyped_storage().data_ptr() != local.untyped_storage().data_ptr():
-            local.copy_(flat.view(local.shape))
+        if not self.is_flat:
+            here = local_tensor(self.buffer)
+            here = here if self.range is None else self._part(here)
+            here.copy_(flat.view(here.shape))
 
     def _part(self, flat: Tensor) -> Tensor:
         return flat if self.range is None else flat[self.range.offset : self.range.offset + self.range.numel]
@@ -79,6 +85,19 @@ def local_tensor(t: Tensor) -> Tensor:
     """What this rank holds of a parameter or gradient, detached."""
     held: Any = t.detach()
     return held.to_local() if hasattr(held, "to_local") else held
+
+
+def _flat(t: Tensor) -> Tensor:
+    """What this rank holds, flat and row-major with stride 1.
+
+    `reshape` alone takes a column, every other entry or an expanded number as they lie.
+    """
+    local = local_tensor(t)
+    return local.reshape(-1) if _is_flat(local) else local.resolve_neg().reshape(-1).contiguous()
+
+
+def _is_flat(local: Tensor) -> bool:
+    return local.is_contiguous() and not local.is_neg()
 
 
 def full_shape(p: Tensor) -> tuple[int, ...]:
@@ -103,13 +122,15 @@ def check(p: Tensor) -> None:
 
     Raises:
         TypeError: a parameter that is not real floating point.
-        ValueError: a parameter of FSDP1 whose shape cannot be known.
+        ValueError: an expanded parameter, or one of FSDP1 whose shape cannot be known.
     """
     shape = tuple(p.shape)
     if p.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
         raise TypeError(
             f"parameter of shape {shape} is {p.dtype}: only real floating point can be trained, in 16 bits or more"
         )
+    if p.layout == torch.strided and any(n > 1 and not step for n, step in zip(shape, p.stride(), strict=True)):
+        raise ValueError(f"parameter of shape {shape} has one number in several places (expand): clone() it first")
     if getattr(p, "_is_flat_param", False):
         raise ValueError(
             "FSDP1 has joined parameters into one flat tensor, in which matrices cannot be told apart: wrap the model "
