@@ -174,7 +174,7 @@ def read_whole(folder: Path) -> dict[str, Any]:
 
     groups, sums = read_groups(folder)
     stored: dict[str, Any] = checkpoint.FileSystemReader(folder).read_metadata().state_dict_metadata
-    rows = {name: torch.empty(found.size, dtype=found.properties.dtype) for name, found in stored.items()}
+    rows = {n: torch.empty(found.size, dtype=found.properties.dtype, device="cpu") for n, found in stored.items()}
     _load(rows, folder, sums)
     of: dict[str, dict[str, dict[int, Tensor]]] = {}
     for path, row in rows.items():
