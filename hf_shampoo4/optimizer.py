@@ -79,6 +79,7 @@ class Shampoo4bit(torch.optim.Optimizer):
         self._require_matrices()
         _check_row_splits(self.param_groups)
 
+    @torch._disable_dynamo  # a compiled training step would be traced anew at every step; imports dynamo when called
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
         """One update of every parameter that has a gradient; with several ranks, all of them must call it.
