@@ -19,5 +19,9 @@ class CheckpointError(InputError):
     """A state dict that does not belong to this optimizer and model; nothing was loaded from it."""
 
 
+class SparseGradient(TypeError, RuntimeError):
+    """A gradient with a sparse layout; torch's own optimizers raise a RuntimeError for it."""
+
+
 class MissingPackage(ImportError):
     """A package that is not installed, and how to install it."""

@@ -16,12 +16,12 @@ import torch
 from torch import Tensor
 
 from .checkpointing.formats import FORMAT, check_entry, clean_name, pack, unpack, well_formed
-from .exceptions import CheckpointError, OptionError
+from .exceptions import CheckpointError, OptionError, SparseGradient
 from .execution.blocking import blocks_of
 from .execution.state_layout import Entry, state_layout
 from .execution.wave_step import Job, raise_together, run
 from .execution.waves import Wave, build
-from .options import KINDS, NAMES, OF_THE_RUN, STRUCTURAL, Options, check_rates, resolve
+from .options import KINDS, NAMES, OF_ADAMW, OF_THE_RUN, STRUCTURAL, Options, check_rates, resolve
 from .preconditioners.algorithms import Context
 from .preconditioners.diagnostics import Probe
 from .preconditioners.moments import make_moments
@@ -87,7 +87,7 @@ class Shampoo4bit(torch.optim.Optimizer):
         A step on which any gradient is not finite, or its square (beyond 1.8e19), changes nothing but `skipped_steps`.
 
         Raises:
-            TypeError: a sparse gradient.
+            SparseGradient: a sparse gradient; a TypeError and a RuntimeError.
             ValueError: parameters that are sharded in a way that is not supported.
             RuntimeError: ranks with different options or models, or another rank that failed.
         """
@@ -144,7 +144,7 @@ class Shampoo4bit(torch.optim.Optimizer):
             TypeError: a complex parameter.
         """
         group = dict(param_group)
-        given = {name: group.pop(name) for name in (*NAMES, "preset", "config") if name in group}
+        given = {name: group.pop(name) for name in (*NAMES, *OF_ADAMW, "preset", "config") if name in group}
         _check_keys(group)
         chosen = resolve(given, beneath={name: self.defaults[name] for name in NAMES})
         super().add_param_group({**group, **chosen})
@@ -218,9 +218,10 @@ class Shampoo4bit(torch.optim.Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        for group in self.param_groups:
+        for group in self.param_groups:  # an older checkpoint's lack what is newer
             for name, value in self.defaults.items():
-                group.setdefault(name, value)
+                if name not in OF_ADAMW:  # torch has put `differentiable` there
+                    group.setdefault(name, value)
         self._groups = list(self.param_groups)
         self._shared_names = _shared_names(self._groups)
         if "_models" not in vars(self):  # a copy
@@ -672,7 +673,7 @@ def _check_row_splits(groups: list[dict[str, Any]]) -> None:
 
 
 def _refuse_sparse(name: str) -> NoReturn:
-    raise TypeError(
+    raise SparseGradient(
         f"parameter {name!r} has a sparse gradient, which Shampoo4bit cannot use: "
         "set sparse=False on the embedding, or give the parameter its own torch.optim.SparseAdam"
     )

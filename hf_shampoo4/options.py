@@ -111,6 +111,8 @@ class Options:
     """Sizes along dim 0 of matrices fused into one parameter (q, k, v); blocks never straddle them.
 
     Applies to the parameters whose rows they add up to, of which there must be one."""
+    maximize: bool = False
+    """Go up along the gradient: what is updated takes its negative for it."""
     stochastic_rounding: bool = False
     """Round bfloat16 parameters stochastically when they are written back."""
     diagnose_every: int = 0
@@ -253,6 +255,16 @@ SECOND_CODEBOOKS: dict[str, tuple[str, ...]] = {
     "4bit_zipsr": ("dynamic_unsigned",),
 }
 
+# Arguments of torch.optim.AdamW that scripts pass to any optimizer: the values at which they ask for nothing, and why
+# there is no other here.
+OF_ADAMW: dict[str, tuple[tuple[Any, ...], str]] = {
+    "fused": ((None, False), "it chooses an implementation of AdamW, and there is one here"),
+    "foreach": ((None, False), "equal blocks are computed together in any case"),
+    "amsgrad": ((False,), "there is no such variant of these algorithms"),
+    "capturable": ((False,), "a step decides on the CPU which factors it refreshes, which no CUDA graph can hold"),
+    "differentiable": ((False,), "nothing can be differentiated through a step on quantised state"),
+}
+
 NAMES: tuple[str, ...] = tuple(f.name for f in dataclasses.fields(Options))
 _TYPES: dict[str, Any] = get_type_hints(Options)
 
@@ -311,11 +323,11 @@ def resolve(
     Raises:
         OptionError: unknown name, wrong type, value out of range, unknown preset, missing or malformed file.
     """
-    given = dict(given)
+    given = _without_adamws(given)
     config = given.pop("config", config)
     explicit_preset = given.pop("preset", preset)
     named = config is not None and not (isinstance(config, str) and config == "")
-    from_file = _read_config(config) if named else {}
+    from_file = _without_adamws(_read_config(config)) if named else {}
     if "config" in from_file:
         raise OptionError(f"{config}: an options file cannot name another one (key 'config')")
     file_preset = from_file.pop("preset", None)
@@ -332,6 +344,15 @@ def resolve(
         merged = {**_defaults_of(chosen["algorithm"], beneath or {}), **merged}
     Options(**{**(beneath or {}), **merged})  # range checks, before any training time is spent
     return merged
+
+
+def _without_adamws(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Without AdamW's own arguments, which must be at their defaults; text comes from a command line."""
+    for name, (defaults, why) in OF_ADAMW.items():
+        allowed = {str(value) for value in defaults}
+        holds = name not in given or str(given[name]).capitalize() in allowed
+        _require(name, given.get(name), holds, f"{' or '.join(sorted(allowed))}, as {why}: leave it out")
+    return {name: value for name, value in given.items() if name not in OF_ADAMW}
 
 
 def _set_aside(below: Mapping[str, Any], explicit: Mapping[str, Any]) -> dict[str, Any]:

@@ -80,10 +80,10 @@ def well_formed(state_dict: Any) -> dict[str, Any]:
         raise CheckpointError("not an optimizer state dict: it needs 'state' and 'param_groups'")
     if not all(isinstance(group, dict) and isinstance(group.get("params"), (list, tuple)) for group in groups):
         raise CheckpointError("damaged checkpoint: a parameter group without its list 'params'")
-    formats = {group.get("format") for group in groups if type(group.get("format")) is int}
-    if formats and formats != {FORMAT}:
+    others = {group.get("format") for group in groups if type(group.get("format")) is int} - {FORMAT}
+    if others:
         raise CheckpointError(
-            f"the checkpoint is of another version of hf_shampoo4 (state format {min(formats)}, here {FORMAT}), in "
+            f"the checkpoint is of another version of hf_shampoo4 (state format {min(others)}, here {FORMAT}), in "
             "which the state means something else: resume with that version, or start the optimizer afresh"
         )
     if not all(type(group.get("format")) is int for group in groups):

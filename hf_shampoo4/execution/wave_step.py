@@ -83,6 +83,8 @@ class Job:
             for collected in weights:
                 for stack, of_stack in zip(stacks, collected, strict=True):
                     stack.weights = of_stack
+            if self.context.options.maximize:
+                gradients = list(torch._foreach_neg(gradients))  # not in place: they may be the parameters' own
             with exact_float32(self.wave.device.type):
                 updates = directions(stacks, gradients, dataclasses.replace(self.context, total=vote.total))
         except Exception as error:
