@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 import hashlib
 import math
+import warnings
 import weakref
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -114,15 +116,24 @@ class Shampoo4bit(torch.optim.Optimizer):
         Raises:
             RuntimeError: that was not done.
         """
+        for before in self._optimizer_state_dict_pre_hooks.values():
+            before(self)
         with self._as_made():
             saved = self._saved()
-            packed = super().state_dict()
             members = [p for group in self.param_groups for p in group["params"]]
-        packed["state"] = {
-            key: saved.get(members[key], entry) if isinstance(key, int) else entry
-            for key, entry in packed["state"].items()
-        }
-        return pack(packed) if any(map(in_fsdp1, members)) else packed
+            number = {id(p): i for i, p in enumerate(members)}
+            groups = [{**group, "params": [number[id(p)] for p in group["params"]]} for group in self.param_groups]
+            state: dict[Any, Any] = {}
+            for p, entry in self.state.items():
+                if not isinstance(p, Tensor):
+                    state[p] = entry  # a hook's note
+                elif id(p) in number:
+                    state[number[id(p)]] = saved.get(p, entry)
+        found: dict[str, Any] = {"state": state, "param_groups": groups}
+        for after in self._optimizer_state_dict_post_hooks.values():
+            changed = after(self, found)
+            found = found if changed is None else changed
+        return pack(found) if any(map(in_fsdp1, members)) else found
 
     def consolidate(self) -> None:
         """Bring the state that `shard_state` has spread over the ranks to all of them, for `state_dict()`.
@@ -164,13 +175,20 @@ class Shampoo4bit(torch.optim.Optimizer):
 
         What changes the state's layout (bits, factor, block size, ...) must be the same here as there; other options
         and the learning rate come from the checkpoint, as torch has it, but `shard_state`, `wire` and `communicate`,
-        which are the run's own.
+        which are the run's own.  Hooks that adapt a state dict run before anything is checked.
 
         Raises:
             CheckpointError: written by another optimizer, for another model or with other structural options, or
                 incomplete.  Nothing is changed then.
         """
+        state_dict = unpack(state_dict)
+        state_dict = dict(state_dict) if isinstance(state_dict, dict) else state_dict
+        for before in self._optimizer_load_state_dict_pre_hooks.values():
+            changed = before(self, state_dict)
+            state_dict = state_dict if changed is None else changed
         self._load(state_dict)
+        for after in self._optimizer_load_state_dict_post_hooks.values():
+            after(self)
 
     def load_blocks(self, groups: list[dict[str, Any]], read: Callable[[dict[str, Tensor]], None]) -> None:
         """Take over the groups' options now, and the blocks' state when the next step has told which are this rank's.
@@ -199,22 +217,22 @@ class Shampoo4bit(torch.optim.Optimizer):
         return {name: row for wave in self._all_waves() for name, row in wave.rows(owned=True).items()}
 
     def _load(self, state_dict: dict[str, Any], whole: bool = True) -> None:
+        """As torch loads, which would cast all state, codes too, to the parameters' dtype."""
         with self._as_made():
-            state_dict = self._numbered(well_formed(unpack(state_dict)))
-            self._check_checkpoint(state_dict, whole)
-            # torch casts all per-parameter state to the parameter's dtype, codes too: show it wrapped values only.
-            hidden = {key: {n: _Opaque(v) for n, v in entry.items()} for key, entry in state_dict["state"].items()}
-            of_the_run = [{name: group[name] for name in OF_THE_RUN} for group in self.param_groups]
-            super().load_state_dict({**state_dict, "state": hidden})
-            for group, kept in zip(self.param_groups, of_the_run, strict=True):
-                group.update(kept)
-        for p, entry in self.state.items():
-            for name, wrapped in entry.items():
-                value = (
-                    wrapped.value
-                )  # never alias the caller's dict, but leave what this rank wants a part of in place
-                entry[name] = value if in_fsdp1(p) or in_deepspeed(p) else value.to(p.device, copy=True)
-        self._reset()
+            state_dict = self._numbered(well_formed(state_dict))
+            stateless = self._check_checkpoint(state_dict, whole)
+            parameter: dict[Any, Tensor] = {}
+            groups = copy.deepcopy(state_dict["param_groups"])
+            for group, ours in zip(groups, self.param_groups, strict=True):
+                parameter.update(zip(group["params"], ours["params"], strict=True))
+                names = {name: ours[name] for name in ("param_names",) if name in ours and name not in group}
+                group.update(names, params=ours["params"], **{name: ours[name] for name in OF_THE_RUN})
+            state: defaultdict[Any, Any] = defaultdict(dict)
+            for key, entry in state_dict["state"].items():
+                state[parameter.get(key, key)] = _taken_over(entry, parameter[key]) if key in parameter else entry
+            self.__setstate__({"state": state, "param_groups": groups})
+        if stateless:
+            _warn_of_fresh(stateless, "the checkpoint has no state of", "frozen or not there when it was written")
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -526,17 +544,22 @@ class Shampoo4bit(torch.optim.Optimizer):
             renamed.append({**group, "params": [number[name] for name in names], "param_names": names})
         return {**state_dict, "param_groups": renamed, "state": {number[clean_name(k)]: v for k, v in state.items()}}
 
-    def _check_checkpoint(self, state_dict: dict[str, Any], whole: bool = True) -> None:
+    def _check_checkpoint(self, state_dict: dict[str, Any], whole: bool = True) -> list[str]:
+        """The names of those that are trained here and have no state there.
+
+        Raises:
+            CheckpointError: the checkpoint does not fit.
+        """
         saved_groups, state = state_dict["param_groups"], state_dict["state"]
         sizes, ours = [len(g["params"]) for g in saved_groups], [len(g["params"]) for g in self.param_groups]
         if sizes != ours:
             raise CheckpointError(f"checkpoint of another model: groups of {sizes} parameters, here {ours}")
         if len({key for group in saved_groups for key in group["params"]}) < sum(sizes):
             raise CheckpointError("damaged checkpoint: a parameter is there twice")
-        for index, saved in enumerate(saved_groups):
-            self._check_saved_group(index, saved, state, whole)
+        of_groups = [self._check_saved_group(index, saved, state) for index, saved in enumerate(saved_groups)]
+        return [name for names in of_groups for name in names] if whole else []
 
-    def _check_saved_group(self, index: int, saved: dict[str, Any], state: dict[Any, Any], whole: bool) -> None:
+    def _check_saved_group(self, index: int, saved: dict[str, Any], state: dict[Any, Any]) -> list[str]:
         group = self.param_groups[index]
         try:
             _require_kind({**group, "rates": saved.get("rates", ())})
@@ -553,10 +576,14 @@ class Shampoo4bit(torch.optim.Optimizer):
         for there, here in zip(_own_names(saved), _own_names(group), strict=False):  # either may have none
             if there != here:
                 raise CheckpointError(f"checkpoint of another model: parameter {there!r} there, {here!r} here")
+        stateless = []
         for key, p, name in zip(saved["params"], group["params"], self.names(index), strict=True):
             entry = state.get(key, {})
-            if whole and (entry or (p.requires_grad and saved.get("step", 0))):
+            if entry:
                 check_entry(name, entry, state_layout(blocks_of(full_shape(p), Options.of(group))))
+            elif p.requires_grad and saved["step"] and math.prod(full_shape(p)):
+                stateless.append(name)
+        return stateless
 
 
 def _own_names(group: Mapping[str, Any]) -> list[str]:
@@ -587,13 +614,11 @@ def _difference(ranks: list[list[dict[str, Any]]]) -> str:
     return "the order of the parameters"
 
 
-class _Opaque:
-    """Hides a value from torch's casts."""
-
-    __slots__ = ("value",)
-
-    def __init__(self, value: Any) -> None:
-        self.value = value
+def _taken_over(entry: Entry, p: Tensor) -> Entry:
+    """A parameter's saved state, never the caller's own tensors but where this rank wants a part of them alone."""
+    if in_fsdp1(p) or in_deepspeed(p):
+        return dict(entry)
+    return {name: t.to(p.device, copy=True) for name, t in entry.items()}
 
 
 class _Unit(NamedTuple):
@@ -676,6 +701,15 @@ def _refuse_sparse(name: str) -> NoReturn:
     raise SparseGradient(
         f"parameter {name!r} has a sparse gradient, which Shampoo4bit cannot use: "
         "set sparse=False on the embedding, or give the parameter its own torch.optim.SparseAdam"
+    )
+
+
+def _warn_of_fresh(names: Sequence[str], what: str, why: str) -> None:
+    shown = ", ".join(map(repr, names[:3])) + (", ..." if len(names) > 3 else "")
+    warnings.warn(
+        f"{what} {len(names)} of the parameters that are trained ({shown}): they start afresh, which is right if they "
+        f"were {why}",
+        stacklevel=4,
     )
 
 

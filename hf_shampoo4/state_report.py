@@ -82,8 +82,9 @@ def metrics(optimizer: Shampoo4bit) -> dict[str, float]:
 
     With `diagnose_every`, also the last diagnostics (diagnostics.py) of the first group that has any (the matrices).
     """
-    tensors = [t for entry in optimizer.state.values() for t in entry.values() if isinstance(t, Tensor)]
-    failures = [entry[key] for entry in optimizer.state.values() for key in entry if key.endswith("/failures.dense")]
+    entries = [entry for p, entry in optimizer.state.items() if isinstance(p, Tensor)]
+    tensors = [t for entry in entries for t in entry.values() if isinstance(t, Tensor)]
+    failures = [entry[key] for entry in entries for key in entry if key.endswith("/failures.dense")]
     return {
         "optim/state_bytes": sum(t.numel() * t.element_size() for t in tensors),
         "optim/skipped_steps": max((group["skipped_steps"] for group in optimizer.param_groups), default=0),

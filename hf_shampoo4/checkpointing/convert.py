@@ -181,8 +181,10 @@ def _joined(files: list[Path]) -> dict[str, Any]:
         parts.append(part.get("base_optimizer_state") or part.get("optimizer_state_dict"))
     if not all("format" in group for part in parts for group in part["param_groups"]):
         raise OptionError(f"the optimizer in {files[0].parent} is not Shampoo4bit")
-    keys = dict.fromkeys(key for part in parts for key in part["state"])
-    state = {key: join(str(key), [part["state"].get(key, {}) for part in parts]) for key in keys}
+    members = [key for group in parts[0]["param_groups"] for key in group["params"]]
+    notes = {key: note for key, note in parts[0]["state"].items() if key not in set(members)}
+    of_members = {key: [part["state"].get(key, {}) for part in parts] for key in members}
+    state = {**notes, **{key: join(str(key), found) for key, found in of_members.items() if any(found)}}
     return {"state": state, "param_groups": parts[0]["param_groups"]}
 
 
@@ -212,7 +214,8 @@ def by_position(state_dict: dict[str, Any]) -> dict[str, Any]:
         members = sorted(group["params"], key=names.index) if set(names) == set(group["params"]) else group["params"]
         number.update({key: len(number) + i for i, key in enumerate(members)})
         groups.append({**group, "params": [number[key] for key in members]})
-    return {"state": {number[key]: entry for key, entry in state_dict["state"].items()}, "param_groups": groups}
+    state = {number.get(key, key): entry for key, entry in state_dict["state"].items()}
+    return {"state": state, "param_groups": groups}
 
 
 def described(state_dict: dict[str, Any]) -> Iterator[str]:

@@ -30,7 +30,7 @@ def pack(state_dict: dict[str, Any]) -> dict[str, Any]:
     groups = state_dict["param_groups"]
     position = {key: i for i, key in enumerate(key for group in groups for key in group["params"])}
     file = io.BytesIO()
-    torch.save({position[key]: entry for key, entry in state_dict["state"].items()}, file)
+    torch.save({position.get(key, key): entry for key, entry in state_dict["state"].items()}, file)
     return {"state": {}, "param_groups": [{**groups[0], PACKED: file.getvalue()}, *groups[1:]]}
 
 
@@ -42,7 +42,7 @@ def unpack(state_dict: dict[str, Any]) -> dict[str, Any]:
     keys = [key for group in groups for key in group["params"]]
     try:
         state = torch.load(io.BytesIO(groups[0][PACKED]), map_location="cpu", weights_only=True)
-        state = {keys[i]: entry for i, entry in state.items()}
+        state = {keys[i] if isinstance(i, int) else i: entry for i, entry in state.items()}
     except Exception as error:  # whatever bytes can do to torch.load
         raise CheckpointError(f"damaged checkpoint: its packed state cannot be read: {error}") from error
     bare = [{name: value for name, value in group.items() if name != PACKED} for group in groups]
@@ -70,7 +70,8 @@ def join(name: str, parts: Sequence[Entry]) -> Entry:
 def well_formed(state_dict: Any) -> dict[str, Any]:
     """A state dict that may be anything, with the structure that one of ours has, its options cast.
 
-    torch's full state dicts make lists of the groups' tuples and leave empty ones out.
+    torch's full state dicts make lists of the groups' tuples and leave empty ones out.  Beside numbered parameters a
+    state may hold notes of hooks under names.
 
     Raises:
         CheckpointError: it has another structure; the message says where.
@@ -95,7 +96,13 @@ def well_formed(state_dict: Any) -> dict[str, Any]:
     keys = [key for group in groups for key in group["params"]]
     if {type(key) for key in keys} not in ({int}, {str}, set()):
         raise CheckpointError("damaged checkpoint: parameters must all be numbered or all be named")
-    strange = [key for key, entry in state.items() if key not in set(keys) or not _has_tensors(entry)]
+    members = set(keys)
+
+    def belongs(key: Any, entry: Any) -> bool:
+        is_note = type(key) is str and not any(type(name) is str for name in members)
+        return _has_tensors(entry) if key in members else is_note
+
+    strange = [key for key, entry in state.items() if not belongs(key, entry)]
     if strange:
         raise CheckpointError(f"damaged checkpoint: state entries that are no parameter's state: {strange[:3]}")
     return {**state_dict, "param_groups": [_well_formed_group(i, group) for i, group in enumerate(groups)]}

@@ -593,9 +593,15 @@ def test_a_truncated_state_is_refused(written: dict) -> None:
     refuse(Shampoo4bit(parameters(), **OFTEN), written, r"state of '0.0' does not fit: missing \['70x66/left.basis.sc")
 
 
-def test_a_lost_entry_is_refused(written: dict) -> None:
+def test_a_parameter_without_an_entry_starts_afresh_and_says_so(written: dict) -> None:
+    """A layer that was frozen when the checkpoint was written, or that a hook has left out."""
     del written["state"][2]
-    refuse(Shampoo4bit(parameters(), **OFTEN), written, r"state of '0.2' does not fit: missing \['20x30/")
+    optimizer = Shampoo4bit(parameters(), **OFTEN)
+    with pytest.warns(UserWarning, match=r"the checkpoint has no state of 1 .*\('0.2'\): they start afresh"):
+        optimizer.load_state_dict(written)
+    run(optimizer, range(2, 3))
+    steps = [t.tolist() for key, t in tensors(optimizer) if "steps" in key]
+    assert steps == [[3], [3], [1, 1, 1], [3], [3]]
 
 
 def test_a_cast_state_is_refused(written: dict) -> None:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from hf_shampoo4 import Shampoo4bit
+from hf_shampoo4 import Shampoo4bit, metrics
+from hf_shampoo4.checkpointing.convert import main
 from hf_shampoo4.exceptions import CheckpointError, OptionError
 
 OFTEN: dict[str, Any] = {"stats_every": 1}
@@ -121,3 +124,151 @@ def test_a_loaded_optimizers_state_dict_has_the_keys_of_the_originals() -> None:
     mine, theirs = first.state_dict(), second.state_dict()
     assert mine["param_groups"] == theirs["param_groups"]
     assert [list(entry) for entry in mine["state"].values()] == [list(entry) for entry in theirs["state"].values()]
+
+
+class OneLayer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(3, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc(x)
+
+
+class TwoLayers(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(3, 4), nn.Linear(4, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc2(self.fc1(x))
+
+
+def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int = 1) -> None:
+    for _ in range(steps):
+        optimizer.zero_grad()
+        model(torch.randn(5, 3)).sum().backward()
+        optimizer.step()
+
+
+def trained(steps: int = 1, **options: Any) -> Shampoo4bit:
+    model = OneLayer()
+    optimizer = Shampoo4bit(model.parameters(), **options)
+    train(model, optimizer, steps)
+    return optimizer
+
+
+def test_the_recipe_of_torchs_documentation_adapts_a_one_layer_checkpoint_to_two_layers() -> None:
+    """torch.optim, "How to utilize named parameters to load optimizer state dict", its hook word for word."""
+    model = OneLayer()
+    optimizer = Shampoo4bit(model.named_parameters(), lr=0.5)
+    train(model, optimizer, 3)
+    model2 = TwoLayers()
+    optimizer2 = Shampoo4bit(model2.named_parameters())
+
+    def adapt_state_dict_ids(optimizer, state_dict):
+        adapted_state_dict = deepcopy(optimizer.state_dict())
+        # Copy over the param_groups settings, but leave the names and ids
+        for k, v in state_dict["param_groups"][0].items():
+            if k not in ["params", "param_names"]:
+                adapted_state_dict["param_groups"][0][k] = v
+
+        lookup_dict = {"fc1.weight": "fc.weight", "fc1.bias": "fc.bias"}
+        clone_deepcopied = lambda d: {k: deepcopy(v) for k, v in d.items()}  # noqa: E731
+        for param_id, param_name in zip(
+            optimizer.state_dict()["param_groups"][0]["params"],
+            optimizer.state_dict()["param_groups"][0]["param_names"],
+            strict=True,
+        ):
+            name_in_loaded = lookup_dict.get(param_name)
+            if name_in_loaded is None:
+                continue
+            index_in_loaded_list = state_dict["param_groups"][0]["param_names"].index(name_in_loaded)
+            id_in_loaded = state_dict["param_groups"][0]["params"][index_in_loaded_list]
+            # Copy the state of the corresponding parameter
+            if id_in_loaded in state_dict["state"]:
+                adapted_state_dict["state"][param_id] = clone_deepcopied(state_dict["state"][id_in_loaded])
+        return adapted_state_dict
+
+    optimizer2.register_load_state_dict_pre_hook(adapt_state_dict_ids)
+    with pytest.warns(UserWarning, match="no state of 2 .*'fc2.weight'.*start afresh"):
+        optimizer2.load_state_dict(deepcopy(optimizer.state_dict()))
+    assert optimizer2.param_groups[0]["lr"] == 0.5
+    for name in ("weight", "bias"):
+        mine, theirs = optimizer2.state[getattr(model2.fc1, name)], optimizer.state[getattr(model.fc, name)]
+        assert mine.keys() == theirs.keys()
+        assert all(torch.equal(mine[key], t) for key, t in theirs.items())
+    train(model2, optimizer2)
+    assert optimizer2.state[model2.fc1.bias]["4/steps.dense"].item() == 4
+    assert optimizer2.state[model2.fc2.bias]["2/steps.dense"].item() == 1
+
+
+def test_hooks_of_load_state_dict_see_real_tensors_and_may_leave_notes() -> None:
+    optimizer = trained()
+    seen = []
+
+    def before(optimizer, state_dict):
+        seen.append({type(t) for entry in state_dict["state"].values() for t in entry.values()})
+        state_dict["param_groups"][0]["lr"] = 7.0  # in torch, too, this reaches the caller's groups
+
+    def after(optimizer):
+        seen.append({type(t) for entry in optimizer.state.values() for t in entry.values()})
+        optimizer.state["loaded"] = True
+
+    optimizer.register_load_state_dict_pre_hook(before)
+    optimizer.register_load_state_dict_post_hook(after)
+    optimizer.load_state_dict(optimizer.state_dict())
+    assert seen == [{torch.Tensor}, {torch.Tensor}]
+    assert optimizer.state["loaded"] is True
+    assert optimizer.param_groups[0]["lr"] == 7.0
+    run(optimizer, range(1))
+    assert metrics(optimizer)["optim/state_bytes"] > 0
+    assert optimizer.state_dict()["state"]["loaded"] is True
+
+
+@pytest.mark.parametrize("make", [torch.optim.AdamW, Shampoo4bit], ids=["AdamW", "ours"])
+def test_what_hooks_of_state_dict_add_is_carried_along(make: Any, tmp_path: Path) -> None:
+    """torch's own optimizer under the same test."""
+    model = OneLayer()
+    optimizer = make(model.parameters())
+    train(model, optimizer)
+    optimizer.register_state_dict_pre_hook(lambda optimizer: optimizer.state.update(note={"epoch": 3}))
+    calls: list[set[Any]] = []
+
+    def post_hook(optimizer, state_dict):
+        calls.append(set(state_dict["state"]))
+        return {**state_dict, "written_by": "a hook"}
+
+    optimizer.register_state_dict_post_hook(post_hook)
+    torch.save(optimizer.state_dict(), tmp_path / "optimizer.pt")
+    assert calls == [{0, 1, "note"}]
+    found = torch.load(tmp_path / "optimizer.pt", weights_only=True)
+    assert found["written_by"] == "a hook"
+    other = make(OneLayer().parameters())
+    other.load_state_dict(found)
+    assert other.state["note"] == {"epoch": 3}
+    run(other, range(1))
+    assert other.state_dict()["state"]["note"] == {"epoch": 3}
+    main(["inspect", str(tmp_path)]) if make is Shampoo4bit else None
+
+
+def test_a_hook_that_raises_leaves_everything_as_it_was() -> None:
+    optimizer = trained()
+    before = deepcopy(optimizer.state_dict())
+
+    def hook(optimizer, state_dict):
+        raise KeyError("no such layer")
+
+    optimizer.register_load_state_dict_pre_hook(hook)
+    with pytest.raises(KeyError, match="no such layer"):
+        optimizer.load_state_dict(deepcopy(before))
+    after = optimizer.state_dict()
+    assert before["param_groups"] == after["param_groups"]
+    run(optimizer, range(1))
+
+
+def test_the_state_of_a_parameter_that_is_in_no_group_any_more_is_not_saved() -> None:
+    optimizer = Shampoo4bit(parameters((4, 4), (5, 5)))
+    run(optimizer, range(1))
+    optimizer.param_groups[0]["params"].pop()
+    assert list(optimizer.state_dict()["state"]) == [0]
