@@ -11,6 +11,8 @@ from __future__ import annotations
 
 from importlib import import_module
 
+__version__ = "0.1.0"
+
 TYPE_CHECKING = False  # as type checkers read it: importing `typing` would take longer than all of this
 if TYPE_CHECKING:
     from typing import Any

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 
@@ -43,21 +44,42 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: the command line without the program's name; default `sys.argv`.
 
     Returns:
-        The exit status: 0, or 2 for bad input, which is answered in one line instead of a traceback.
+        The exit status: 0; 2 for bad input, 1 for a disk or network that fails, 130 for Ctrl-C, each with one line
+        instead of a traceback.  `HF_SHAMPOO4_DEBUG=1` shows the traceback.
     """
     items = list(sys.argv[1:] if arguments is None else arguments)
     chosen = _overview().parse_args(items[:1] or ["--help"])
     try:
         with named():
             importlib.import_module(COMMANDS[chosen.command][0], __package__).main(items[1:])
-    except (InputError, MissingPackage, FileNotFoundError, FileExistsError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    except (InputError, MissingPackage, OSError, KeyboardInterrupt) as error:
+        if os.environ.get("HF_SHAMPOO4_DEBUG"):
+            raise
+        return _said(error, chosen.command)
     return 0
 
 
+def _said(error: BaseException, command: str) -> int:
+    """Print what went wrong in one line; the exit status."""
+    if isinstance(error, BrokenPipeError):  # `... | head`: whoever read has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    if isinstance(error, KeyboardInterrupt):
+        print(f"\n{command}: interrupted; what was written is kept", file=sys.stderr)
+        return 130
+    place = getattr(error, "filename", None)
+    known = isinstance(error, OSError) and error.strerror and place
+    print(f"error: {f'{place}: {error.strerror}' if known else error}", file=sys.stderr)
+    return 2 if isinstance(error, (InputError, MissingPackage, FileNotFoundError, FileExistsError)) else 1
+
+
 def _overview() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="hf-shampoo4", description="Shampoo with 4-bit state: training and results.")
+    from hf_shampoo4 import __version__
+
+    parser = argparse.ArgumentParser(
+        prog="hf-shampoo4", description="Shampoo-class optimizers with 4-bit state: training, planning and results."
+    )
+    parser.add_argument("--version", action="version", version=f"hf-shampoo4 {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, (_, summary) in COMMANDS.items():
         commands.add_parser(name, help=summary, add_help=False)

@@ -25,3 +25,8 @@ class SparseGradient(TypeError, RuntimeError):
 
 class MissingPackage(ImportError):
     """A package that is not installed, and how to install it."""
+
+
+def reason(error: BaseException) -> str:
+    """What an error of a library says, in one line; its type where it says nothing."""
+    return " ".join(str(error).split()) or type(error).__name__

@@ -188,7 +188,7 @@ def _named_model(given: Union[nn.Module, PreTrainedConfig, str]) -> tuple[str, n
     with named():
         import transformers
 
-        from ..training.pretrain import ModelArguments, load_model_config
+        from ..training.model import ModelArguments, load_model_config
 
     config = load_model_config(ModelArguments(model=given)) if isinstance(given, str) else given
     architecture = getattr(transformers, (config.architectures or [""])[0], None)

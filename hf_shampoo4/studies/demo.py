@@ -26,7 +26,8 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_callback import ProgressCallback
 
 from hf_shampoo4.exceptions import ConfigError
-from hf_shampoo4.training.pretrain import config_root, parse, read_config, run
+from hf_shampoo4.training.config import config_root, read_config
+from hf_shampoo4.training.pretrain import parse, run
 from hf_shampoo4.utils.files import write_figure, write_json
 
 Settings = dict[str, Any]

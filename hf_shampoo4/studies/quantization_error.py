@@ -386,7 +386,7 @@ def _cpu_seconds(solve: Any, a: Tensor) -> float:
 def main(arguments: Sequence[str]) -> None:
     """`errors [--output_dir DIR] [--order N] [--matrix FILE ...] [--collect] [--solvers]`."""
     parser = argparse.ArgumentParser(prog="hf-shampoo4 errors", description=__doc__.split("\n\n")[0])
-    parser.add_argument("--output_dir", type=Path, default=Path("docs/results"), help="default: %(default)s")
+    parser.add_argument("--output_dir", type=Path, default=Path("runs/errors"), help="default: %(default)s")
     parser.add_argument("--order", type=int, default=REAL_ORDER, help="of the synthetic matrices; default: %(default)s")
     parser.add_argument("--matrix", type=Path, nargs="*", help=".npy files; default: those that --collect left")
     parser.add_argument("--collect", action="store_true", help="first train and save real preconditioners (5 minutes)")

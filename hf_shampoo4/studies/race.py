@@ -26,7 +26,7 @@ from unittest import mock
 from hf_shampoo4.exceptions import ConfigError
 from hf_shampoo4.studies.demo import COLOURS, Settings, machine, read_plan, run_one, steps_to, write_json
 from hf_shampoo4.studies.peers import PEERS
-from hf_shampoo4.training.pretrain import config_root, read_config
+from hf_shampoo4.training.config import config_root, read_config
 
 Curve = list[tuple[float, float]]
 

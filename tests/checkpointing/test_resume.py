@@ -13,7 +13,8 @@ from transformers import Trainer
 from hf_shampoo4.checkpointing.completeness import incomplete, last_complete
 from hf_shampoo4.cli import main
 from hf_shampoo4.exceptions import CheckpointError, ConfigError
-from hf_shampoo4.training.pretrain import parse, prepare_output
+from hf_shampoo4.training.output_dir import prepare_output
+from hf_shampoo4.training.pretrain import parse
 from tests.support.tiny import Tokens, arguments, llama, python
 
 SAVED = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1}

@@ -14,7 +14,7 @@ import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 
 import hf_shampoo4 as s4
-from hf_shampoo4.training.pretrain import config_root
+from hf_shampoo4.training.config import config_root
 from tests.execution.test_ranks import TRAINER
 from tests.support.launched import OPTIONS, Model
 from tests.support.tiny import ROOT, python

@@ -83,3 +83,30 @@ def test_the_scripts_train_their_default_with_overrides(script, tmp_path):
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["model_type"] == {"pretrain_llama": "llama", "pretrain_gpt": "gpt2"}[script]
     assert json.loads((tmp_path / "out" / "all_results.json").read_text())["eval_loss"] > 0
+
+
+def test_the_version(capsys):
+    import hf_shampoo4
+
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["--version"])
+    assert caught.value.code == 0
+    assert capsys.readouterr().out == f"hf-shampoo4 {hf_shampoo4.__version__}\n"
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "said"),
+    [
+        (PermissionError(13, "Permission denied", "/root/x"), 1, "error: /root/x: Permission denied\n"),
+        (OSError(28, "No space left on device", "runs/a"), 1, "error: runs/a: No space left on device\n"),
+        (IsADirectoryError(21, "Is a directory", "runs"), 1, "error: runs: Is a directory\n"),
+        (KeyboardInterrupt(), 130, "\nreport: interrupted; what was written is kept\n"),
+    ],
+)
+def test_what_a_disk_or_a_user_ends_is_one_line(error, status, said, capsys, monkeypatch):
+    def fail(_):
+        raise error
+
+    monkeypatch.setattr("hf_shampoo4.training.run_page.main", fail)
+    assert cli.main(["report", "x"]) == status
+    assert capsys.readouterr().err == said

@@ -18,7 +18,7 @@ from hf_shampoo4.checkpointing.convert import read
 from hf_shampoo4.checkpointing.formats import check_metadata
 from hf_shampoo4.exceptions import CheckpointError, ConfigError, OptionError
 from hf_shampoo4.options import resolve
-from hf_shampoo4.training.pretrain import read_config
+from hf_shampoo4.training.config import read_config
 from hf_shampoo4.training.run_page import page, read_run
 from tests.support.tiny import python
 

@@ -25,7 +25,7 @@ from hf_shampoo4.options import NAMES, Options
 from hf_shampoo4.planning import estimate
 from hf_shampoo4.sharding.exchange import Ranks
 from hf_shampoo4.sharding.local_parameter import held_itself
-from hf_shampoo4.training.pretrain import ModelArguments, build_model
+from hf_shampoo4.training.model import ModelArguments, build_model
 from tests.support.tiny import ROOT, llama, python
 
 SMALL_GPT2 = {"model": "gpt2_124m", "model_overrides": "n_embd=96,n_layer=2,n_head=2,vocab_size=500"}

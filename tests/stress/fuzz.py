@@ -132,7 +132,7 @@ yamls = st.one_of(
 @given(yamls)
 def yaml_files(content: str | bytes) -> None:
     """`config=FILE`, and a configuration of `hf-shampoo4 train`."""
-    from hf_shampoo4.training.pretrain import read_config
+    from hf_shampoo4.training.config import read_config
 
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "options.yaml"

@@ -25,7 +25,8 @@ import torch
 import transformers
 
 from hf_shampoo4.integrations.trainer import OPTIMS
-from hf_shampoo4.training.data import stdlib_files, stdlib_version, train_bpe
+from hf_shampoo4.training.data import train_bpe
+from hf_shampoo4.training.sources import stdlib_files, stdlib_version
 from hf_shampoo4.utils.files import write_json
 
 STEPS = 6

@@ -30,7 +30,7 @@ from hf_shampoo4.studies.race import (
     some_of,
     write_markdown,
 )
-from hf_shampoo4.training.pretrain import config_root, read_config
+from hf_shampoo4.training.config import config_root, read_config
 
 COMMON = {
     "model": "llama_tiny", "dataset": "stdlib", "max_steps": 10, "per_device_train_batch_size": 4, "seq_len": 8,

@@ -6,14 +6,9 @@ import torch
 from hf_shampoo4.integrations.trainer import OPTIMS
 from hf_shampoo4.options import PRESETS, Options, parse_optim_args
 from hf_shampoo4.studies.demo import read_plan
-from hf_shampoo4.training.pretrain import (
-    ModelArguments,
-    build_model,
-    config_root,
-    load_model_config,
-    parse,
-    read_config,
-)
+from hf_shampoo4.training.config import config_root, read_config
+from hf_shampoo4.training.model import ModelArguments, build_model, load_model_config
+from hf_shampoo4.training.pretrain import parse
 
 MODELS = sorted(path.stem for path in (config_root() / "models").glob("*.json"))
 OPTIMIZERS = sorted((config_root() / "optimizers").glob("*.yaml"), key=lambda path: path.stem)

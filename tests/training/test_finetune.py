@@ -11,8 +11,8 @@ import pytest
 import hf_shampoo4 as s4
 from hf_shampoo4.cli import main
 from hf_shampoo4.exceptions import ConfigError
+from hf_shampoo4.training.config import config_root
 from hf_shampoo4.training.finetune import ChatArguments, load_examples, parse, run
-from hf_shampoo4.training.pretrain import config_root
 from tests.support.tiny import chat_model, conversations, often
 
 CONFIGS = sorted((config_root() / "finetune").glob("*.yaml"), key=lambda path: path.stem)
@@ -74,7 +74,14 @@ def test_lora_by_the_command(model: Path, data: Path, tmp_path: Path, capsys: py
 def test_qlora_and_its_resume(model: Path, data: Path, tmp_path: Path, optim: str) -> None:
     """On a base model in 4 bits (bitsandbytes' nf4, on a CPU), with gradient checkpointing and accumulation."""
     pytest.importorskip("bitsandbytes")
-    adapter = {"load_in_4bit": True, "use_peft": True, "lora_r": 4, "lora_target_modules": "all-linear"}
+    # bitsandbytes' AVX-512 path of evaluation needs matrices of at least 64 columns, the tiny model has 32
+    adapter = {
+        "validation_fraction": 0.0,
+        "load_in_4bit": True,
+        "use_peft": True,
+        "lora_r": 4,
+        "lora_target_modules": "all-linear",
+    }
     chosen = {"optim": optim, "optim_args": often(optim), "dtype": "bfloat16", "gradient_checkpointing": True}
     chosen |= {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "bf16": True}
     whole = run(parse(settings(model, data, tmp_path / "a", **adapter, **chosen)))
@@ -143,3 +150,29 @@ def test_a_model_that_is_not_there(data: Path, tmp_path: Path) -> None:
     config = parse(settings(tmp_path / "nowhere", data, tmp_path / "run"))
     with pytest.raises(ConfigError, match=r"model_name_or_path '.*nowhere' cannot be loaded"):
         run(config)
+
+
+def test_a_split_that_files_do_not_have_is_held_out(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    train, held_out = load_examples(ChatArguments(dataset=str(data), validation_split="test"))
+    assert held_out is not None
+    assert not {str(row) for row in train} & {str(row) for row in held_out}
+    assert f"examples: {len(train)} to train on, {len(held_out)} held out" in capsys.readouterr().out
+
+
+def test_whole_texts_are_learnt_where_there_are_no_answers(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "texts.jsonl"
+    path.write_text("".join(json.dumps({"text": f"word {i} and word {i + 1}"}) + "\n" for i in range(24)))
+    run(parse(settings(model, path, tmp_path / "out", max_steps=1)))
+    assert "learning from the whole texts (assistant_only_loss=false)" in capsys.readouterr().out
+
+
+def test_a_template_that_marks_no_answers_is_refused(model: Path, data: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(model, folder)
+    (folder / "chat_template.jinja").write_text(
+        "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
+    )
+    with pytest.raises(ConfigError, match=r"cannot be trained with .*set assistant_only_loss=false"):
+        run(parse(settings(folder, data, tmp_path / "out")))

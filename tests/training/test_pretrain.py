@@ -11,7 +11,10 @@ import yaml
 from transformers import LlamaForCausalLM
 
 from hf_shampoo4.exceptions import ConfigError, OptionError
-from hf_shampoo4.training.pretrain import ModelArguments, build_model, load_model_config, main, parse, read_config, run
+from hf_shampoo4.training.config import read_config
+from hf_shampoo4.training.model import ModelArguments, build_model, load_model_config
+from hf_shampoo4.training.output_dir import prepare_output
+from hf_shampoo4.training.pretrain import main, parse, run
 
 
 @pytest.fixture
@@ -257,3 +260,15 @@ def test_help_lists_our_settings(capsys):
     shown = capsys.readouterr().out
     assert "--seq_len (256): Tokens of a sequence." in shown
     assert "--total_batch_size" in shown
+
+
+def test_a_command_of_this_package_trains_with_shampoo4bit(tmp_path):
+    assert parse({"output_dir": str(tmp_path)}).training.optim == "shampoo4bit"
+    assert parse({"output_dir": str(tmp_path), "optim": "adamw_torch"}).training.optim == "adamw_torch"
+
+
+def test_overwriting_leaves_no_figure_of_the_run_before(tmp_path):
+    (tmp_path / "all_results.json").write_text('{"train_mem_optimizer_state": 1}')
+    config = parse({"output_dir": str(tmp_path)}, ["--overwrite_output_dir", "true"])
+    assert prepare_output(config.run, config.training) is None
+    assert not (tmp_path / "all_results.json").exists()

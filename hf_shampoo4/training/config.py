@@ -1,0 +1,177 @@
+"""Configurations: flat files of settings and `--key value` overrides, cast and checked by dataclasses."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Union
+
+import torch
+from transformers import HfArgumentParser, TrainingArguments
+
+from ..exceptions import ConfigError
+from ..integrations.trainer import check_args, register
+from ..options import read_yaml
+
+DEFAULT_OPTIM = "shampoo4bit"
+
+
+@dataclass
+class RunArguments:
+    """What `TrainingArguments` does not say."""
+
+    overwrite_output_dir: bool = field(
+        default=False,
+        metadata={"help": "Train into a folder that is not empty; the old run's checkpoints and results are deleted."},
+    )
+    total_batch_size: int | None = field(
+        default=None,
+        metadata={"help": "Sequences of an optimizer step over all processes; sets gradient_accumulation_steps."},
+    )
+
+
+def config_root() -> Path:
+    """The folder of shipped configurations: inside an installed package, beside it in a checkout."""
+    package = Path(__file__).parents[1]
+    installed = package / "configs"
+    return installed if installed.is_dir() else package.parent / "configs"
+
+
+def read_config(path: Union[str, Path], kind: str = "train") -> dict[str, Any]:
+    """A YAML file's settings; a bare name is looked up among the shipped `configs/<kind>`.
+
+    Raises:
+        ConfigError: no such file, not YAML, or not a mapping.
+    """
+    shipped = config_root() / kind
+    try:
+        candidates = (Path(path).expanduser(), shipped / f"{path}.yaml", shipped / path)
+        found = next((candidate for candidate in candidates if candidate.is_file()), None)
+    except (ValueError, RuntimeError) as error:  # no path can be called that, or there is no such user's home
+        raise ConfigError(f"config {str(path)!r} does not exist: {error}") from error
+    if found is None:
+        names = ", ".join(sorted(file.stem for file in shipped.glob("*.yaml")))
+        raise ConfigError(f"config {str(path)!r} does not exist; allowed: a YAML file, or one of {names}")
+    try:
+        content = read_yaml(found)
+    except ValueError as error:
+        raise ConfigError(f"config {str(path)!r} {error}") from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"config {str(path)!r} must map settings to values, not {type(content).__name__}")
+    return content
+
+
+def settings_of(config: Union[str, Path, Mapping[str, Any], None], kind: str) -> dict[str, Any]:
+    """The settings of a mapping, a file or a name among `configs/<kind>`; none of None."""
+    return dict(config) if isinstance(config, Mapping) else read_config(config, kind) if config is not None else {}
+
+
+def parse_as(types: Sequence[type], settings: Mapping[str, Any], overrides: Sequence[str]) -> tuple[Any, ...]:
+    """One object of each of `types` (dataclasses, the last a TrainingArguments), cast and checked.
+
+    Raises:
+        ConfigError: unknown setting, wrong type.
+    """
+    register()
+    lists = {key: value for key, value in settings.items() if isinstance(value, list)}  # argparse may want one word
+    arguments = [*_as_arguments({key: value for key, value in settings.items() if key not in lists}), *overrides]
+    given = _check_names([*(f"--{key}" for key in lists), *arguments], types)
+    if not torch.accelerator.is_available():
+        arguments += [] if "use_cpu" in given else ["--use_cpu", "true"]
+    parser = HfArgumentParser(types, allow_abbrev=False, add_help=False)
+    parser.set_defaults(optim=DEFAULT_OPTIM)  # a command of this package; transformers' own default is AdamW
+    parser.set_defaults(**{key.replace("-", "_"): value for key, value in lists.items()})
+    parser.error = _refuse  # type: ignore[method-assign]  # argparse would print its usage and exit
+    try:
+        return parser.parse_args_into_dataclasses(args=arguments, look_for_args_file=False)
+    except ValueError as error:
+        raise error if isinstance(error, ConfigError) else ConfigError(str(error)) from error
+
+
+def check_run(run: RunArguments, training: TrainingArguments) -> None:
+    """Set the accumulation that `total_batch_size` asks for; refuse an optimizer that cannot run like this.
+
+    Raises:
+        ConfigError: a batch size that does not fit, or a sharding that the optimizer does not do.
+        OptionError: an `optim_args` item that the optimizer refuses.
+    """
+    _set_accumulation(run, training)
+    try:
+        check_args(training)
+    except NotImplementedError as error:
+        raise ConfigError(str(error)) from error
+
+
+PAIRS = ("optim_args", "model_overrides")  # key=value,key=value on the command line, which YAML writes as a mapping
+
+
+def _pair(key: str, value: Any) -> str:
+    """`key=value`; a list is separated by semicolons, what is no text is JSON."""
+    if isinstance(value, list):
+        return f"{key}={';'.join(map(str, value))}"
+    return f"{key}={value if isinstance(value, str) else json.dumps(value)}"
+
+
+def _as_arguments(settings: Mapping[str, Any]) -> list[str]:
+    """Settings as command-line items, so that a file and the command line are cast by the same rules."""
+    items: list[str] = []
+    for key, value in settings.items():
+        if value is None:
+            continue
+        if key in PAIRS and isinstance(value, Mapping):
+            items += [f"--{key}={','.join(map(_pair, value, value.values()))}"]
+        elif isinstance(value, Mapping):
+            items += [f"--{key}={json.dumps(value)}"]
+        else:
+            items += [f"--{key}={value}"]
+    return items
+
+
+def _check_names(arguments: Sequence[str], types: Sequence[type]) -> set[str]:
+    """The names given; an unknown one is answered with the closest known ones."""
+    known = [f.name for kind in types for f in dataclasses.fields(kind) if f.init]
+    given = [item[2:].partition("=")[0].replace("-", "_") for item in arguments if item.startswith("--")]
+    for name in given:
+        if name not in known and name.removeprefix("no_") not in known:
+            close = difflib.get_close_matches(name, known, n=3)
+            own = [f.name for kind in types[:-1] for f in dataclasses.fields(kind)]
+            hint = f"did you mean {' or '.join(close)}?" if close else f"ours are {', '.join(own)};"
+            raise ConfigError(f"unknown setting {name!r}: {hint} (every field of {_documented(types[-1])} "
+                              "is allowed too)")  # fmt: skip
+    return set(given)
+
+
+def _documented(arguments: type) -> str:
+    """`transformers.TrainingArguments` or `trl.SFTConfig`."""
+    return f"{arguments.__module__.partition('.')[0]}.{arguments.__name__}"
+
+
+def _refuse(message: str) -> None:
+    raise ConfigError(message)
+
+
+def _set_accumulation(run: RunArguments, training: TrainingArguments) -> None:
+    total = run.total_batch_size
+    if total is None:
+        return
+    at_once = training.train_batch_size * training.world_size  # the first is of all GPUs of a process
+    if total % at_once:
+        raise ConfigError(f"total_batch_size={total} is not a multiple of per_device_train_batch_size * devices "
+                          f"= {training.per_device_train_batch_size} * "
+                          f"{at_once // training.per_device_train_batch_size}")  # fmt: skip
+    training.gradient_accumulation_steps = total // at_once
+
+
+def settings_help(types: Sequence[type]) -> str:
+    """The settings of this project with their defaults; the last type's are documented by the library it is from."""
+    lines = []
+    for kind in types[:-1]:
+        lines.append(f"{kind.__doc__}")
+        for option in dataclasses.fields(kind):
+            default = "required" if option.default is dataclasses.MISSING else repr(option.default)
+            lines.append(f"  --{option.name} ({default}): {option.metadata.get('help', '')}")
+    return "\n".join([*lines, f"and every field of {_documented(types[-1])}."])

@@ -1,0 +1,120 @@
+"""The model of a pretraining: a configuration of transformers, from scratch or with its weights."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Union
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from ..exceptions import ConfigError, reason
+from .config import config_root
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass
+class ModelArguments:
+    """Which model, and how it differs from its configuration file."""
+
+    model: str = field(
+        default="llama_tiny",
+        metadata={"help": "A preset of configs/models, a config.json, a folder or a hub name; '' with `model_type`."},
+    )
+    model_type: str | None = field(
+        default=None, metadata={"help": "With model='': a transformers model type at its defaults, e.g. gpt2."}
+    )
+    model_overrides: str = field(
+        default="", metadata={"help": "Changes of the configuration: 'hidden_size=128,num_hidden_layers=4'."}
+    )
+    init_from_pretrained: bool = field(
+        default=False, metadata={"help": "Load the weights of `model` (a folder or hub name) instead of drawing them."}
+    )
+    dtype: str = field(default="float32", metadata={"help": f"Type of the parameters: {', '.join(DTYPES)}."})
+    attn_implementation: str | None = field(default=None, metadata={"help": "eager, sdpa, flash_attention_2, ..."})
+    tie_word_embeddings: bool | None = field(default=None, metadata={"help": "One matrix for embedding and head."})
+
+    def __post_init__(self) -> None:
+        if self.dtype not in DTYPES:
+            raise ConfigError(f"dtype={self.dtype!r} is not allowed: it must be one of {', '.join(DTYPES)}")
+
+
+def load_model_config(arguments: ModelArguments) -> PreTrainedConfig:
+    """The model's configuration with its overrides.
+
+    Raises:
+        ConfigError: no such preset, file or name; an override that the configuration does not have.
+    """
+    config, source = _base_config(arguments)
+    changes = dict(_override(item, config) for item in filter(None, arguments.model_overrides.split(",")))
+    if arguments.tie_word_embeddings is not None:
+        changes["tie_word_embeddings"] = arguments.tie_word_embeddings
+    if not changes:
+        return config
+    try:  # over what was written, not over what the class has made of it: a head's size follows from the hidden size
+        written = PreTrainedConfig.get_config_dict(source)[0] if source else {}
+        return type(config).from_dict({**written, **changes})
+    except Exception as error:  # validators of transformers, each with types of its own
+        raise ConfigError(f"model_overrides {arguments.model_overrides!r} do not fit the {config.model_type} "
+                          f"configuration: {reason(error)}") from error  # fmt: skip
+
+
+def _base_config(arguments: ModelArguments) -> tuple[PreTrainedConfig, Union[str, Path, None]]:
+    """A configuration, and where it is written; None: nowhere, it is a type's default."""
+    presets = config_root() / "models"
+    preset = presets / f"{arguments.model}.json"
+    try:
+        if not arguments.model and arguments.model_type:
+            return AutoConfig.for_model(arguments.model_type), None
+        source = preset if arguments.model and preset.is_file() else arguments.model
+        return AutoConfig.from_pretrained(source), source
+    except (OSError, ValueError, KeyError) as error:
+        names = ", ".join(sorted(file.stem for file in presets.glob("*.json")))
+        raise ConfigError(f"model {arguments.model or arguments.model_type!r} cannot be loaded ({reason(error)}); "
+                          f"allowed: one of {names}, a config.json, a folder or a hub name") from error  # fmt: skip
+
+
+def _override(item: str, config: PreTrainedConfig) -> tuple[str, Any]:
+    """One `key=value` of `model_overrides`, the value read as JSON where it is JSON and as text elsewhere."""
+    key, equals, text = (part.strip() for part in item.partition("="))
+    known = config.to_dict()
+    if not equals or key not in known:
+        close = difflib.get_close_matches(key, known, n=3)
+        hint = f"; did you mean {' or '.join(close)}?" if close else ""
+        raise ConfigError(f"model_overrides item {item!r} is not key=value with a key of {config.model_type}{hint}")
+    try:
+        return key, json.loads(text)
+    except json.JSONDecodeError:
+        return key, text
+
+
+def build_model(arguments: ModelArguments, vocab_size: int, eos_token_id: int | None = None) -> PreTrainedModel:
+    """A model from scratch (or from its weights), with an embedding for each of the tokenizer's tokens.
+
+    Args:
+        arguments: which model.
+        vocab_size: tokens of the tokenizer; the model's vocabulary is this unless `model_overrides` sets a larger one.
+        eos_token_id: the tokenizer's end of text, for generation.
+
+    Raises:
+        ConfigError: as `load_model_config`, or a vocabulary too small for the tokenizer.
+    """
+    config = load_model_config(arguments)
+    fixed = arguments.init_from_pretrained or re.search(r"\bvocab_size\s*=", arguments.model_overrides)
+    if not fixed:
+        config.vocab_size = vocab_size
+    if config.vocab_size < vocab_size:
+        raise ConfigError(f"model {arguments.model!r} has vocab_size={config.vocab_size}, "
+                          f"too small for a tokenizer of {vocab_size} tokens")  # fmt: skip
+    config.eos_token_id = eos_token_id
+    if not arguments.init_from_pretrained:  # they are of the tokenizer that the configuration was written for
+        config.bos_token_id = config.pad_token_id = None
+    options = {"dtype": DTYPES[arguments.dtype], "attn_implementation": arguments.attn_implementation}
+    if arguments.init_from_pretrained:
+        return AutoModelForCausalLM.from_pretrained(arguments.model, config=config, **options)
+    return AutoModelForCausalLM.from_config(config, **options)
