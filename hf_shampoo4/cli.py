@@ -67,9 +67,10 @@ def _said(error: BaseException, command: str) -> int:
     if isinstance(error, KeyboardInterrupt):
         print(f"\n{command}: interrupted; what was written is kept", file=sys.stderr)
         return 130
-    place = getattr(error, "filename", None)
-    known = isinstance(error, OSError) and error.strerror and place
-    print(f"error: {f'{place}: {error.strerror}' if known else error}", file=sys.stderr)
+    said = str(error)
+    if isinstance(error, OSError) and error.strerror and error.filename:
+        said = f"{error.filename}: {error.strerror}"
+    print(f"error: {said}", file=sys.stderr)
     return 2 if isinstance(error, (InputError, MissingPackage, FileNotFoundError, FileExistsError)) else 1
 
 
