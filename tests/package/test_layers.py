@@ -28,7 +28,8 @@ LAYERS = (
     {"training"},
     {"planning"},
     {"studies"},
-    {"cli", "__main__", "__init__", "_site"},
+    {"__init__"},
+    {"cli", "__main__", "_site"},
 )
 LEVELS = {room: level for level, rooms in enumerate(LAYERS) for room in rooms}
 CORE = {room for room, level in LEVELS.items() if level <= LEVELS["optimizer"]}
