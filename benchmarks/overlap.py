@@ -21,7 +21,7 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from hf_shampoo4 import Shampoo4bit
-from hf_shampoo4.execution.wave_step import Job
+from hf_shampoo4.execution.wave_step import WaveStep
 from hf_shampoo4.utils.files import write_figure, write_json
 
 MATRICES, SIDE, STEPS = 6, 512, 3
@@ -46,7 +46,7 @@ def work(rank: int, store: str, output: Path) -> None:
     fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
     options = {"stats_every": 1, "roots_every": 1, "block_size": SIDE // 2}
     optimizer = Shampoo4bit(model.named_parameters(), lr=1e-3, **options)
-    mark(Job)
+    mark(WaveStep)
     import_module("hf_shampoo4.execution.blocking").WAVE_ELEMENTS = 1  # a wave for each matrix
     for _ in range(STEPS):
         model(torch.randn(64, SIDE)).square().mean().backward()
@@ -60,7 +60,7 @@ def work(rank: int, store: str, output: Path) -> None:
 
 def mark(kind: type) -> None:
     """Name the parts of a wave in the profile."""
-    for name in ("start", "compute", "deliver", "finish"):
+    for name in ("collect", "update", "send", "apply"):
         method = getattr(kind, name)
 
         def marked(self: Any, method: Any = method, name: str = name) -> None:
@@ -81,7 +81,7 @@ def together(a: Spans, b: Spans) -> float:
 
 
 def write(profiler: Any, output: Path) -> None:
-    sent, computed = spans(profiler, "gloo:all_to_all"), spans(profiler, "wave:compute")
+    sent, computed = spans(profiler, "gloo:all_to_all"), spans(profiler, "wave:update")
     total = sum(end - start for start, end in sent)
     write_json(output.with_suffix(".json"), {
         "command": "python -m benchmarks.overlap", "torch": torch.__version__, "backend": "gloo",

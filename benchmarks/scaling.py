@@ -72,7 +72,7 @@ def planned(model: str, world: int, sharding: str, options: Options) -> dict[str
     start = time.perf_counter()
     with_shapes = [(o, members, {held.name: held.shape for held in members}) for o, members in groups]
     waves: list[Wave] = [wave for of_group in build(with_shapes, Ranks(rank, world)) for wave in of_group]
-    routes = [part.route for wave in waves for part in wave.split]
+    routes = [part.route for wave in waves for part in wave.parts]
     seconds = time.perf_counter() - start
     flops, held = np.zeros(world), np.zeros(world)
     for wave in waves:

@@ -21,7 +21,7 @@ from .checkpointing.formats import FORMAT, check_entry, clean_name, pack, unpack
 from .exceptions import CheckpointError, OptionError, SparseGradient
 from .execution.blocking import blocks_of
 from .execution.state_layout import Entry, state_layout
-from .execution.wave_step import Job, raise_together, run
+from .execution.wave_step import WaveStep, raise_together, run
 from .execution.waves import Wave, build
 from .options import KINDS, NAMES, OF_ADAMW, OF_THE_RUN, STRUCTURAL, Options, check_rates, resolve
 from .preconditioners.algorithms import Context
@@ -348,14 +348,13 @@ class Shampoo4bit(torch.optim.Optimizer):
         coupled, decoupled = (decay, 0.0) if options.base == "sgdm" else (0.0, decay)
         probe = Probe() if options.diagnose_every and group["step"] % options.diagnose_every == 0 else None
         context = Context(options, group["step"], group["betas"], group["eps"], self._stopwatch, coupled, probe)
-        jobs, lr = [], float(group["lr"]) * options.rate
+        steps, lr = [], float(group["lr"]) * options.rate
         for wave in built.waves:
             present = {m for m, member in enumerate(wave.members) if id(member.parameter) in wanted}
-            for whole, split in wave.shared(options, group["step"]):
-                part = wave.of_members(whole, present)
+            for part in (wave.of_members(part, present) for part in wave.parts):
                 if part.blocks:
-                    jobs.append(Job(wave, part, split, context, lr, decoupled))
-        run(jobs)
+                    steps.append(WaveStep(wave, part, context, lr, decoupled))
+        run(steps)
         if probe:
             self._probes[unit.key] = probe
 

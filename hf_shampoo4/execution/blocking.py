@@ -13,7 +13,7 @@ from typing import Protocol, TypeVar
 
 from ..numerics.storage import SMALL, nbytes
 from ..options import Options
-from ..preconditioners.algorithms import Algorithm, Shampoo, ahead, due, intervals, make_algorithm
+from ..preconditioners.algorithms import Algorithm, Shampoo, intervals, make_algorithm
 from ..preconditioners.bases import ONE_SIDED
 from ..preconditioners.operations import amortised
 from ..sharding.geometry import MatrixView, Rect, matrix_view, partition, strips, vocabulary_strips
@@ -73,20 +73,6 @@ def loads_of(blocks: Sequence[Block], options: Options) -> list[Load]:
 def _load(block: Block, options: Options) -> Load:
     work = amortised(block.algorithm.work(), intervals(options))
     return Load(work.cost(block.numel), sum(nbytes(storage) for storage in block.algorithm.storages().values()))
-
-
-def refreshed(options: Options, step: int, places: Sequence[float]) -> frozenset[int]:
-    """Positions of the blocks whose factors a step refreshes, which ranks that could all do it share among them.
-
-    Of staggered Shampoo none is: its graft goes over all blocks of a parameter, in whichever step their turns come.
-
-    Args:
-        places: of the blocks, see `places_of`.
-    """
-    o = options
-    if o.algorithm == "elementwise" or (o.algorithm == "shampoo" and o.stagger):
-        return frozenset()
-    return frozenset(i for every in intervals(o, step).values() for i in due(step, every, ahead(o, places)))
 
 
 def places_of(counts: Mapping[str, int]) -> dict[str, list[float]]:

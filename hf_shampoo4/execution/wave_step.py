@@ -1,9 +1,9 @@
-"""Blocks of a wave in one step: gradients to the owners, directions, updates back; and how waves follow each other."""
+"""One step of some blocks of a wave: collect, update, send, apply; and how the steps of waves follow each other."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -11,71 +11,85 @@ from torch import Tensor
 
 from ..numerics.linalg import exact_float32
 from ..numerics.rounding import noise_at, to_bfloat16
+from ..numerics.storage import Index
 from ..preconditioners.algorithms import Context, directions
-from ..sharding.exchange import Exchange, Pending, Piece, Ranks
+from ..sharding.exchange import Form, Pending, Piece, Ranks, packed
 from .waves import Part, Stack, Wave
 
 
-def run(jobs: Sequence[Job]) -> None:
-    """Do the jobs in order; the next one's gradients and the last one's updates travel while one is computed."""
-    before: Job | None = None
-    for i, job in enumerate(jobs):
+def run(steps: Sequence[WaveStep]) -> None:
+    """Do the steps in order; the next one's gradients and the last one's results travel while one is computed."""
+    before: WaveStep | None = None
+    for i, step in enumerate(steps):
         if i == 0:
-            job.start()
-        if i + 1 < len(jobs):
-            jobs[i + 1].start()
-        job.compute()
-        job.deliver()
+            step.collect()
+        if i + 1 < len(steps):
+            steps[i + 1].collect()
+        step.update()
+        step.send()
         if before is not None:
-            before.finish()
-        before = None if job.route.deliver.local else job
+            before.apply()
+        before = None if step.route.deliver.local else step
         if before is None:  # nothing travels: do not keep the updates
-            job.finish()
+            step.apply()
     if before is not None:
-        before.finish()
+        before.apply()
 
 
 @dataclass
-class Job:
-    """Some blocks of a wave in one step: `start`, `compute`, `deliver`, `finish`, each called by every rank."""
+class WaveStep:
+    """Some blocks of a wave in one step: `collect`, `update`, `send`, `apply`, each called by every rank."""
 
     wave: Wave
     part: Part
     """Of the wave, without parameters that have no gradient on any rank."""
-    split: bool
-    """Whether owners compute their blocks, or every rank all of them."""
     context: Context
     lr: float
     weight_decay: float
     _sources: list[dict[int, Tensor]] = field(default_factory=list)
     _updates: dict[int, Tensor] = field(default_factory=dict)
+    _changes: dict[int, list[tuple[Tensor, Index]]] = field(default_factory=dict)
     _collecting: Pending | None = None
-    _delivering: Pending | None = None
+    _sending: Pending | None = None
 
     def __post_init__(self) -> None:
-        self.route = self.part.route
-        self.wanted = {self.wave.member_of[block] for block in self.part.blocks}
-        self.rank = self.wave.ranks.rank if self.split else 0  # who computes everything itself is the only rank
+        self.route, self.rank = self.part.route, self.wave.ranks.rank
+        dtype = self.wave.members[0].held.buffer.dtype
+        half = self.context.options.wire == "bf16"
+        self.gradient_dtype = torch.bfloat16 if half and not self.route.collect.local else dtype
+        self.update_dtype = torch.bfloat16 if half and not self.route.deliver.local else torch.float32
+        self.sends_weights = (
+            not self.route.deliver.local
+            and self.wave.whole
+            and (not half or dtype.itemsize == self.update_dtype.itemsize)
+        )
+        """Owners have the weights and send the new ones: replicas are equal on processors that round differently."""
+        self.result_dtype = dtype if self.sends_weights else self.update_dtype
 
-    def start(self) -> None:
+    def collect(self) -> None:
         """Send the gradients (and, where the step needs them, the weights) to the owners; nothing waits."""
         members, side = self.wave.members, self.route.collect
-        self._sources = [{m: members[m].gradient() for m in self.wanted}]
+        wanted = {self.wave.member_of[block] for block in self.part.blocks}
+        self._sources = [{m: members[m].gradient() for m in wanted}]
         if self.context.coupled_decay:
-            self._sources.append({m: members[m].held.weights() for m in self.wanted})
-        if not side.local:
-            out = {r: [p.of_flat(s[p.member]) for s in self._sources for p in there] for r, there in side.out.items()}
-            sizes = {r: len(self._sources) * _numel(there) for r, there in side.into.items()}
-            like = self._on_wire(members[0].held.weights()[:0], side)
-            self._collecting = self.wave.ranks.all_to_all("gradients", out, sizes, like)
+            self._sources.append({m: members[m].held.weights() for m in wanted})
+        if side.local:
+            return
+        out = {
+            rank: [p.of_flat(source[p.member]).to(self.gradient_dtype) for source in self._sources for p in pieces]
+            for rank, pieces in side.out.items()
+            if rank != self.rank
+        }
+        into = {rank: _forms(pieces, self.gradient_dtype) * len(self._sources) for rank, pieces in side.into.items()}
+        self._collecting = self.wave.ranks.all_to_all("gradients", out, into, self.wave.device)
 
-    def compute(self) -> None:
-        """The directions of the blocks that are computed here.
+    def update(self) -> None:
+        """Bring the state of this rank's blocks up to date, and compute their updates.
 
         Raises:
             RuntimeError: another rank failed to compute its.
         """
-        vote = Vote(self.wave.ranks if self.split else Ranks(), len(self.wave.members), self.wave.device)
+        vote = Vote(self.wave.ranks, len(self.wave.members), self.wave.device)
         try:
             parts = [stack.part(rows) for stack in self.wave.stacks if (rows := self._rows(stack))]
             stacks = [stack for stack, _ in parts]
@@ -94,56 +108,55 @@ class Job:
         for stack, put_back in parts:
             stack.weights = None
             put_back()
-        # what stays here is rounded as what is sent: replicas must not differ
-        self._updates = self._by_block(stacks, [self._on_wire(update, self.route.deliver) for update in updates])
+        if not self.sends_weights:  # what stays here is rounded as what is sent: replicas must not differ
+            updates = [update.to(self.update_dtype) for update in updates]
+        self._updates = self._by_block(stacks, updates)
         self._sources, self._collecting = [], None
 
-    def deliver(self) -> None:
-        """Send the updates to the holders and, where every rank keeps it, the state that the owners have changed."""
-        side = self.route.deliver
+    def send(self) -> None:
+        """Send what became of this rank's blocks to all that hold them: the new weights or, to others, the updates.
+
+        Where every rank keeps all state, what has changed of it goes along.
+        """
+        ranks, side = self.wave.ranks, self.route.deliver
         if side.local:
             return
-        out = {r: [self._update(p) for p in pieces] for r, pieces in side.out.items() if r != self.rank}
-        sizes = {r: _numel(pieces) for r, pieces in side.into.items()}
-        like = self._on_wire(torch.empty(0, dtype=torch.float32, device=self.wave.device), side)
-        self._delivering = self.wave.ranks.all_to_all("updates", out, sizes, like)
         if self.wave.replicated:
-            state = self.wave.state_map
-            state.move(
-                state.route.deliver.of_blocks(state.of_blocks(self.part.blocks)), "state", state.live, state.live
-            )
+            self._changes = self.wave.changes(self.part.blocks, self.context.options, self.context.step)
+        if self.wave.whole:  # all others get the same
+            mine = side.into.get(self.rank, [])
+            results = self._new_weights(mine) if self.sends_weights else [self._update(p) for p in mine]
+            state = [buffer[index] for buffer, index in self._changes.get(self.rank, ())]
+            everything = packed([*results, *state], self.wave.device)
+            out = {rank: [everything] for rank in ranks.others}
+        else:
+            out = {rank: [self._update(p) for p in pieces] for rank, pieces in side.out.items() if rank != self.rank}
+        into = {
+            rank: [
+                *_forms(side.into.get(rank, []), self.result_dtype),
+                *(Form(tuple(buffer[index].shape), buffer.dtype) for buffer, index in self._changes.get(rank, ())),
+            ]
+            for rank in ranks.others
+        }
+        self._sending = ranks.all_to_all("updates", out, into, self.wave.device)
 
-    def finish(self) -> None:
-        """p <- (1 - lr wd) p - lr u on what this rank holds."""
-        own = self.route.deliver.into.get(self.rank, [])
-        found: dict[int, list[tuple[Piece, Tensor]]] = {m: [] for m in self.wanted}
-        for pieces, updates in [
-            (own, [self._update(p) for p in own]),
-            *self._arrived(self._delivering, self.route.deliver),
-        ]:
-            for piece, update in zip(pieces, updates, strict=True):
-                found[piece.member].append((piece, update))
-        for together in self._in_turn():
-            flats = {m: self.wave.members[m].held.weights() for m in together}
-            changes = [change for m in together for change in found[m]]
-            pieces = [piece for piece, _ in changes]
-            self._apply(pieces, [p.of_flat(flats[p.member]) for p in pieces], [update for _, update in changes])
-            for m, flat in flats.items():
-                self.wave.members[m].held.write_back(flat)
-        self._updates, self._delivering = {}, None
-
-    def _in_turn(self) -> list[list[int]]:
-        """Parameters that are changed together: one of which `weights` is a copy may lie in another one's memory."""
-        flat = {m: self.wave.members[m].held.is_flat for m in self.wanted}
-        return [[m for m in flat if flat[m]], *([m] for m in flat if not flat[m])]
+    def apply(self) -> None:
+        """p <- (1 - lr wd) p - lr u on what this rank holds, or the new p that came from its owner."""
+        side = self.route.deliver
+        pieces = [] if self.sends_weights else list(side.into.get(self.rank, ()))
+        results = [self._update(p) for p in pieces]
+        for rank, received in self._sending.wait().items() if self._sending else ():
+            theirs = side.into.get(rank, [])
+            pieces += theirs
+            results += received[: len(theirs)]
+            for (buffer, index), rows in zip(self._changes.get(rank, ()), received[len(theirs) :], strict=True):
+                buffer[index] = rows
+        self._write(pieces, results, new_weights=self.sends_weights)
+        self._updates, self._changes, self._sending = {}, {}, None
 
     def _rows(self, stack: Stack) -> list[int]:
-        """The rows of a stack whose blocks are computed here now."""
-        return [
-            i
-            for i, block in enumerate(stack.blocks)
-            if block in self.part.blocks and (not self.split or self.wave.owners[block] == self.rank)
-        ]
+        """The rows of a stack whose blocks are this rank's."""
+        return [i for i, b in enumerate(stack.blocks) if b in self.part.blocks and self.wave.owners[b] == self.rank]
 
     def _collected(self, stacks: list[Stack]) -> list[list[Tensor]]:
         """For each source (gradients, weights) and stack: float32 (B, *shape)."""
@@ -159,30 +172,43 @@ class Job:
         ]
         views = [self._by_block(stacks, tensors) for tensors in filled]
         to = [p.of_block(view[p.block]) for view in views for p in mine]
-        values = [self._on_wire(p.of_flat(source[p.member]), side) for source in self._sources for p in mine]
-        for theirs, received in self._arrived(self._collecting, side, len(views)):
-            to += [p.of_block(view[p.block]) for view in views for p in theirs]
+        values = [p.of_flat(source[p.member]).to(self.gradient_dtype) for source in self._sources for p in mine]
+        for rank, received in self._collecting.wait().items() if self._collecting else ():
+            to += [p.of_block(view[p.block]) for view in views for p in side.into.get(rank, ())]
             values += received
         if to:
             torch._foreach_copy_(to, values)
         return filled
 
-    def _arrived(
-        self, pending: Pending | None, side: Exchange, times: int = 1
-    ) -> Iterator[tuple[list[Piece], list[Tensor]]]:
-        """What each other rank sent: its pieces, and their values (rows, columns), the pieces' `times` over."""
-        if pending is None:
-            return
-        for rank, flat in enumerate(pending.wait()):
-            pieces = side.into.get(rank, []) if rank != self.rank else []
-            if pieces:
-                parts = flat.split([p.numel for p in pieces] * times)
-                yield pieces, [t.view(p.rows, p.columns) for t, p in zip(parts, pieces * times, strict=True)]
+    def _new_weights(self, pieces: list[Piece]) -> list[Tensor]:
+        """Update pieces of this rank's blocks; what became of them."""
+        self._write(pieces, [self._update(p) for p in pieces], new_weights=False)
+        flats = {m: self.wave.members[m].held.weights() for m in {p.member for p in pieces}}
+        return [p.of_flat(flats[p.member]) for p in pieces]
 
-    def _apply(self, pieces: list[Piece], targets: list[Tensor], updates: list[Tensor]) -> None:
-        """The update, in float32 or better, rounded to the parameters' dtype (bfloat16 stochastically, if asked)."""
-        if not targets:
-            return
+    def _write(self, pieces: list[Piece], results: list[Tensor], new_weights: bool) -> None:
+        """Change pieces of the weights."""
+        found: dict[int, list[tuple[Piece, Tensor]]] = {}
+        for piece, result in zip(pieces, results, strict=True):
+            found.setdefault(piece.member, []).append((piece, result))
+        for together in self._in_turn(found):
+            flats = {m: self.wave.members[m].held.weights() for m in together}
+            changed, values = zip(*(change for m in together for change in found[m]), strict=True)
+            targets = [p.of_flat(flats[p.member]) for p in changed]
+            if new_weights:
+                torch._foreach_copy_(targets, values)
+            else:
+                self._descend(changed, targets, values)
+            for m, flat in flats.items():
+                self.wave.members[m].held.write_back(flat)
+
+    def _in_turn(self, members: Iterable[int]) -> list[list[int]]:
+        """Parameters that are changed together: one of which `weights` is a copy may lie in another one's memory."""
+        flat = {m: self.wave.members[m].held.is_flat for m in members}
+        return [found for found in ([m for m in flat if flat[m]], *([m] for m in flat if not flat[m])) if found]
+
+    def _descend(self, pieces: Sequence[Piece], targets: list[Tensor], updates: Sequence[Tensor]) -> None:
+        """p <- (1 - lr wd) p - lr u, in float32 or better, rounded to p's dtype (bfloat16 stochastically, if asked)."""
         dtype, options, keep = targets[0].dtype, self.context.options, 1 - self.lr * self.weight_decay
         if dtype in (torch.float32, torch.float64):
             torch._foreach_mul_(targets, keep)
@@ -203,10 +229,6 @@ class Job:
 
     def _update(self, piece: Piece) -> Tensor:
         return piece.of_block(self._updates[piece.block])
-
-    def _on_wire(self, x: Tensor, side: Exchange) -> Tensor:
-        """As it is sent, if anything is."""
-        return x.to(torch.bfloat16) if self.context.options.wire == "bf16" and not side.local else x
 
     def _by_block(self, stacks: list[Stack], tensors: list[Tensor]) -> dict[int, Tensor]:
         """Block -> its matrix in the tensor (B, *shape) of its stack."""
@@ -262,8 +284,8 @@ def raise_together(ranks: Ranks, error: Exception | None) -> None:
     raise RuntimeError(f"rank {rank} failed, so no rank goes on; there: {messages[rank]}")
 
 
-def _numel(pieces: Sequence[Piece]) -> int:
-    return sum(p.numel for p in pieces)
+def _forms(pieces: Sequence[Piece], dtype: torch.dtype) -> list[Form]:
+    return [Form((p.rows, p.columns), dtype) for p in pieces]
 
 
 def _positions(row: int, column: int, rows: int, columns: int, width: int, device: torch.device) -> Tensor:

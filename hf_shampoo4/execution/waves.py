@@ -6,19 +6,17 @@ state buffers have B rows, and `optimizer.state[p]` holds the rows of parameter 
 large embedding, is a wave of several *parts*, which are computed one after the other.  That bounds the memory that a
 step needs at a time, whatever the size of the model.
 
-Where every rank holds all of a parameter (one process, DDP), every rank keeps the state of all its blocks and computes
-them all; but those whose factors a step refreshes are computed by their owners, who send what changed to the others.
-Everywhere else a block's owner alone keeps its state and computes it.
+A block's owner updates it, and sends the result to all that hold it.  Where every rank holds all of a parameter (one
+process, DDP), every rank keeps all state too: owners send what a step has changed of it along.  Everywhere else a
+block's owner alone keeps its state.
 """
 
 from __future__ import annotations
 
-import math
 import zlib
-from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
-from itertools import accumulate
+from functools import cached_property, lru_cache
 from typing import Any
 
 import torch
@@ -27,12 +25,12 @@ from torch import Tensor
 from ..exceptions import CheckpointError
 from ..numerics.storage import Index, allocate, index_of, put_back, taken
 from ..options import Options
-from ..preconditioners.algorithms import Algorithm, Elementwise, State
-from ..sharding.exchange import Cut, Exchange, Piece, Ranks, Route, route
+from ..preconditioners.algorithms import Algorithm, Elementwise, State, refreshed
+from ..sharding.exchange import Cut, Exchange, Form, Piece, Ranks, Route, route
 from ..sharding.geometry import MatrixView, Rect
 from ..sharding.local_parameter import Held
 from ..sharding.placement import Placement, assign, held_here, ranges, sharded, whole
-from .blocking import Block, _in_parts, _in_waves, blocks_of, loads_of, places_of, refreshed
+from .blocking import Block, _in_parts, _in_waves, blocks_of, loads_of, places_of
 from .state_layout import Entry, blocks_key, state_key
 
 
@@ -172,36 +170,36 @@ class Wave:
         """Of every block."""
         return [place for member in self.members for place in member.places]
 
+    @property
+    def whole(self) -> bool:
+        """Whether every rank holds all of its parameters."""
+        return all(member.placement.whole for member in self.members)
+
     @cached_property
-    def split(self) -> list[Part]:
-        """Owners compute their blocks."""
+    def parts(self) -> list[Part]:
+        """What is computed one after the other."""
         cuts = [_cut(member, member.placement, member.owners) for member in self.members]
-        return self._parts(route(self.ranks.rank, self.ranks.world, cuts), self.owners)
-
-    @cached_property
-    def alone(self) -> list[Part]:
-        """This rank computes everything, from what it holds."""
-        cuts = [_cut(m, whole(m.placement.shape, 1), [0] * len(m.blocks)) for m in self.members]
-        return self._parts(route(0, 1, cuts), [0] * len(self.rects))
-
-    def shared(self, options: Options, step: int) -> Iterator[tuple[Part, bool]]:
-        """What is computed one after the other in a step, and whether owners do it or every rank does.
-
-        What refreshes takes so long that owners do it, even where every rank could.
-        """
-        if not self.replicated:
-            yield from ((part, True) for part in self.split)
-        elif self.ranks.world == 1:
-            yield from ((part, False) for part in self.alone)
-        else:
-            long = refreshed(options, step, self.places)
-            yield from ((part.of(some), True) for part in self.split if (some := part.blocks & long))
-            yield from ((part.of(some), False) for part in self.alone if (some := part.blocks - long))
-
-    def _parts(self, way: Route, owners: list[int]) -> list[Part]:
         blocks = [block for member in self.members for block in member.blocks]
-        every = Part(frozenset(range(len(blocks))), way)
-        return [every.of(frozenset(part)) for part in _in_parts(blocks, owners, self.members[0].parts)]
+        every = Part(frozenset(range(len(blocks))), route(self.ranks.rank, self.ranks.world, cuts))
+        return [every.of(frozenset(part)) for part in _in_parts(blocks, self.owners, self.members[0].parts)]
+
+    def changes(self, blocks: Collection[int], options: Options, step: int) -> dict[int, list[tuple[Tensor, Index]]]:
+        """Owner -> the rows of the stacks' buffers that a step of some blocks changes, in the same order everywhere."""
+        found: dict[int, list[tuple[Tensor, Index]]] = {}
+        for stack in self.stacks:
+            rows: dict[int, list[int]] = {}
+            for i, block in enumerate(stack.blocks):
+                if block in blocks:
+                    rows.setdefault(self.owners[block], []).append(i)
+            rare = refreshed(stack.algorithm, options, step, stack.places)
+            for tensor, buffers in stack.state.items():
+                due = rare.get(tensor)
+                for owner, of_owner in rows.items():
+                    changed = of_owner if due is None else [i for i in of_owner if i in due]
+                    if changed:
+                        index = _spaced(tuple(changed), self.device)
+                        found.setdefault(owner, []).extend((buffer, index) for buffer in buffers.values())
+        return found
 
     def of_members(self, part: Part, wanted: Collection[int]) -> Part:
         """What of a part is of some parameters."""
@@ -323,13 +321,9 @@ class StateMap:
         ]
         self.cuts: list[Cut] = []
         self.first = [0]
-        self.blocks: list[int] = []
-        """Of the wave, for every row of every group."""
-        starts = [0, *accumulate(len(member.blocks) for member in wave.members)]
         for m, algorithm in self.groups:
             member = wave.members[m]
             rows = member.rows(algorithm)
-            self.blocks += [starts[m] + i for i in rows]
             rects = [Rect(0, 0, 1, k, k + 1) for k in range(len(rows))]
             placement = _saved_placement(member.parameter, len(rows), wave.ranks.world)
             self.cuts.append(Cut(placement, MatrixView(1, 1, len(rows)), rects, [member.owners[i] for i in rows]))
@@ -346,10 +340,6 @@ class StateMap:
         """The blocks of a group whose state lives on this rank."""
         owners = self.cuts[group].owners
         return [k for k, owner in enumerate(owners) if self.wave.keeps(owner)]
-
-    def of_blocks(self, wanted: Collection[int]) -> set[int]:
-        """The rows, as the route counts them, of some blocks of the wave."""
-        return {row for row, block in enumerate(self.blocks) if block in wanted}
 
     def layout(self, group: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         """State key -> shape of a row and dtype."""
@@ -381,29 +371,23 @@ class StateMap:
         return found
 
     def move(self, side: Exchange, purpose: str, source: list[Entry], target: list[Entry]) -> None:
-        """Copy rows from where they are to where the exchange says, all of them in one all-to-all of bytes."""
+        """Copy rows from where they are to where the exchange says, all of them in one all-to-all."""
         ranks = self.wave.ranks
         outgoing = {rank: self._rows(pieces, source) for rank, pieces in side.out.items()}
         incoming = {rank: self._rows(pieces, target) for rank, pieces in side.into.items()}
-        out = {
-            rank: [t[rows].reshape(-1).view(torch.uint8) for t, rows, _ in there if rank != ranks.rank]
-            for rank, there in outgoing.items()
-        }
-        sizes = {rank: sum(count * _row_bytes(t) for t, _, count in there) for rank, there in incoming.items()}
-        if source is not target:
-            for (t, rows, _), (s, theirs, _) in zip(
-                incoming.get(ranks.rank, ()), outgoing.get(ranks.rank, ()), strict=True
-            ):
-                t[rows] = s[theirs]
+        for (t, rows, _), (s, theirs, _) in zip(
+            incoming.get(ranks.rank, ()), outgoing.get(ranks.rank, ()), strict=True
+        ):
+            t[rows] = s[theirs]
         if side.local:
             return
-        received = ranks.all_to_all(purpose, out, sizes, _empty((0,), torch.uint8, self.wave.device)).wait()
-        for rank, there in incoming.items():
-            at = 0
-            for t, rows, count in there if rank != ranks.rank else ():
-                size = count * _row_bytes(t)
-                t[rows] = received[rank][at : at + size].clone().view(t.dtype).view(count, *t.shape[1:])
-                at += size
+        out = {rank: [t[rows] for t, rows, _ in there] for rank, there in outgoing.items() if rank != ranks.rank}
+        into = {
+            rank: [Form((count, *t.shape[1:]), t.dtype) for t, _, count in there] for rank, there in incoming.items()
+        }
+        for rank, there in ranks.all_to_all(purpose, out, into, self.wave.device).wait().items():
+            for (t, rows, _), received in zip(incoming.get(rank, ()), there, strict=True):
+                t[rows] = received
 
     def _rows(self, pieces: Sequence[Piece], tensors: list[Entry]) -> list[tuple[Tensor, Index, int]]:
         """(tensor, its rows, how many) for every tensor of the groups that the pieces are of."""
@@ -549,8 +533,13 @@ def _as_saved(rows: Tensor, p: Any, blocks: int) -> Tensor:
     return DTensor.from_local(rows, p.device_mesh, _by_block(p), run_check=False, shape=shape, stride=stride)
 
 
-def _row_bytes(t: Tensor) -> int:
-    return math.prod(t.shape[1:]) * t.element_size()
+@lru_cache(maxsize=1 << 14)
+def _spaced(rows: tuple[int, ...], device: torch.device) -> Index:
+    """Rows of a buffer to be copied: a slice if they are evenly spaced, as blocks that were dealt in turn are."""
+    step = rows[1] - rows[0] if len(rows) > 1 else 1
+    if rows == tuple(range(rows[0], rows[-1] + 1, step)):
+        return slice(rows[0], rows[-1] + 1, step)
+    return torch.tensor(rows, device=device)
 
 
 def _empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:

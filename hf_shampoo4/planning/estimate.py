@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cache
@@ -24,8 +25,9 @@ from ..execution.blocking import Block, _in_parts, _in_waves, blocks_of, loads_o
 from ..execution.waves import Member, _assign
 from ..groups import is_of_matrices, param_groups
 from ..integrations.trainer import OPTIMS, head_options
-from ..options import EIGENBASIS, NAMES, Options, parse_optim_args, resolve
-from ..preconditioners.algorithms import Elementwise
+from ..numerics.storage import nbytes
+from ..options import NAMES, Options, parse_optim_args, resolve
+from ..preconditioners.algorithms import Elementwise, intervals
 from ..sharding.geometry import Rect
 from ..sharding.local_parameter import held_itself
 from ..sharding.placement import Placement, Region, ranges, sharded, whole
@@ -91,8 +93,8 @@ class Plan:
     work: Load
     """Operations of the blocks' owners, an average step: `preconditioners.operations.Work.cost`."""
     wire_step: Load
-    """Sent by the optimizer in a step, on average where refreshes are spread over the steps of a period; what the data
-    parallelism itself sends is not in it."""
+    """Sent by the optimizer in a late step, on average where refreshes are spread over the steps of a period; what the
+    data parallelism itself sends is not in it."""
     wire_refresh: Load
     """The same in a step that computes all factors, roots or bases."""
     others: dict[str, Load]
@@ -332,8 +334,9 @@ class _Tally:
             self._add_wave(batch, group)
 
     def _add_wave(self, members: Sequence[Member], group: _Group) -> None:
-        counts: np.ndarray = np.zeros((5, self.world), np.int64)
-        owned, kept, state, held, asked = counts
+        counts: np.ndarray = np.zeros((4, self.world), np.int64)
+        owned, kept, held, asked = counts
+        state: np.ndarray = np.zeros(self.world, np.int64)
         for member in members:
             held += self._held(member.placement)
             asked += self._asked(member)
@@ -344,12 +347,9 @@ class _Tally:
                 kept[owner] += _overlap(block, member.placement.share_of[owner].region)
                 state[owner] += load.bytes
                 self.work[owner] += load.flops
-        computed = np.full(self.world, owned.sum()) if group.replicated else owned
         self.state += state.sum() if group.replicated else state
-        owners = [owner for member in members for owner in member.owners]
-        split = _parts(members, owners)
-        parts = _parts(members, [0] * len(owners)) if group.replicated else split
-        at_once: np.ndarray = -(-computed // parts)
+        split = _parts(members)
+        at_once: np.ndarray = -(-owned // split)
         self.working = np.maximum(self.working, 4 * _working_copies(group.options) * at_once)
         if self.world > 1:
             self._add_traffic(members, group, split, *counts)
@@ -375,39 +375,48 @@ class _Tally:
         return found
 
     def _add_traffic(
-        self,
-        members: Sequence[Member],
-        group: _Group,
-        split: int,
-        owned: Any,
-        kept: Any,
-        state: Any,
-        held: Any,
-        asked: Any,
+        self, members: Sequence[Member], group: _Group, split: int, owned: Any, kept: Any, held: Any, asked: Any
     ) -> None:
         """Entries that a rank gives and does not own travel to their owner, and back to all that hold them."""
-        gradient, update = (2, 2) if group.options.wire == "bf16" else (members[0].parameter.element_size(), 4)
-        if members[0].placement.whole:  # the owner has the gradient; everybody needs the update
-            out, into = (self.world - 1) * update * owned, update * (owned.sum() - owned)
+        width, short = members[0].parameter.element_size(), group.options.wire == "bf16"
+        gradient, update = (2, 2) if short else (width, 4)
+        if members[0].placement.whole:  # the owner has the gradient and the weights; everybody needs the new ones
+            weights = 2 if short else width
+            out, into = (self.world - 1) * weights * owned, weights * (owned.sum() - owned)
         else:
             copies = held.sum() // owned.sum()
             out = gradient * (asked - kept) + update * (copies * owned - kept)
             into = gradient * (owned - kept) + update * (held - kept)
-        if group.replicated:  # a step without a refresh is computed by everybody; a refresh changes state
-            out, into = out + (self.world - 1) * state, into + state.sum() - state
-            if group.options.algorithm == "elementwise":
-                return
-            if group.options.algorithm in EIGENBASIS and group.options.stagger:
-                self.wire_step += out // group.options.stats_every
-        else:
-            self.wire_step += out
-        self.wire_refresh += out
-        self.exchange = np.maximum(self.exchange, -(-(out + into) // split))
+        often, seldom = _changed(members, group, self.world)
+        refresh = out + (self.world - 1) * sum(seldom.values(), often)
+        self.wire_step += out + (self.world - 1) * often
+        if group.options.stagger:
+            for every, size in seldom.items():
+                self.wire_step += (self.world - 1) * size // every
+        self.wire_refresh += refresh
+        arriving = into + (refresh - out).sum() // (self.world - 1) - (refresh - out) // (self.world - 1)
+        self.exchange = np.maximum(self.exchange, -(-(refresh + arriving) // split))
 
 
-def _parts(members: Sequence[Member], owners: Sequence[int]) -> int:
+def _changed(members: Sequence[Member], group: _Group, world: int) -> tuple[np.ndarray, dict[int, np.ndarray]]:
+    """Bytes of state that every rank's blocks change for all to have: at each step, and once in so many steps."""
+    often: np.ndarray = np.zeros(world, np.int64)
+    seldom: dict[int, np.ndarray] = {}
+    blocks = Counter((b.algorithm, o) for m in members for b, o in zip(m.blocks, m.owners, strict=True))
+    for (algorithm, owner), count in blocks.items() if group.replicated else ():
+        sizes = {name: count * nbytes(storage) for name, storage in algorithm.storages().items()}
+        for refresh, names in algorithm.refreshes().items():
+            seldom.setdefault(intervals(group.options)[refresh], np.zeros(world, np.int64))[owner] += sum(
+                sizes.pop(name) for name in names
+            )
+        often[owner] += sum(sizes.values())
+    return often, seldom
+
+
+def _parts(members: Sequence[Member]) -> int:
     """In how many parts a wave is computed."""
-    return len(_in_parts([block for member in members for block in member.blocks], owners, members[0].parts)) or 1
+    blocks = [block for member in members for block in member.blocks]
+    return len(_in_parts(blocks, [owner for member in members for owner in member.owners], members[0].parts)) or 1
 
 
 def _overlap(block: Block, region: Region) -> int:

@@ -61,6 +61,14 @@ def ahead(options: Options, places: Sequence[float]) -> Sequence[float]:
     return places if options.stagger else [0.0] * len(places)
 
 
+def refreshed(algorithm: Algorithm, options: Options, step: int, places: Sequence[float]) -> dict[str, set[int]]:
+    """Tensors that a step changes in some blocks only, and the positions of these; all other tensors change in all."""
+    turns = {
+        refresh: set(due(step, every, ahead(options, places))) for refresh, every in intervals(options, step).items()
+    }
+    return {name: turns[refresh] for refresh, names in algorithm.refreshes().items() for name in names}
+
+
 def due(step: int, every: int, places: Sequence[float]) -> list[int]:
     """Positions of the blocks whose turn it is at a step, each once in a period of `every` steps."""
     return [i for i, place in enumerate(places) if (step + int(place * every)) % every == 0]
@@ -122,6 +130,9 @@ class Algorithm(Protocol):
     def work(self) -> dict[str, Work]:
         """A block's operations: of every "step", and of each refresh of `intervals` beyond these."""
 
+    def refreshes(self) -> dict[str, list[str]]:
+        """Tensors that only a refresh of `intervals` changes; all others change at every step."""
+
     def precondition(self, state: State, g: Tensor, context: Context) -> Preconditioned:
         """Bring the state up to date with a gradient, (B, *shape) float32, and precondition it; `g` is not changed."""
 
@@ -141,6 +152,9 @@ class Elementwise:
 
     def work(self) -> dict[str, Work]:
         return {"step": Work()}
+
+    def refreshes(self) -> dict[str, list[str]]:
+        return {}
 
     def precondition(self, state: State, g: Tensor, context: Context) -> Preconditioned:
         return Preconditioned(g)
@@ -174,6 +188,11 @@ class Shampoo:
         # L^-1/4 G R^-1/4;  G G^T and G^T G
         step = statistics = product(m, m, n) + product(m, n, n)
         return {"step": step, "stats": statistics + left_update + right_update, "roots": left_root + right_root}
+
+    def refreshes(self) -> dict[str, list[str]]:
+        of_sides = [name for name in self.storages() if name.startswith(("left.", "right."))]
+        roots = [name for name in of_sides if name.endswith(".root")]
+        return {"stats": [name for name in of_sides if name not in roots], "roots": roots}
 
     def precondition(self, state: State, g: Tensor, context: Context) -> Preconditioned:
         due = intervals(context.options, context.step)
@@ -238,6 +257,9 @@ class Eigenbasis:
         # the statistics;  what is carried over: G' goes apart where the second moment needs it;  the bases themselves
         carried = turn if self.scaled else turn * 2
         return {"step": step, "turn": turn + carried + total(side.turn_work() for side in sides)}
+
+    def refreshes(self) -> dict[str, list[str]]:
+        return {"turn": [name for name in self.storages() if name.endswith(".basis")]}
 
     def precondition(self, state: State, g: Tensor, context: Context) -> Preconditioned:
         o = context.options

@@ -7,6 +7,7 @@ send to itself stays where it is: one process is the case in which that is every
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -128,23 +129,51 @@ def _patches_by_matrix(region: Region, view: MatrixView) -> dict[int, list[Patch
     return found
 
 
+class Form(NamedTuple):
+    """Of a tensor that is to come."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def packed(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
+    """uint8: the bytes of some tensors, one after the other."""
+    parts = [t.contiguous().view(-1).view(torch.uint8) for t in tensors]
+    if len(parts) == 1:
+        return parts[0]
+    return torch.cat(parts) if parts else torch.empty(0, dtype=torch.uint8, device=device)
+
+
 @dataclass
 class Pending:
-    """An all-to-all under way; whoever waits for it gets what each rank sent."""
+    """An all-to-all under way; whoever waits for it gets what the others sent."""
 
     received: Tensor
-    sizes: list[int]
+    into: Mapping[int, Sequence[Form]]
+    """What each of the others sends, by rank in ascending order."""
     device: torch.device
     work: Any = None
     sent: Tensor | None = None
     """Kept alive until the transfer is over."""
 
-    def wait(self) -> list[Tensor]:
-        """Flat, one tensor a rank; empty from this rank itself."""
+    def wait(self) -> dict[int, list[Tensor]]:
+        """The tensors that came, by the rank that sent them."""
         if self.work is not None:
             self.work.wait()
         self.work = self.sent = None
-        return list(self.received.to(self.device).split(self.sizes))
+        forms = [form for forms in self.into.values() for form in forms]
+        parts = iter(self.received.to(self.device).split([form.nbytes for form in forms]))
+        return {rank: [_as(next(parts), form) for form in forms] for rank, forms in self.into.items()}
+
+
+def _as(part: Tensor, form: Form) -> Tensor:
+    """Bytes as what they were; copied where they do not lie at a multiple of the dtype's size."""
+    aligned = part if part.storage_offset() % form.dtype.itemsize == 0 else part.clone()
+    return aligned.view(form.dtype).view(form.shape)
 
 
 @dataclass
@@ -163,27 +192,36 @@ class Ranks:
             return cls(dist.get_rank(), dist.get_world_size())
         return cls()
 
+    @property
+    def others(self) -> list[int]:
+        """All ranks but this one."""
+        return [rank for rank in range(self.world) if rank != self.rank]
+
     def all_to_all(
-        self, purpose: str, out: Mapping[int, Sequence[Tensor]], sizes: Mapping[int, int], like: Tensor
+        self,
+        purpose: str,
+        out: Mapping[int, Sequence[Tensor]],
+        into: Mapping[int, Sequence[Form]],
+        device: torch.device,
     ) -> Pending:
         """Send tensors to ranks; every rank must call it, also one with nothing to send or to receive.
 
         Args:
             purpose: what the bytes are counted under.
-            out: rank -> tensors for it, of one dtype; those for this rank itself are left out.
-            sizes: rank -> number of entries that come from it.
-            like: has the dtype on the wire, and the device on which what comes is wanted.
+            out: rank -> tensors for it, of any dtype; those for this rank itself are left out.
+            into: rank -> what comes from it.
+            device: where that is wanted.
         """
-        others = [rank for rank in range(self.world) if rank != self.rank]
-        wire = _wire_device(like.device)
-        parts = [t.reshape(-1) for rank in others for t in out.get(rank, ())]
-        sent = torch.cat([t.to(wire, like.dtype) for t in parts]) if parts else like.new_empty(0, device=wire)
-        counts = [0 if r == self.rank else sum(t.numel() for t in out.get(r, ())) for r in range(self.world)]
-        expected = [0 if r == self.rank else sizes.get(r, 0) for r in range(self.world)]
-        received = like.new_empty(sum(expected), device=wire)
+        wire = _wire_device(device)
+        parts = [packed(out.get(rank, ()), device) for rank in self.others]
+        sent = torch.cat(parts).to(wire) if parts else torch.empty(0, dtype=torch.uint8, device=wire)
+        counts, expected = [0] * self.world, [0] * self.world
+        for rank, part in zip(self.others, parts, strict=True):
+            counts[rank], expected[rank] = part.numel(), sum(form.nbytes for form in into.get(rank, ()))
+        received = torch.empty(sum(expected), dtype=torch.uint8, device=wire)
         work = dist.all_to_all_single(received, sent, expected, counts, async_op=True)
-        self.sent[purpose] = self.sent.get(purpose, 0) + sent.numel() * sent.element_size()
-        return Pending(received, expected, like.device, work, sent)
+        self.sent[purpose] = self.sent.get(purpose, 0) + sent.numel()
+        return Pending(received, {rank: into.get(rank, ()) for rank in self.others}, device, work, sent)
 
     def reduce(self, x: Tensor, largest: bool = False) -> Tensor:
         """The sum over ranks (or the largest), the same bits on all of them; written in place of x where it can be."""

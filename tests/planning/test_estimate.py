@@ -197,24 +197,24 @@ def test_every_rank_holds_and_sends_what_is_said(sharding: str, options: dict[st
     for rank, found in enumerate(live_ranks(model, world, layout, options)):
         tensors = [[t for s in w.stacks for buffers in s.state.values() for t in buffers.values()] for w in found]
         state.append(sum(t.numel() * t.element_size() for own in tensors for t in own))
-        always = often = 0
+        average = most = 0
         for wave in found if world > 1 else ():
             gradient, update = (2, 2) if options.get("wire") == "bf16" else (4, 4)
-            ((collect, deliver),) = [part.route for part in wave.split]
+            ((collect, deliver),) = [part.route for part in wave.parts]
             sent = sum(gradient * p.numel for r, ps in collect.out.items() if r != rank for p in ps)
             sent += sum(update * p.numel for r, ps in deliver.out.items() if r != rank for p in ps)
-            factored = any(hasattr(s.algorithm, "left") for s in wave.stacks)
-            if wave.replicated:
-                mine = [b for b, owner in enumerate(wave.owners) if owner == rank]
-                rows = {b: s for s in wave.stacks for b in s.blocks}
-                bytes_of = {id(s): sum(nbytes(x) for x in s.algorithm.storages().values()) for s in wave.stacks}
-                sent += (world - 1) * sum(bytes_of[id(rows[b])] for b in mine)
-                always += sent // 10 if factored else 0  # on average: a tenth of the blocks turns in each step
-                often += sent if factored else 0
-            else:
-                always, often = always + sent, often + sent
-        step.append(always)
-        refresh.append(often)
+            average, most = average + sent, most + sent
+            bases = 0
+            for stack in wave.stacks if wave.replicated else ():
+                mine = sum(wave.owners[block] == rank for block in stack.blocks)
+                for name, storage in stack.algorithm.storages().items():
+                    size = (world - 1) * mine * nbytes(storage)
+                    most += size
+                    average += 0 if "basis" in name else size
+                    bases += size if "basis" in name else 0
+            average += bases // 10  # a tenth of the bases turns in each step
+        step.append(average)
+        refresh.append(most)
     for load, ranks in ((made.state, state), (made.wire_step, step), (made.wire_refresh, refresh)):
         assert (load.total, load.largest) == (sum(ranks), max(ranks))
 

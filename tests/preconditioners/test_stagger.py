@@ -9,7 +9,7 @@ import torch
 
 import hf_shampoo4
 from hf_shampoo4.execution import waves
-from hf_shampoo4.execution.blocking import places_of, refreshed
+from hf_shampoo4.execution.blocking import places_of
 from hf_shampoo4.options import Options, resolve
 from hf_shampoo4.preconditioners.algorithms import Context, ahead, due
 from hf_shampoo4.sharding.exchange import Ranks
@@ -98,30 +98,68 @@ def test_a_period_of_one_step_is_the_same_with_and_without() -> None:
         assert torch.equal(p, q)
 
 
-def test_on_two_ranks_owners_refresh_what_is_due_and_every_rank_does_the_rest() -> None:
+def test_replicas_are_sent_a_basis_when_it_has_turned_and_the_rest_at_every_step() -> None:
     options = Options(algorithm="kl_shampoo", stats_every=EVERY, refresh_warmup=0)
     held = [held_itself(f"layer{i}", torch.nn.Parameter(torch.randn(72, 80))) for i in range(COUNT)]
-    ranks = Ranks()
-    ranks.world = 2
-    ((wave,),) = waves.build([(options, held, {one.name: one.shape for one in held})], ranks)
-    everything, seen = frozenset(range(COUNT)), []
+    ((wave,),) = waves.build([(options, held, {one.name: one.shape for one in held})], Ranks(0, 2))
+    (stack,), everything = wave.stacks, range(COUNT)
+    rows: dict[int, torch.Tensor] = {
+        id(buffer): torch.arange(COUNT) for buffers in stack.state.values() for buffer in buffers.values()
+    }
+    seen: list[int] = []
     for number in range(1, EVERY + 1):
-        due = refreshed(options, number, wave.places)
-        parts = list(wave.shared(options, number))
-        by_owner, by_all = (frozenset().union(*(p.blocks for p, split in parts if split is s)) for s in (True, False))
-        assert by_owner == due
-        assert by_all == everything - due
-        seen += due
+        changes = wave.changes(everything, options, number)
+        assert set(changes) == set(wave.owners) == {0, 1}
+        names = {id(buffer): name for name, buffers in stack.state.items() for buffer in buffers.values()}
+        changed: dict[str, set[int]] = {}
+        for owner, of_owner in changes.items():
+            for buffer, index in of_owner:
+                found = set(rows[id(buffer)][index].tolist())
+                assert {wave.owners[stack.blocks[row]] for row in found} == {owner}
+                changed.setdefault(names[id(buffer)], set()).update(found)
+        assert (
+            changed.pop("left.basis", set())
+            == changed.pop("right.basis", set())
+            == set(due(number, EVERY, stack.places))
+        )
+        assert changed == {name: set(everything) for name in stack.state if "basis" not in name}
+        seen += due(number, EVERY, stack.places)
     assert sorted(seen) == sorted(everything)  # once a period
+
+
+OTHERS: list[dict[str, Any]] = [
+    *(
+        {"algorithm": "shampoo", "stats_every": 3, "roots_every": 6, "factor": f}
+        for f in ("eigen", "direct", "cholesky")
+    ),
+    {"algorithm": "soap", "refresh_warmup": 2},
+    {"algorithm": "elementwise"},
+]
+
+
+@pytest.mark.parametrize("options", OTHERS, ids=lambda o: f"{o['algorithm']}{o.get('factor', '')}")
+def test_nothing_changes_but_what_is_said_to(options: dict[str, Any]) -> None:
+    """What is sent to replicas, against what a step has changed, tensor by tensor and block by block."""
+    opt = optimizer(list(range(COUNT)), **options)
+    step(opt, 1)
+    ((wave,),) = [built.waves for built in opt._built.values()]
+    ((tensors),) = [stack.state for stack in wave.stacks]
+    for number in range(2, 14):
+        before = {name: {n: buffer.clone() for n, buffer in buffers.items()} for name, buffers in tensors.items()}
+        step(opt, number)
+        said = {id(b): torch.zeros(COUNT, dtype=torch.bool) for buffers in tensors.values() for b in buffers.values()}
+        for buffer, index in wave.changes(range(COUNT), Options.of(opt.param_groups[0]), number)[0]:
+            said[id(buffer)][index] = True
+        for name, buffers in tensors.items():
+            for n, buffer in buffers.items():
+                changed = (buffer != before[name][n]).reshape(COUNT, -1).any(-1)
+                assert not (changed & ~said[id(buffer)]).any(), (number, name)
 
 
 def test_bases_are_staggered_and_the_papers_shampoo_is_not() -> None:
     assert Options(**resolve({})).stagger
     assert not Options(**resolve({"algorithm": "shampoo"})).stagger
     assert Options(**resolve({"algorithm": "shampoo", "stagger": True})).stagger
-    together = refreshed(Options(**resolve({"algorithm": "shampoo"})), 10, [0.0, 0.3, 0.6])
-    assert together == {0, 1, 2}
-    assert not refreshed(Options(algorithm="shampoo"), 10, [0.0, 0.3, 0.6])  # its graft needs whole parameters
 
 
 def test_neighbours_are_refreshed_together_as_many_in_each_step() -> None:

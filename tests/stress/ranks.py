@@ -460,8 +460,8 @@ def equality(case: Case, truths: dict[str, dict[str, Tensor]]) -> dict[str, Any]
         "sent": dict(run.optimizer._ranks.sent),
         "theory": theory(run, case.steps),
         "exchanges": EXCHANGES.pop("made", 0),
-        "parts": sum(len(wave.split) for wave in run.optimizer._all_waves()),
-        "most_parts": max(len(wave.split) for wave in run.optimizer._all_waves()),
+        "parts": sum(len(wave.parts) for wave in run.optimizer._all_waves()),
+        "most_parts": max(len(wave.parts) for wave in run.optimizer._all_waves()),
         "ms_per_step": round(1e3 * seconds / case.steps, 1),
     }
 
