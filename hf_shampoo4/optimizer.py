@@ -17,6 +17,7 @@ from typing import Any, NamedTuple, NoReturn
 import torch
 from torch import Tensor
 
+from .checkpointing.checksums import verified
 from .checkpointing.formats import FORMAT, check_entry, clean_name, pack, unpack, well_formed
 from .exceptions import CheckpointError, OptionError, SparseGradient
 from .execution.blocking import blocks_of
@@ -178,10 +179,10 @@ class Shampoo4bit(torch.optim.Optimizer):
         which are the run's own.  Hooks that adapt a state dict run before anything is checked.
 
         Raises:
-            CheckpointError: written by another optimizer, for another model or with other structural options, or
-                incomplete.  Nothing is changed then.
+            CheckpointError: written by another optimizer, for another model or with other structural options,
+                incomplete, or not what `checkpoint convert` has written, by its checksums.  Nothing is changed then.
         """
-        state_dict = unpack(state_dict)
+        state_dict = unpack(verified(state_dict))
         state_dict = dict(state_dict) if isinstance(state_dict, dict) else state_dict
         for before in self._optimizer_load_state_dict_pre_hooks.values():
             changed = before(self, state_dict)

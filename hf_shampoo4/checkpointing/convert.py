@@ -24,6 +24,7 @@ from typing import Any
 from ..exceptions import CheckpointError, OptionError
 from ..options import NAMES, Options
 from ..utils.files import replacing
+from . import checksums
 from .completeness import last_complete
 from .formats import check_metadata, join, unpack, well_formed
 from .optimizer_folder import GROUPS, read_whole
@@ -58,7 +59,7 @@ def main(arguments: Sequence[str]) -> None:
     if output.exists():
         raise FileExistsError(f"{output} exists: remove it, or choose another --output")
     with replacing(output) as temporary:
-        torch.save(by_position(state_dict), temporary)
+        torch.save(checksums.added(by_position(state_dict)), temporary)
     print(f"wrote {output}")
 
 
@@ -108,7 +109,7 @@ def read(folder: Path) -> dict[str, Any]:
     else:
         state_dict = _loaded(found)
     try:
-        return well_formed(unpack(state_dict))
+        return well_formed(unpack(checksums.verified(state_dict)))
     except CheckpointError as error:
         raise CheckpointError(f"{found}: {error}") from error
 
@@ -121,6 +122,7 @@ def _loaded(file: Path) -> Any:
     """
     import torch
 
+    checksums.check_archive(file)
     try:
         return torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever bytes can do to torch.load
@@ -144,6 +146,7 @@ def _of_stage_0(file: Path) -> Any:
     Raises:
         CheckpointError: the file is damaged, or has no optimizer.
     """
+    checksums.check_archive(file)
     try:
         found = _without_classes(file).get("optimizer")
     except Exception as error:  # whatever bytes can do to torch.load
@@ -170,6 +173,7 @@ def _joined(files: list[Path]) -> dict[str, Any]:
     """
     parts = []
     for file in files:
+        checksums.check_archive(file)
         try:
             part = _without_classes(file)["optimizer_state_dict"]
             count = part["partition_count"]

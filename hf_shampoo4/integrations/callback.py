@@ -8,6 +8,7 @@ from typing import Any
 
 from transformers.trainer_callback import ExportableState, TrainerCallback
 
+from ..checkpointing.checksums import check_archive
 from ..checkpointing.completeness import CALLBACK, STATE, incomplete
 from ..exceptions import CheckpointError
 from ..optimizer import Shampoo4bit
@@ -37,7 +38,7 @@ class Shampoo4bitCallback(TrainerCallback, ExportableState):
         """Refuse a half-written checkpoint, turn shares of training into steps, and print what is preconditioned how.
 
         Raises:
-            CheckpointError: the checkpoint that the Trainer has resumed from is not whole.
+            CheckpointError: the checkpoint that the Trainer has resumed from is not whole, or its optimizer damaged.
         """
         self.world_size = args.world_size
         self.local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", self.world_size))
@@ -116,6 +117,8 @@ def _check_whole(args: Any, step: int) -> None:
             f"checkpoint {str(folder)!r} is not complete, its training must have been stopped while it was written: "
             f"{reason}.  `hf-shampoo4 checkpoint last {folder.parent}` finds the last one that is."
         )
+    for name in ("optimizer.pt", "optimizer.bin"):  # the Trainer has just loaded it, and torch compares no checksums
+        check_archive(folder / name)
 
 
 def _unwrapped(optimizer: Any) -> Any:

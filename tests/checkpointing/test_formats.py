@@ -224,6 +224,29 @@ def test_one_turned_bit_is_found_wherever_the_folder_is_read(side: Path, kind: s
     load_and_step(side)
 
 
+def test_one_turned_bit_is_found_in_what_convert_has_written(side: Path) -> None:
+    main(["convert", str(side)])
+    file = side / "optimizer.pt"
+    (side / "groups.json").unlink()
+    whole = torch.load(file, weights_only=True)
+    optimizer = optimizer_of(model())
+    optimizer.load_state_dict(whole)
+    for damage, message in (
+        (lambda d: d["state"][0]["23x20/failures.dense"][2:3].bitwise_xor_(8),
+         "the state of parameter 0 is not"),
+        (lambda d: d["param_groups"][0].update(lr=0.02), "the groups' options is not"),
+        (lambda d: d["state"].pop(1), "the state of parameter 1 is not"),
+        (lambda d: d.update(state=3), "damaged checkpoint: AttributeError"),
+    ):  # fmt: skip
+        damaged = torch.load(file, weights_only=True)
+        damage(damaged)
+        with pytest.raises(CheckpointError, match=message):
+            optimizer.load_state_dict(damaged)
+    flip(file, file.read_bytes().index(next(iter(whole["state"][2].values())).numpy().tobytes()) / file.stat().st_size)
+    with pytest.raises(CheckpointError, match=r"optimizer.pt is not what was written, by the checksum of '.optimizer"):
+        main(["inspect", str(side)])  # torch's own checksums, which any file of torch.save has
+
+
 def stepped() -> s4.Shampoo4bit:
     """What `side` has saved."""
     parameters = model()

@@ -144,6 +144,17 @@ def test_the_callback_stops_where_the_trainer_would_go_on_without_a_file(run: Pa
         resumed(run)
 
 
+def test_the_callback_finds_a_turned_bit_that_torch_loads(run: Path) -> None:
+    file = run / "checkpoint-2" / "optimizer.pt"
+    largest = max((t for e in torch.load(file)["state"].values() for t in e.values()), key=lambda t: t.nbytes)
+    content = bytearray(file.read_bytes())
+    content[content.index(largest.numpy().tobytes())] ^= 1
+    file.write_bytes(content)
+    torch.load(file)
+    with pytest.raises(CheckpointError, match=r"optimizer\.pt is not what was written, by the checksum"):
+        resumed(run)
+
+
 def test_a_checkpoint_from_before_the_callback_noted_the_ranks(run: Path) -> None:
     edit(
         run / "checkpoint-2" / "trainer_state.json",
