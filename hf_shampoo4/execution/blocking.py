@@ -16,7 +16,7 @@ from ..options import Options
 from ..preconditioners.algorithms import Algorithm, Shampoo, intervals, make_algorithm
 from ..preconditioners.bases import ONE_SIDED
 from ..preconditioners.operations import amortised
-from ..sharding.geometry import MatrixView, Rect, matrix_view, partition, strips, vocabulary_strips
+from ..sharding.geometry import MatrixView, Rect, entries_view, matrix_view, partition, strips, vocabulary_strips
 from ..sharding.placement import Load
 
 WAVE_ELEMENTS = 1 << 24  # 64 MiB of float32 gradient
@@ -48,8 +48,7 @@ def blocks_of(shape: tuple[int, ...], options: Options) -> list[Block]:
     if view is not None and options.vocabulary and view.rows < ONE_SIDED * view.columns:
         view = None  # hardly a vocabulary: learned positions, a class token, the classes of a classifier
     if view is None:
-        rows = shape[0] if len(shape) > 1 else 1
-        view, options = MatrixView(1, rows, numel // rows), dataclasses.replace(options, algorithm="elementwise")
+        view, options = entries_view(shape), dataclasses.replace(options, algorithm="elementwise")
         rects = strips(view, STRIP)
     elif options.vocabulary:
         rects = vocabulary_strips(view, options.block_size, TALL, STRIP)

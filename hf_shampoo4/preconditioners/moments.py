@@ -227,7 +227,8 @@ def make_moments(shape: tuple[int, ...], options: Options, quantise: bool) -> Ad
     A 4-bit first moment of embeddings or the output head without a second one (KL-Shampoo) has 8 bits, dynamic, block
     256, unless `first_codebook` asks for another: 4 bits lose half of what preconditioning them gains.
 
-    Vectors have no rows and columns: their second moment is block-wise (2309.01507, section 4.2).
+    Vectors have no rows and columns: their second moment is block-wise (2309.01507, section 4.2), as is a matrix's of
+    so few rows or columns that a float32 for each would take more than 8 bits an entry.
 
     Args:
         quantise: whether the parameter has at least 4,096 elements; else 8- and 4-bit moments are float32.
@@ -285,11 +286,12 @@ def _storages(shape: tuple[int, ...], options: Options, quantise: bool) -> tuple
     modern = recipe in ("4bit_eden", "4bit_zipsr")
     default = "nf4" if modern or options.algorithm in EIGENBASIS else "dynamic"
     first = Blockwise(shape, default if options.first_codebook == "auto" else options.first_codebook, 4, MOMENT_BLOCK)
-    if recipe == "4bit_factored" and len(shape) == 2:
+    has_sides = len(shape) == 2 and 4 * sum(shape) <= math.prod(shape)
+    if recipe == "4bit_factored" and has_sides:
         return first, Factored(shape)
     default = SECOND_CODEBOOKS.get(recipe, ("linear0",))[0]
     levels = default if options.second_codebook == "auto" else options.second_codebook
-    if recipe == "4bit" and len(shape) == 2:
+    if recipe == "4bit" and has_sides:
         return first, RankOne(shape, levels, 4)
     return first, Blockwise(shape, levels, 4, MOMENT_BLOCK, fit="eden" if recipe == "4bit_eden" else "largest")
 

@@ -3,6 +3,7 @@
 (768, 3072), block_size 1024          -> 3 blocks of 768 x 1024
 (64, 3, 3, 3), a convolution          -> its view (64, 27), 1 block
 (8, 1024, 4096), experts              -> 8 matrices, 4 blocks each
+(768, 48, 128), a 1-D convolution     -> its view (768, 6144), 6 blocks
 (1536, 1024), row_splits (1024, 512)  -> q apart from kv: 1024 x 1024 and 512 x 1024
 (32000, 1024), an embedding           -> 32 strips of 1000 rows
 """
@@ -44,17 +45,26 @@ def matrix_view(shape: tuple[int, ...], kind: str = "auto") -> MatrixView | None
 
     Args:
         kind: `flatten`: (d0, d1 * d2 * ...); `batch`: the last two dimensions are the matrix; `auto`: `batch` for
-            3 dimensions with a last one of at least 16 (experts), else `flatten` (convolutions).
+            3 dimensions with a last one of at least 16, and no more matrices than their longer side is long (experts),
+            else `flatten` (convolutions, projections to heads).
     """
     if len(shape) < 2 or math.prod(shape) == 0:
         return None
     if kind == "auto":
-        kind = "batch" if len(shape) == 3 and shape[-1] >= EXPERT_WIDTH else "flatten"
+        stacked = len(shape) == 3 and shape[-1] >= EXPERT_WIDTH and shape[0] <= max(shape[1:])
+        kind = "batch" if stacked else "flatten"
     if kind == "batch":
         view = MatrixView(math.prod(shape[:-2]), shape[-2], shape[-1])
     else:
         view = MatrixView(1, shape[0], math.prod(shape[1:]))
     return view if min(view.rows, view.columns) > 1 else None
+
+
+def entries_view(shape: tuple[int, ...]) -> MatrixView:
+    """A parameter without a matrix, for what has a number a row and a column: cut between two of its dimensions, so
+    that these are fewest.  (1, 197, 768) -> 197 x 768, (5,) -> 1 x 5."""
+    cuts = [(math.prod(shape[:i]), math.prod(shape[i:])) for i in range(1, len(shape))] or [(1, math.prod(shape))]
+    return MatrixView(1, *min(cuts, key=sum))
 
 
 def partition(view: MatrixView, block_size: int, row_splits: tuple[int, ...] = ()) -> list[Rect]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import hypothesis.strategies as st
 import numpy as np
 import pytest
 from hypothesis import given
 
-from hf_shampoo4.sharding.geometry import MatrixView, Rect, matrix_view, partition
+from hf_shampoo4.sharding.geometry import MatrixView, Rect, entries_view, matrix_view, partition
 from tests.support import reference
 from tests.support.reference import PROPERTY
 
@@ -68,6 +70,9 @@ def test_blocks_are_those_of_the_reference(shape: tuple[int, ...], block_size: i
         ((8, 1024, 4096), "auto", MatrixView(8, 1024, 4096)),
         ((8, 1024, 16), "auto", MatrixView(8, 1024, 16)),
         ((512, 256, 3), "auto", MatrixView(1, 512, 768)),  # a 1-D convolution
+        ((768, 48, 128), "auto", MatrixView(1, 768, 6144)),  # one with a long kernel
+        ((1024, 16, 64), "auto", MatrixView(1, 1024, 1024)),  # XLNet's projection to 16 heads
+        ((512, 1024, 256), "auto", MatrixView(512, 1024, 256)),
         ((8, 1024, 4096), "flatten", MatrixView(1, 8, 1024 * 4096)),
         ((512, 256, 3), "batch", MatrixView(512, 256, 3)),
         ((2, 3, 20, 30), "batch", MatrixView(6, 20, 30)),
@@ -81,6 +86,17 @@ def test_matrix_view(shape: tuple[int, ...], kind: str, expected: MatrixView) ->
 @pytest.mark.parametrize("shape", [(), (5,), (1, 5), (5, 1), (5, 1, 1, 1), (0, 4), (4, 0), (1, 5, 6, 7)])
 def test_no_matrix(shape: tuple[int, ...]) -> None:
     assert matrix_view(shape) is None
+
+
+@pytest.mark.parametrize(
+    ("shape", "expected"),
+    [
+        ((), (1, 1)), ((5,), (1, 5)), ((5, 1), (5, 1)), ((7, 9), (7, 9)), ((1, 197, 768), (197, 768)),
+        ((1, 64, 64, 768), (4096, 768)), ((64, 3, 3, 3), (64, 27)), ((8, 1024, 4096), (8192, 4096)),
+    ],
+)  # fmt: skip
+def test_what_has_no_matrix_is_seen_with_the_fewest_rows_and_columns(shape: tuple[int, ...], expected: Any) -> None:
+    assert entries_view(shape) == MatrixView(1, *expected)
 
 
 def test_examples_of_the_docstring() -> None:

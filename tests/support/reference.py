@@ -97,7 +97,7 @@ class Rect:
 
 def as_matrices(x: Array) -> Array:
     """(d0, rest), or for a 3-D stack of experts its matrices."""
-    if x.ndim == 3 and x.shape[-1] >= 16:
+    if x.ndim == 3 and x.shape[-1] >= 16 and x.shape[0] <= max(x.shape[1:]):
         return x
     return x.reshape(1, x.shape[0], -1)
 
