@@ -116,12 +116,12 @@ def _treatment(blocks: list[Block], options: Options) -> str:
 
 
 def _cut(blocks: list[Block]) -> str:
-    shapes = Counter(block.rect.shape for block in blocks)
+    shapes = Counter(block.shape for block in blocks)
     return " + ".join(f"{count} of {m}x{n}" for (m, n), count in shapes.items())
 
 
 def _elements_of(blocks: list[Block]) -> int:
-    return sum(_elements(block.rect.shape) for block in blocks)
+    return sum(block.numel for block in blocks)
 
 
 def _elements(shape: tuple[int, ...]) -> int:

@@ -33,6 +33,12 @@ class Block:
     algorithm: Algorithm
 
     @property
+    def shape(self) -> tuple[int, int]:
+        """(rows, columns), as the algorithm sees it."""
+        *rows, columns = self.algorithm.shape
+        return math.prod(rows), columns
+
+    @property
     def numel(self) -> int:
         """Entries of it."""
         return math.prod(self.rect.shape)
@@ -57,7 +63,16 @@ def blocks_of(shape: tuple[int, ...], options: Options) -> list[Block]:
         rects = partition(view, options.block_size, splits)
     of_block = {rect.shape: rect.shape if len(shape) > 1 else (numel,) for rect in rects}
     algorithms = {rect: make_algorithm(block, options, quantise) for rect, block in of_block.items()}
-    return [Block(view, rect, algorithms[rect.shape]) for rect in rects]
+    blocks = [Block(view, rect, algorithms[rect.shape]) for rect in rects]
+    return blocks if options.algorithm != "elementwise" else [_by_last_dimension(block, shape) for block in blocks]
+
+
+def _by_last_dimension(block: Block, shape: tuple[int, ...]) -> Block:
+    """A block of whole rows, as rows of the parameter's last dimension: tensor parallelism may cut that one."""
+    columns = shape[-1] if shape else 1
+    times = block.view.columns // columns
+    rows = Rect(0, block.rect.r0 * times, block.rect.r1 * times, 0, columns)
+    return Block(MatrixView(1, block.view.rows * times, columns), rows, block.algorithm)
 
 
 def loads_of(blocks: Sequence[Block], options: Options) -> list[Load]:

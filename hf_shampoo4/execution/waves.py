@@ -17,7 +17,7 @@ import zlib
 from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,8 +28,8 @@ from ..options import Options
 from ..preconditioners.algorithms import Algorithm, Elementwise, State, refreshed
 from ..sharding.exchange import Cut, Exchange, Form, Piece, Ranks, Route, route
 from ..sharding.geometry import MatrixView, Rect
-from ..sharding.local_parameter import Held
-from ..sharding.placement import Placement, assign, held_here, ranges, sharded, whole
+from ..sharding.local_parameter import Held, alike
+from ..sharding.placement import Placement, Sharding, assign, placed, ranges, sharded, sharding_of, whole
 from .blocking import Block, _in_parts, _in_waves, blocks_of, loads_of, places_of
 from .state_layout import Entry, blocks_key, state_key
 
@@ -325,7 +325,7 @@ class StateMap:
             member = wave.members[m]
             rows = member.rows(algorithm)
             rects = [Rect(0, 0, 1, k, k + 1) for k in range(len(rows))]
-            placement = _saved_placement(member.parameter, len(rows), wave.ranks.world)
+            placement = _saved_placement(member.placement, len(rows), wave.ranks.world)
             self.cuts.append(Cut(placement, MatrixView(1, 1, len(rows)), rects, [member.owners[i] for i in rows]))
             self.first.append(self.first[-1] + len(rows))
         live = wave.live()
@@ -416,38 +416,59 @@ def build(groups: Sequence[tuple[Options, Sequence[Held], Shapes]], ranks: Ranks
             DeepSpeed, the parameters may be a part of these.
 
     Raises:
-        ValueError: a parameter that lives in a way that `held_here` does not know, or not completely on these ranks.
+        ValueError: a parameter that lives in a way that is not known, or not completely on these ranks.
     """
-    flat = [held for _, members, _ in groups for held in members if held.range is not None]
-    placed = dict(zip(map(id, flat), _ranges(flat, ranks), strict=True))
+    every = [held for _, of_group, _ in groups for held in of_group]
+    said = zip(*ranks.gather([_said(held, ranks.world) for held in every]), strict=True)
+    placements = iter([_placement(held, by_rank) for held, by_rank in zip(every, said, strict=True)])
     members = []
     for options, of_group, shapes in groups:
         blocks = {name: blocks_of(shape, options) for name, shape in shapes.items()}
         places = places_of({name: len(of_one) for name, of_one in blocks.items()})
-        members.append([_member(h, placed.get(id(h)), ranks, blocks[h.name], places[h.name]) for h in of_group])
+        members.append([_member(h, next(placements), blocks[h.name], places[h.name]) for h in of_group])
     _assign(members, [options for options, _, _ in groups], ranks.world)
     return [_waves(found, options, ranks) for found, (options, _, _) in zip(members, groups, strict=True)]
 
 
-def _ranges(flat: Sequence[Held], ranks: Ranks) -> list[Placement]:
-    """Where all of each parameter is, from the range that each rank says it has."""
-    if not flat:
-        return []
-    by_rank = ranks.gather([(held.range.start, held.range.start + held.range.numel) for held in flat if held.range])
-    placements = [ranges(held.shape, bounds) for held, bounds in zip(flat, zip(*by_rank, strict=True), strict=True)]
-    for held, placement in zip(flat, placements, strict=True):
-        if sum(share.region.numel for share in placement.shares) != held.numel:
-            bounds = [(share.region.start, share.region.start + share.region.numel) for share in placement.shares]
-            raise ValueError(
-                f"the {ranks.world} ranks that train together hold entries {bounds[:4]} of the {held.numel} of "
-                f"{held.name!r}: leave out communicate=false, and use FSDP or DeepSpeed over all ranks"
-            )
-    return placements
+class _Said(NamedTuple):
+    """What a rank says of a parameter; with neither a range nor a sharding, it has all of it."""
+
+    range: tuple[int, int] | None
+    sharding: Sharding | None
+    digest: list[tuple[float, ...]]
+    """Where its mesh has a part of the ranks."""
 
 
-def _member(held: Held, placement: Placement | None, ranks: Ranks, blocks: list[Block], places: list[float]) -> Member:
-    if placement is None:
-        placement = held_here(held.parameter, ranks.rank, ranks.world)
+def _said(held: Held, world: int) -> _Said:
+    if held.range is not None:
+        return _Said((held.range.start, held.range.start + held.range.numel), None, [])
+    sharding = sharding_of(held.parameter)
+    return _Said(None, sharding, held.digest() if sharding and len(sharding.mesh) < world else [])
+
+
+def _placement(held: Held, by_rank: Sequence[_Said]) -> Placement:
+    """Where all of a parameter is, from what each rank says."""
+    if held.range is None:
+        placement = placed(held.name, held.shape, [said.sharding for said in by_rank])
+        for _, ranks in placement.shares:
+            if not alike([by_rank[rank].digest for rank in ranks]):
+                raise ValueError(
+                    f"parameter {held.name!r} has other numbers on each of the meshes of ranks "
+                    f"{list(placement.layout.meshes[:4] if placement.layout else ())}, which should be replicas: "
+                    "parameters that only some ranks train (expert and pipeline parallelism) are not supported"
+                )
+        return placement
+    bounds = [said.range for said in by_rank if said.range]
+    placement = ranges(held.shape, bounds)
+    if sum(share.region.numel for share in placement.shares) != held.numel:
+        raise ValueError(
+            f"the {len(by_rank)} ranks that train together hold entries {bounds[:4]} of the {held.numel} of "
+            f"{held.name!r}: leave out communicate=false, and use FSDP or DeepSpeed over all ranks"
+        )
+    return placement
+
+
+def _member(held: Held, placement: Placement, blocks: list[Block], places: list[float]) -> Member:
     return Member(held, placement, blocks, [0] * len(blocks), places)
 
 
@@ -508,12 +529,9 @@ def _cut(member: Member, placement: Placement, owners: Sequence[int]) -> Cut:
     return Cut(placement, view, [block.rect for block in member.blocks], owners)
 
 
-def _saved_placement(p: Tensor, rows: int, world: int) -> Placement:
+def _saved_placement(placement: Placement, rows: int, world: int) -> Placement:
     """Where the saved state of `rows` blocks lives: on a DTensor's mesh, cut where it is cut, else everywhere."""
-    mesh = getattr(p, "device_mesh", None)
-    if mesh is None:
-        return whole((rows,), world)
-    return sharded((rows,), tuple(mesh.mesh.flatten().tolist()), tuple(mesh.mesh.shape), _by_block(p))
+    return sharded((rows,), placement.layout.by_block()) if placement.layout else whole((rows,), world)
 
 
 def _by_block(p: Any) -> tuple[Any, ...]:

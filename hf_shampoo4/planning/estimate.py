@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Any, Union
 import numpy as np
 import torch
 from torch import nn
-from torch.distributed.tensor import Replicate, Shard
 
 from ..exceptions import OptionError
 from ..execution.blocking import Block, _in_parts, _in_waves, blocks_of, loads_of
@@ -30,7 +29,7 @@ from ..options import NAMES, Options, parse_optim_args, resolve
 from ..preconditioners.algorithms import Elementwise, intervals
 from ..sharding.geometry import Rect
 from ..sharding.local_parameter import held_itself
-from ..sharding.placement import Placement, Region, ranges, sharded, whole
+from ..sharding.placement import Layout, Placement, Region, Split, ranges, sharded, whole
 from ..utils.extras import named
 from ..utils.files import write_figure, write_json
 
@@ -174,7 +173,7 @@ def plan(
         tensors=len(members),
         preconditioned_tensors=len(factored),
         blocks=len(blocks),
-        largest_block=max((block.rect.shape for block in blocks), key=math.prod, default=(0, 0)),
+        largest_block=max((block.shape for block in blocks), key=math.prod, default=(0, 0)),
         **{name: Load.of(getattr(tally, name)) for name in RANK_FIGURES},
         others=_others(model, world_size, groups[0].replicated),
     )
@@ -243,14 +242,14 @@ class _Layout:
 
     def placements(self, shapes: list[tuple[int, ...]]) -> list[Placement]:
         """Where the parameters of a unit live."""
-        ranks = tuple(range(self.world))
+        ranks, rows = tuple(range(self.world)), Split(0, 1)
         if self.sharding == "ddp":
             return [whole(shape, self.world) for shape in shapes]
         if self.sharding == "fsdp2":
-            return [sharded(shape, ranks, (self.world,), (Shard(0),)) for shape in shapes]
+            return [sharded(shape, Layout((ranks,), (self.world,), (rows,))) for shape in shapes]
         if self.sharding == "hsdp":
             mesh = (self.world // self.shards, self.shards)
-            return [sharded(shape, ranks, mesh, (Replicate(), Shard(0))) for shape in shapes]
+            return [sharded(shape, Layout((ranks,), mesh, (None, rows))) for shape in shapes]
         if self.sharding == "zero3":
             return [_cut_evenly(shape, self.world) for shape in shapes]
         return _in_one_buffer(shapes, self.world)

@@ -70,6 +70,11 @@ class Held:
             grad = grad.redistribute(placements=mine.placements)
         return self._part(_flat(grad))
 
+    def digest(self) -> list[tuple[float, ...]]:
+        """A few numbers of the weights, and of the gradient if there is one, to tell apart what is no replica."""
+        there = [self.weights(), self.gradient()]
+        return [_digest(flat) for flat in there if flat is not None]
+
     def write_back(self, flat: Tensor) -> None:
         """Copy changed weights back, if `weights` had to copy them."""
         if not self.is_flat:
@@ -98,6 +103,21 @@ def _flat(t: Tensor) -> Tensor:
 
 def _is_flat(local: Tensor) -> bool:
     return local.is_contiguous() and not local.is_neg()
+
+
+def alike(digests: Sequence[list[tuple[float, ...]]]) -> bool:
+    """Whether the digests may be those of replicas, which processors may have made to differ a little."""
+    for mine, other in ((a, b) for of_one in digests[1:] for a, b in zip(digests[0], of_one, strict=False)):
+        norm = max(mine[-1], other[-1])
+        if any(abs(x - y) > 0.1 * norm for x, y in zip(mine, other, strict=True)):  # false where one is not finite
+            return False
+    return True
+
+
+def _digest(flat: Tensor) -> tuple[float, ...]:
+    sums = [flat[i::8].sum(dtype=torch.float64) for i in range(8)]
+    norm = torch.linalg.vector_norm(flat.float()).double()
+    return tuple(torch.stack([*sums, norm]).tolist())
 
 
 def full_shape(p: Tensor) -> tuple[int, ...]:

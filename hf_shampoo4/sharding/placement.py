@@ -3,7 +3,7 @@
 Every sharding comes down to one fact a rank: the *region* of the parameter that it holds.
 
     one process, DDP              all of it, on every rank
-    FSDP2, HSDP, tensor parallel  a box, as the DTensor's placements say
+    FSDP2, HSDP, tensor parallel  a box, or several where fused weights are cut, as the DTensor's placements say
     FSDP1, ZeRO-1/2/3             a range of its entries in row-major order
 
 Blocks are cut in the parameter's global coordinates whatever the sharding; `assign` gives each one owner.
@@ -14,9 +14,10 @@ from __future__ import annotations
 import bisect
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -25,17 +26,42 @@ from torch import Tensor
 from .geometry import MatrixView, Rect
 
 
-class Region(NamedTuple):
-    """`runs` runs of `length` consecutive entries (row-major), `step` apart; the rank has them one after the other."""
+class Runs(NamedTuple):
+    """`number` runs of `length` consecutive entries of a parameter (row-major), `step` apart."""
 
     start: int
-    runs: int
+    number: int
     length: int
     step: int
+    offset: int
+    """Of the first run in the rank's flat tensor."""
+    stride: int
+    """From a run to the next in the rank's flat tensor."""
+
+    def has(self, entry: int) -> bool:
+        """Whether an entry of the parameter is in one of them."""
+        run, within = divmod(entry - self.start, self.step)
+        return 0 <= run < self.number and within < self.length
+
+
+class Region(NamedTuple):
+    """What a rank holds of a parameter; none of it twice."""
+
+    runs: tuple[Runs, ...]
 
     @property
     def numel(self) -> int:
-        return self.runs * self.length
+        return sum(runs.number * runs.length for runs in self.runs)
+
+    @property
+    def start(self) -> int:
+        """The first entry."""
+        return min((runs.start for runs in self.runs), default=0)
+
+    @classmethod
+    def range(cls, start: int, numel: int) -> Region:
+        """Consecutive entries."""
+        return cls((Runs(start, 1, numel, numel, 0, numel),) if numel else ())
 
 
 class Patch(NamedTuple):
@@ -62,6 +88,8 @@ class Placement:
     shape: tuple[int, ...]
     """The parameter's global shape."""
     shares: tuple[Share, ...]
+    layout: Layout | None = None
+    """Of a DTensor."""
 
     @cached_property
     def share_of(self) -> dict[int, Share]:
@@ -72,8 +100,7 @@ class Placement:
         """The ranks that hold an entry, by its row-major position."""
         last = bisect.bisect_right(self._starts, entry) if self._starts else len(self.shares)
         for region, ranks in reversed(self.shares[:last]):
-            run, within = divmod(entry - region.start, max(region.step, 1))
-            if 0 <= run < region.runs and within < region.length:
+            if any(runs.has(entry) for runs in region.runs):
                 return ranks
         raise ValueError(f"nobody holds entry {entry} of a parameter of shape {self.shape}")
 
@@ -90,60 +117,135 @@ class Placement:
         return len(self.shares) == 1
 
 
-def held_here(p: Tensor, rank: int, world: int) -> Placement:
-    """The placement of a live parameter: a DTensor's, or whole on every rank.
+class Split(NamedTuple):
+    """How a dimension of a mesh cuts a parameter: a dimension of it, in as many pieces as there are ranks."""
 
-    Raises:
-        ValueError: a mesh that is not made of all ranks (expert or pipeline parallelism), a sharding that is neither a
-            range nor a box, or a local tensor that is not what the placements say.
-    """
+    dim: int
+    factor: int
+    """1: Shard.  Else _StridedShard: the dimension is that many equal parts, and a rank has its piece of each."""
+
+
+class Layout(NamedTuple):
+    """How a DTensor is laid out, the same on each of the meshes that together are all ranks."""
+
+    meshes: tuple[tuple[int, ...], ...]
+    """The ranks of each; those at one position are replicas."""
+    shape: tuple[int, ...]
+    """Of a mesh."""
+    splits: tuple[Split | None, ...]
+    """One a dimension of the mesh; None: replicas."""
+
+    def by_block(self) -> Layout:
+        """That of the state, whose dimension 0 is the block."""
+        return self._replace(splits=tuple(split and Split(0, 1) for split in self.splits))
+
+
+class Sharding(NamedTuple):
+    """What a rank says of a DTensor."""
+
+    mesh: tuple[int, ...]
+    """The ranks of its mesh."""
+    shape: tuple[int, ...]
+    """Of the mesh."""
+    splits: tuple[Split | None, ...] | None
+    """None: another kind of placement."""
+    placements: str
+    held: int
+    """Entries that the rank has."""
+
+
+def sharding_of(p: Tensor) -> Sharding | None:
+    """This rank's part of a live parameter; None for one that is no DTensor."""
     mesh = getattr(p, "device_mesh", None)
     if mesh is None:
-        return whole(tuple(p.shape), world)
-    ranks = tuple(mesh.mesh.flatten().tolist())
-    if sorted(ranks) != list(range(world)):
+        return None
+    dtensor: Any = p
+    return Sharding(
+        tuple(mesh.mesh.flatten().tolist()), tuple(mesh.mesh.shape), splits_of(tuple(dtensor.placements), p.dim()),
+        str(dtensor.placements), dtensor.to_local().numel(),
+    )  # fmt: skip
+
+
+def splits_of(placements: tuple[Any, ...], dims: int) -> tuple[Split | None, ...] | None:
+    """A DTensor's placements; None if one is none of Replicate, Shard and _StridedShard."""
+    splits: list[Split | None] = []
+    for placement in placements:
+        if placement.is_replicate():
+            splits.append(None)
+        elif type(placement).__name__ in ("Shard", "_StridedShard"):
+            splits.append(Split(placement.dim % dims, int(getattr(placement, "split_factor", 1))))
+        else:
+            return None
+    return tuple(splits)
+
+
+def placed(name: str, shape: tuple[int, ...], by_rank: Sequence[Sharding | None]) -> Placement:
+    """Where all of a parameter is, from what every rank says of it.
+
+    A mesh of a part of the ranks is one of several that are alike: FSDP2 over one dimension of a mesh puts what tensor
+    parallelism over the other does not cut, norms say, on meshes that are replicas of each other.
+
+    Raises:
+        ValueError: a kind of placement or meshes that are not known, or other local tensors than the placements say.
+    """
+    first, world = by_rank[0], len(by_rank)
+    if first is None and not any(by_rank):
+        return whole(shape, world)
+    if first is None or any(other is None or other[1:4] != first[1:4] for other in by_rank):
+        said = [sharding and f"{sharding.placements} on a mesh of {sharding.shape}" for sharding in by_rank]
+        raise ValueError(f"parameter {name!r} is cut in another way on another rank: {list(dict.fromkeys(said))[:4]}")
+    if first.splits is None:
+        raise ValueError(f"parameter {name!r} has placements {first.placements}: Shard and Replicate are supported")
+    meshes = tuple(dict.fromkeys(sharding.mesh for sharding in by_rank if sharding))
+    if sorted(rank for mesh in meshes for rank in mesh) != list(range(world)):
         raise ValueError(
-            f"a parameter of shape {tuple(p.shape)} lives on a mesh of ranks {ranks[:8]}, which are not all {world}: "
-            "meshes for a part of the ranks (expert or pipeline parallelism) are not supported; "
-            "use FSDP, HSDP, tensor parallelism or DDP over all ranks"
+            f"parameter {name!r} lives on meshes of ranks {list(meshes[:4])}, but the optimizer works on {world} "
+            "rank(s): leave out communicate=false, and use meshes that together have each rank once"
         )
-    sharding: Any = p
-    placement = sharded(tuple(p.shape), ranks, tuple(mesh.mesh.shape), tuple(sharding.placements))
-    region, held = placement.share_of[rank].region, sharding.to_local().numel()
-    if region.numel != held:
-        raise ValueError(
-            f"a parameter of shape {tuple(p.shape)} has {held} entries on rank {rank}, but its placements "
-            f"{sharding.placements} on a mesh of {tuple(mesh.mesh.shape)} mean {region.numel}"
-        )
-    return placement
+    held = [sharding.held for sharding in by_rank if sharding]
+    return _that_fits(name, shape, Layout(meshes, first.shape, first.splits), held, first.placements)
+
+
+def _that_fits(name: str, shape: tuple[int, ...], layout: Layout, held: list[int], placements: str) -> Placement:
+    """The one of the two orders of cutting (see `sharded`) that gives each rank as many entries as it has."""
+    orders = {sharded(shape, layout), sharded(shape, layout, left_to_right=True)}
+    fitting = [p for p in orders if [p.share_of[rank].region.numel for rank in range(len(held))] == held]
+    if len(fitting) == 1:
+        return fitting[0]
+    wrong = "which entries these are cannot be told: shard another dimension" if fitting else "which do not fit"
+    raise ValueError(
+        f"parameter {name!r} of shape {shape} has placements {placements} on a mesh of {layout.shape}, and {held} "
+        f"entries on the ranks, {wrong}"
+    )
 
 
 @cache
 def whole(shape: tuple[int, ...], world: int) -> Placement:
     """All of it on every rank."""
-    numel = math.prod(shape)
-    return Placement(shape, (Share(Region(0, 1, numel, numel), tuple(range(world))),))
+    return Placement(shape, (Share(Region.range(0, math.prod(shape)), tuple(range(world))),))
 
 
 @cache
-def sharded(
-    shape: tuple[int, ...], ranks: tuple[int, ...], mesh: tuple[int, ...], placements: tuple[Any, ...]
-) -> Placement:
+def sharded(shape: tuple[int, ...], layout: Layout, left_to_right: bool = False) -> Placement:
     """A DTensor's placement.
 
     Args:
-        ranks: of the mesh, flattened.
-        mesh: its shape.
-        placements: one a mesh dimension: Shard, Replicate or FSDP2's _StridedShard.
-
-    Raises:
-        ValueError: pending sums (Partial), or boxes with a gap in more than one dimension.
+        left_to_right: whether the mesh's dimensions have cut it in their order, as `distribute_tensor` does it; else
+            those that a _StridedShard before them leaves room for came first, as FSDP2 over tensor parallelism does it.
+            Both are the same where all pieces are equal.
     """
     holders: dict[Region, list[int]] = {}
-    for position, rank in enumerate(ranks):
-        coordinate = np.unravel_index(position, mesh)
-        holders.setdefault(_region(shape, mesh, coordinate, placements), []).append(rank)
-    return Placement(shape, tuple(Share(region, tuple(held_by)) for region, held_by in holders.items()))
+    for position, coordinate in enumerate(np.ndindex(layout.shape)):
+        cuts: list[list[Chunk]] = [[] for _ in shape]
+        for split, which, of in zip(layout.splits, coordinate, layout.shape, strict=True):
+            if split is not None:
+                cuts[split.dim].append(Chunk(which, of, split.factor))
+        held = [
+            _held_along(side, of_dim if left_to_right else _in_order(of_dim))
+            for side, of_dim in zip(shape, cuts, strict=True)
+        ]
+        holders.setdefault(_product(shape, held), []).extend(mesh[position] for mesh in layout.meshes)
+    return Placement(shape, tuple(Share(region, tuple(ranks)) for region, ranks in holders.items()), layout)
 
 
 def ranges(shape: tuple[int, ...], bounds: Sequence[tuple[int, int]]) -> Placement:
@@ -151,32 +253,27 @@ def ranges(shape: tuple[int, ...], bounds: Sequence[tuple[int, int]]) -> Placeme
     holders: dict[tuple[int, int], list[int]] = {}
     for rank, bound in enumerate(bounds):
         holders.setdefault(bound, []).append(rank)
-    shares = [Share(Region(a, 1, b - a, b - a), tuple(held_by)) for (a, b), held_by in holders.items()]
+    shares = [Share(Region.range(a, b - a), tuple(held_by)) for (a, b), held_by in holders.items()]
     return Placement(shape, tuple(shares))
 
 
 def patches(region: Region, view: MatrixView) -> list[Patch]:
-    """The region as rectangles of the matrix view: for a range at most three a matrix, for a box one.
+    """The region as rectangles of the matrix view: for a range at most three a matrix, for a box one."""
+    return [patch for runs in region.runs for patch in _patches(runs, view)]
 
-    Raises:
-        ValueError: runs that are no rectangles of this view.
-    """
-    if region.numel == 0:
-        return []
-    if region.runs > 1 and region.step == view.columns:  # a box of columns: one rectangle a matrix
-        row, column = divmod(region.start, view.columns)
-        tall = _rectangles(row * view.columns, (row + region.runs) * view.columns, view)
-        rects = [Rect(r.matrix, r.r0, r.r1, column, column + region.length) for r, _, _ in tall]
+
+def _patches(runs: Runs, view: MatrixView) -> list[Patch]:
+    start, number, length, step, offset, stride = runs
+    row, column = divmod(start, view.columns)
+    if number > 1 and step == view.columns and column + length <= view.columns:  # one rectangle a matrix
         return [
-            Patch(r, p.offset // view.columns * region.length, region.length) for r, p in zip(rects, tall, strict=True)
+            Patch(Rect(r.matrix, r.r0, r.r1, column, column + length), offset + at // view.columns * stride, stride)
+            for r, at, _ in _rectangles(row * view.columns, (row + number) * view.columns, view)
         ]
-    if region.runs > 1 and region.step % view.columns:
-        raise ValueError(f"sharding in runs of {region.length} entries does not fit matrices of {view.columns} columns")
     return [
-        Patch(rect, i * region.length + offset, stride)
-        for i in range(region.runs)
-        for start in [region.start + i * region.step]
-        for rect, offset, stride in _rectangles(start, start + region.length, view)
+        Patch(rect, offset + i * stride + at, view.columns)
+        for i in range(number)
+        for rect, at, _ in _rectangles(start + i * step, start + i * step + length, view)
     ]
 
 
@@ -217,36 +314,93 @@ def assign(loads: Sequence[Load], world: int, there: Sequence[tuple[int, Load]] 
     return owners
 
 
-def _region(shape: tuple[int, ...], mesh: tuple[int, ...], coordinate: Any, placements: tuple[Any, ...]) -> Region:
-    box = [(0, side) for side in shape]
-    dims = [i for i, placement in enumerate(placements) if not placement.is_replicate()]
-    if any(placements[i].is_partial() for i in dims):
-        raise ValueError(f"a parameter of shape {shape} is a pending sum over ranks (placements {placements})")
-    # _StridedShard: tensor parallelism has cut the dimension before FSDP does, though it comes later in the mesh
-    for i in sorted(dims, key=lambda i: type(placements[i]).__name__ == "_StridedShard"):
-        start, stop = box[placements[i].dim]
-        chunk = -(-(stop - start) // mesh[i])
-        first = min(start + int(coordinate[i]) * chunk, stop)
-        box[placements[i].dim] = (first, min(first + chunk, stop))
-    return _runs(shape, box)
+Span = tuple[int, int]  # positions [a, b) along one dimension
 
 
-def _runs(shape: tuple[int, ...], box: list[tuple[int, int]]) -> Region:
-    """A box as runs of entries."""
-    if any(start == stop for start, stop in box):
-        return Region(0, 1, 0, 0)
-    cut = [d for d, bounds in enumerate(box) if bounds != (0, shape[d])]
-    inner = max(cut, default=0)
-    strides = [math.prod(shape[d + 1 :]) for d in range(len(shape))]
-    start = sum(bounds[0] * stride for bounds, stride in zip(box, strides, strict=True))
-    length = (box[inner][1] - box[inner][0]) * strides[inner] if shape else 1
-    runs = math.prod(stop - start for start, stop in box[:inner])
-    if any(0 < d < inner for d in cut):
-        raise ValueError(
-            f"a parameter of shape {shape} is sharded in dimensions {cut}: at most dim 0 and one more can be"
-        )
-    step = shape[inner] * strides[inner] if runs > 1 else length
-    return Region(start, runs, length, step)
+class Chunk(NamedTuple):
+    """What a rank has of a dimension that is cut."""
+
+    which: int
+    of: int
+    factor: int
+    """See `Split`."""
+
+
+def _in_order(cuts: list[Chunk]) -> list[Chunk]:
+    """Cuts of a dimension, given in the mesh's order, in that in which they were made."""
+    if not cuts:
+        return []
+    first, rest = cuts[0], _in_order(cuts[1:])
+    if first.factor > 1 and first.factor == math.prod(chunk.of for chunk in rest):
+        return [*rest, first._replace(factor=1)]
+    return [first, *rest]
+
+
+def _held_along(side: int, cuts: Sequence[Chunk]) -> list[Span]:
+    """What is held of a dimension after cuts one after the other."""
+    spans = [(0, side)]
+    for which, of, factor in cuts:
+        held = sum(b - a for a, b in spans)
+        size = -(-held // factor)
+        mine: list[Span] = []
+        for start in range(0, held, max(size, 1)):
+            width = min(size, held - start)
+            chunk = -(-width // of)
+            a, b = (min(i * chunk, width) for i in (which, which + 1))
+            mine += _within(spans, start + a, start + b)
+        spans = mine
+    return _joined(spans)
+
+
+def _within(spans: list[Span], first: int, last: int) -> Iterator[Span]:
+    """Positions [first, last) of the spans, one after the other."""
+    at = 0
+    for a, b in spans:
+        low, high = max(first - at, 0), min(last - at, b - a)
+        if low < high:
+            yield a + low, a + high
+        at += b - a
+
+
+def _joined(spans: list[Span]) -> list[Span]:
+    """Spans that follow each other as one, without empty ones."""
+    found: list[Span] = []
+    for a, b in spans:
+        if found and found[-1][1] == a:
+            a = found.pop()[0]
+        if a < b:
+            found.append((a, b))
+    return found
+
+
+def _product(shape: tuple[int, ...], held: Sequence[list[Span]]) -> Region:
+    """What a rank holds of a parameter that holds these spans of each dimension."""
+    found, numel, local = [Runs(0, 1, 1, 1, 0, 1)], 1, 1  # of the dimensions so far, from the last one on
+    for side, spans in zip(reversed(shape), reversed(held), strict=True):
+        places = accumulate((b - a for a, b in spans), initial=0)
+        found = [
+            repeated
+            for (a, b), at in zip(spans, places, strict=False)
+            for runs in found
+            for repeated in _repeated(runs._replace(start=runs.start + a * numel, offset=runs.offset + at * local),
+                                      b - a, numel, local)
+        ]  # fmt: skip
+        numel, local = numel * side, local * sum(b - a for a, b in spans)
+    return Region(tuple(found))
+
+
+def _repeated(runs: Runs, times: int, step: int, stride: int) -> list[Runs]:
+    """Runs `times` over, `step` apart, in the rank's flat tensor `stride`; as few as can be."""
+    if times == 1:
+        return [runs]
+    if runs.number == 1 and runs.length == step:  # they follow each other
+        size = times * step
+        return [runs._replace(length=size, step=size, stride=size)]
+    if runs.number == 1:
+        return [runs._replace(number=times, step=step, stride=stride)]
+    if runs.number * runs.step == step and runs.number * runs.stride == stride:
+        return [runs._replace(number=times * runs.number)]
+    return [runs._replace(start=runs.start + i * step, offset=runs.offset + i * stride) for i in range(times)]
 
 
 def _rectangles(start: int, stop: int, view: MatrixView) -> list[Patch]:

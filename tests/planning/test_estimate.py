@@ -160,7 +160,8 @@ def live_ranks(model: torch.nn.Module, world: int, layout: Any, options: dict[st
     }
     steps = [[group] for group in groups] if layout.in_deepspeed else [groups]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(waves, "held_here", lambda p, rank, world: where[id(p)])
+        patch.setattr(waves, "_placement", lambda held, by_rank: where[id(held.parameter)])
+        patch.setattr(Ranks, "gather", lambda self, value: [value] * self.world)
         built = [
             [
                 of_group

@@ -6,12 +6,12 @@ import hypothesis.strategies as st
 import numpy as np
 import torch
 from hypothesis import given
-from torch.distributed.tensor import Replicate, Shard
 
 from hf_shampoo4.sharding.exchange import Cut, Exchange, route
 from hf_shampoo4.sharding.geometry import MatrixView, matrix_view, partition
-from hf_shampoo4.sharding.placement import Placement, ranges, sharded, whole
+from hf_shampoo4.sharding.placement import Layout, Placement, Split, ranges, sharded, whole
 from tests.support.reference import PROPERTY
+from tests.support.regions import entries
 
 shapes = st.one_of(
     st.tuples(st.integers(1, 30)),
@@ -22,14 +22,18 @@ shapes = st.one_of(
 
 @st.composite
 def placements(draw: st.DrawFn, world: int) -> Placement:
-    shape = draw(shapes)
-    kind = draw(st.sampled_from(["whole", "rows", "columns", "hybrid", "range"]))
+    shape, every = draw(shapes), tuple(range(world))
+    kind = draw(st.sampled_from(["whole", "rows", "columns", "fused", "hybrid", "meshes", "range"]))
     if kind == "rows":
-        return sharded(shape, tuple(range(world)), (world,), (Shard(0),))
+        return sharded(shape, Layout((every,), (world,), (Split(0, 1),)))
     if kind == "columns":
-        return sharded(shape, tuple(range(world)), (world,), (Shard(len(shape) - 1),))
+        return sharded(shape, Layout((every,), (world,), (Split(len(shape) - 1, 1),)))
+    if kind == "fused":
+        return sharded(shape, Layout((every,), (world,), (Split(len(shape) - 1, draw(st.integers(1, 3))),)))
     if kind == "hybrid" and world % 2 == 0:
-        return sharded(shape, tuple(range(world)), (2, world // 2), (Replicate(), Shard(0)))
+        return sharded(shape, Layout((every,), (2, world // 2), (None, Split(0, 1))))
+    if kind == "meshes" and world % 2 == 0:
+        return sharded(shape, Layout((every[::2], every[1::2]), (world // 2,), (Split(0, 1),)))
     if kind == "range":
         numel = int(np.prod(shape))
         cuts = sorted(draw(st.lists(st.integers(0, numel), min_size=world - 1, max_size=world - 1)))
@@ -53,9 +57,7 @@ def waves(draw: st.DrawFn) -> tuple[int, list[Cut]]:
 
 def flat_of(cut: Cut, full: torch.Tensor, rank: int) -> torch.Tensor:
     """The entries of the full parameter that a rank holds, by the region's definition."""
-    start, runs, length, step = cut.placement.share_of[rank].region
-    index = [start + i * step + j for i in range(runs) for j in range(length)]
-    return full.flatten()[torch.tensor(index, dtype=torch.long)]
+    return full.flatten()[torch.from_numpy(entries(cut.placement.share_of[rank].region))]
 
 
 def exchanged(sides: list[Exchange], read, write) -> None:
@@ -127,7 +129,7 @@ def test_traffic_is_what_the_owner_does_not_hold(wave: tuple[int, list[Cut]], da
 
 
 def test_hybrid_sharding_collects_within_the_owner_s_shard_group() -> None:
-    placement = sharded((8, 8), (0, 1, 2, 3), (2, 2), (Replicate(), Shard(0)))
+    placement = sharded((8, 8), Layout(((0, 1, 2, 3),), (2, 2), (None, Split(0, 1))))
     cut = Cut(placement, MatrixView(1, 8, 8), partition(MatrixView(1, 8, 8), 4), [3, 3, 3, 3])
     assert set(route(3, 4, [cut]).collect.into) == {2, 3}
     assert set(route(3, 4, [cut]).deliver.out) == {0, 1, 2, 3}

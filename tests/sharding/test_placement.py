@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from importlib import import_module
+from itertools import product
 from typing import Any
 
 import hypothesis.strategies as st
@@ -11,13 +13,29 @@ import pytest
 import torch
 from hypothesis import given
 from torch.distributed.tensor import Replicate, Shard
+from torch.distributed.tensor.placement_types import _StridedShard
 
 from hf_shampoo4.execution.blocking import blocks_of, loads_of
 from hf_shampoo4.options import Options
 from hf_shampoo4.preconditioners.algorithms import make_algorithm
 from hf_shampoo4.sharding.geometry import MatrixView, Rect, matrix_view
-from hf_shampoo4.sharding.placement import Load, Placement, assign, held_here, patches, ranges, sharded, whole
+from hf_shampoo4.sharding.placement import (
+    Layout,
+    Load,
+    Placement,
+    Region,
+    Sharding,
+    Split,
+    assign,
+    patches,
+    placed,
+    ranges,
+    sharded,
+    splits_of,
+    whole,
+)
 from tests.support.reference import PROPERTY
+from tests.support.regions import entries
 
 SHAPES = st.one_of(
     st.tuples(st.integers(1, 40)),
@@ -61,44 +79,112 @@ def test_ranges_cover_the_parameter(shape: tuple[int, ...], world: int, data: st
     assert (seen == 1).all()
 
 
-@PROPERTY
-@given(SHAPES, st.integers(1, 5), st.integers(1, 3), st.data())
-def test_boxes_are_those_of_torch(shape: tuple[int, ...], size: int, replicas: int, data: st.DataObject) -> None:
-    from torch.distributed.tensor._utils import _compute_local_shape_and_global_offset
-
-    dim = data.draw(st.integers(0, len(shape) - 1))
-    mesh, placements = (replicas, size), (Replicate(), Shard(dim))
-    placement = sharded(shape, tuple(range(replicas * size)), mesh, placements)
-    full = np.arange(int(np.prod(shape)), dtype=float).reshape(shape)
-    for rank in range(replicas * size):
-        coordinate = [rank // size, rank % size]
-        local, offset = _compute_local_shape_and_global_offset(shape, mesh, coordinate, placements)
-        box = tuple(slice(o, o + n) for o, n in zip(offset, local, strict=True))
-        expected = np.full(shape, np.nan)
-        expected[box] = full[box]
-        np.testing.assert_array_equal(scattered(placement, rank, full[box].ravel()), expected)
+def torch_holds(shape: tuple[int, ...], mesh: tuple[int, ...], placements: Sequence[Any]) -> list[torch.Tensor]:
+    """The positions that each rank has, as `distribute_tensor` cuts a tensor."""
+    held = [torch.arange(int(np.prod(shape))).view(shape)]
+    for count, placement in zip(mesh, placements, strict=True):
+        if isinstance(placement, Replicate):
+            held = [t for t in held for _ in range(count)]
+        else:
+            held = [part for t in held for part in placement._split_tensor(t, count, with_padding=False)[0]]
+    return held
 
 
-def test_fsdp_over_tensor_parallel_is_a_box() -> None:
-    full = np.arange(8.0 * 6).reshape(8, 6)
-    placement = sharded((8, 6), (0, 1, 2, 3), (2, 2), (Shard(0), Shard(1)))
-    for rank, (rows, columns) in enumerate([(0, 0), (0, 3), (4, 0), (4, 3)]):
-        box = full[rows : rows + 4, columns : columns + 3]
-        found = scattered(placement, rank, box.ravel())
-        np.testing.assert_array_equal(found[rows : rows + 4, columns : columns + 3], box)
-        assert np.isnan(found).sum() == 36
+def layout_of(mesh: tuple[int, ...], placements: Sequence[Any], dims: int) -> Layout:
+    splits = splits_of(tuple(placements), dims)
+    assert splits is not None
+    return Layout((tuple(range(int(np.prod(mesh)))),), mesh, splits)
+
+
+MESHES = [(4,), (6,), (8,), (2, 2), (2, 3), (3, 2), (2, 4), (4, 2), (2, 2, 2)]
+
+
+@pytest.mark.parametrize("shape", [(12, 7), (5, 8, 6)])
+@pytest.mark.parametrize("mesh", MESHES, ids=str)
+def test_a_rank_holds_what_torch_gives_it(shape: tuple[int, ...], mesh: tuple[int, ...]) -> None:
+    dims = range(len(shape))
+    kinds = [
+        Replicate(),
+        *map(Shard, dims),
+        *(_StridedShard(d - len(shape), split_factor=f) for d in dims for f in (2, 3)),
+    ]
+    if len(mesh) == 3:
+        kinds = [kind for kind in kinds if getattr(kind, "split_factor", 2) == 2]
+    for placements in product(kinds, repeat=len(mesh)):
+        placement = sharded(shape, layout_of(mesh, placements, len(shape)), left_to_right=True)
+        for rank, held in enumerate(torch_holds(shape, mesh, placements)):
+            region = placement.share_of[rank].region
+            np.testing.assert_array_equal(entries(region), held.flatten().numpy(), err_msg=str(placements))
+
+
+@pytest.mark.parametrize("shape", [(12, 20), (3, 8, 18), (2, 4, 3, 6), (8, 4, 3, 3)])
+def test_what_a_rank_holds_is_found_in_the_matrices(shape: tuple[int, ...]) -> None:
+    kinds: list[Any] = [Shard(d) for d in range(len(shape))]
+    kinds += [_StridedShard(d, split_factor=2) for d in range(len(shape))]
+    for first, second in product(kinds, kinds):
+        placement = sharded(shape, layout_of((2, 2), (first, second), len(shape)), left_to_right=True)
+        for rank, held in enumerate(torch_holds(shape, (2, 2), (first, second))):
+            found = scattered(placement, rank, held.flatten().double().numpy())
+            there = ~np.isnan(found)
+            assert there.sum() == held.numel()
+            assert (found[there] == np.arange(found.size).reshape(shape)[there]).all(), (first, second)
+
+
+@pytest.mark.parametrize("mesh", [(2, 2), (4, 2), (3, 2), (2, 4)], ids=str)
+def test_fsdp2_over_tensor_parallelism_cuts_what_that_has_left(mesh: tuple[int, int]) -> None:
+    """Its _StridedShard says so; `distribute_tensor` cuts in the other order, and a few uneven sides differ."""
+    world, differ = mesh[0] * mesh[1], 0
+    for rows in range(1, 24):
+        layout = layout_of(mesh, (_StridedShard(0, split_factor=mesh[1]), Shard(0)), 2)
+        whole_tensor = torch.arange(rows * 3).view(rows, 3)
+        of_tensor_parallel = Shard(0)._split_tensor(whole_tensor, mesh[1], with_padding=False)[0]
+        by_fsdp = [Shard(0)._split_tensor(t, mesh[0], with_padding=False)[0] for t in of_tensor_parallel]
+        fsdp2 = [by_fsdp[tp][dp] for dp in range(mesh[0]) for tp in range(mesh[1])]
+        distributed = torch_holds((rows, 3), mesh, (_StridedShard(0, split_factor=mesh[1]), Shard(0)))
+        for truth in (fsdp2, distributed):
+            by_rank = [Sharding(layout.meshes[0], mesh, layout.splits, "", t.numel()) for t in truth]
+            placement = placed("weight", (rows, 3), by_rank)
+            for rank in range(world):
+                np.testing.assert_array_equal(entries(placement.share_of[rank].region), truth[rank].flatten().numpy())
+        differ += any(not torch.equal(a, b) for a, b in zip(fsdp2, distributed, strict=True))
+    assert mesh[0] == 2 or differ
 
 
 def test_whole_is_one_share_of_all_ranks() -> None:
-    placement = held_here(torch.zeros(3, 4), 1, 3)
+    placement = placed("weight", (3, 4), [None] * 3)
     assert placement == whole((3, 4), 3)
     assert placement.whole
     assert placement.shares[0].ranks == (0, 1, 2)
 
 
-def test_a_sharding_with_two_gaps_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"dimensions \[1, 2\]"):
-        sharded((4, 6, 32), (0, 1, 2, 3), (2, 2), (Shard(1), Shard(2)))
+def test_meshes_that_are_alike_are_replicas() -> None:
+    by_rank = [Sharding((rank % 2, rank % 2 + 2), (2,), (Split(0, 1),), "(Shard(0),)", 8) for rank in range(4)]
+    placement = placed("norm", (16,), by_rank)
+    assert [share.ranks for share in placement.shares] == [(0, 1), (2, 3)]
+    assert [share.region.start for share in placement.shares] == [0, 8]
+    layout = placement.layout
+    assert layout is not None
+    assert sharded((3,), layout.by_block()).share_of[3].region == Region.range(2, 1)
+
+
+ROWS = (Split(0, 1),)
+
+
+@pytest.mark.parametrize(
+    ("by_rank", "message"),
+    [
+        ([Sharding((0, 1), (2,), ROWS, "(S(0),)", 8), None], r"'w' is cut in another way on another rank"),
+        ([Sharding((0, 1), (2,), None, "(P(sum),)", 16)] * 2, r"has placements \(P\(sum\),\): Shard and Replicate are"),
+        ([Sharding((0, 1), (2,), ROWS, "(S(0),)", 8)] * 3, r"ranks \[\(0, 1\)\], but the optimizer works on 3"),
+        ([Sharding((0, 1), (2,), ROWS, "(S(0),)", 8)], r"ranks \[\(0, 1\)\], but the optimizer works on 1"),
+        ([Sharding((0, 1), (2,), ROWS, "(S(0),)", n) for n in (9, 7)], r"\[9, 7\] entries on the ranks, which do not"),
+        ([Sharding((0, 1, 2, 3), (2, 2), (Split(0, 2), Split(0, 2)), "(_S(0, 2), _S(0, 2))", 4)] * 4, "cannot be told"),
+    ],
+    ids=["another", "sum", "outside", "alone", "sizes", "order"],
+)  # fmt: skip
+def test_what_cannot_be_known_is_refused(by_rank: list[Sharding | None], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        placed("w", (16,), by_rank)
 
 
 # ------------------------------------------------------------------------------------------------------- owners

@@ -42,6 +42,7 @@ from hf_shampoo4.optimizer import clean_name  # noqa: E402
 from hf_shampoo4.options import Options  # noqa: E402
 from hf_shampoo4.sharding.local_parameter import full_shape, remember  # noqa: E402
 from hf_shampoo4.utils.files import write_json  # noqa: E402
+from tests.support.regions import entries  # noqa: E402
 
 # Otherwise MKL's eigh and QR give a matrix other last bits when it lies elsewhere in memory, as in a smaller stack.
 BITWISE = {"MKL_CBWR": "COMPATIBLE", "OMP_NUM_THREADS": "1"}
@@ -257,27 +258,31 @@ def fsdp1(options: dict[str, Any], dtype: torch.dtype = torch.float32, kind: str
 
 
 def tensor_parallel(options: dict[str, Any], dtype: torch.dtype = torch.float32) -> Run:
-    """Parameters cut by rows, by columns or not at all, with the gradient of all ranks in each."""
+    """Parameters cut in any dimension, as fused ones are, or not at all, with the gradient of all ranks in each."""
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.tensor import Shard, distribute_tensor
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+    from torch.distributed.tensor.placement_types import _StridedShard
 
     model, world = Linear(dtype), dist.get_world_size()
     mesh = init_device_mesh("cpu", (world,), mesh_dim_names=("tp",))
-    dims = {"weight": 1, "qkv": 0, "experts": 1, "last": 1, "unused": 0}
-    placed: dict[str, Any] = {}
+    placed: dict[str, Any] = {
+        "weight": Shard(1), "qkv": _StridedShard(0, split_factor=2), "experts": Shard(2), "unused": Shard(0),
+        "last": _StridedShard(1, split_factor=3), "norm": Replicate(),
+    }  # fmt: skip
+
+    def cut(name: str, t: Tensor) -> Tensor:
+        return distribute_tensor(t, mesh, [placed[name]], src_data_rank=None) if name in placed else t
+
     for layer in model.layers:
-        for name, p in list(layer.named_parameters(recurse=False)):
-            if name in dims:
-                placed[name] = [Shard(dims[name])]
-                setattr(layer, name, nn.Parameter(distribute_tensor(p.detach(), mesh, placed[name])))
+        for name, p in [(name, p) for name, p in layer.named_parameters(recurse=False) if name in placed]:
+            setattr(layer, name, nn.Parameter(cut(name, p.detach())))
     optimizer = optimizer_of(model, options)
 
     def step(t: int) -> None:
         optimizer.zero_grad()
         for layer, given in zip(model.layers, mean_coefficients(t, world), strict=True):
             for name, c in given.items():
-                c = c.to(dtype)
-                getattr(layer, name).grad = distribute_tensor(c, mesh, placed[name]) if name in dims else c
+                getattr(layer, name).grad = cut(name, c.to(dtype))
         optimizer.step()
 
     return Run(model, optimizer, step, lambda: {n: full(p) for n, p in model.named_parameters()})
@@ -493,8 +498,7 @@ def theory(run: Run, steps: int) -> dict[str, int]:
             rare = member.name.endswith(RARELY) and run.missing == "none"
             times = sum(1 for t in range(steps) if not (rare and t % 3 == 1))
             for region, ranks in member.placement.shares:
-                starts = region.start + region.step * np.arange(region.runs)
-                of_share = owner.flatten()[(starts[:, None] + np.arange(region.length)).flatten()]
+                of_share = owner.flatten()[entries(region)]
                 if ranks == (rank,):
                     sent["gradients"] += 4 * times * int((of_share != rank).sum())
                 sent["updates"] += 4 * times * int((of_share == rank).sum()) * len(set(ranks) - {rank})
