@@ -87,19 +87,22 @@ class Shampoo4bit(torch.optim.Optimizer):
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
         """One update of every parameter that has a gradient; with several ranks, all of them must call it.
 
+        State that was emptied on purpose, or of a parameter that took another's place, begins afresh with a warning.
         A step on which any gradient is not finite, or its square (beyond 1.8e19), changes nothing but `skipped_steps`.
 
         Raises:
             SparseGradient: a sparse gradient; a TypeError and a RuntimeError.
+            TypeError: a parameter that was frozen and cannot be trained.
             ValueError: parameters that are sharded in a way that is not supported.
-            RuntimeError: ranks with different options or models, or another rank that failed.
+            RuntimeError: ranks with different options or models, state that only some ranks have or that is there in
+                part, or another rank that failed.
         """
         loss = None if closure is None else torch.enable_grad()(closure)()
         units = self._units()
         if self._is_rehearsal(units):
             return loss
         usable, wanted = self._agree(units)
-        for unit in units:
+        for unit in units if wanted else ():
             if usable:
                 self._update(unit, wanted)
             else:
@@ -233,7 +236,23 @@ class Shampoo4bit(torch.optim.Optimizer):
                 state[parameter.get(key, key)] = _taken_over(entry, parameter[key]) if key in parameter else entry
             self.__setstate__({"state": state, "param_groups": groups})
         if stateless:
-            _warn_of_fresh(stateless, "the checkpoint has no state of", "frozen or not there when it was written")
+            _warn_of_fresh(stateless, "the checkpoint has no state of them, as if they were frozen when it was written")
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For `copy.deepcopy` and `pickle`, which one rank may call alone: nothing can be fetched from others here.
+
+        Raises:
+            RuntimeError: this rank has a part of the state only.
+        """
+        spread = {member.parameter for wave in self._all_waves() if not wave.replicated for member in wave.members}
+        if spread - self._consolidated.keys() or self._reader is not None:
+            raise RuntimeError(
+                "a copy or pickle of this optimizer would have a part of its state only, which is spread over ranks or "
+                "not read yet: use state_dict() and load_state_dict() on every rank, save_optimizer() or, with "
+                "shard_state, consolidate() on every rank before the copy"
+            )
+        whole = {p: self._consolidated.get(p, entry) for p, entry in self.state.items()}
+        return {**super().__getstate__(), "state": defaultdict(dict, whole)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -313,18 +332,23 @@ class Shampoo4bit(torch.optim.Optimizer):
         for index, group in enumerate(self._groups):
             if not any(group is there for there in self.param_groups):
                 continue
-            named = self._trained(index)
+            named = list(zip(self.names(index), self.parameters(index), strict=True))
             if any(in_deepspeed(p) for _, p in named):
                 found = [held_by_deepspeed(buffer, named) for buffer in group["params"]]
             else:
                 found = [[held_itself(name, p) for name, p in named]]
             first = {name: i for i, (name, _) in enumerate(named)}
-            units += [_Unit((index, first[held[0].name] if held else 0), group, held) for held in found]
+            for candidates in found:
+                key = (index, first[candidates[0].name] if candidates else 0)
+                built = self._built.get(key)
+                members = [h for h in candidates if self._needs(h) or (built and h.parameter in built.state)]
+                units.append(_Unit(key, group, members, candidates))
         return units
 
-    def _trained(self, index: int) -> list[tuple[str, Tensor]]:
-        """The parameters of group `index` that are trained, with their names."""
-        return [(n, p) for n, p in zip(self.names(index), self.parameters(index), strict=True) if p.requires_grad]
+    def _needs(self, held: Held) -> bool:
+        """Whether this rank has a part of a parameter's training: as torch's optimizers, it takes every gradient."""
+        p = held.parameter
+        return p.requires_grad or held.buffer.grad is not None or bool(self.state.get(p))
 
     def _is_rehearsal(self, units: Sequence[_Unit]) -> bool:
         """Whether an engine steps on zeros before training, so that optimizers make their state: nothing is to be done.
@@ -363,7 +387,7 @@ class Shampoo4bit(torch.optim.Optimizer):
         """Have a plan, and see the same on every rank: whether the gradients are finite, and which there are (ids)."""
         self._consolidated.clear()
         error: Exception | None = None
-        live = [held for unit in units for held in unit.members]
+        live = [held for unit in units for held in unit.candidates]  # as many on every rank, whatever is frozen there
         stale = any(self._stale(unit) for unit in units)
         if any(unit.key in self._built for unit in units):  # the second round: all that was to be read has been
             self._reader = None
@@ -380,9 +404,10 @@ class Shampoo4bit(torch.optim.Optimizer):
             seen = self._ranks.reduce(torch.tensor(seen, dtype=torch.int32, device=device), largest=True).tolist()
         if seen[0]:
             raise_together(self._ranks, error)
-        if seen[2]:
+        wanted = {id(held.parameter) for held, there in zip(live, seen[3:], strict=True) if there}
+        if seen[2] and wanted:
             self._plan(units)
-        return not seen[1], {id(held.parameter) for held, there in zip(live, seen[3:], strict=True) if there}
+        return not seen[1], wanted
 
     def _introduce(self) -> None:
         """Make sure that all ranks train the same model in the same way.
@@ -419,19 +444,23 @@ class Shampoo4bit(torch.optim.Optimizer):
         """Plan what is to be updated: at the first step, and when parameters, their state or options changed.
 
         Raises:
-            RuntimeError: state that was there at the step before is gone, or another rank failed.
-            ValueError: parameters or a checkpoint that these ranks cannot train.
+            RuntimeError: state that only some ranks have or that is there in part, or another rank failed.
+            TypeError, ValueError: parameters or a checkpoint that these ranks cannot train.
         """
         before = [self._built.get(unit.key) for unit in units]
+        units, dropped = self._surveyed(units)
         with self.together():
             self._require_matrices()
-            self._require_state(units)
+            for held in [held for unit in units for held in unit.members]:
+                check(held.parameter)
         if self._ranks.world > 1:  # owners may change
             for wave in [wave for built in before if built for wave in built.waves]:
                 wave.adopt([self.state[member.parameter] for member in wave.members])
                 self.state.update({wave.members[m].parameter: entry for m, entry in wave.saved().items()})
+        for p in dropped:
+            self.state.pop(p, None)
         with self.together():
-            shapes = [{name: full_shape(p) for name, p in self._trained(unit.key[0])} for unit in units]
+            shapes = [self._planned_shapes(unit) for unit in units]
             planned = build(
                 [(Options.of(u.group), u.members, of_group) for u, of_group in zip(units, shapes, strict=True)],
                 self._ranks,
@@ -450,14 +479,52 @@ class Shampoo4bit(torch.optim.Optimizer):
             views = {held.parameter: dict(self.state[held.parameter]) for held in unit.members}
             others = (built.start for (index, _), built in self._built.items() if index == unit.key[0])
             start = old.step if old else next(others, unit.group["step"])
-            self._built[unit.key] = _Built(unit.identity(), list(unit.group["params"]), views, waves, start, start)
+            everything = set(self.parameters(unit.key[0]))
+            self._built[unit.key] = _Built(unit.identity(), everything, views, waves, start, start)
 
-    def _require_state(self, units: Sequence[_Unit]) -> None:
-        for unit in units:
-            before = self._built.get(unit.key)
-            for held in unit.members if before else ():
-                if before and before.lost(held.parameter) and not self.state.get(held.parameter):
-                    raise RuntimeError(f"the optimizer state of {held.name!r} is gone: load the last checkpoint again")
+    def _surveyed(self, units: Sequence[_Unit]) -> tuple[list[_Unit], list[Tensor]]:
+        """The units with the members that all ranks agree on, and the parameters whose state is not kept.
+
+        Raises:
+            RuntimeError: state that only some ranks have, or that is there in part: nobody can have meant that.
+        """
+        before = {p: entry for built in self._built.values() for p, entry in built.state.items()}
+        here = {p for index in range(len(self._groups)) for p in self.parameters(index)}
+        ranks = self._ranks.gather([[self._standing(held, before) for held in unit.candidates] for unit in units])
+        surveyed, dropped, fresh = [], [p for p in before if p not in here], list[str]()
+        for i, unit in enumerate(units):
+            built, members = self._built.get(unit.key), []
+            known = built.everything if built and not here.issuperset(built.state) else here
+            for j, held in enumerate(unit.candidates):
+                standings = [of_rank[i][j] for of_rank in ranks]
+                lost = _is_lost(held.name, standings)
+                if lost:
+                    dropped.append(held.parameter)
+                if any(standing.needed for standing in standings):
+                    members.append(held)
+                    if lost or held.parameter not in known:
+                        fresh.append(held.name)
+            surveyed.append(unit._replace(members=members))
+        if fresh:
+            _warn_of_fresh(
+                fresh,
+                "their state was emptied, or they took the place of others.  If that was not meant (a model that is "
+                "wrapped or moved after its first step leaves it behind), load the last checkpoint",
+            )
+        return surveyed, dropped
+
+    def _standing(self, held: Held, before: Mapping[Tensor, Mapping[str, Any]]) -> _Standing:
+        p = held.parameter
+        had, has = set(before.get(p, ())), set(self.state.get(p, ()))
+        complete = had <= has
+        torn = bool(had & has) and not complete
+        return _Standing(self._needs(held), p in before, bool(had), bool(has) and complete, torn)
+
+    def _planned_shapes(self, unit: _Unit) -> dict[str, tuple[int, ...]]:
+        """Of all in the unit's group that is planned, the unit's own and, with DeepSpeed, that of its other parts."""
+        index, members = unit.key[0], {id(held.parameter) for held in unit.members}
+        named = zip(self.names(index), self.parameters(index), strict=True)
+        return {name: full_shape(p) for name, p in named if p.requires_grad or id(p) in members}
 
     def _holds(self, built: _Built) -> bool:
         """Whether `state` still holds the very tensors that the plan works on (offloading replaces them)."""
@@ -503,8 +570,10 @@ class Shampoo4bit(torch.optim.Optimizer):
     def _gradients_are_finite(self, live: Sequence[Held]) -> bool:
         by_device: dict[torch.device, list[Tensor]] = {}
         for held in live:
-            if held.buffer.grad is not None and held.buffer.grad.layout != torch.strided:
-                _refuse_sparse(held.name)
+            if held.buffer.grad is not None:
+                check(held.parameter)  # which may have been frozen before
+                if held.buffer.grad.layout != torch.strided:
+                    _refuse_sparse(held.name)
             gradient = held.gradient()
             if gradient is not None and gradient.numel():
                 by_device.setdefault(gradient.device, []).append(gradient)
@@ -628,6 +697,9 @@ class _Unit(NamedTuple):
     """Position of the group, and of the first of its parameters in it."""
     group: dict[str, Any]
     members: list[Held]
+    """What is planned: on this rank or, in `_plan`, on any."""
+    candidates: list[Held]
+    """Everything that could be, the same on every rank."""
 
     def identity(self) -> Any:
         """What a plan depends on."""
@@ -640,7 +712,7 @@ class _Built:
     """A unit's plan, and what it was built on."""
 
     identity: Any
-    members: list[Tensor]
+    everything: set[Tensor]
     """All parameters of the group, frozen ones too."""
     state: dict[Tensor, dict[str, Tensor]]
     waves: list[Wave]
@@ -649,9 +721,34 @@ class _Built:
     step: int
     """The group's step at which this one was updated last."""
 
-    def lost(self, p: Tensor) -> bool:
-        """Whether a parameter without state must have had one: it was trained, or put in a trained one's place."""
-        return bool(self.state.get(p)) or not any(p is member for member in self.members)
+
+class _Standing(NamedTuple):
+    """How a parameter's state is on a rank before a plan is made."""
+
+    needed: bool
+    """Whether the rank wants it planned."""
+    planned: bool
+    """Whether the plan before had it."""
+    had: bool
+    """Whether the rank had some of its state then; of spread state not every rank has."""
+    there: bool
+    torn: bool
+    """Whether a part of it is missing."""
+
+
+def _is_lost(name: str, standings: Sequence[_Standing]) -> bool:
+    """Whether a parameter's state is gone on all ranks that had it in the plan before.
+
+    Raises:
+        RuntimeError: it is gone on some of them, or in part.
+    """
+    having = [rank for rank, s in enumerate(standings) if s.there]
+    lacking = [rank for rank, s in enumerate(standings) if not s.there and (s.had or not s.planned)]
+    torn = [rank for rank, s in enumerate(standings) if s.torn]
+    if torn or (having and lacking):
+        where = f"lacks tensors on ranks {torn}" if torn else f"is there on ranks {having} and gone on ranks {lacking}"
+        raise RuntimeError(f"the state of {name!r} {where}: load the same checkpoint on every rank, or empty it on all")
+    return any(s.had and not s.there for s in standings)
 
 
 def _check_keys(group: dict[str, Any]) -> None:
@@ -673,7 +770,8 @@ def _check_group(group: dict[str, Any]) -> None:
     if len({id(p) for p in group["params"]}) < len(group["params"]):
         raise ValueError("a parameter is in its group twice: it would be updated twice a step")
     for p in group["params"]:
-        check(p)
+        if p.requires_grad:  # frozen ones may be of any kind, such as quantised weights
+            check(p)
 
 
 def _require_kind(group: Mapping[str, Any]) -> None:
@@ -704,13 +802,9 @@ def _refuse_sparse(name: str) -> NoReturn:
     )
 
 
-def _warn_of_fresh(names: Sequence[str], what: str, why: str) -> None:
+def _warn_of_fresh(names: Sequence[str], why: str) -> None:
     shown = ", ".join(map(repr, names[:3])) + (", ..." if len(names) > 3 else "")
-    warnings.warn(
-        f"{what} {len(names)} of the parameters that are trained ({shown}): they start afresh, which is right if they "
-        f"were {why}",
-        stacklevel=4,
-    )
+    warnings.warn(f"{len(names)} of the parameters that are trained ({shown}) start afresh: {why}", stacklevel=2)
 
 
 def _finite(gradients: list[Tensor]) -> bool:

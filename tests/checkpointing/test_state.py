@@ -7,6 +7,7 @@ import io
 import pickle
 import subprocess
 import sys
+import warnings
 from typing import Any
 
 import pytest
@@ -158,12 +159,29 @@ def test_replaced_state_tensors_are_adopted() -> None:
     assert same(tensors(optimizer), tensors(twin))
 
 
-def test_lost_state_is_an_error() -> None:
-    optimizer = Shampoo4bit(parameters(), **OFTEN)
+@pytest.mark.parametrize("replaced", [False, True])
+def test_emptied_state_begins_afresh_and_says_so(replaced: bool) -> None:
+    optimizer, new = Shampoo4bit(parameters(), **OFTEN), Shampoo4bit(parameters(), **OFTEN)
     run(optimizer, range(2))
     optimizer.state.clear()
-    optimizer.param_groups[0]["params"] = parameters()  # as FSDP2 does, which leaves the state behind
-    with pytest.raises(RuntimeError, match="state"):
+    if replaced:  # as FSDP2 does, which leaves the state behind
+        optimizer.param_groups[0]["params"] = parameters()
+    with pytest.warns(UserWarning, match=r"5 of .* \('0.0', '0.1', '0.2', ...\) start afresh.*load the last"):
+        run(optimizer, range(2, 3))
+    optimizer.param_groups[0]["step"] = 0
+    run(new, range(2, 3))
+    assert {key: t.shape for key, t in tensors(optimizer)} == {key: t.shape for key, t in tensors(new)}
+    assert all(t.eq(1).all() for key, t in tensors(optimizer) if "steps" in key)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        run(optimizer, range(3, 5))
+
+
+def test_a_part_of_a_parameters_state_that_is_gone_is_an_error() -> None:
+    optimizer = Shampoo4bit(parameters(), **OFTEN)
+    run(optimizer, range(2))
+    del optimizer.state[owners(optimizer)[1]]["64x64/left.basis.codes"]
+    with pytest.raises(RuntimeError, match=r"the state of '0.1' lacks tensors on ranks \[0\]"):
         run(optimizer, range(2, 3))
 
 
@@ -597,7 +615,7 @@ def test_a_parameter_without_an_entry_starts_afresh_and_says_so(written: dict) -
     """A layer that was frozen when the checkpoint was written, or that a hook has left out."""
     del written["state"][2]
     optimizer = Shampoo4bit(parameters(), **OFTEN)
-    with pytest.warns(UserWarning, match=r"the checkpoint has no state of 1 .*\('0.2'\): they start afresh"):
+    with pytest.warns(UserWarning, match=r"1 of .* \('0.2'\) start afresh: the checkpoint has no state"):
         optimizer.load_state_dict(written)
     run(optimizer, range(2, 3))
     steps = [t.tolist() for key, t in tensors(optimizer) if "steps" in key]

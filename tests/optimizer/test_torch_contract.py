@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+from collections import defaultdict
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -191,7 +193,7 @@ def test_the_recipe_of_torchs_documentation_adapts_a_one_layer_checkpoint_to_two
         return adapted_state_dict
 
     optimizer2.register_load_state_dict_pre_hook(adapt_state_dict_ids)
-    with pytest.warns(UserWarning, match="no state of 2 .*'fc2.weight'.*start afresh"):
+    with pytest.warns(UserWarning, match="2 of .*'fc2.weight'.* start afresh: the checkpoint has"):
         optimizer2.load_state_dict(deepcopy(optimizer.state_dict()))
     assert optimizer2.param_groups[0]["lr"] == 0.5
     for name in ("weight", "bias"):
@@ -272,3 +274,143 @@ def test_the_state_of_a_parameter_that_is_in_no_group_any_more_is_not_saved() ->
     run(optimizer, range(1))
     optimizer.param_groups[0]["params"].pop()
     assert list(optimizer.state_dict()["state"]) == [0]
+
+
+# -------------------------------------------------------------------------------------------------- what is trained
+
+
+def test_a_gradient_is_followed_whether_or_not_it_is_required() -> None:
+    """Hand-written gradients, evolution strategies, a model that is frozen after backward: as torch's optimizers do."""
+    free, required = ([p.detach().requires_grad_(flag) for p in parameters((20, 30), (9,))] for flag in (False, True))
+    ours, theirs = Shampoo4bit(free, lr=0.1, **OFTEN), Shampoo4bit(required, lr=0.1, **OFTEN)
+    start = [p.clone() for p in free]
+    ours.step()
+    assert not ours.state
+    run(ours, range(3))
+    run(theirs, range(3))
+    assert all(map(torch.equal, free, required))
+    assert not any(map(torch.equal, free, start))
+    ours.zero_grad()
+    ours.step()  # nothing to do, and the plan stays as it is
+    give_gradients(free[:1], 3)
+    ours.step()
+    assert ours.state[free[1]]["9/steps.dense"].item() == 3
+    again = Shampoo4bit([p.clone() for p in free], lr=0.1, **OFTEN)
+    again.load_state_dict(ours.state_dict())
+    run(again, range(4, 6))
+    run(ours, range(4, 6))
+    assert all(map(torch.equal, free, owners(again)))
+
+
+@pytest.mark.parametrize("at_once", [True, False])
+def test_freezing_and_unfreezing_keeps_the_state_and_moves_nothing_that_is_frozen(at_once: bool) -> None:
+    ps, qs = parameters((20, 30), (30, 20), (9,)), parameters((20, 30), (30, 20), (9,))
+    frozen, kept = Shampoo4bit(ps, **OFTEN), Shampoo4bit(qs, **OFTEN)
+    run(frozen, range(2))
+    run(kept, range(2))
+    ps[1].requires_grad_(False)
+    for t in range(2, 4):
+        for of_one in (ps, qs):
+            give_gradients([of_one[0], of_one[2]], t)
+            of_one[1].grad = None
+        frozen.step()
+        kept.step()
+    if not at_once:  # resumed while it is frozen
+        saved = deepcopy(frozen.state_dict())
+        assert list(saved["state"]) == [0, 1, 2]
+        frozen = Shampoo4bit(ps, **OFTEN)
+        frozen.load_state_dict(saved)
+    ps[1].requires_grad_(True)
+    run(frozen, range(4, 6))
+    run(kept, range(4, 6))
+    assert all(map(torch.equal, ps, qs))
+
+
+@pytest.mark.parametrize("made", [torch.uint8, torch.int8, torch.float8_e4m3fn, torch.complex64], ids=str)
+def test_frozen_parameters_of_any_kind_are_left_alone_until_they_are_unfrozen(made: torch.dtype) -> None:
+    model = nn.Linear(64, 64)
+    model.quantised = nn.Parameter(torch.zeros(8, 4).to(made), requires_grad=False)
+    optimizer = Shampoo4bit(model.parameters())
+    optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(4, 4).to(made), requires_grad=False)]})
+
+    def step() -> None:
+        model(torch.randn(4, 64)).square().mean().backward()
+        optimizer.step()
+
+    step()
+    assert model.quantised not in optimizer.state
+    optimizer.load_state_dict(deepcopy(optimizer.state_dict()))
+    step()
+    if made == torch.complex64:
+        model.quantised.requires_grad_(True)
+        model.quantised.grad = torch.ones_like(model.quantised)
+        with pytest.raises(TypeError, match=r"shape \(8, 4\) is torch.complex64: only real floating point"):
+            step()
+
+
+@pytest.mark.parametrize("way", ["clear", "defaultdict", "one", "new"])
+def test_state_that_is_emptied_on_purpose_begins_afresh(way: str) -> None:
+    """fastai's fine_tune, resets of dormant layers, pruned layers: AdamW begins these afresh."""
+    ps = parameters((20, 30), (30, 20), (9,))
+    optimizer = Shampoo4bit(ps, **OFTEN)
+    run(optimizer, range(3))
+    if way == "clear":
+        optimizer.state.clear()
+    elif way == "defaultdict":
+        optimizer.state = defaultdict(dict, {})
+    elif way == "one":
+        del optimizer.state[ps[1]]
+    else:
+        optimizer.param_groups[0]["params"][1] = nn.Parameter(torch.zeros(25, 20))
+    with pytest.warns(UserWarning, match="start afresh: their state was emptied, or they took the place of others"):
+        run(optimizer, range(3, 4))
+    steps = [int(t.max()) for p in owners(optimizer) for key, t in optimizer.state[p].items() if "steps" in key]
+    assert steps == ([1, 1, 1] if way in ("clear", "defaultdict") else [4, 1, 4])
+    run(optimizer, range(4, 6))
+    other = Shampoo4bit([nn.Parameter(torch.zeros_like(p)) for p in owners(optimizer)], **OFTEN)
+    other.load_state_dict(optimizer.state_dict())
+
+
+def test_fine_tuning_as_fastai_does_it() -> None:
+    """The state is emptied, the body frozen, the head trained; then the same with all layers."""
+    model = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 4))
+    optimizer = Shampoo4bit(model.parameters(), **OFTEN)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        model(torch.randn(4, 16)).square().mean().backward()
+        optimizer.step()
+
+    step()
+    optimizer.state = defaultdict(dict, {})
+    model[0].requires_grad_(False)
+    with pytest.warns(UserWarning, match=r"2 of the parameters that are trained \('0.2', '0.3'\) start afresh"):
+        step()
+    assert not optimizer.state.get(model[0].weight)
+    optimizer.state = defaultdict(dict, {})
+    model[0].requires_grad_(True)
+    with pytest.warns(UserWarning, match="start afresh"):
+        step()
+    assert optimizer.state[model[0].weight]
+
+
+def test_a_checkpoint_of_a_frozen_layer_goes_on_unfrozen_and_the_other_way_round() -> None:
+    def begin(frozen: bool) -> tuple[list[nn.Parameter], Shampoo4bit]:
+        ps = parameters((64, 64), (8, 64), (8,))
+        ps[0].requires_grad_(not frozen)
+        return ps, Shampoo4bit(ps, **OFTEN)
+
+    for there, here in ((True, False), (False, True)):
+        ps, first = begin(there)
+        give_gradients(ps[1:] if there else ps, 0)
+        first.step()
+        qs, second = begin(here)
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            second.load_state_dict(deepcopy(first.state_dict()))
+        assert [("'0.0'" in str(w.message), "frozen when it was written" in str(w.message)) for w in said] == [
+            (True, True)
+        ] * there
+        give_gradients(qs[1:] if here else qs, 1)
+        second.step()
+        assert bool(second.state_dict()["state"].get(0)) is True
