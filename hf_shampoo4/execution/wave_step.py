@@ -98,7 +98,7 @@ class WaveStep:
                 for stack, of_stack in zip(stacks, collected, strict=True):
                     stack.weights = of_stack
             if self.context.options.maximize:
-                gradients = list(torch._foreach_neg(gradients))  # not in place: they may be the parameters' own
+                gradients = [-g for g in gradients]  # not in place: they may be the parameters' own
             with exact_float32(self.wave.device.type):
                 updates = directions(stacks, gradients, dataclasses.replace(self.context, total=vote.total))
         except Exception as error:

@@ -39,8 +39,9 @@ REFUSED = {2: ["zero3-refused"], 3: ["fsdp1-refused"]}
 TRAINER = {2: ["trainer-zero1", "trainer-zero2", "trainer-zero3", "trainer-fsdp1"]}
 ACCELERATED = {2: ["accelerate-fsdp2", "accelerate-zero2"]}
 ENGINE_OF = {"accelerate-fsdp2": "FSDPLlamaForCausalLM", "accelerate-zero2": "DeepSpeedEngine"}
+CONTRACT = {2: ["ddp-contract", "ddp_sharded-contract", "fsdp2-contract"]}
 HYBRID = {2: ["fsdp1_hybrid-elementwise"]}
-KINDS = (CASES, SAVED, LOADED, FAILING, REFUSED, TRAINER, ACCELERATED, HYBRID)
+KINDS = (CASES, SAVED, LOADED, FAILING, REFUSED, TRAINER, ACCELERATED, CONTRACT, HYBRID)
 WORLDS = (2, 3, 4, 1)
 
 
@@ -185,6 +186,23 @@ def test_files_of_deepspeed_are_converted_or_refused(results: dict, folder: Path
         read(tmp_path / "lacking")
     for name in ("zero0-own", "zero0_bf16-own", "zero2_offload-own"):  # the last one of one rank
         assert len(read(folder / name)["state"]) == len(trained)
+
+
+@each(CONTRACT)
+def test_freezing_emptying_going_up_and_copies_are_what_they_are_in_one_process(
+    results: dict, world: int, case: str
+) -> None:
+    for rank in results[world, case]:
+        assert "error" not in rank, rank["error"]
+        assert all(all(steps) for steps in rank["same"].values()), rank["same"]
+        assert rank["said"]["emptied"].count("11 of the parameters that are trained") == 2  # here and in one process
+        assert rank["said"]["one"] == (
+            "RuntimeError: the state of 'layers.0.weight' is there on ranks [0] and gone on ranks [1]: "
+            "load the same checkpoint on every rank, or empty it on all"
+        )
+        refused = "RuntimeError: a copy or pickle of this optimizer would have a part of its state only"
+        assert rank["said"]["copy"].startswith(refused if case != "ddp-contract" else "")
+        assert bool(rank["said"]["copy"]) == (case != "ddp-contract")
 
 
 @each(REFUSED)

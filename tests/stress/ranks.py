@@ -22,6 +22,7 @@ import sys
 import tempfile
 import time
 import traceback
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -417,6 +418,8 @@ class Case:
             return failing(self)
         if self.options == "refused":
             return refused(self, folder)
+        if self.options == "contract":
+            return contract(self)
         return reshard(self, folder) if "+" in self.options else equality(self, truths)
 
 
@@ -792,6 +795,49 @@ def failing(case: Case) -> dict[str, Any]:
     run.step(1)
     unchanged = all(torch.equal(p, before[n]) for n, p in run.parameters().items())
     return {"said": said, "skipped": run.optimizer.param_groups[0]["skipped_steps"], "unchanged": unchanged}
+
+
+def contract(case: Case) -> dict[str, Any]:
+    """What every optimizer of torch's offers, on ranks as in one process: going up, freezing, emptying, copies."""
+    make, world, said, same = ENGINES[case.engine], dist.get_world_size(), {}, {}
+
+    def frozen(run: Run, name: str, flag: bool) -> None:
+        for n, p in run.model.named_parameters():
+            if n.endswith(name):
+                p.requires_grad_(not flag)
+
+    def both(run: Run, alone: Run, t: int) -> bool:
+        run.step(t)
+        alone.step(t)
+        truth = alone.parameters()
+        return all(torch.equal(p, truth[n]) for n, p in run.parameters().items())
+
+    upwards, missing = {"maximize": True}, missing_of(case.engine)
+    run, alone = make(upwards, torch.float32), reference(upwards, world, missing=missing)
+    same["maximize"] = [both(run, alone, t) for t in range(3)]
+
+    run, alone = make({}, torch.float32), reference({}, world, missing=missing)
+    for of_one in (run, alone):
+        frozen(of_one, "layers.1.qkv", True)
+    same["frozen"] = [both(run, alone, t) for t in range(2)]
+    for of_one in (run, alone):
+        frozen(of_one, "layers.1.qkv", False)
+        frozen(of_one, "layers.2.experts", True)
+    same["unfrozen"] = [both(run, alone, t) for t in range(2, 4)]
+    for of_one in (run, alone):
+        frozen(of_one, "layers.2.experts", False)
+        of_one.optimizer.state.clear()
+    with warnings.catch_warnings(record=True) as heard:
+        warnings.simplefilter("always")
+        run.step(4)
+        alone.step(4)
+    said["emptied"] = "; ".join(str(w.message) for w in heard if "start afresh" in str(w.message))
+    same["emptied"] = [both(run, alone, t) for t in range(5, 7)]
+    said["copy"] = _message(lambda: copy.deepcopy(run.optimizer))
+    if dist.get_rank() == 1:
+        run.optimizer.state.clear()
+    said["one"] = _message(lambda: run.step(7))
+    return {"said": said, "same": same}
 
 
 def refused(case: Case, folder: Path) -> dict[str, Any]:
