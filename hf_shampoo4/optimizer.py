@@ -6,6 +6,7 @@ import copy
 import difflib
 import hashlib
 import math
+import uuid
 import warnings
 import weakref
 from collections import Counter, defaultdict
@@ -31,6 +32,7 @@ from .preconditioners.moments import make_moments
 from .sharding.exchange import Ranks
 from .sharding.geometry import matrix_view
 from .sharding.local_parameter import Held, check, full_shape, held_by_deepspeed, held_itself, in_deepspeed, in_fsdp1
+from .sharding.rendezvous import all_come
 from .utils.stopwatch import Stopwatch
 
 
@@ -114,11 +116,11 @@ class Shampoo4bit(torch.optim.Optimizer):
 
         Under DeepSpeed, which keeps a file for each rank, it is this rank's part of that form; under FSDP1, which lets
         tensors of other shapes than the parameters' through in no other way, it is bytes in the first group (saved.py).
-        Where parameters are sharded, every rank must call it.  With `shard_state` under DDP every rank must have called
-        `consolidate()` since the last step.
+        Where parameters or state are sharded, every rank must call it.  Under DDP with `shard_state` one rank may call
+        it alone, as the Trainer does, after every rank has called `consolidate()`; it waits for the others otherwise.
 
         Raises:
-            RuntimeError: that was not done.
+            RuntimeError: they have not come (`rendezvous.PATIENCE`).
         """
         for before in self._optimizer_state_dict_pre_hooks.values():
             before(self)
@@ -142,11 +144,12 @@ class Shampoo4bit(torch.optim.Optimizer):
     def consolidate(self) -> None:
         """Bring the state that `shard_state` has spread over the ranks to all of them, for `state_dict()`.
 
-        Every rank must call it.  It is kept in the CPU's memory until the next step.
+        Every rank must call it.  It is kept in the CPU's memory until the next step, and not done twice before that.
         """
-        self._consolidated.clear()
+        if self._consolidated:
+            return
         for wave in self._all_waves():
-            if not wave.replicated and wave.members[0].placement.whole:
+            if _only_consolidated(wave):
                 for m, entry in wave.saved().items():
                     kept = {key: t.to("cpu", copy=True) for key, t in entry.items()}
                     self._consolidated[wave.members[m].parameter] = kept
@@ -322,6 +325,7 @@ class Shampoo4bit(torch.optim.Optimizer):
         self._probes: dict[tuple[int, int], Probe] = {}
         self._consolidated: dict[Tensor, Entry] = {}
         self._reader, self._unread = None, 0
+        self._together, self._steps = "", 0
         self._stopwatch = Stopwatch()
 
     def _units(self) -> list[_Unit]:
@@ -386,6 +390,7 @@ class Shampoo4bit(torch.optim.Optimizer):
     def _agree(self, units: Sequence[_Unit]) -> tuple[bool, set[int]]:
         """Have a plan, and see the same on every rank: whether the gradients are finite, and which there are (ids)."""
         self._consolidated.clear()
+        self._steps += 1
         error: Exception | None = None
         live = [held for unit in units for held in unit.candidates]  # as many on every rank, whatever is frozen there
         stale = any(self._stale(unit) for unit in units)
@@ -424,8 +429,9 @@ class Shampoo4bit(torch.optim.Optimizer):
             }
             for i, group in enumerate(self._groups)
         ]
-        digests = self._ranks.gather(hashlib.sha256(repr(mine).encode()).hexdigest())
-        if len(set(digests)) > 1:
+        said = self._ranks.gather((hashlib.sha256(repr(mine).encode()).hexdigest(), uuid.uuid4().hex))
+        self._together = said[0][1]
+        if len({digest for digest, _ in said}) > 1:
             theirs = self._ranks.gather(mine)
             raise RuntimeError(f"ranks disagree on options or model: {_difference(theirs)}")
 
@@ -551,6 +557,9 @@ class Shampoo4bit(torch.optim.Optimizer):
         """Parameter -> its whole state, of those whose state is spread over the ranks; under DeepSpeed this rank's."""
         if self._reader is not None and not self._built:
             raise RuntimeError("the state is read at the first step after loading: make one before saving it again")
+        if not self._consolidated and any(map(_only_consolidated, self._all_waves())):
+            self._meet()
+            self.consolidate()
         saved = dict(self._consolidated)
         for wave in self._all_waves():
             first = wave.members[0]
@@ -558,14 +567,23 @@ class Shampoo4bit(torch.optim.Optimizer):
                 continue
             if in_deepspeed(first.parameter):
                 saved.update({wave.members[m].parameter: entry for m, entry in wave.share().items()})
-                continue
-            if first.placement.whole and not in_fsdp1(first.parameter):
-                raise RuntimeError(
-                    "with shard_state the state is spread over the ranks: call optimizer.consolidate() on every rank "
-                    "before state_dict() (in the Trainer, hf_shampoo4's callback does)"
-                )
-            saved.update({wave.members[m].parameter: entry for m, entry in wave.saved().items()})
+            else:
+                saved.update({wave.members[m].parameter: entry for m, entry in wave.saved().items()})
         return saved
+
+    def _meet(self) -> None:
+        """Wait for every rank to call `state_dict()`.
+
+        Raises:
+            RuntimeError: they do not.
+        """
+        advice = (
+            "with shard_state the state is spread over the ranks: call state_dict() on every rank, or, before one rank "
+            "calls it alone, consolidate() on every rank (as the Trainer does after hf_shampoo4.register(), with "
+            "trainer_kwargs() or with Shampoo4bitCallback)"
+        )
+        if not all_come(f"{self._together}/{self._steps}", self._ranks, advice):
+            raise RuntimeError(f"other ranks have not called state_dict(); {advice}")
 
     def _gradients_are_finite(self, live: Sequence[Held]) -> bool:
         by_device: dict[torch.device, list[Tensor]] = {}
@@ -653,6 +671,13 @@ class Shampoo4bit(torch.optim.Optimizer):
             elif p.requires_grad and saved["step"] and math.prod(full_shape(p)):
                 stateless.append(name)
         return stateless
+
+
+def _only_consolidated(wave: Wave) -> bool:
+    """Whether state is on its owners alone while every rank has the parameters, so that one rank may be asked alone."""
+    first = wave.members[0]
+    of_an_engine = in_fsdp1(first.parameter) or in_deepspeed(first.parameter)
+    return not wave.replicated and first.placement.whole and not of_an_engine
 
 
 def _own_names(group: Mapping[str, Any]) -> list[str]:

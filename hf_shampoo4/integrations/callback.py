@@ -9,10 +9,10 @@ from typing import Any
 from transformers.trainer_callback import ExportableState, TrainerCallback
 
 from ..checkpointing.checksums import check_archive
-from ..checkpointing.completeness import CALLBACK, STATE, incomplete
+from ..checkpointing.completeness import CALLBACK, incomplete
 from ..exceptions import CheckpointError
-from ..optimizer import Shampoo4bit
 from ..state_report import metrics, table
+from .saving import follow_saves, shampoo_in, without_wrappers
 from .trainer import OPTIMS, check_args
 
 
@@ -24,6 +24,7 @@ class Shampoo4bitCallback(TrainerCallback, ExportableState):
 
     def __init__(self) -> None:
         self.world_size = self.local_world_size = 1
+        follow_saves()
 
     def state(self) -> dict[str, Any]:
         """For `trainer_state.json`: who comes back must know how many ranks had to finish (resume.py)."""
@@ -43,7 +44,7 @@ class Shampoo4bitCallback(TrainerCallback, ExportableState):
         self.world_size = args.world_size
         self.local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", self.world_size))
         state.stateful_callbacks.setdefault(CALLBACK, self.state())  # a checkpoint from before may lack it
-        ours = _ours(optimizer)
+        ours = shampoo_in(optimizer)
         if ours is None:
             _refuse_another(args, optimizer)
             return
@@ -57,21 +58,16 @@ class Shampoo4bitCallback(TrainerCallback, ExportableState):
 
     def on_step_end(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
         """Count a step that a loss scaler (fp16) left out: then the optimizer was not called and cannot."""
-        ours = _ours(optimizer)
+        ours = shampoo_in(optimizer)
         if ours is not None and getattr(optimizer, "step_was_skipped", False):
             for group in ours.param_groups:
                 group["skipped_steps"] += 1
-        _before_a_checkpoint(args, state, control, ours)
-
-    def on_epoch_end(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
-        """With `save_strategy="epoch"` a checkpoint comes next."""
-        _before_a_checkpoint(args, state, control, _ours(optimizer))
 
     def on_log(
         self, args: Any, state: Any, control: Any, logs: Any = None, optimizer: Any = None, **kwargs: Any
     ) -> None:
         """Add bytes, skipped steps, failed refreshes and refresh time to what the Trainer logs."""
-        ours = _ours(optimizer)
+        ours = shampoo_in(optimizer)
         if ours is None or logs is None:
             return
         extra: dict[str, int | float] = {}
@@ -86,7 +82,7 @@ class Shampoo4bitCallback(TrainerCallback, ExportableState):
 
 def _refuse_another(args: Any, optimizer: Any) -> None:
     """An engine may have put an optimizer of its own in the place of the one that was asked for."""
-    optimizer = _unwrapped(optimizer)
+    optimizer = without_wrappers(optimizer)
     if args.optim in OPTIMS and optimizer is not None:
         raise ValueError(
             f"--optim {args.optim.value} was asked for, but {type(optimizer).__name__} would train: leave that out of "
@@ -94,23 +90,12 @@ def _refuse_another(args: Any, optimizer: Any) -> None:
         )
 
 
-def _before_a_checkpoint(args: Any, state: Any, control: Any, ours: Shampoo4bit | None) -> None:
-    """Bring together the state that `shard_state` has spread: the Trainer asks rank 0 only for it."""
-    best = control.should_evaluate and args.save_strategy == "best"  # what is saved is known after the evaluation
-    if ours is not None and (control.should_save or best):
-        ours.consolidate()
-    if control.should_save and state.is_world_process_zero:  # about to be replaced file by file: no longer whole
-        (_folder(args, state.global_step) / STATE).unlink(missing_ok=True)
-
-
-def _folder(args: Any, step: int) -> Path:
-    return Path(args.output_dir) / f"checkpoint-{step}"
-
-
 def _check_whole(args: Any, step: int) -> None:
     """The Trainer passes over what a checkpoint lacks (a rank's random state, an optimizer) and goes on otherwise."""
     asked = args.resume_from_checkpoint
-    folder = Path(asked) if isinstance(asked, str) and Path(asked).is_dir() else _folder(args, step)
+    folder = (
+        Path(asked) if isinstance(asked, str) and Path(asked).is_dir() else Path(args.output_dir) / f"checkpoint-{step}"
+    )
     reason = incomplete(folder) if folder.is_dir() else ""
     if reason:
         raise CheckpointError(
@@ -119,14 +104,3 @@ def _check_whole(args: Any, step: int) -> None:
         )
     for name in ("optimizer.pt", "optimizer.bin"):  # the Trainer has just loaded it, and torch compares no checksums
         check_archive(folder / name)
-
-
-def _unwrapped(optimizer: Any) -> Any:
-    while hasattr(optimizer, "optimizer"):  # accelerate wraps it, DeepSpeed too
-        optimizer = optimizer.optimizer
-    return optimizer
-
-
-def _ours(optimizer: Any) -> Shampoo4bit | None:
-    optimizer = _unwrapped(optimizer)
-    return optimizer if isinstance(optimizer, Shampoo4bit) else None

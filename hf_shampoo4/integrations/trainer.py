@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..options import STOCHASTIC_HEAD, parse_optim_args, resolve
 from .hooks import after_import
+from .saving import follow_saves
 
 if TYPE_CHECKING:
     from torch import nn
@@ -28,10 +29,12 @@ def register() -> None:
     """Add the names of `OPTIMS` to `--optim` of the Hugging Face Trainer; calling it again changes nothing.
 
     Call it before `TrainingArguments` are made, before or after transformers is imported.  Touched are the enum
-    `OptimizerNames`, the static method `Trainer.get_optimizer_cls_and_kwargs` and the list `DEFAULT_CALLBACKS`.
+    `OptimizerNames`, the static method `Trainer.get_optimizer_cls_and_kwargs`, the list `DEFAULT_CALLBACKS` and the
+    methods of the Trainer that write a checkpoint (saving.py).
     """
     after_import("transformers.training_args", _extend_optimizer_names)
     after_import("transformers.trainer", _extend_trainer)
+    follow_saves()
 
 
 def trainer_kwargs(model: nn.Module, args: Any, **options: Any) -> dict[str, Any]:

@@ -27,8 +27,8 @@ CASES = {
         "fsdp1_grad_op-soap", "zero3-shampoo"],
     4: ["hsdp-shampoo", "fsdp1_hybrid-shampoo"],
 }  # fmt: skip
-SAVED = {2: ["fsdp2-full", "fsdp2-sharded", "ddp-plain", "ddp_sharded-plain", "zero0-own", "zero0_bf16-own",
-             "zero1-own", "zero2-own", "zero2-side", "fsdp1-full", "fsdp1-sharded"],
+SAVED = {2: ["fsdp2-full", "fsdp2-sharded", "ddp-plain", "ddp_sharded-plain", "ddp_sharded-full", "ddp_sharded-sharded",
+             "zero0-own", "zero0_bf16-own", "zero1-own", "zero2-own", "zero2-side", "fsdp1-full", "fsdp1-sharded"],
          1: ["zero2_offload-own"]}  # fmt: skip
 LOADED = {3: ["fsdp2-fsdp2+sharded", "ddp-fsdp2+full", "fsdp2-ddp+plain", "ddp_sharded-ddp+plain", "zero3-zero2+own",
               "fsdp1-zero2+side", "fsdp2-fsdp1+full"],

@@ -1,0 +1,76 @@
+"""The Trainer's checkpoints: what every rank must do before rank 0 alone asks the optimizer for its state.
+
+A save may be asked for at any time, by the Trainer, a callback or a signal, so it is not foreseen but met where every
+rank passes: in the methods of `transformers.Trainer` that write a checkpoint.
+"""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+from ..checkpointing.completeness import STATE
+from .hooks import after_import
+
+if TYPE_CHECKING:
+    from ..optimizer import Shampoo4bit
+
+
+def follow_saves() -> None:
+    """Prepare every Trainer's checkpoints, from now on or once transformers is imported; again it changes nothing.
+
+    Touched are the methods `_save_checkpoint`, `_save_optimizer_and_scheduler` and `_tune_save_checkpoint`.
+    """
+    after_import("transformers.trainer", _wrap_saves)
+
+
+def without_wrappers(optimizer: Any) -> Any:
+    """The optimizer that accelerate and DeepSpeed have wrapped."""
+    while hasattr(optimizer, "optimizer"):
+        optimizer = optimizer.optimizer
+    return optimizer
+
+
+def shampoo_in(optimizer: Any) -> Shampoo4bit | None:
+    """The `Shampoo4bit` of a Trainer, without what wraps it; None if it has another one."""
+    from ..optimizer import Shampoo4bit
+
+    optimizer = without_wrappers(optimizer)
+    return optimizer if isinstance(optimizer, Shampoo4bit) else None
+
+
+def _wrap_saves(module: ModuleType) -> None:
+    for name, before in (
+        ("_save_checkpoint", _no_longer_whole),
+        ("_save_optimizer_and_scheduler", _bring_together),
+        ("_tune_save_checkpoint", _bring_together),
+    ):
+        original = getattr(module.Trainer, name)
+        if not hasattr(original, "before_hf_shampoo4"):
+            setattr(module.Trainer, name, _preceded(original, before))
+
+
+def _preceded(original: Any, before: Any) -> Any:
+    @functools.wraps(original)
+    def method(trainer: Any, *arguments: Any, **named: Any) -> Any:
+        before(trainer, *arguments, **named)
+        return original(trainer, *arguments, **named)
+
+    method.before_hf_shampoo4 = original  # type: ignore[attr-defined]
+    return method
+
+
+def _bring_together(trainer: Any, *arguments: Any, **named: Any) -> None:
+    """The state that `shard_state` has spread: the Trainer asks rank 0 only for it."""
+    optimizer = shampoo_in(trainer.optimizer)
+    if optimizer is not None:
+        optimizer.consolidate()
+
+
+def _no_longer_whole(trainer: Any, model: Any = None, trial: Any = None) -> None:
+    """A checkpoint of this step that is there already is about to be replaced, file by file."""
+    if shampoo_in(trainer.optimizer) is not None and trainer.args.should_save:
+        folder = Path(trainer._get_output_dir(trial=trial)) / f"checkpoint-{trainer.state.global_step}"
+        (folder / STATE).unlink(missing_ok=True)
