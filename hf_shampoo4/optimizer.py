@@ -43,6 +43,9 @@ class Shampoo4bit(torch.optim.Optimizer):
     Embeddings and the output head are matrices too: put them in a group with `vocabulary=True`, as
     `hf_shampoo4.param_groups(model)` does.
 
+    Any parameters will do, a single bias too: without a matrix among them all are updated by the base alone, as
+    `state_report.table` says.  In the Trainer, where they are those of a whole model, that is an error.
+
     Args:
         params: parameters, (name, parameter) pairs or groups, as for any torch optimizer.  A group may set any option.
         lr: learning rate; AdamW's.
@@ -56,8 +59,7 @@ class Shampoo4bit(torch.optim.Optimizer):
 
     Raises:
         OptionError: an option that does not exist, or a value that is not allowed.
-        TypeError: a complex parameter.
-        ValueError: no parameter has a matrix to precondition.
+        TypeError: a parameter that requires a gradient and is not real floating point of 16 bits or more.
     """
 
     _reader: Callable[[dict[str, Tensor]], None] | None
@@ -81,7 +83,6 @@ class Shampoo4bit(torch.optim.Optimizer):
         self._models: list[list[weakref.ref[Tensor]]] = []
         self._reset()
         super().__init__(params, {**base, **vars(chosen), "step": 0, "skipped_steps": 0, "format": FORMAT})
-        self._require_matrices()
         _check_row_splits(self.param_groups)
 
     @torch._disable_dynamo  # a compiled training step would be traced anew at every step; imports dynamo when called
@@ -158,8 +159,7 @@ class Shampoo4bit(torch.optim.Optimizer):
         """Add a group; its options are cast and checked as the constructor's are.
 
         Raises:
-            OptionError: as the constructor.
-            TypeError: a complex parameter.
+            OptionError, TypeError: as the constructor.
         """
         group = dict(param_group)
         given = {name: group.pop(name) for name in (*NAMES, *OF_ADAMW, "preset", "config") if name in group}
@@ -456,7 +456,6 @@ class Shampoo4bit(torch.optim.Optimizer):
         before = [self._built.get(unit.key) for unit in units]
         units, dropped = self._surveyed(units)
         with self.together():
-            self._require_matrices()
             for held in [held for unit in units for held in unit.members]:
                 check(held.parameter)
         if self._ranks.world > 1:  # owners may change
@@ -596,19 +595,6 @@ class Shampoo4bit(torch.optim.Optimizer):
             if gradient is not None and gradient.numel():
                 by_device.setdefault(gradient.device, []).append(gradient)
         return all(_finite(gradients) for gradients in by_device.values())
-
-    def _require_matrices(self) -> None:
-        if self.defaults["algorithm"] == "elementwise":
-            return
-        shaped = [(group, full_shape(p)) for i, group in enumerate(self._groups) for p in self.parameters(i)]
-        if any(matrix_view(s, g["matrix_view"]) and Options.of(g).algorithm != "elementwise" for g, s in shaped):
-            return
-        shapes = ", ".join(sorted({str(shape) for _, shape in shaped})[:5])
-        raise ValueError(
-            f"nothing to precondition: none of the {len(shaped)} parameters has a matrix that is not left to the base "
-            f"optimizer, as embeddings and the output head are by algorithm='shampoo' (shapes: {shapes}). "
-            "For the base optimizer alone set algorithm='elementwise' (--optim adamw4bit)."
-        )
 
     def _numbered(self, state_dict: dict[str, Any]) -> dict[str, Any]:
         """A state dict keyed by the parameters' names, as FSDP's files are, keyed by their positions as torch's are."""

@@ -12,6 +12,7 @@ from torch import nn
 from hf_shampoo4 import Shampoo4bit
 from hf_shampoo4.exceptions import OptionError
 from hf_shampoo4.numerics import quantize
+from hf_shampoo4.state_report import rows
 
 SHAPES = [(70, 40), (64, 64), (3, 20, 30), (6, 4, 3, 3), (9,), (), (5000,), (7, 1)]
 OFTEN = {"stats_every": 1, "roots_every": 1}
@@ -384,11 +385,15 @@ def test_complex_and_8_bit_parameters_are_refused(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("shapes", [[(5,), (), (7, 1)], [(4096,)]])
-def test_a_model_without_a_matrix_is_refused_loudly(shapes: list[tuple[int, ...]]) -> None:
-    with pytest.raises(ValueError, match=r"nothing to precondition: none of the .* parameters has a matrix") as caught:
-        Shampoo4bit(parameters(shapes))
-    assert "--optim adamw4bit" in str(caught.value)
-    Shampoo4bit(parameters(shapes), algorithm="elementwise")
+def test_parameters_without_a_matrix_are_updated_by_the_base_alone_as_the_table_says(
+    shapes: list[tuple[int, ...]],
+) -> None:
+    ps, qs = parameters(shapes), parameters(shapes)
+    ours, plain = Shampoo4bit(ps), Shampoo4bit(qs, algorithm="elementwise")
+    run(ours, range(3))
+    run(plain, range(3))
+    assert all(map(torch.equal, ps, qs))
+    assert all(row.treatment.startswith("AdamW") for row in rows(ours))
 
 
 def test_row_splits_that_do_not_fit_are_refused() -> None:

@@ -15,6 +15,7 @@ from torch import nn
 from hf_shampoo4 import Shampoo4bit, metrics
 from hf_shampoo4.checkpointing.convert import main
 from hf_shampoo4.exceptions import CheckpointError, OptionError
+from hf_shampoo4.state_report import table
 
 OFTEN: dict[str, Any] = {"stats_every": 1}
 ALGORITHMS: list[dict[str, Any]] = [
@@ -414,3 +415,26 @@ def test_a_checkpoint_of_a_frozen_layer_goes_on_unfrozen_and_the_other_way_round
         give_gradients(qs[1:] if here else qs, 1)
         second.step()
         assert bool(second.state_dict()["state"].get(0)) is True
+
+
+def test_one_optimizer_a_parameter_stepped_inside_backward() -> None:
+    """torch's optimizer-in-backward, torchtune's optimizer_in_bwd: the same as one optimizer for all."""
+    model, other = (nn.Sequential(nn.Linear(64, 64), nn.LayerNorm(64)) for _ in range(2))
+    other.load_state_dict(model.state_dict())
+    optimizers = {p: Shampoo4bit([(name, p)], **OFTEN) for name, p in model.named_parameters()}
+
+    def step_now(p: torch.Tensor) -> None:
+        optimizers[p].step()
+        optimizers[p].zero_grad()
+
+    for p in model.parameters():
+        p.register_post_accumulate_grad_hook(step_now)
+    together = Shampoo4bit(other.named_parameters(), **OFTEN)
+    for t in range(3):
+        x = torch.randn(8, 64, generator=torch.Generator().manual_seed(t))
+        model(x).square().mean().backward()
+        together.zero_grad()
+        other(x).square().mean().backward()
+        together.step()
+    assert all(map(torch.equal, model.parameters(), other.parameters()))
+    assert "AdamW" in table(optimizers[model[0].bias])
