@@ -66,7 +66,15 @@ class Options:
     stochastic_last: float = 0.0
     """The same as a share of training, from its end: the Trainer's callback, which knows the steps, sets the above."""
     block_size: int = 1024
-    """Largest order of a factor: a larger side of a matrix is cut into equal blocks."""
+    """Largest order of a factor of a matrix that has two: a larger side is cut into equal blocks."""
+    sides: Literal["auto", "both", "short"] = "auto"
+    """Which sides of a matrix have a basis with soap, kl_shampoo and kl_soap: both, the short one alone (of a square
+    the columns), or (auto) the short one of a matrix that is `oblong` and both of any other.  The factor of a side
+    without a basis is diagonal.  Of a vocabulary the columns have one."""
+    oblong: float = 2.5
+    """From how many times as long as wide `sides=auto` takes a matrix's short side alone."""
+    basis_order: int = 2048
+    """Largest order of the basis of a matrix that has one: a larger short side is cut into equal parts."""
     quant_block: int = 0
     """Entries of a factor's column that share one scale (0: 16 in a basis of SOAP and KL-Shampoo, whose scales have 8
     bits, and 64 in shampoo's factors, with float32 scales)."""
@@ -127,7 +135,7 @@ class Options:
     """Seed of stochastic rounding; the noise depends on seed, step and position alone."""
 
     def __post_init__(self) -> None:
-        for name in ("block_size", "stats_every", "roots_every"):
+        for name in ("block_size", "basis_order", "stats_every", "roots_every"):
             _require(name, getattr(self, name), getattr(self, name) >= 1, "an integer >= 1")
         for name in (
             "quant_block", "rectify_stats", "rectify_roots", "stochastic_from", "refresh_warmup", "diagnose_every",
@@ -136,6 +144,7 @@ class Options:
             _require(name, getattr(self, name), getattr(self, name) >= 0, "an integer >= 0")
         for name in ("factor_beta", "vocabulary_beta"):
             _require(name, getattr(self, name), 0.0 <= getattr(self, name) < 1.0, "a number in [0, 1)")
+        _require("oblong", self.oblong, 1.0 < self.oblong < math.inf, "a number above 1")
         _require("damping", self.damping, 0.0 < self.damping < 1.0, "a number in (0, 1)")
         _require("row_splits", self.row_splits, all(n >= 1 for n in self.row_splits), "positive sizes")
         _check_factors_by_kind(self.rates)
@@ -187,7 +196,7 @@ SHAMPOO_DEFAULTS = {"factor_beta": 0.95, "stagger": False}
 
 # Whoever gives one of these means the papers' Shampoo: the others have no inverse roots.
 SHAMPOO_ONLY = ("factor", "base", "roots_every", "rectify_roots", "root", "graft")
-EIGENBASIS_ONLY = ("refresh_warmup", "vocabulary_beta")
+EIGENBASIS_ONLY = ("refresh_warmup", "vocabulary_beta", "sides", "oblong", "basis_order")
 
 # Only eigenvectors can be rectified, and only Cholesky factors with error feedback feed errors back.
 FACTOR_ONLY = {"eigen": ("rectify_stats", "rectify_roots"), "cholesky_ef": ("error_beta",)}
@@ -271,7 +280,8 @@ _TYPES: dict[str, Any] = get_type_hints(Options)
 # What a checkpoint cannot change: the shapes and the meaning of the state depend on these.
 STRUCTURAL: tuple[str, ...] = (
     "algorithm", "factor", "bits", "base", "moments", "first_codebook", "second_codebook",
-    "block_size", "quant_block", "codebook", "matrix_view", "row_splits", "embeddings", "vocabulary",
+    "block_size", "sides", "oblong", "basis_order", "quant_block", "codebook", "matrix_view", "row_splits",
+    "embeddings", "vocabulary",
 )  # fmt: skip
 
 # What belongs to a run, not to what it trains: a checkpoint does not change these.

@@ -20,7 +20,7 @@ from ..exceptions import CheckpointError, OptionError
 from ..execution.state_layout import Entry, blocks_key, is_part
 from ..options import NAMES, Options, check_rates, resolve
 
-FORMAT = 4  # of the state; in every param group, so that a checkpoint says what wrote it
+FORMAT = 5  # of the state; in every param group, so that a checkpoint says what wrote it
 PACKED = "packed_state"  # in the first group
 """What is kept of one parameter."""
 

@@ -7,21 +7,26 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from bisect import bisect_right
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Protocol, TypeVar
 
+from ..exceptions import OptionError
 from ..numerics.storage import SMALL, nbytes
 from ..options import Options
 from ..preconditioners.algorithms import Algorithm, Shampoo, intervals, make_algorithm
-from ..preconditioners.bases import ONE_SIDED
+from ..preconditioners.bases import rotated_sides
 from ..preconditioners.operations import amortised
-from ..sharding.geometry import MatrixView, Rect, entries_view, matrix_view, partition, strips, vocabulary_strips
+from ..sharding.geometry import MatrixView, Rect, entries_view, matrix_view, partition
 from ..sharding.placement import Load
 
 WAVE_ELEMENTS = 1 << 24  # 64 MiB of float32 gradient
-STRIP = 1 << 20  # entries of a block of an embedding: as many as a block of 1024 x 1024
-TALL = 8  # an embedding's block with a factor of order k has at least 8 k rows: the factor takes 1/16 byte an entry
+STRIP = 1 << 20  # entries of a small strip: as many as a block of 1024 x 1024
+TALL, LEAST = 8, 2  # times the order of its basis: how long a strip is (the basis takes 1/14 byte an entry), at least
+LARGEST = WAVE_ELEMENTS  # entries of a strip, unless it has to have more
+VOCABULARY = 4  # a vocabulary has at least this many times as many rows as columns
 
 
 @dataclass(frozen=True)
@@ -45,25 +50,34 @@ class Block:
 
 
 def blocks_of(shape: tuple[int, ...], options: Options) -> list[Block]:
-    """How a parameter of `shape` (the global one) is treated, from geometry alone; empty for one without elements."""
+    """How a parameter of `shape` (the global one) is treated, from geometry alone; empty for one without elements.
+
+    Raises:
+        OptionError: fused matrices (`row_splits`) with equal blocks that are to be treated differently.
+    """
     numel = math.prod(shape)
     if not numel:
         return []
     quantise = numel >= SMALL
     view = matrix_view(shape, options.matrix_view) if options.algorithm != "elementwise" else None
-    if view is not None and options.vocabulary and view.rows < ONE_SIDED * view.columns:
+    if view is not None and options.vocabulary and view.rows < VOCABULARY * view.columns:
         view = None  # hardly a vocabulary: learned positions, a class token, the classes of a classifier
     if view is None:
-        view, options = entries_view(shape), dataclasses.replace(options, algorithm="elementwise")
-        rects = strips(view, STRIP)
-    elif options.vocabulary:
-        rects = vocabulary_strips(view, options.block_size, TALL, STRIP)
-    else:
-        splits = options.row_splits if sum(options.row_splits) == view.rows else ()
-        rects = partition(view, options.block_size, splits)
-    of_block = {rect.shape: rect.shape if len(shape) > 1 else (numel,) for rect in rects}
-    algorithms = {rect: make_algorithm(block, options, quantise) for rect, block in of_block.items()}
-    blocks = [Block(view, rect, algorithms[rect.shape]) for rect in rects]
+        view, options = entries_view(shape), dataclasses.replace(options, algorithm="elementwise", row_splits=())
+    fused = options.row_splits if sum(options.row_splits) == view.rows else (view.rows,)
+    ends = list(accumulate(fused))
+    found: dict[tuple[tuple[int, int], tuple[bool, bool]], Algorithm] = {}
+    blocks = []
+    for rect in partition(view, lambda rows, columns: largest_block(rows, columns, options), fused):
+        kind = rect.shape, rotated_sides(fused[bisect_right(ends, rect.r0)], view.columns, options)
+        if kind not in found:
+            found[kind] = make_algorithm(rect.shape if len(shape) > 1 else (numel,), options, quantise, kind[1])
+        blocks.append(Block(view, rect, found[kind]))
+    if len({algorithm.shape for algorithm in found.values()}) < len(set(found.values())):
+        raise OptionError(
+            f"row_splits={options.row_splits} cut a parameter of shape {shape} into matrices with blocks of one shape, "
+            "of which some have two bases and some have one: set sides=both or sides=short"
+        )
     return blocks if options.algorithm != "elementwise" else [_by_last_dimension(block, shape) for block in blocks]
 
 
@@ -73,6 +87,23 @@ def _by_last_dimension(block: Block, shape: tuple[int, ...]) -> Block:
     times = block.view.columns // columns
     rows = Rect(0, block.rect.r0 * times, block.rect.r1 * times, 0, columns)
     return Block(MatrixView(1, block.view.rows * times, columns), rows, block.algorithm)
+
+
+def largest_block(rows: int, columns: int, options: Options) -> tuple[int, int]:
+    """The most rows and columns of a block of a matrix.
+
+    With two bases both sides are cut to `block_size`.  With one, its side is cut to `basis_order`, and the other into
+    strips: as many times as long as the basis that its bytes do not count, but within what a wave holds.
+    """
+    if options.algorithm == "elementwise":
+        return max(1, STRIP // columns), columns
+    rotated = rotated_sides(rows, columns, options)
+    if options.algorithm == "shampoo" or all(rotated):
+        return options.block_size, options.block_size
+    short = columns if rotated[1] else rows
+    order = -(-short // -(-short // options.basis_order))
+    strip = max(LEAST * order, min(TALL * order, LARGEST // order), STRIP // order)
+    return (strip, order) if rotated[1] else (order, strip)
 
 
 def loads_of(blocks: Sequence[Block], options: Options) -> list[Load]:

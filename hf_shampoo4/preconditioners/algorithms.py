@@ -252,8 +252,8 @@ class Eigenbasis:
         m, n = self.shape
         sides = [side for side in (self.left, self.right) if side.basis]
         turn = total(product(side.order, side.order, m * n // side.order) for side in sides)
-        # into the bases and back;  the squares' weighted mean
-        step = turn * 2 + product(1, m, n)
+        # into the bases and back;  the squares' weighted means, of which two sides with bases share one
+        step = turn * 2 + product(1, m, n) * (1 if self.is_two_sided else 2)
         # the statistics;  what is carried over: G' goes apart where the second moment needs it;  the bases themselves
         carried = turn if self.scaled else turn * 2
         return {"step": step, "turn": turn + carried + total(side.turn_work() for side in sides)}
@@ -263,7 +263,7 @@ class Eigenbasis:
 
     def precondition(self, state: State, g: Tensor, context: Context) -> Preconditioned:
         o = context.options
-        left, right = self._opened(state, g)
+        left, right = self._opened(state)
         damping = max(o.damping, FLOOR)
         before = _scales(left, right, damping)
         # G' = U_L^T G U_R
@@ -281,7 +281,7 @@ class Eigenbasis:
             memory = max(o.factor_beta**every, SHORTEST_MEMORY)
             index = _some(rows, g)
             with context.stopwatch.on(g.device), _part(state, rotated, index) as (part, some):
-                here = (left, right) if index is None else self._opened(part, some)
+                here = (left, right) if index is None else self._opened(part)
                 part["failures"]["dense"] += self._turn(*here, some, memory)
             if index is not None:
                 left.adopt(here[0], index)
@@ -318,26 +318,35 @@ class Eigenbasis:
         most = (1 - factor_beta) ** -0.5
         return within(u, most, rows=self.left.basis is not None, columns=self.right.basis is not None)
 
-    def _opened(self, state: State, x: Tensor) -> tuple[OpenSide, OpenSide]:
-        return OpenSide(self.left, _side(state, "left"), x), OpenSide(self.right, _side(state, "right"), x)
+    def _opened(self, state: State) -> tuple[OpenSide, OpenSide]:
+        return OpenSide(self.left, _side(state, "left")), OpenSide(self.right, _side(state, "right"))
 
     def _follow(self, left: OpenSide, right: OpenSide, squares: Tensor, level: Tensor, o: Options) -> None:
         """Eigenvalues follow the squares of the rotated gradient, which are used up, at every step.
 
+        Of a side without a basis first, then the other's, whitened by the new ones: both from the old ones, the two
+        sides' shares of the scale drift.
+
         Args:
             level: (B,), the squares' mean: what eigenvalues start from.
         """
-        if self.whitened and self.left.followed and self.right.followed:
+        if self.whitened:
             level = level.sqrt()  # lambda_L lambda_R^T is the mean square
         left.start(level)
         right.start(level)
         # lambda_L <- beta lambda_L + (1 - beta) mean_j G'_ij^2 / lambda_Rj, lambda_R likewise (SOAP: / 1)
-        m, n = self.shape
-        by_left, by_right = self._whitening(left).expand(-1, m), self._whitening(right).expand(-1, n)
-        of_right = (by_left.reciprocal() / m).unsqueeze(-2) @ squares
-        of_left = squares.div_(by_right.unsqueeze(-2)).mean(-1)
-        left.follow(of_left, _beta(left, o))
-        right.follow(of_right.squeeze(-2), _beta(right, o))
+        if self.is_two_sided:
+            of_right = (self._whitening(left).reciprocal() / self.left.order).unsqueeze(-2) @ squares
+            of_left = squares.div_(self._whitening(right).unsqueeze(-2)).mean(-1)
+            left.follow(of_left, o.factor_beta)
+            right.follow(of_right.squeeze(-2), o.factor_beta)
+            return
+        diagonal, rotated, squares = (left, right, squares) if right.rotates else (right, left, squares.mT)
+        beta = o.vocabulary_beta if o.vocabulary else o.factor_beta
+        of_diagonal = squares @ (self._whitening(rotated).reciprocal() / squares.shape[-1]).unsqueeze(-1)
+        diagonal.follow(of_diagonal.squeeze(-1), beta)
+        of_rotated = (self._whitening(diagonal).reciprocal() / squares.shape[-2]).unsqueeze(-2) @ squares
+        rotated.follow(of_rotated.squeeze(-2), o.factor_beta)
 
     def _turn(self, left: OpenSide, right: OpenSide, rotated: Tensor, memory: float) -> Tensor:
         """Turn both bases; the blocks of which one failed."""
@@ -355,11 +364,6 @@ class Eigenbasis:
             return torch.ones_like(side.eigenvalues)
         # directions without any gradient for long have decayed to 0: the first one there must not overflow
         return torch.maximum(side.eigenvalues, FLOOR * side.eigenvalues.amax(-1, keepdim=True)).clamp_min(TINY)
-
-
-def _beta(side: OpenSide, o: Options) -> float:
-    """How slowly a side's eigenvalues forget."""
-    return o.factor_beta if side.vectors is not None or not o.vocabulary else o.vocabulary_beta
 
 
 Scales = tuple[Tensor, Tensor]
@@ -465,15 +469,22 @@ def graft(
     return values
 
 
-def make_algorithm(shape: tuple[int, ...], options: Options, quantise_moments: bool) -> Algorithm:
-    """The algorithm for blocks of `shape` that the options name."""
+def make_algorithm(
+    shape: tuple[int, ...], options: Options, quantise_moments: bool, rotated: tuple[bool, bool] = (True, True)
+) -> Algorithm:
+    """The algorithm for blocks of `shape` that the options name.
+
+    Args:
+        quantise_moments: see `make_moments`.
+        rotated: which sides have a basis, see `rotated_sides`.
+    """
     moments = make_moments(shape, options, quantise_moments)
     if options.algorithm == "elementwise":
         return Elementwise(shape, moments)
     if options.algorithm == "shampoo":
         return Shampoo(shape, moments, make_factor(shape[0], options), make_factor(shape[1], options))
     kl_shampoo = options.algorithm == "kl_shampoo"
-    return Eigenbasis(shape, moments, *make_sides(shape, options), options.algorithm != "soap", kl_shampoo)
+    return Eigenbasis(shape, moments, *make_sides(shape, options, rotated), options.algorithm != "soap", kl_shampoo)
 
 
 @contextmanager

@@ -25,7 +25,6 @@ from .operations import Work, bjorck_work, product, qr_work
 
 State = dict[str, Buffers]
 
-ONE_SIDED = 4  # a side this many times longer than the other one is not rotated: its basis would outweigh the moments
 SHORTEST_MEMORY = 0.3  # least share of the old factor in a new one, however long ago the last refresh was
 TINY = torch.finfo(torch.float32).tiny
 
@@ -36,15 +35,13 @@ class Side:
 
     order: int
     basis: Storage | None
-    """None: the side is not rotated."""
-    followed: bool = True
-    """Whether there are eigenvalues: a side with neither has the identity for a factor."""
+    """None: the side is not rotated, its factor is diagonal."""
     rectify: int = 0
     """Bjorck steps on the decoded basis before it turns, so that its rounding does not add up over the turns."""
 
     def storages(self) -> dict[str, Storage]:
         basis: dict[str, Storage] = {} if self.basis is None else {"basis": self.basis}
-        return {**basis, "eigenvalues": Dense((self.order,))} if self.followed else basis
+        return {**basis, "eigenvalues": Dense((self.order,))}
 
     def turn_work(self) -> Work:
         """Of `OpenSide.turn`, without the statistic: Bjorck steps, QR, U Q."""
@@ -62,12 +59,12 @@ class Side:
 class OpenSide:
     """A stack's side while a step works on it: decoded once, written through."""
 
-    def __init__(self, side: Side, state: State, x: Tensor) -> None:
+    def __init__(self, side: Side, state: State) -> None:
         self._side, self._state = side, state
         self.vectors = None if side.basis is None else side.basis.read(state["basis"])
         """U, or None; orthogonal up to the rounding."""
-        self.eigenvalues = state["eigenvalues"]["dense"] if state else x.new_ones(x.shape[0], 1)
-        """lambda, (B, k), the buffer itself; (B, 1) ones for a side that has none."""
+        self.eigenvalues = state["eigenvalues"]["dense"]
+        """lambda, (B, k), the buffer itself."""
         self.turned: Tensor | None = None
         """Q of the last turn, (B, k, k): the basis after it in coordinates of the one before; None: it did not turn."""
 
@@ -78,9 +75,8 @@ class OpenSide:
 
     def start(self, level: Tensor) -> None:
         """Give eigenvalues to the blocks that had no gradient before: `level` (B,), all alike."""
-        if self._side.followed:
-            fresh = self.eigenvalues.amax(-1, keepdim=True) <= 0
-            self.eigenvalues.copy_(torch.where(fresh, level.unsqueeze(-1), self.eigenvalues))
+        fresh = self.eigenvalues.amax(-1, keepdim=True) <= 0
+        self.eigenvalues.copy_(torch.where(fresh, level.unsqueeze(-1), self.eigenvalues))
 
     def follow(self, diagonal: Tensor, beta: float) -> None:
         """lambda <- beta lambda + (1 - beta) diagonal, but for blocks whose gradient is zero, or too large to square.
@@ -88,10 +84,9 @@ class OpenSide:
         Forgotten at beta a step on both sides, eigenvalues would go as fast as the first moment, and KL-Shampoo's
         direction, their ratio, not at all.
         """
-        if self._side.followed:
-            largest = diagonal.amax(-1, keepdim=True)
-            tells = (largest > 0) & largest.isfinite()
-            self.eigenvalues.lerp_(torch.where(tells, diagonal, self.eigenvalues), 1 - beta)
+        largest = diagonal.amax(-1, keepdim=True)
+        tells = (largest > 0) & largest.isfinite()
+        self.eigenvalues.lerp_(torch.where(tells, diagonal, self.eigenvalues), 1 - beta)
 
     def turn(self, sample: Tensor, memory: float) -> Tensor:
         """Turn the basis towards the eigenvectors of the factor.
@@ -129,19 +124,38 @@ class OpenSide:
             self.vectors[index] = turned.vectors
 
 
-def make_sides(shape: tuple[int, ...], options: Options) -> tuple[Side, Side]:
-    """Left and right side of blocks of `shape`; a basis is float32 where it is too small to quantise.
+def rotated_sides(rows: int, columns: int, options: Options) -> tuple[bool, bool]:
+    """Which sides of a matrix have a basis; the other one's factor is diagonal: an eigenvalue for each row, or column.
 
-    A side much longer than the other one is not rotated; a vocabulary has eigenvalues all the same, a diagonal factor.
+    | `sides` | of a matrix | of a vocabulary |
+    |---|---|---|
+    | auto | both; if one is `oblong` times as long as the other, the short one | the short one |
+    | both | both | the short one |
+    | short | the short one; of a square the columns | the short one |
+
+    A long side's basis would take most of the bytes and of the operations, and is what its loss minds least.
+
+    Args:
+        rows: of the whole matrix, not of a block or a rank's part of it.
+        columns: the same.
     """
-    m, n = shape
-    return _side(m, m >= ONE_SIDED * n, options), _side(n, n >= ONE_SIDED * m, options)
+    short, long = min(rows, columns), max(rows, columns)
+    oblong = options.sides == "short" or (options.sides == "auto" and long >= options.oblong * short)
+    if options.vocabulary or oblong:
+        return rows < columns, rows >= columns
+    return True, True
 
 
-def _side(order: int, is_long: bool, options: Options) -> Side:
+def make_sides(shape: tuple[int, ...], options: Options, rotated: tuple[bool, bool]) -> tuple[Side, Side]:
+    """Left and right side of blocks of `shape`; a basis is float32 where it is too small to quantise."""
+    left, right = (_side(order, has_basis, options) for order, has_basis in zip(shape, rotated, strict=True))
+    return left, right
+
+
+def _side(order: int, has_basis: bool, options: Options) -> Side:
     shape = (order, order)
-    if is_long:
-        return Side(order, None, followed=options.vocabulary)
+    if not has_basis:
+        return Side(order, None)
     if options.bits == 32 or order * order < SMALL:
         return Side(order, Dense(shape), rectify=1)  # float32's rounding adds up too, to 3e-3 in 100,000 turns
     columns = Blockwise(

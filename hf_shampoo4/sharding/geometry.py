@@ -1,16 +1,17 @@
 """Cut a parameter's matrix view into rectangles: pure geometry, in the parameter's global coordinates.
 
-(768, 3072), block_size 1024          -> 3 blocks of 768 x 1024
-(64, 3, 3, 3), a convolution          -> its view (64, 27), 1 block
-(8, 1024, 4096), experts              -> 8 matrices, 4 blocks each
-(768, 48, 128), a 1-D convolution     -> its view (768, 6144), 6 blocks
-(1536, 1024), row_splits (1024, 512)  -> q apart from kv: 1024 x 1024 and 512 x 1024
-(32000, 1024), an embedding           -> 32 strips of 1000 rows
+(768, 1536), at most 1024 a side       -> 2 blocks of 768 x 768
+(64, 3, 3, 3), a convolution           -> its view (64, 27), 1 block
+(768, 48, 128), a 1-D convolution      -> its view (768, 6144)
+(8, 1024, 2048), experts               -> 8 matrices, 2 blocks each
+(1536, 1024), row_splits (1024, 512)   -> q apart from kv: 1024 x 1024 and 512 x 1024
+(32000, 1024), at most 8192 x 1024     -> 4 strips of 8000 rows
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 EXPERT_WIDTH = 16  # a 3-D tensor whose last side is smaller is a 1-D convolution's kernel, not a stack of matrices
@@ -67,43 +68,32 @@ def entries_view(shape: tuple[int, ...]) -> MatrixView:
     return MatrixView(1, *min(cuts, key=sum))
 
 
-def partition(view: MatrixView, block_size: int, row_splits: tuple[int, ...] = ()) -> list[Rect]:
+Largest = Callable[[int, int], tuple[int, int]]
+"""Rows and columns of a matrix -> the most that a block of it has."""
+
+
+def partition(view: MatrixView, largest: int | Largest, row_splits: tuple[int, ...] = ()) -> list[Rect]:
     """Rectangles that tile the view, in canonical order: by matrix, then rows, then columns.
 
-    A side longer than `block_size` is cut into the fewest parts that fit, of sizes that differ by at most one, so
-    that few shapes arise.  `row_splits` are boundaries that no block crosses.
+    A side longer than `largest` allows is cut into the fewest parts that fit, of sizes that differ by at most one, so
+    that few shapes arise.  `row_splits` are the rows of matrices fused into one, each of which is cut by itself.
 
     Raises:
         ValueError: row_splits do not add up to the number of rows.
     """
     if row_splits and sum(row_splits) != view.rows:
         raise ValueError(f"row_splits {row_splits} add up to {sum(row_splits)}, but the matrix has {view.rows} rows")
-    rows: list[tuple[int, int]] = []
+    cuts, start = [], 0
     for size in row_splits or (view.rows,):
-        start = rows[-1][1] if rows else 0
-        rows += [(start + a, start + b) for a, b in _cut(size, block_size)]
-    return _grid(view, rows, _cut(view.columns, block_size))
+        rows, columns = (largest, largest) if isinstance(largest, int) else largest(size, view.columns)
+        of_columns = cut(view.columns, columns)
+        cuts += [(start + a, start + b, c, d) for a, b in cut(size, rows) for c, d in of_columns]
+        start += size
+    return [Rect(k, *edges) for k in range(view.count) for edges in cuts]
 
 
-def vocabulary_strips(view: MatrixView, block_size: int, ratio: int, least: int) -> list[Rect]:
-    """Rectangles for a factor of the columns alone: columns cut as by `partition`, and as few rows together as are
-    `ratio` times as many as columns or `least` entries, so that the factors stay small beside the matrix."""
-    columns = _cut(view.columns, block_size)
-    width = -(-view.columns // len(columns))
-    return _grid(view, _cut(view.rows, max(ratio * width, least // width)), columns)
-
-
-def strips(view: MatrixView, largest: int) -> list[Rect]:
-    """Rectangles of whole rows with about `largest` entries at most, for what no matrix of statistics belongs to."""
-    rows = _cut(view.rows, max(1, largest // view.columns))
-    return _grid(view, rows, [(0, view.columns)])
-
-
-def _grid(view: MatrixView, rows: list[tuple[int, int]], columns: list[tuple[int, int]]) -> list[Rect]:
-    return [Rect(k, r0, r1, c0, c1) for k in range(view.count) for r0, r1 in rows for c0, c1 in columns]
-
-
-def _cut(length: int, largest: int) -> list[tuple[int, int]]:
+def cut(length: int, largest: int) -> list[tuple[int, int]]:
+    """The fewest parts of a side that are not longer than `largest`, as [start, end)."""
     parts = -(-length // largest)
     edges = [length * i // parts for i in range(parts + 1)]
     return list(zip(edges[:-1], edges[1:], strict=True))

