@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import difflib
 import hashlib
+import inspect
 import math
 import uuid
 import warnings
@@ -13,7 +14,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn, get_type_hints
 
 import torch
 from torch import Tensor
@@ -25,7 +26,7 @@ from .execution.blocking import blocks_of
 from .execution.state_layout import Entry, state_layout
 from .execution.wave_step import WaveStep, raise_together, run
 from .execution.waves import Wave, build
-from .options import KINDS, NAMES, OF_ADAMW, OF_THE_RUN, STRUCTURAL, Options, check_rates, resolve
+from .options import KINDS, NAMES, OF_ADAMW, OF_THE_RUN, STRUCTURAL, TYPES, Options, check_rates, resolve
 from .preconditioners.algorithms import Context
 from .preconditioners.diagnostics import Probe
 from .preconditioners.moments import make_moments
@@ -34,6 +35,23 @@ from .sharding.geometry import matrix_view
 from .sharding.local_parameter import Held, check, full_shape, held_by_deepspeed, held_itself, in_deepspeed, in_fsdp1
 from .sharding.rendezvous import all_come
 from .utils.stopwatch import Stopwatch
+
+
+def _with_options(init: Callable[..., None]) -> Callable[..., None]:
+    """Show the options in the signature, where command lines and editors look for them.
+
+    None stands for what is not given: a default that is given would win over a preset's value.
+    """
+    shown: Any = init
+    hints = get_type_hints(init)
+    given = [p for p in inspect.signature(init).parameters.values() if p.kind is not p.VAR_KEYWORD]
+    own = [p.replace(annotation=hints.get(p.name, p.annotation)) for p in given]
+    options = [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=kind | None)
+        for name, kind in TYPES.items()
+    ]
+    shown.__signature__ = inspect.Signature([*own, *options])
+    return init
 
 
 class Shampoo4bit(torch.optim.Optimizer):
@@ -55,7 +73,8 @@ class Shampoo4bit(torch.optim.Optimizer):
             (preconditioned) gradient before the momentum.
         preset: a named set of options (`hf_shampoo4.options.PRESETS`).
         config: path of a YAML file with options.
-        options: see `hf_shampoo4.options.Options`; explicit ones win over `config`, that over `preset`.
+        options: see `hf_shampoo4.options.Options`; explicit ones win over `config`, that over `preset`; one that is
+            None counts as not given.
 
     Raises:
         OptionError: an option that does not exist, or a value that is not allowed.
@@ -65,6 +84,7 @@ class Shampoo4bit(torch.optim.Optimizer):
     _reader: Callable[[dict[str, Tensor]], None] | None
     """Reads the state of the first `_unread` groups' blocks, when it is known which are this rank's."""
 
+    @_with_options
     def __init__(
         self,
         params: Iterable[Any],
@@ -77,7 +97,8 @@ class Shampoo4bit(torch.optim.Optimizer):
         config: str | None = None,
         **options: Any,
     ) -> None:
-        chosen = Options(**resolve(options, preset=preset, config=config))
+        given = {name: value for name, value in options.items() if value is not None or name not in NAMES}
+        chosen = Options(**resolve(given, preset=preset, config=config))
         base = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         self._groups: list[dict[str, Any]] = []
         self._models: list[list[weakref.ref[Tensor]]] = []

@@ -275,7 +275,7 @@ OF_ADAMW: dict[str, tuple[tuple[Any, ...], str]] = {
 }
 
 NAMES: tuple[str, ...] = tuple(f.name for f in dataclasses.fields(Options))
-_TYPES: dict[str, Any] = get_type_hints(Options)
+TYPES: dict[str, Any] = get_type_hints(Options)
 
 # What a checkpoint cannot change: the shapes and the meaning of the state depend on these.
 STRUCTURAL: tuple[str, ...] = (
@@ -461,17 +461,17 @@ def _read_config(path: Any) -> dict[str, Any]:
 
 def _cast(name: str, value: Any) -> Any:
     """`value` as option `name`'s type; text comes from a command line, other types from Python or YAML."""
-    if name not in _TYPES:
+    if name not in TYPES:
         close = difflib.get_close_matches(name, NAMES, n=1)
         hint = f" (did you mean {close[0]!r}?)" if close else ""
         raise OptionError(f"unknown option {name!r}{hint}; valid options: {', '.join((*NAMES, 'preset', 'config'))}")
-    kind = _TYPES[name]
+    kind = TYPES[name]
     if get_origin(kind) is Literal:
         for allowed in get_args(kind):
             if isinstance(value, (str, int, float)) and value in (allowed, str(allowed)):
                 return allowed
         _require(name, value, False, "one of " + ", ".join(str(a) for a in get_args(kind)))
-    caster = {bool: _as_bool, int: _as_int, float: _as_float, _TYPES["rates"]: _as_rates}.get(kind, _as_sizes)
+    caster = {bool: _as_bool, int: _as_int, float: _as_float, TYPES["rates"]: _as_rates}.get(kind, _as_sizes)
     try:
         return caster(value)
     except (TypeError, ValueError, OverflowError):

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from collections import defaultdict
 from copy import deepcopy
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from torch import nn
 from hf_shampoo4 import Shampoo4bit, metrics
 from hf_shampoo4.checkpointing.convert import main
 from hf_shampoo4.exceptions import CheckpointError, OptionError
+from hf_shampoo4.options import NAMES
 from hf_shampoo4.state_report import table
 
 OFTEN: dict[str, Any] = {"stats_every": 1}
@@ -438,3 +440,26 @@ def test_one_optimizer_a_parameter_stepped_inside_backward() -> None:
         together.step()
     assert all(map(torch.equal, model.parameters(), other.parameters()))
     assert "AdamW" in table(optimizers[model[0].bias])
+
+
+# ------------------------------------------------------------------------------------------------------ command lines
+
+
+def test_the_signature_has_every_option_with_its_type() -> None:
+    """Lightning's and other command lines are made of it; litgpt passes what is in it and nothing else."""
+    shown = inspect.signature(Shampoo4bit).parameters
+    assert list(shown)[:7] == ["params", "lr", "betas", "eps", "weight_decay", "preset", "config"]
+    assert list(shown)[7:] == list(NAMES)
+    assert shown["bits"].annotation == Literal[4, 8, 32] | None
+    assert shown["betas"].annotation == tuple[float, float]
+    assert not any(p.kind in (p.VAR_KEYWORD, p.VAR_POSITIONAL) for p in shown.values())
+
+
+def test_an_option_of_none_is_not_given() -> None:
+    """A command line passes the default of each option that its user left out: that must not undo a preset."""
+    left_out = {name: p.default for name, p in inspect.signature(Shampoo4bit).parameters.items() if p.default is None}
+    plain, preset = (Shampoo4bit(parameters((4, 4)), **{**left_out, "preset": name}) for name in (None, "paper_eigen"))
+    assert plain.param_groups[0]["algorithm"] == "kl_shampoo"
+    assert preset.param_groups[0]["stats_every"] == 200
+    with pytest.raises(OptionError, match=r"unknown option 'block_sise' \(did you mean 'block_size'"):
+        Shampoo4bit(parameters((4, 4)), block_sise=None)
