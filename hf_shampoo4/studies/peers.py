@@ -1,43 +1,124 @@
-"""Optimizers of other libraries that the Trainer has no name for, as contestants of a race."""
+"""The contestants' optimizers, ours and others', each with a learning rate for every kind of parameter."""
 
 from __future__ import annotations
 
 import functools
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
+from transformers import Trainer
 
-from hf_shampoo4.exceptions import ConfigError
+from hf_shampoo4.exceptions import ConfigError, MissingPackage
 from hf_shampoo4.groups import is_of_matrices, param_groups
+from hf_shampoo4.integrations.trainer import OPTIMS
+from hf_shampoo4.options import KINDS
+from hf_shampoo4.studies.code_version import versions
 
 Chosen = tuple[type, dict[str, Any]]
-"""What a Trainer takes as `optimizer_cls_and_kwargs`."""
+"""What a Trainer takes as `optimizer_cls_and_kwargs`; `params` are groups, each of one `kind`."""
+Settings = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Peer:
+    """An optimizer that the Trainer has no name for."""
+
+    package: str
+    make: Callable[[nn.Module, Any], Chosen]
+    """Of the model and the TrainingArguments."""
+
+
+# The packages behind names of the Trainer's own; ours is hf_shampoo4's, the rest torch's.
+PACKAGES = {
+    "adamw_bnb_8bit": "bitsandbytes", "adamw_8bit": "bitsandbytes", "adamw_torch_4bit": "torchao",
+    "adamw_torch_8bit": "torchao", **dict.fromkeys(OPTIMS, "hf_shampoo4"),
+}  # fmt: skip
+
+
+def optimizer_of(settings: Settings) -> Callable[[nn.Module, Any], Chosen]:
+    """How to make the optimizer of a run, as `training.pretrain.run` takes it.
+
+    Args:
+        settings: a `peer`, or else the `optim` of the TrainingArguments; `rates`, factors on the learning rate by kind
+            (`options.KINDS`), 1 where there is none.
+
+    Raises:
+        ConfigError: a peer or a kind that does not exist.
+    """
+    rates, name = settings.get("rates", {}), settings.get("peer")
+    if strange := sorted(set(rates) - set(KINDS)):
+        raise ConfigError(f"rates has no kind {strange[0]!r}; kinds are {', '.join(KINDS)}")
+    if name is not None and name not in PEERS:
+        raise ConfigError(f"there is no peer {name!r}; there are: {', '.join(PEERS)}")
+
+    def make(model: nn.Module, args: Any) -> Chosen:
+        chosen, kwargs = PEERS[name].make(model, args) if name else _of_the_trainer(model, args)
+        groups = [{**g, "lr": kwargs["lr"] * rates.get(g["kind"], 1.0)} for g in kwargs["params"]]
+        if settings.get("optim") not in OPTIMS or name:
+            groups = [{key: value for key, value in group.items() if key != "kind"} for group in groups]
+        return chosen, {**kwargs, "params": groups}
+
+    return make
+
+
+def code_of(settings: Settings) -> dict[str, str]:
+    """The versions of what makes a run with these settings, see `code_version.versions`."""
+    if "peer" in settings and settings["peer"] in PEERS:
+        peer = PEERS[settings["peer"]]
+        return versions([peer.package], getattr(peer.make, "func", peer.make))
+    package = PACKAGES.get(settings.get("optim", ""), "torch")
+    return versions([] if package == "torch" else [package])
+
+
+def _of_the_trainer(model: nn.Module, args: Any) -> Chosen:
+    chosen, kwargs = Trainer.get_optimizer_cls_and_kwargs(args, model)
+    if isinstance(kwargs.get("block_size"), str):  # transformers 5.23 hands torchao the text of optim_args
+        kwargs["block_size"] = int(kwargs["block_size"])
+    return chosen, {"params": _groups(model, args), **kwargs}
+
+
+def _groups(model: nn.Module, args: Any) -> list[dict[str, Any]]:
+    """Groups of one kind each, decayed as the Trainer decays, without options of ours."""
+    return [
+        {
+            "params": [parameter for _, parameter in group["params"]],
+            "weight_decay": group["weight_decay"],
+            "kind": group["kind"],
+        }
+        for group in param_groups(model, args.weight_decay)
+    ]
 
 
 def muon(model: nn.Module, args: Any) -> Chosen:
-    """Muon on the hidden matrices, AdamW on the rest, both at the same learning rate (Moonlight's scaling)."""
+    """Muon on the hidden matrices (Nesterov, Moonlight's scaling), AdamW on the rest with the rates of its kinds."""
     groups = [
-        {"params": group["params"], "weight_decay": group["weight_decay"], "use_muon": is_of_matrices(group)}
-        for group in param_groups(model, args.weight_decay)
+        {**plain, "use_muon": is_of_matrices(ours)}
+        for plain, ours in zip(_groups(model, args), param_groups(model, args.weight_decay), strict=True)
     ]
     betas = (args.adam_beta1, args.adam_beta2)
-    kwargs = {"lr": args.learning_rate, "adamw_lr": args.learning_rate, "adamw_betas": betas, "use_adjusted_lr": True}
-    chosen = _of_pytorch_optimizer("Muon")
+    chosen = _imported("pytorch_optimizer", "Muon")
     if not torch.accelerator.is_available():
         _in_float32(importlib.import_module("pytorch_optimizer.optimizer.muon.base"))
-    return chosen, {**kwargs, "params": groups}
+    return chosen, {"lr": args.learning_rate, "adamw_betas": betas, "use_adjusted_lr": True, "params": groups}
 
 
 def soap(model: nn.Module, args: Any) -> Chosen:
     """SOAP in float32, refreshed every 10 steps, its own betas; no basis for a vocabulary-sized side."""
-    groups = [
-        {"params": group["params"], "weight_decay": group["weight_decay"]}
-        for group in param_groups(model, args.weight_decay)
-    ]
-    return _of_pytorch_optimizer("SOAP"), {"lr": args.learning_rate, "max_precondition_dim": 2048, "params": groups}
+    kwargs = {"lr": args.learning_rate, "max_precondition_dim": 2048, "params": _groups(model, args)}
+    return _imported("pytorch_optimizer", "SOAP"), kwargs
+
+
+def heavyball(name: str, model: nn.Module, args: Any) -> Chosen:
+    """HeavyBall's class of that name at its defaults (bases refreshed every 2 steps), without compilation."""
+    chosen = _imported("heavyball", name)
+    utilities: Any = importlib.import_module("heavyball.utils")
+    utilities.compile_mode = None  # its default, max-autotune, is for GPUs
+    kwargs = {"lr": args.learning_rate, "betas": (args.adam_beta1, args.adam_beta2), "params": _groups(model, args)}
+    return chosen, kwargs
 
 
 def _in_float32(module: Any) -> None:
@@ -47,11 +128,16 @@ def _in_float32(module: Any) -> None:
     setattr(module, name, functools.partial(getattr(iterate, "func", iterate), dtype=torch.float32))
 
 
-def _of_pytorch_optimizer(name: str) -> type:
+def _imported(package: str, name: str) -> type:
     try:
-        return getattr(importlib.import_module("pytorch_optimizer"), name)
+        return getattr(importlib.import_module(package), name)
     except ImportError as error:
-        raise ConfigError(f"{name} is pytorch_optimizer's: pip install 'hf-shampoo4[race]'") from error
+        raise MissingPackage(f"{name} is {package}'s, which is not installed: pip install {package}") from error
 
 
-PEERS: dict[str, Callable[[nn.Module, Any], Chosen]] = {"muon": muon, "soap": soap}
+PEERS: dict[str, Peer] = {
+    "muon": Peer("pytorch_optimizer", muon),
+    "soap": Peer("pytorch_optimizer", soap),
+    "heavyball_kl_shampoo": Peer("heavyball", functools.partial(heavyball, "KLShampoo")),
+    "heavyball_kl_soap": Peer("heavyball", functools.partial(heavyball, "KLSOAP")),
+}

@@ -1,0 +1,222 @@
+"""Grids of a race: contestants, the points at which each is run, and which point its sweep tries next."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from hf_shampoo4.exceptions import ConfigError
+from hf_shampoo4.options import KINDS
+from hf_shampoo4.training.pretrain import config_root, read_config
+
+Settings = dict[str, Any]
+
+RATE = "learning_rate"
+COORDINATES = (RATE, *KINDS)
+"""What can be swept: the rate of all parameters together, and the factor on it of one kind."""
+
+
+@dataclass(frozen=True)
+class Point:
+    """Where a contestant is run."""
+
+    learning_rate: float
+    rates: tuple[tuple[str, float], ...] = ()
+    """Factors by kind, those of 1 left out."""
+
+    @classmethod
+    def of(cls, settings: Mapping[str, Any]) -> Point:
+        """The point of a run's settings."""
+        factors = settings.get("rates", {})
+        return cls(float(settings[RATE]), tuple((k, float(factors[k])) for k in KINDS if factors.get(k, 1) != 1))
+
+    def settings(self) -> Settings:
+        """The inverse of `of`."""
+        return {RATE: self.learning_rate, **({"rates": dict(self.rates)} if self.rates else {})}
+
+    def get(self, coordinate: str) -> float:
+        """A coordinate's value."""
+        return self.learning_rate if coordinate == RATE else dict(self.rates).get(coordinate, 1.0)
+
+    def moved(self, coordinate: str, up: bool) -> Point:
+        """The next point along a coordinate: rates lie a factor of sqrt(2) apart, factors by kind one of 2."""
+        if coordinate == RATE:
+            return replace(self, learning_rate=_next_rate(self.learning_rate, up))
+        factors = {**dict(self.rates), coordinate: self.get(coordinate) * (2.0 if up else 0.5)}
+        return Point.of({RATE: self.learning_rate, "rates": factors})
+
+    def same_but(self, other: Point, coordinate: str) -> bool:
+        """Whether two points agree in all coordinates but one."""
+        return all(self.get(c) == other.get(c) for c in COORDINATES if c != coordinate)
+
+
+def _next_rate(rate: float, up: bool) -> float:
+    """The next of 1e-3, 1.4e-3, 2e-3, 2.8e-3, 4e-3, 5.6e-3, 8e-3, 1.1e-2, ...: powers of sqrt(2), cut to two digits."""
+    k = round(2 * math.log2(rate / 1e-3)) + (1 if up else -1)
+    exact = 1e-3 * 2.0 ** (k / 2)
+    scale = 10.0 ** (math.floor(math.log10(exact) + 1e-9) - 1)
+    return float(f"{math.floor(exact / scale + 1e-9) * scale:.2g}")
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """One entry of a grid."""
+
+    name: str
+    label: str
+    points: tuple[Point, ...]
+    """Where it is run in any case."""
+    sweep: tuple[str, ...]
+    """The coordinates along which `race --sweep` looks for a better point."""
+    settings: Settings
+    """All else that a run depends on, but the seed: settings of `hf-shampoo4 train`; a `peer` in place of `optim`."""
+    paper: tuple[float, float] | None = None
+    """The published share, as a range."""
+
+    def run(self, point: Point, seed: int) -> Settings:
+        """The settings of one run."""
+        return {**self.settings, **point.settings(), "seed": seed}
+
+    def losses(self, seed: int, finished: Sequence[Settings]) -> dict[Point, float]:
+        """Final loss (infinite where it diverged) at every point of this contestant's that is finished at a seed."""
+        found = {}
+        for run in finished:
+            rest = {k: v for k, v in run["settings"].items() if k not in (RATE, "rates", "seed")}
+            if rest == self.settings and run["settings"]["seed"] == seed:
+                point, loss = Point.of(run["settings"]), run["final_loss"]
+                if self._has(point):
+                    found.setdefault(point, loss if math.isfinite(loss) else math.inf)
+        return found
+
+    def _has(self, point: Point) -> bool:
+        """Whether a point is of this contestant: its own, or one that its sweep can reach."""
+        reachable = all(point.get(c) == self.points[0].get(c) for c in COORDINATES if c not in self.sweep)
+        return point in self.points or reachable
+
+    def best(self, seed: int, finished: Sequence[Settings]) -> Point | None:
+        """The point of lowest loss at a seed; None: no run."""
+        losses = self.losses(seed, finished)
+        return min(losses, key=lambda point: losses[point], default=None)
+
+    def next_point(self, seed: int, finished: Sequence[Settings]) -> Point | None:
+        """What the sweep tries next: the first missing neighbour of the best point; None: there is none missing."""
+        best, losses = self.best(seed, finished), self.losses(seed, finished)
+        if best is None or losses[best] == math.inf:
+            return None
+        neighbours = [best.moved(c, up) for c in self.sweep for up in (True, False)]
+        return next((point for point in neighbours if point not in losses), None)
+
+    def edges(self, seed: int, finished: Sequence[Settings]) -> list[str]:
+        """The coordinates along which the best point is the first or the last of several, or the only one swept."""
+        best, points = self.best(seed, finished), self.losses(seed, finished)
+        found = []
+        for coordinate in COORDINATES if best else ():
+            values = sorted({p.get(coordinate) for p in points if best and p.same_but(best, coordinate)})
+            swept = len(values) > 1 or coordinate in self.sweep
+            if best and swept and best.get(coordinate) in (values[0], values[-1]):
+                found.append(coordinate)
+        return found
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Contestants, and what is asked of them."""
+
+    name: str
+    title: str
+    baseline: str
+    """The contestant that the others are measured against."""
+    target: str | None
+    """If given: the question is what share of the way from `baseline`'s loss to this one's each contestant goes."""
+    seeds: tuple[int, ...]
+    common: Settings
+    contestants: tuple[Contestant, ...]
+    curves: tuple[str, ...] = ()
+    """The contestants that the picture shows; none: all of them."""
+
+
+def read_plan() -> Settings:
+    """`configs/demo.yaml`."""
+    return read_config(config_root() / "demo.yaml")
+
+
+def read_grid(name: str, quick: bool = False, changes: Mapping[str, Any] | None = None) -> Grid:
+    """A grid of `configs/race.yaml`, over the demo's settings.
+
+    Args:
+        name: of the grid.
+        quick: a few steps of a tiny model, one seed, one point.
+        changes: settings over all of these, for every run.
+
+    Raises:
+        ConfigError: there is no such grid, or it sweeps or scales what does not exist.
+    """
+    plan, demo = read_config(config_root() / "race.yaml"), read_plan()
+    if name not in plan["grids"]:
+        raise ConfigError(f"race has no grid {name!r}; it has: {', '.join(plan['grids'])}")
+    given = _with_likes(plan["grids"], name)
+    common = {**demo["common"], **plan["common"], **given.get("settings", {})}
+    if quick:
+        common |= {**demo["quick"], **plan["quick"]}
+    common |= changes or {}
+    contestants = tuple(
+        _contestant(key, entry, common, given.get("sweep", []), 1 if quick else None)
+        for key, entry in given["contestants"].items()
+    )
+    return Grid(
+        name,
+        given["title"],
+        given["baseline"],
+        given.get("target"),
+        tuple(given["seeds"][: 1 if quick else None]),
+        common,
+        contestants,
+        tuple(given.get("curves", ())),
+    )
+
+
+def _with_likes(grids: Mapping[str, Any], name: str) -> Settings:
+    """A grid laid over the one that it is `like`, and that over the one that it is like: settings one by one, and those
+    of each contestant; of the contestants those in `only`, if it is there."""
+    given = grids[name]
+    if "like" not in given:
+        return given
+    base = _with_likes(grids, given["like"])
+    changes = given.get("contestants", {})
+    contestants = {key: {**entry, **changes.get(key, {})} for key, entry in base["contestants"].items()}
+    merged = {
+        "settings": {**base.get("settings", {}), **given.get("settings", {})},
+        "contestants": {key: contestants[key] for key in given.get("only", contestants)},
+    }
+    return {**base, **given, **merged}
+
+
+def _contestant(
+    name: str, given: Mapping[str, Any], common: Settings, sweep: Sequence[str], points: int | None
+) -> Contestant:
+    entry = dict(given)
+    label, paper, rate = entry.pop("label"), entry.pop("paper", None), entry.pop(RATE, [])
+    factors, sweep = entry.pop("rates", {}), tuple(entry.pop("sweep", sweep))
+    if strange := [c for c in (*factors, *sweep) if c not in COORDINATES]:
+        raise ConfigError(f"contestant {name!r} sweeps or scales {strange[0]!r}; it can be: {', '.join(COORDINATES)}")
+    given_rates = (rate if isinstance(rate, list) else [rate])[:points]
+    if not given_rates:
+        raise ConfigError(f"contestant {name!r} needs a learning_rate")
+    found = tuple(Point.of({RATE: value, "rates": factors}) for value in given_rates)
+    shares = None if paper is None else (paper[0] / 100, paper[1] / 100)
+    return Contestant(name, label, found, sweep, {**common, **entry}, shares)
+
+
+def some_of(grid: Grid, names: Sequence[str]) -> Grid:
+    """The grid with the named contestants alone, in the order of the names; no name at all: with all of them.
+
+    Raises:
+        ConfigError: a name that the grid does not have.
+    """
+    known = {contestant.name: contestant for contestant in grid.contestants}
+    wanted = [name.strip() for name in names if name.strip()]
+    if strange := [name for name in wanted if name not in known]:
+        raise ConfigError(f"race {grid.name!r} has no contestant {strange[0]!r}; it has: {', '.join(known)}")
+    return replace(grid, contestants=tuple(known[name] for name in wanted or known))

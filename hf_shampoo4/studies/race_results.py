@@ -1,0 +1,149 @@
+"""What the finished runs of a race say: a row for each contestant, and the arithmetic between them."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from hf_shampoo4.studies.grid import Contestant, Grid, Point, Settings
+from hf_shampoo4.studies.measured_run import steps_to
+
+Curve = list[tuple[float, float]]
+
+
+@dataclass(frozen=True)
+class Row:
+    """A contestant's runs at its best point, put together."""
+
+    name: str
+    label: str
+    point: Point
+    sweep: dict[Point, float]
+    """Final validation loss at the first seed at every point that was tried."""
+    edges: list[str]
+    """Coordinates in which the best point has a neighbour on one side only: a better one may lie beyond."""
+    losses: dict[int, float]
+    """Seed -> final validation loss."""
+    curve: Curve
+    """(step, validation loss), the mean over seeds."""
+    seconds: list[float]
+    """Training time before each point of the curve, the mean over seeds, see `time_scale`."""
+    bytes_per_parameter: float
+    optimizer_step_ms: float
+    model_step_ms: float
+    """The rest of a training step, the same work for all contestants."""
+    steps_to_baseline: float | None
+    """Steps that the mean curve takes to the loss at which the baseline ends; None: it does not get there."""
+    seconds_to_baseline: float | None
+    share: float | None
+    """Of the way from the baseline's loss to the target's, over the seeds that all three have finished."""
+    share_error: float | None
+    """Its standard error; None with fewer than two seeds."""
+    paper: tuple[float, float] | None
+    commits: list[str]
+    """Of the code that made the runs."""
+
+    @property
+    def mean(self) -> float:
+        """Over seeds."""
+        return statistics.mean(self.losses.values())
+
+    @property
+    def spread(self) -> float | None:
+        """Standard deviation over seeds."""
+        return statistics.stdev(self.losses.values()) if len(self.losses) > 1 else None
+
+
+def rows_of(grid: Grid, finished: Sequence[Settings]) -> list[Row]:
+    """One row for each contestant with a finished run, in the grid's order.
+
+    Args:
+        grid: the race.
+        finished: runs, of any grid; of two with equal settings the first counts.
+    """
+    chosen = {c.name: found for c in grid.contestants if (found := _chosen(c, grid.seeds, finished))}
+    losses = {name: {r["settings"]["seed"]: r["final_loss"] for r in runs} for name, (_, _, runs) in chosen.items()}
+    goal = statistics.mean(losses[grid.baseline].values()) if grid.baseline in losses else None
+    unit = statistics.median(_model_ms(run) for _, _, runs in chosen.values() for run in runs) if chosen else 1.0
+    rows = []
+    for name, (contestant, point, runs) in chosen.items():
+        curve, seconds = _mean_curve(runs, unit)
+        reached = None if goal is None else steps_to(curve, goal)
+        by_seconds = [(s, loss) for s, (_, loss) in zip(seconds, curve, strict=True)]
+        share = share_of_way(losses.get(grid.baseline, {}), losses.get(grid.target or "", {}), losses[name])
+        rows.append(
+            Row(
+                name=name, label=contestant.label, point=point, losses=losses[name], curve=curve, seconds=seconds,
+                sweep=contestant.losses(grid.seeds[0], finished), edges=contestant.edges(grid.seeds[0], finished),
+                bytes_per_parameter=runs[0]["bytes_per_parameter"],
+                optimizer_step_ms=round(statistics.mean(r["optimizer_step_ms"] * time_scale(r, unit) for r in runs), 1),
+                model_step_ms=round(unit, 1), steps_to_baseline=reached,
+                seconds_to_baseline=None if reached is None or goal is None else steps_to(by_seconds, goal),
+                share=share[0], share_error=share[1], paper=contestant.paper,
+                commits=sorted({run["commit"] for run in runs}),
+            )
+        )  # fmt: skip
+    return rows
+
+
+def _chosen(
+    contestant: Contestant, seeds: Sequence[int], finished: Sequence[Settings]
+) -> tuple[Contestant, Point, list[Settings]] | None:
+    """The best point, and its runs by seed."""
+    point = contestant.best(seeds[0], finished)
+    if point is None:
+        return None
+    wanted = [contestant.run(point, seed) for seed in seeds]
+    found = [next((run for run in finished if run["settings"] == settings), None) for settings in wanted]
+    return contestant, point, [run for run in found if run]
+
+
+def _model_ms(run: Settings) -> float:
+    return run["step_ms"] - run["optimizer_step_ms"]
+
+
+def time_scale(run: Settings, model_ms: float) -> float:
+    """What a run's times are multiplied by: forward and backward are the same work in every run of a grid, and take
+    `model_ms` in it; how much longer they took in this run is how much the machine had else to do."""
+    return model_ms / _model_ms(run) if _model_ms(run) > 0 else 1.0
+
+
+def _mean_curve(runs: Sequence[Settings], model_ms: float) -> tuple[Curve, list[float]]:
+    """Means over runs that were evaluated at the same steps."""
+    points = zip(*(run["validation"] for run in runs), strict=True)
+    curve = [(float(point[0][0]), statistics.mean(loss for _, loss in point)) for point in points]
+    times = [[time_scale(run, model_ms) * s for s in run["validation_seconds"]] for run in runs]
+    return curve, [statistics.mean(values) for values in zip(*times, strict=True)]
+
+
+def share_of_way(
+    zero: Mapping[int, float], one: Mapping[int, float], x: Mapping[int, float]
+) -> tuple[float | None, float | None]:
+    """How far `x` goes from `zero` to `one`: the ratio of the mean gains, with its standard error over paired seeds.
+
+    Args:
+        zero: loss by seed where the way begins.
+        one: where it ends.
+        x: the losses in question.
+
+    Returns:
+        The share (None: no common seed, or no way) and its error (None: fewer than two seeds), by the delta method.
+    """
+    seeds = sorted(zero.keys() & one.keys() & x.keys())
+    gains, ways = [zero[s] - x[s] for s in seeds], [zero[s] - one[s] for s in seeds]
+    if not seeds or not sum(ways):
+        return None, None
+    share = sum(gains) / sum(ways)
+    if len(seeds) < 2:
+        return share, None
+    residuals = [gain - share * way for gain, way in zip(gains, ways, strict=True)]
+    return share, statistics.stdev(residuals) / math.sqrt(len(seeds)) / abs(statistics.mean(ways))
+
+
+def gain_and_noise(baseline: Row, target: Row) -> tuple[float, float | None]:
+    """What there is to keep: the difference of two mean losses, and their spread over seeds, pooled."""
+    spreads = [row.spread for row in (baseline, target) if row.spread is not None]
+    noise = math.sqrt(statistics.mean(s**2 for s in spreads)) if spreads else None
+    return baseline.mean - target.mean, noise

@@ -1,0 +1,65 @@
+"""Runs that are made once and kept: one JSON file a run, named by everything that the run depends on.
+
+A study describes a run by its settings and by the code that would make it (`code_version`).  A finished run is on the
+disk at once and whole, so that a study can be stopped at any time, shared by processes, and continued; a run of other
+code has another name, and is never taken for one of this code.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hf_shampoo4.studies.code_version import commit
+from hf_shampoo4.studies.machine import machine
+from hf_shampoo4.utils.files import write_json
+
+Settings = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Runs:
+    """The finished runs in a folder."""
+
+    folder: Path
+
+    def path(self, settings: Mapping[str, Any], code: Mapping[str, str]) -> Path:
+        """Where a run is kept: 16 hexadecimal digits of SHA-256 over its settings and code."""
+        told = json.dumps({"settings": settings, "code": code}, sort_keys=True)
+        return self.folder / f"{hashlib.sha256(told.encode()).hexdigest()[:16]}.json"
+
+    def find(self, settings: Mapping[str, Any], code: Mapping[str, str]) -> Settings | None:
+        """What a run came to, if it is finished."""
+        path = self.path(settings, code)
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+    def once(self, settings: Settings, code: Mapping[str, str], make: Callable[[], Settings]) -> Settings:
+        """The run from the disk, or else made now and kept.
+
+        Args:
+            settings: all that distinguishes the run, as JSON can hold it.
+            code: name -> version of what makes it.
+            make: makes it; what it returns is kept beside `settings`, `code`, `commit`, `machine` and `finished`.
+        """
+        if (found := self.find(settings, code)) is not None:
+            return found
+        began = {"settings": settings, "code": dict(code), "commit": commit(), "machine": machine()}
+        result = {**began, **make(), "finished": time.strftime("%Y-%m-%d %H:%M:%S")}
+        write_json(self.path(settings, code), result)
+        return result
+
+    def of(self, code: Callable[[Settings], Mapping[str, str]] | None) -> list[Settings]:
+        """All finished runs whose code is what `code` says of their settings today; None: of any code, the last first.
+
+        Args:
+            code: as in `once`, by settings.
+        """
+        found = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(self.folder.glob("*.json"))]
+        if code is None:
+            return sorted(found, key=lambda run: run["finished"], reverse=True)
+        return [run for run in found if run["code"] == code(run["settings"])]
