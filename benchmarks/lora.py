@@ -2,18 +2,21 @@
 
 Pretrains configs/train/stdlib_tiny for a few hundred steps, then teaches it to answer a signature of the standard
 library with the first line of its documentation: every optimizer over its grid of learning rates, from the same
-weights and batches.  Finished runs are kept in FOLDER/lora.json and not run again.
+weights and batches.  Finished runs are kept in FOLDER/runs and not run again; FOLDER/lora.json has all of them.
 """
 
 import argparse
 import ast
 import json
+from functools import partial
 from pathlib import Path
 
+from hf_shampoo4.studies.code_version import versions
+from hf_shampoo4.studies.runner import Runs
+from hf_shampoo4.training.sources import stdlib_files, stdlib_version
 from hf_shampoo4.training.finetune import parse, run
 from hf_shampoo4.training.pretrain import parse as parse_pretraining
 from hf_shampoo4.training.pretrain import run as pretrain
-from hf_shampoo4.training.sources import stdlib_files, stdlib_version
 from hf_shampoo4.utils.files import write_json, write_text
 
 TEMPLATE = (
@@ -34,6 +37,9 @@ COMMON = {
     "logging_steps": 50, "save_strategy": "no", "report_to": "none", "disable_tqdm": True, "seed": 0,
     "overwrite_output_dir": True, "validation_fraction": 0.05,
 }  # fmt: skip
+
+
+STEPS = {False: 150, True: 2}  # of pretraining, by --quick
 
 
 def questions() -> list[dict[str, object]]:
@@ -73,23 +79,25 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--quick", action="store_true", help="a few steps: does it work here?")
     chosen = parser.parse_args()
-    model, data = prepare(chosen.folder, 2 if chosen.quick else 150)
-    common = {**COMMON, "model_name_or_path": str(model), "dataset": str(data)}
-    common |= {"max_steps": 2, "max_train_examples": 32} if chosen.quick else {}
-    path = chosen.folder / "lora.json"
-    finished = json.loads(path.read_text())["runs"] if path.exists() else []
+    model, data = prepare(chosen.folder, STEPS[chosen.quick])
+    told = {**COMMON, **({"max_steps": 2, "max_train_examples": 32} if chosen.quick else {})}
+    common = {**told, "model_name_or_path": str(model), "dataset": str(data)}
+    runs, code = Runs(chosen.folder / "runs"), versions(["hf_shampoo4", "peft", "trl"])
+    finished = []
     for label, (optim, options, rates) in GRID.items():
         for rate in rates[: 1 if chosen.quick else None]:
-            if any(one["label"] == label and one["learning_rate"] == rate for one in finished):
-                continue
             settings = {"optim": optim, "learning_rate": rate, **({"optim_args": options} if options else {})}
-            metrics = run(parse({**common, **settings, "output_dir": str(chosen.folder / "run")})).metrics
-            figures = {
-                k: metrics[k] for k in ("eval_loss", "train_runtime", "train_mem_optimizer_state") if k in metrics
-            }
-            finished.append({"label": label, **settings, **figures})
-            write_json(path, {"common": COMMON, "runs": finished})
-            print(label, rate, figures, flush=True)
+            described = {**told, "label": label, "pretraining_steps": STEPS[chosen.quick], **settings}
+            make = partial(measure, {**common, **settings}, chosen.folder)
+            finished.append(runs.once(described, code, make))
+            print(label, rate, f"{finished[-1]['eval_loss']:.4f}", flush=True)
+    write_json(chosen.folder / "lora.json", {"common": told, "runs": finished})
+
+
+def measure(settings: dict[str, object], folder: Path) -> dict[str, float]:
+    """Train once; loss, seconds and bytes."""
+    metrics = run(parse({**settings, "output_dir": str(folder / "run")})).metrics
+    return {k: metrics[k] for k in ("eval_loss", "train_runtime", "train_mem_optimizer_state") if k in metrics}
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from typing import Any
 
 from hf_shampoo4.exceptions import ConfigError
 from hf_shampoo4.options import KINDS
-from hf_shampoo4.training.pretrain import config_root, read_config
+from hf_shampoo4.training.config import config_root, read_config
 
 Settings = dict[str, Any]
 

@@ -15,7 +15,7 @@ import statistics
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,11 +33,14 @@ from transformers import (
 )
 
 from hf_shampoo4.exceptions import ConfigError
-from hf_shampoo4.integrations.trainer import register
-from hf_shampoo4.studies.demo import COLOURS, Settings, machine, state_bytes
-from hf_shampoo4.studies.race import write_markdown
+from hf_shampoo4.integrations.trainer import OPTIMS, register
+from hf_shampoo4.studies.code_version import versions
+from hf_shampoo4.studies.machine import machine, state_bytes
+from hf_shampoo4.studies.race_report import write_markdown
+from hf_shampoo4.studies.runner import Runs, Settings
 from hf_shampoo4.training.config import config_root, read_config
-from hf_shampoo4.utils.files import write_figure, write_json
+from hf_shampoo4.utils.files import write_json
+from hf_shampoo4.utils.plots import picture, style
 
 COLUMNS = (
     "model", "base", "optimizer", "learning rate", "seeds", "train loss", "test loss", "test accuracy, %",
@@ -224,15 +227,22 @@ def contestants_of(plan: Mapping[str, Any], models: Sequence[str]) -> list[Conte
     return found
 
 
-def compete(contestant: Contestant, path: Path) -> list[Settings]:
-    """Its runs, one a seed, at the learning rate with the lowest final validation loss in the mean over seeds.
-
-    Args:
-        contestant: of the plan.
-        path: see `run_once`.
-    """
-    sweep = [[run_once(contestant, rate, seed, path) for seed in contestant.seeds] for rate in contestant.rates]
+def compete(contestant: Contestant, runs: Runs) -> list[Settings]:
+    """Its runs, one a seed, at the learning rate with the lowest final validation loss in the mean over seeds."""
+    sweep = [[run_once(contestant, rate, seed, runs) for seed in contestant.seeds] for rate in contestant.rates]
     return min(sweep, key=_mean_validation_loss)
+
+
+def summary(contestants: Sequence[Contestant], runs: Runs) -> Settings:
+    """Every run of the contestants, at all learning rates; those that are finished are not made again."""
+    return {
+        "machine": machine(),
+        "split": SPLIT,
+        "contestants": [
+            {**asdict(c), "runs": [run_once(c, rate, seed, runs) for rate in c.rates for seed in c.seeds]}
+            for c in contestants
+        ],
+    }
 
 
 def _mean_validation_loss(runs: Sequence[Mapping[str, Any]]) -> float:
@@ -240,28 +250,16 @@ def _mean_validation_loss(runs: Sequence[Mapping[str, Any]]) -> float:
     return loss if math.isfinite(loss) else math.inf
 
 
-def run_once(contestant: Contestant, rate: float, seed: int, path: Path) -> Settings:
-    """The run from the file, if it is there; else train, and put it there at once.
+def run_once(contestant: Contestant, rate: float, seed: int, runs: Runs) -> Settings:
+    """The run from the disk, if this code has made it; else train, and keep it at once."""
+    settings = {**contestant.settings, "learning_rate": rate, "seed": seed}
+    code = versions(["scikit-learn", *(["hf_shampoo4"] if settings.get("optim") in OPTIMS else [])])
+    told = {"model": contestant.model, "build": contestant.build, **settings}
+    return runs.once(told, code, lambda: _told(contestant, train(contestant.build, settings), rate, seed))
 
-    Args:
-        contestant: whose run.
-        rate: learning rate.
-        seed: of weights and order.
-        path: the JSON file with all contestants and their runs.
-    """
-    contestants = json.loads(path.read_text(encoding="utf-8"))["contestants"] if path.exists() else []
-    fields = ("model", "build", "base", "optimizer", "settings")
-    key = {name: getattr(contestant, name) for name in fields}
-    mine = next((entry for entry in contestants if key.items() <= entry.items()), None)
-    if mine is None:
-        contestants.append(mine := {**key, "runs": []})
-    for run in mine["runs"]:
-        if (run["learning_rate"], run["seed"]) == (rate, seed):
-            return run
-    point = {"learning_rate": rate, "seed": seed}
-    run = {**point, **train(contestant.build, {**contestant.settings, **point})}
-    mine["runs"].append(run)
-    write_json(path, {"machine": machine(), "split": SPLIT, "contestants": contestants})
+
+def _told(contestant: Contestant, run: Settings, rate: float, seed: int) -> Settings:
+    """The run, once it is printed."""
     print(
         f"{contestant.model:6} {contestant.base:17} {contestant.optimizer:26} lr {rate:<6g} seed {seed}: "
         f"train {run['train_loss']:.4f}  validation {run['validation_loss']:.4f}  test {run['test_loss']:.4f}  "
@@ -302,7 +300,7 @@ def markdown(results: Sequence[Result]) -> str:
 def _line(contestant: Contestant, runs: Sequence[Mapping[str, Any]]) -> str:
     cells = (
         contestant.model, contestant.base, contestant.optimizer,
-        f"{runs[0]['learning_rate']:g} ({', '.join(f'{rate:g}' for rate in contestant.rates)})",
+        f"{runs[0]['settings']['learning_rate']:g} ({', '.join(f'{rate:g}' for rate in contestant.rates)})",
         str(len(runs)),
         _spread([run["train_loss"] for run in runs], 4),
         _spread([run["test_loss"] for run in runs], 4),
@@ -318,38 +316,28 @@ def _spread(values: Sequence[float], places: int) -> str:
 
 
 def draw(results: Sequence[Result], path: Path) -> None:
-    """Test loss by epoch as a PNG: a row a model, a column a base; lines are means, bands the range over seeds.
-
-    Args:
-        results: of all contestants.
-        path: the file, replaced at once.
-    """
-    import matplotlib
-    from matplotlib.figure import Figure  # no pyplot: nothing global, no display
+    """Test loss by epoch as a PNG: a row a model, a column a base; lines are means, bands the range over seeds."""
     from matplotlib.ticker import MaxNLocator
 
     models, bases = (list(dict.fromkeys(getattr(c, name) for c, _ in results)) for name in ("model", "base"))
-    with matplotlib.rc_context({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False}):
-        figure = Figure(figsize=(5.5 * len(bases), 3.9 * len(models)), dpi=140, layout="constrained")
-        panels: Any = figure.subplots(len(models), len(bases), sharey="row", squeeze=False)
+    size = (5.5 * len(bases), 3.9 * len(models))
+    with picture(path, size, (len(models), len(bases)), font=10, dpi=140, sharey="row") as (_, panels):
         for contestant, runs in results:
             axes = panels[models.index(contestant.model)][bases.index(contestant.base)]
             _draw_curves(axes, contestant.optimizer, [run["test_loss_by_epoch"] for run in runs])
             axes.set(title=f"{contestant.model}, {contestant.base}", xlabel="epoch", ylabel="test loss", yscale="log")
         for axes in panels.flat:
-            axes.grid(color="#e5e7eb", linewidth=0.8, which="both")
             axes.xaxis.set_major_locator(MaxNLocator(integer=True))
             axes.legend(frameon=False, fontsize=8)
-        write_figure(path, figure)
 
 
 def _draw_curves(axes: Any, label: str, curves: Sequence[Sequence[float]]) -> None:
     by_epoch = list(zip(*curves, strict=True))
     epochs = range(1, len(by_epoch) + 1)
-    means = [statistics.mean(losses) for losses in by_epoch]
-    colour = COLOURS[len(axes.get_lines()) % len(COLOURS)]
-    axes.plot(epochs, means, color=colour, linewidth=2, label=f"{label}: {means[-1]:.3f}")
-    axes.fill_between(epochs, list(map(min, by_epoch)), list(map(max, by_epoch)), color=colour, alpha=0.15, linewidth=0)
+    means, look = [statistics.mean(losses) for losses in by_epoch], style(len(axes.get_lines()))
+    axes.plot(epochs, means, linewidth=2, label=f"{label}: {means[-1]:.3f}", **look)
+    band = (list(map(min, by_epoch)), list(map(max, by_epoch)))
+    axes.fill_between(epochs, *band, color=look["color"], alpha=0.15, linewidth=0)
 
 
 # ---------------------------------------------------------------------------------------------------- command line
@@ -364,7 +352,9 @@ def main(arguments: Sequence[str]) -> None:
     chosen = parser.parse_args(arguments)
     plan, folder = read_plan(chosen.quick), chosen.output_dir
     contestants = contestants_of(plan, chosen.models.split(","))
-    results = [(contestant, compete(contestant, folder / "vision.json")) for contestant in contestants]
+    runs = Runs(folder / "runs")
+    results = [(contestant, compete(contestant, runs)) for contestant in contestants]
+    write_json(folder / "vision.json", summary(contestants, runs))
     write_markdown(folder / "vision.md", markdown(results))
     draw(results, folder / "vision.png")
     print((folder / "vision.md").read_text(encoding="utf-8"))

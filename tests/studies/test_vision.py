@@ -21,6 +21,7 @@ from torch.utils.data import Subset
 from hf_shampoo4 import Shampoo4bit
 from hf_shampoo4.exceptions import ConfigError
 from hf_shampoo4.studies import vision
+from hf_shampoo4.studies.runner import Runs
 from hf_shampoo4.studies.vision import SPLIT, digits, make_trainer, read_plan
 from tests.support.reference import Shampoo32
 
@@ -187,15 +188,15 @@ def test_sweep_chooses_the_rate_and_runs_nothing_twice(tmp_path: Path, monkeypat
     calls = []
     monkeypatch.setattr(vision, "train", lambda *args: calls.append(args[1]) or made_up(*args))
     contestant = vision.Contestant("vit", {}, "AdamW", "AdamW", {}, [0.01, 2.0, 0.1, 0.3], [3, 4])
-    path = tmp_path / "vision.json"
-    runs = vision.compete(contestant, path)
+    kept = Runs(tmp_path)
+    runs = vision.compete(contestant, kept)
     assert [(c["learning_rate"], c["seed"]) for c in calls] == list(itertools.product([0.01, 2.0, 0.1, 0.3], [3, 4]))
-    assert [(run["learning_rate"], run["seed"]) for run in runs] == [(0.1, 3), (0.1, 4)]
-    assert vision.compete(contestant, path) == runs
-    assert len(calls) == 8, "finished runs are taken from the file"
-    vision.compete(dataclasses.replace(contestant, build={"image_size": 16}), path)
+    assert [(run["settings"]["learning_rate"], run["settings"]["seed"]) for run in runs] == [(0.1, 3), (0.1, 4)]
+    assert vision.compete(contestant, kept) == runs
+    assert len(vision.summary([contestant], kept)["contestants"][0]["runs"]) == 8
+    assert len(calls) == 8, "finished runs are taken from the disk"
+    vision.compete(dataclasses.replace(contestant, build={"image_size": 16}), kept)
     assert len(calls) == 16, "those of another model are not"
-    assert [len(entry["runs"]) for entry in json.loads(path.read_text())["contestants"]] == [8, 8]
 
 
 def test_report_of_all_contestants_keeps_the_remarks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -211,7 +212,7 @@ def test_report_of_all_contestants_keeps_the_remarks(tmp_path: Path, monkeypatch
     assert path.read_text().endswith("\nShampoo wins.\n")
     with Image.open(tmp_path / "out" / "vision.png") as picture:
         assert picture.width > 1000
-    assert sorted(file.name for file in path.parent.iterdir()) == ["vision.json", "vision.md", "vision.png"]
+    assert sorted(file.name for file in path.parent.iterdir()) == ["runs", "vision.json", "vision.md", "vision.png"]
 
 
 def script(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> None:
