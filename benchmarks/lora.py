@@ -13,10 +13,10 @@ from pathlib import Path
 
 from hf_shampoo4.studies.code_version import versions
 from hf_shampoo4.studies.runner import Runs
-from hf_shampoo4.training.sources import stdlib_files, stdlib_version
 from hf_shampoo4.training.finetune import parse, run
 from hf_shampoo4.training.pretrain import parse as parse_pretraining
 from hf_shampoo4.training.pretrain import run as pretrain
+from hf_shampoo4.training.sources import stdlib_files, stdlib_version
 from hf_shampoo4.utils.files import write_json, write_text
 
 TEMPLATE = (

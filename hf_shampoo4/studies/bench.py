@@ -11,174 +11,22 @@ import argparse
 import importlib
 import itertools
 import json
-import os
-import platform
 import statistics
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any, get_type_hints
 
 import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from hf_shampoo4.exceptions import OptionError
-from hf_shampoo4.options import Options
-from hf_shampoo4.sharding.geometry import matrix_view, partition
-from hf_shampoo4.studies.demo import write_json
-
-# ------------------------------------------------------------------------------------------------ what is compared
-
-
-@dataclass(frozen=True)
-class Model:
-    """The weight matrices of a transformer; embeddings are another matter (elementwise)."""
-
-    layers: int
-    matrices: tuple[tuple[int, int], ...]
-    """Of one layer, (rows, columns) as `torch.nn.Linear` has them."""
-
-
-def _llama(layers: int, width: int, hidden: int) -> Model:
-    return Model(layers, (*[(width, width)] * 4, *[(hidden, width)] * 2, (width, hidden)))
-
-
-MODELS = {
-    "gpt2_124m": Model(12, ((2304, 768), (768, 768), (3072, 768), (768, 3072))),
-    "llama_130m": _llama(12, 768, 2048),  # the LLaMA sizes are GaLore's (2403.03507)
-    "llama_350m": _llama(24, 1024, 2736),
-    "llama_1b": _llama(24, 2048, 5461),
-    "tiny": _llama(1, 64, 128),  # does the command work here?
-}
-
-
-@dataclass(frozen=True)
-class Contestant:
-    """An optimizer, and how it calls what all have in common."""
-
-    label: str
-    target: str
-    """`module:class`."""
-    package: str = ""
-    """What to `pip install` for it, if anything; its module is the target's."""
-    keywords: Mapping[str, Any] = field(default_factory=dict)
-    every: tuple[str, ...] = ()
-    """Keywords that take the steps between two refreshes."""
-    block: str = ""
-    """Keyword that takes the largest order of a factor, if longer sides are cut (and not left alone)."""
-
-
-ALGORITHMS: tuple[str, ...] = get_args(get_type_hints(Options)["algorithm"])
-
-
-def _ours(label: str, **options: Any) -> Contestant:
-    intervals = {"elementwise": (), "shampoo": ("stats_every", "roots_every")}
-    every: tuple[str, ...] = intervals.get(options["algorithm"], ("stats_every",))
-    if every == ("stats_every",):
-        options["refresh_warmup"] = 0  # the others' bases do not turn at every step to begin with
-    return Contestant(label, "hf_shampoo4:Shampoo4bit", "", options, every, "block_size" if every else "")
-
-
-CONTESTANTS: dict[str, Contestant] = {
-    "adamw_fused": Contestant("torch AdamW, fused", "torch.optim:AdamW", keywords={"fused": True}),
-    "adamw_foreach": Contestant("torch AdamW, foreach", "torch.optim:AdamW", keywords={"foreach": True}),
-    "bnb_adamw8bit": Contestant("bitsandbytes AdamW8bit", "bitsandbytes.optim:AdamW8bit", "bitsandbytes"),
-    "torchao_adamw4bit": Contestant("torchao AdamW4bit", "torchao.optim:AdamW4bit", "torchao"),
-    "ours_elementwise": _ours("ours: AdamW, 4-bit", algorithm="elementwise"),
-    "muon": Contestant("torch Muon", "torch.optim:Muon"),
-    "po_soap": Contestant(
-        "pytorch_optimizer SOAP", "pytorch_optimizer:SOAP", "pytorch_optimizer", every=("precondition_frequency",)
-    ),
-    "po_shampoo": Contestant(
-        "pytorch_optimizer ScalableShampoo", "pytorch_optimizer:ScalableShampoo", "pytorch_optimizer",
-        {"start_preconditioning_step": 1},
-        ("preconditioning_compute_steps", "statistics_compute_steps"), "block_size",
-    ),
-    "heavyball_soap": Contestant("HeavyBall SOAP", "heavyball:SOAP", "heavyball", every=("precondition_frequency",)),
-    **{f"ours_{name}": _ours(f"ours: {name}, 4-bit", algorithm=name) for name in ALGORITHMS if name != "elementwise"},
-    "ours_shampoo_staggered": _ours("ours: shampoo, 4-bit, staggered", algorithm="shampoo", stagger=True),
-    "ours_kl_shampoo_together": _ours("ours: kl_shampoo, 4-bit, all at once", algorithm="kl_shampoo", stagger=False),
-    "ours_shampoo32": _ours("ours: shampoo, 32-bit", algorithm="shampoo", factor="direct", bits=32, moments="fp32"),
-}  # fmt: skip
-
-
-CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What is measured, and how long."""
-
-    model: str = "llama_130m"
-    layers: int = 2
-    block: int = 1024
-    every: int = 10
-    """Steps between two refreshes, for every contestant that has them."""
-    warmup: int = 20
-    steps: int = 20
-    threads: int = 2
-    device: str = "cpu"
-    clock: str = "wall"
-    """`cpu`: this process's processor time, all threads together, for a machine that is busy with other work."""
-    stagger: bool = True
-    """Whether those of ours that spread their refreshes over the steps may."""
-
-    def __post_init__(self) -> None:
-        if self.model not in MODELS:
-            raise OptionError(f"unknown model {self.model!r}; known: {', '.join(MODELS)}")
-        if not 1 <= self.layers <= MODELS[self.model].layers:
-            raise OptionError(f"--layers {self.layers}: {self.model} has 1 to {MODELS[self.model].layers}")
-        if self.clock not in CLOCKS:
-            raise OptionError(f"--clock {self.clock}: one of {', '.join(CLOCKS)}")
-        for name in ("warmup", "steps"):
-            if getattr(self, name) < 1 or getattr(self, name) % self.every:
-                raise OptionError(f"--{name} {getattr(self, name)} must be whole refresh periods of {self.every} steps")
-
-    def shapes(self) -> list[tuple[int, int]]:
-        """Of all matrices."""
-        return list(MODELS[self.model].matrices) * self.layers
-
-
-# ------------------------------------------------------------------------------------------------------ one of them
-
-
-@dataclass
-class Result:
-    """One contestant's figures."""
-
-    name: str
-    label: str
-    missing: str = ""
-    """Why there are no figures."""
-    milliseconds: list[float] = field(default_factory=list)
-    state_bytes: int = 0
-    transient_bytes: int = 0
-    """The most that one step allocates beyond what it keeps."""
-    products: list[int] = field(default_factory=list)
-    """Operations of the matrix products of each step of a period (factorisations are not counted)."""
-
-    @property
-    def median(self) -> float:
-        """Milliseconds."""
-        return statistics.median(self.milliseconds)
-
-    @property
-    def p90(self) -> float:
-        """Milliseconds, the 90th percentile."""
-        return sorted(self.milliseconds)[-(-9 * len(self.milliseconds) // 10) - 1]
-
-    @property
-    def worst(self) -> float:
-        """Milliseconds."""
-        return max(self.milliseconds)
-
-    @property
-    def amortised(self) -> float:
-        """Milliseconds a step, over whole refresh periods."""
-        return statistics.fmean(self.milliseconds)
+from hf_shampoo4.studies.bench_contestants import CLOCKS, CONTESTANTS, MODELS, Contestant, Settings
+from hf_shampoo4.studies.bench_report import Result, apply_operations, as_markdown, draw, summary
+from hf_shampoo4.studies.machine import tensors_of
+from hf_shampoo4.utils.files import write_json, write_text
 
 
 class Racer:
@@ -254,35 +102,12 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def tensors_of(state: Any) -> Iterator[Tensor]:
-    """All tensors inside an optimizer's state, whatever it nests them in."""
-    todo, seen = [state], set()
-    while todo:
-        item = todo.pop()
-        if id(item) in seen:
-            continue
-        seen.add(id(item))
-        if isinstance(item, Tensor) and hasattr(item, "__tensor_flatten__"):  # torchao's states are subclasses
-            todo += [getattr(item, name) for name in item.__tensor_flatten__()[0]]
-        elif isinstance(item, Tensor):
-            yield item
-        elif isinstance(item, Mapping):
-            todo += item.values()
-        elif isinstance(item, (list, tuple)):
-            todo += item
-        elif hasattr(item, "__dict__"):
-            todo += vars(item).values()
-
-
 def held_bytes(racer: Racer) -> int:
     """Bytes of the optimizer's state; a storage that several tensors share counts once."""
     own = {p.untyped_storage().data_ptr() for p in racer.parameters}
     own |= {p.grad.untyped_storage().data_ptr() for p in racer.parameters if p.grad is not None}
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors_of(racer.optimizer.state)}
     return sum(size for pointer, size in storages.items() if pointer not in own)
-
-
-# ---------------------------------------------------------------------------------------------------------- the race
 
 
 def race(names: Sequence[str], settings: Settings) -> list[Result]:
@@ -320,13 +145,6 @@ def _warm(name: str, settings: Settings, gradients: Sequence[Sequence[Tensor]]) 
     racer.result.state_bytes = held_bytes(racer)
     racer.result.milliseconds.clear()
     return racer
-
-
-def apply_operations(shapes: Sequence[tuple[int, int]], block: int) -> int:
-    """2mn(m + n) for every block: what L^-1/4 G R^-1/4 takes, and twice in and out of an eigenbasis."""
-    views = [matrix_view(shape) for shape in shapes]
-    blocks = [rect.shape for view in views if view for rect in partition(view, block)]
-    return sum(2 * m * n * (m + n) for m, n in blocks)
 
 
 def rates(settings: Settings) -> dict[str, float]:
@@ -378,109 +196,6 @@ def sweep(settings: Settings, names: Sequence[str]) -> list[dict[str, Any]]:
     return rows
 
 
-# ------------------------------------------------------------------------------------------------------ what is told
-
-
-def machine() -> dict[str, Any]:
-    """Name of the processor and the accelerator, and how busy the machine was."""
-    model = platform.processor()
-    if Path("/proc/cpuinfo").exists():
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), model)
-    accelerator = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
-    return {"cpu": model, "cores": os.cpu_count(), "accelerator": accelerator, "load": load, "torch": torch.__version__}
-
-
-def summary(settings: Settings, results: Sequence[Result], ceilings: Mapping[str, float]) -> dict[str, Any]:
-    """Everything, for the JSON file."""
-    operations = apply_operations(settings.shapes(), settings.block)
-    figures = [
-        {**asdict(r), **({} if r.missing else {n: getattr(r, n) for n in ("median", "p90", "worst", "amortised")})}
-        for r in results
-    ]
-    return {
-        "settings": asdict(settings),
-        "machine": machine(),
-        "parameters": sum(m * n for m, n in settings.shapes()),
-        "ceilings": dict(ceilings),
-        "apply_operations": operations,
-        "apply_floor_ms": 1e3 * operations / ceilings["product_operations"],
-        "results": figures,
-    }
-
-
-def as_markdown(told: Mapping[str, Any]) -> str:
-    """The table, with what it was measured on above it."""
-    s, m = told["settings"], told["machine"]
-    load = "" if m["load"] is None else f", load {m['load']:.1f}"
-    lines = [
-        f"{s['layers']} layers of {s['model']}, {told['parameters'] / 1e6:.1f}M parameters, block order {s['block']}, "
-        f"refresh every {s['every']} steps, {s['threads']} threads of {m['accelerator'] or m['cpu']} ({m['cores']} "
-        f"cores{load}), torch {m['torch']}, {s['clock']} time.",
-        f"float32 products {told['ceilings']['product_operations'] / 1e9:.0f} GFLOP/s, copies "
-        f"{told['ceilings']['copy_bytes'] / 1e9:.1f} GB/s: the floor of Shampoo's apply is "
-        f"{told['apply_floor_ms']:.0f} ms ({told['apply_operations'] / 1e9:.1f} GFLOP).",
-        "",
-        "| | amortised ms | median | p90 | worst | worst / median | GFLOP a step | state MB | transient MB |",
-        "|---|---:|---:|---:|---:|---:|---:|---:|---:|",
-    ]
-    for r in told["results"]:
-        if r["missing"]:
-            lines.append(f"| {r['label']} | {r['missing']} | | | | | | | |")
-            continue
-        operations = statistics.fmean(r["products"]) / 1e9
-        lines.append(
-            f"| {r['label']} | {r['amortised']:.0f} | {r['median']:.0f} | {r['p90']:.0f} | {r['worst']:.0f} | "
-            f"{r['worst'] / r['median']:.1f} | {operations:.1f} | {r['state_bytes'] / 1e6:.1f} | "
-            f"{r['transient_bytes'] / 1e6:.1f} |"
-        )
-    return "\n".join(lines) + "\n"
-
-
-def draw(told: Mapping[str, Any], path: Path) -> None:
-    """Step times and bytes of each contestant, as a PNG.
-
-    Args:
-        told: what `summary` gives.
-        path: the file, replaced at once.
-    """
-    import matplotlib
-    from matplotlib.figure import Figure  # no pyplot: nothing global, no display
-
-    shown = [r for r in told["results"] if not r["missing"]]
-    with matplotlib.rc_context({"font.size": 11, "axes.spines.top": False, "axes.spines.right": False}):
-        figure = Figure(figsize=(12, 1.8 + 0.42 * len(shown)), dpi=150, layout="constrained")
-        times, sizes = figure.subplots(1, 2, sharey=True, width_ratios=(3, 2))
-        for place, r in enumerate(shown):
-            colour = "#2563eb" if r["label"].startswith("ours") else "#9ca3af"
-            times.barh(place, r["amortised"], color=colour, height=0.62)
-            times.plot([r["median"], r["worst"]], [place, place], color="#111827", linewidth=1)
-            times.plot(r["median"], place, "|", color="#111827", markersize=11)
-            times.plot(r["worst"], place, ">", color="#111827", markersize=4)
-            times.annotate(f" {r['amortised']:.0f}", (max(r["worst"], r["amortised"]), place), va="center", fontsize=9)
-            sizes.barh(place, r["state_bytes"] / 1e6, color=colour, height=0.62)
-            left = r["state_bytes"] / 1e6
-            sizes.barh(place, r["transient_bytes"] / 1e6, left=left, color=colour, height=0.62, alpha=0.35)
-        times.set_yticks(range(len(shown)), [r["label"] for r in shown])
-        times.invert_yaxis()
-        times.set(
-            title="Optimizer step: mean (bar), median (|), worst (>)",
-            xlabel=f"milliseconds ({told['settings']['clock']} time)",
-            xscale="log",
-        )
-        sizes.set(title="State (dark), transient (pale)", xlabel="MB")
-        for axes in (times, sizes):
-            axes.grid(axis="x", color="#e5e7eb", linewidth=0.8)
-            axes.set_axisbelow(True)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        figure.savefig(temporary, format="png")
-    os.replace(temporary, path)
-
-
-# ---------------------------------------------------------------------------------------------------- command line
-
-
 def main(arguments: Sequence[str]) -> None:
     """`hf-shampoo4 bench`."""
     chosen = _parser().parse_args(arguments)
@@ -497,7 +212,7 @@ def main(arguments: Sequence[str]) -> None:
         told["sweep"] = sweep(settings, [name for name in names if name.startswith("ours")])
         print(json.dumps(told["sweep"], indent=1))
     write_json(folder / "bench.json", told)
-    (folder / "bench.md").write_text(as_markdown(told), encoding="utf-8")
+    write_text(folder / "bench.md", as_markdown(told))
     draw(told, folder / "bench.png")
     print(as_markdown(told) + f"\n{folder}/bench.json, bench.md, bench.png")
 

@@ -81,7 +81,7 @@ class Contestant:
 
     def losses(self, seed: int, finished: Sequence[Settings]) -> dict[Point, float]:
         """Final loss (infinite where it diverged) at every point of this contestant's that is finished at a seed."""
-        found = {}
+        found: dict[Point, float] = {}
         for run in finished:
             rest = {k: v for k, v in run["settings"].items() if k not in (RATE, "rates", "seed")}
             if rest == self.settings and run["settings"]["seed"] == seed:

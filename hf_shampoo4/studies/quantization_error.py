@@ -12,12 +12,10 @@ values.  Everything but the quantisers runs in float64.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import math
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,117 +27,21 @@ from hf_shampoo4.exceptions import ConfigError
 from hf_shampoo4.numerics.linalg import ROOTS, bjorck
 from hf_shampoo4.numerics.storage import Blockwise, Dense, OffDiagonal, Triangles, allocate, roundtrip
 from hf_shampoo4.preconditioners.factors import EXPONENT, Cholesky
-from hf_shampoo4.training.data import DataArguments
-from hf_shampoo4.utils.files import write_figure, write_json
-
-BLOCK = {4: 64, 8: 256}  # entries that share a scale; the paper's 8-bit rows have 256 (its table 7)
-STORES = 60  # times that error feedback stores the same matrix; the mean is over the last half
-
-
-# ------------------------------------------------------------------------------------------------- what is compared
-
-
-@dataclass(frozen=True)
-class Scheme:
-    """One row of the table."""
-
-    quantised: str
-    """`A`, `U`, `C` (Cholesky factor), `C+EF` (with error feedback, last store), `C+EF mean` (mean of the stores)."""
-    codebook: str
-    bits: int
-    bjorck: int = 0
-    """Steps that make decoded eigenvectors orthogonal again."""
-
-    @property
-    def label(self) -> str:
-        """For a table and a picture."""
-        steps = f", {self.bjorck} Björck" if self.bjorck else ""
-        return f"{self.quantised}, {self.codebook} {self.bits}-bit{steps}"
-
-
-SCHEMES: tuple[Scheme, ...] = (
-    *(Scheme("A", codebook, bits) for codebook in ("dynamic", "linear2") for bits in (8, 4)),
-    *(Scheme("U", codebook, 4, steps) for codebook in ("dynamic", "linear2") for steps in (0, 1, 4)),
-    *(Scheme("U", "linear2", 8, steps) for steps in (0, 1)),
-    *(Scheme("C", codebook, 4) for codebook in ("dynamic", "linear2")),
-    Scheme("C", "linear2", 8),
-    *(Scheme(what, "linear2", 4) for what in ("C+EF", "C+EF mean")),
+from hf_shampoo4.studies.quantization_matrices import (
+    BLOCK,
+    SCHEMES,
+    Matrix,
+    Scheme,
+    geometric,
+    load,
+    two_valued,
+    with_spectrum,
 )
+from hf_shampoo4.studies.quantization_report import Found, draw, print_table, summary
+from hf_shampoo4.training.data import DataArguments
+from hf_shampoo4.utils.files import write_json
 
-
-@dataclass(frozen=True)
-class Matrix:
-    """A preconditioner to quantise."""
-
-    name: str
-    a: Tensor
-    """float64 (k, k), symmetric, positive semidefinite."""
-    damping: float
-    """f(A) = (|A| + damping lambda_max I)^-1/4."""
-    paper: Mapping[Scheme, tuple[float, float]]
-    """Published NRE and AE (degrees) of the matrix that this one stands for."""
-
-
-# 2405.18144, tables 1 and 7: A1 is a preconditioner of Swin-Tiny.
-PAPER_A1 = {
-    Scheme("A", "dynamic", 8): (0.2192, 8.3014),
-    Scheme("A", "dynamic", 4): (0.6241, 17.319),
-    Scheme("U", "dynamic", 4): (0.0709, 4.0426),
-    Scheme("U", "dynamic", 4, 1): (0.0455, 2.5615),
-    Scheme("A", "linear2", 8): (0.2164, 7.9751),
-    Scheme("A", "linear2", 4): (0.6243, 17.293),
-    Scheme("U", "linear2", 4): (0.0543, 3.1066),
-    Scheme("U", "linear2", 4, 1): (0.0343, 1.9456),
-    Scheme("U", "linear2", 8): (0.0037, 0.2121),
-    Scheme("U", "linear2", 8, 1): (0.0023, 0.1312),
-}
-# 2405.18144, table 1: A2 has two distinct eigenvalues.
-PAPER_A2 = {
-    Scheme("A", "dynamic", 8): (0.1896, 10.877),
-    Scheme("A", "dynamic", 4): (0.4615, 17.189),
-    Scheme("U", "dynamic", 4): (0.1224, 7.0144),
-    Scheme("U", "dynamic", 4, 1): (0.0878, 4.9960),
-    Scheme("A", "linear2", 8): (0.1310, 7.4717),
-    Scheme("A", "linear2", 4): (0.4465, 15.338),
-    Scheme("U", "linear2", 4): (0.0942, 5.3998),
-    Scheme("U", "linear2", 4, 1): (0.0669, 3.8166),
-}
-# 2412.10663 prints sums over 100 matrices, angles in radians: see docs/results/errors.md.
-PAPER_CHOLESKY = {
-    Scheme("A", "linear2", 4): (0.4614, math.degrees(0.2719)),
-    Scheme("C", "linear2", 4): (0.0919, math.degrees(0.0920)),
-}
-PAPER_CHOLESKY_REAL = {
-    Scheme("A", "linear2", 4): (0.2571, math.degrees(0.1851)),
-    Scheme("C", "linear2", 4): (0.0485, math.degrees(0.0485)),
-}
-
-
-def two_valued(order: int, seed: int = 0) -> Matrix:
-    """Random eigenvectors, 5/8 of the eigenvalues 1 and 3/8 of them 1e-3 (2405.18144, figure 2b and proposition 1).
-
-    The paper gives neither the share nor the damping: these reproduce its rows best (docs/results/errors.md).
-    """
-    eigenvalues = torch.ones(order, dtype=torch.float64)
-    eigenvalues[order * 5 // 8 :] = 1e-3
-    return Matrix("synthetic, two eigenvalues", with_spectrum(eigenvalues, seed), 5e-4, PAPER_A2)
-
-
-def geometric(order: int, seed: int = 0) -> Matrix:
-    """Random eigenvectors, eigenvalues in a geometric sequence over three decades (2412.10663's synthetic matrix)."""
-    eigenvalues = torch.logspace(0, -3, order, dtype=torch.float64)
-    return Matrix("synthetic, geometric", with_spectrum(eigenvalues, seed), 0.0, PAPER_CHOLESKY)
-
-
-def with_spectrum(eigenvalues: Tensor, seed: int) -> Tensor:
-    """A symmetric matrix with these eigenvalues and random eigenvectors, float64 (k, k)."""
-    generator = torch.Generator().manual_seed(seed)
-    k = len(eigenvalues)
-    u = torch.linalg.qr(torch.randn(k, k, dtype=torch.float64, generator=generator)).Q
-    return (u * eigenvalues) @ u.mT
-
-
-# ------------------------------------------------------------------------------------------------- measuring
+STORES = 60  # times that error feedback stores the same matrix; the mean is over the last half
 
 
 def measure(matrix: Matrix, schemes: Sequence[Scheme] = SCHEMES) -> dict[Scheme, tuple[float, float]]:
@@ -203,8 +105,6 @@ def _through(storage: Any, x: Tensor) -> Tensor:
     return roundtrip(storage, x.float().unsqueeze(0))[0].double()
 
 
-# ------------------------------------------------------------------------------------------------- real matrices
-
 REAL_ORDER = 1200
 RUN: dict[str, Any] = {  # W is 1200 x 768, the shape of the paper's block of Swin-Tiny
     "model": "llama_tiny",
@@ -248,116 +148,6 @@ def collect() -> list[Path]:
                 paths.append(collected_folder() / f"{file}.npy")
                 np.save(paths[-1], value[0].numpy())
     return paths
-
-
-def load(path: Path) -> Matrix:
-    """A symmetric matrix from an .npy file.
-
-    Raises:
-        ConfigError: no such file, or not a square matrix of finite numbers.
-    """
-    if not path.is_file():
-        raise ConfigError(f"matrix {str(path)!r} does not exist")
-    a = torch.from_numpy(np.load(path, allow_pickle=False)).double()
-    if a.dim() != 2 or a.shape[0] != a.shape[1] or not a.isfinite().all():
-        raise ConfigError(f"matrix {str(path)!r} must be a square matrix of finite numbers, not {tuple(a.shape)}")
-    paper = {**PAPER_A1, Scheme("C", "linear2", 4): PAPER_CHOLESKY_REAL[Scheme("C", "linear2", 4)]}
-    return Matrix(f"real, {path.stem}", (a + a.mT) / 2, 1e-6, paper)
-
-
-# ------------------------------------------------------------------------------------------------- output
-
-Found = dict[str, dict[Scheme, tuple[float, float]]]
-
-
-def print_table(matrix: Matrix, found: Mapping[Scheme, tuple[float, float]]) -> None:
-    """One matrix, the paper's values beside ours."""
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table("quantised", "codebook", "bits", "Björck", "NRE", "paper", "AE", "paper", title=matrix.name)
-    for column in table.columns[2:]:
-        column.justify = "right"
-    for s, (nre, ae) in found.items():
-        paper = [f"{x:.{d}f}" for x, d in zip(matrix.paper[s], (4, 2), strict=True)] if s in matrix.paper else ["", ""]
-        steps = str(s.bjorck) if s.quantised == "U" else ""
-        table.add_row(s.quantised, s.codebook, str(s.bits), steps, f"{nre:.4f}", paper[0], f"{ae:.2f}", paper[1])
-    Console().print(table)
-
-
-def summary(matrices: Sequence[Matrix], found: Found) -> dict[str, Any]:
-    """Everything as JSON."""
-    return {
-        matrix.name: {
-            "order": len(matrix.a),
-            "condition": float(f"{_condition(matrix.a):.3e}"),
-            "damping": matrix.damping,
-            "rows": [
-                {
-                    **dataclasses.asdict(s),
-                    "block": BLOCK[s.bits],
-                    "nre": round(nre, 5),
-                    "ae_degrees": round(ae, 3),
-                    "paper": [round(x, 4) for x in matrix.paper[s]] if s in matrix.paper else None,
-                }
-                for s, (nre, ae) in found[matrix.name].items()
-            ],
-        }
-        for matrix in matrices
-    }
-
-
-def _condition(a: Tensor) -> float:
-    eigenvalues = torch.linalg.eigvalsh(a)
-    return float(eigenvalues[-1] / eigenvalues[0].clamp_min(1e-300))
-
-
-COLOURS = {"A": "#d9480f", "U": "#1971c2", "C": "#2f9e44", "C+EF": "#862e9c", "C+EF mean": "#862e9c"}
-
-
-def draw(matrices: Sequence[Matrix], found: Found, path: Path) -> None:
-    """A panel for each matrix: a dot for our NRE, a diamond for the paper's.
-
-    Args:
-        matrices: what was measured.
-        found: name -> scheme -> (NRE, AE).
-        path: the PNG file.
-    """
-    import matplotlib
-    from matplotlib.figure import Figure
-    from matplotlib.lines import Line2D
-
-    with matplotlib.rc_context({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False}):
-        figure = Figure(figsize=(3.1 + 2.9 * len(matrices), 5.8), dpi=150, layout="constrained")
-        panels: list[Any] = list(figure.subplots(1, len(matrices), sharey=True, sharex=True, squeeze=False)[0])
-        schemes = list(found[matrices[0].name])
-        for axes, matrix in zip(panels, matrices, strict=True):
-            for y, scheme in enumerate(schemes):
-                nre = found[matrix.name][scheme][0]
-                colour = COLOURS[scheme.quantised]
-                axes.plot([1e-4, nre], [y, y], color=colour, alpha=0.25, linewidth=2)
-                axes.plot(nre, y, "o", color=colour, markersize=7)
-                if scheme in matrix.paper:
-                    axes.plot(matrix.paper[scheme][0], y, "D", markersize=8, fillstyle="none", color="#212529")
-            axes.set(
-                xscale="log", xlim=(1.5e-3, 1.2), title=matrix.name.replace(", ", ",\n"), xlabel="NRE of $A^{-1/4}$"
-            )
-            axes.grid(axis="x", color="#e5e7eb", linewidth=0.8)
-            axes.set_axisbelow(True)
-        panels[0].set_yticks(range(len(schemes)), [scheme.label for scheme in schemes])
-        panels[0].invert_yaxis()
-        marks = [
-            Line2D([], [], marker="o", color="#495057", linestyle="", label="ours"),
-            Line2D([], [], marker="D", color="#212529", fillstyle="none", linestyle="", label="published"),
-        ]
-        figure.legend(handles=marks, loc="outside lower center", ncols=2, frameon=False)
-        order = len(matrices[0].a)
-        figure.suptitle(f"Error of the inverse fourth root after quantising a preconditioner of order {order}")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_figure(path, figure)
-
-
-# ------------------------------------------------------------------------------------------------- solvers
 
 
 def time_solvers(orders: Sequence[int] = (128, 256, 512, 1024), elements: int = 1 << 20) -> list[dict[str, Any]]:

@@ -46,8 +46,8 @@ def carry_out(grid: Grid, runs: Runs, shard: tuple[int, int] = (0, 1), sweep: bo
         for point in contestant.points:
             _once(contestant, point, first, runs)
     for contestant in mine if sweep else ():
-        while (point := contestant.next_point(first, runs.of(code_of))) is not None:
-            _once(contestant, point, first, runs)
+        while (better := contestant.next_point(first, runs.of(code_of))) is not None:
+            _once(contestant, better, first, runs)
     for seed in others:
         for contestant in mine:
             if best := contestant.best(first, runs.of(code_of)):
@@ -72,7 +72,7 @@ def train(label: str, settings: Settings) -> Settings:
         shown = {**rest, "label": f"{label}, seed {settings['seed']}"}
         outcome = run_one(settings.get("optim", "adamw_torch"), shown, Path(folder), optimizer_of(settings))
     first, *others = outcome.step_seconds  # the first allocates and may compile
-    elapsed = [0.0, *accumulate([*others[:1] or [first], *others])]
+    elapsed = [0.0, *accumulate([others[0] if others else first, *others])]
     kept = {key: value for key, value in asdict(outcome).items() if key not in ("training", "step_seconds", "settings")}
     return {
         **kept,

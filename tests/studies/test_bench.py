@@ -13,6 +13,7 @@ import hf_shampoo4
 from hf_shampoo4.exceptions import OptionError
 from hf_shampoo4.studies import bench
 from hf_shampoo4.studies.bench import CONTESTANTS, Racer, Result, Settings, apply_operations, counted
+from hf_shampoo4.studies.bench_contestants import ALGORITHMS
 
 TINY = Settings(model="tiny", layers=1, block=64, every=2, warmup=2, steps=2, threads=1)
 CPU = torch.device("cpu")
@@ -104,7 +105,7 @@ def test_run(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: py
 
 def test_every_algorithm_of_ours_is_a_contestant() -> None:
     ours = {c.keywords["algorithm"] for name, c in CONTESTANTS.items() if name.startswith("ours")}
-    assert ours == set(bench.ALGORITHMS)
+    assert ours == set(ALGORITHMS)
 
 
 @pytest.mark.parametrize(

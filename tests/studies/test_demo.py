@@ -7,7 +7,11 @@ import torch
 from PIL import Image
 
 from hf_shampoo4 import cli
-from hf_shampoo4.studies.demo import Outcome, draw, print_table, read_plan, state_bytes, write_json
+from hf_shampoo4.studies.demo import draw, print_table
+from hf_shampoo4.studies.grid import read_plan
+from hf_shampoo4.studies.machine import state_bytes
+from hf_shampoo4.studies.measured_run import Outcome, steps_to
+from hf_shampoo4.utils.files import write_json
 
 
 def outcome(label, losses, **changes):
@@ -27,6 +31,7 @@ def test_steps_to_a_loss_and_loss_at_a_step_lie_on_the_line():
     assert run.steps_to(3.9) is None
     assert run.loss_at(15) == 5.5
     assert run.loss_at(30) == run.final_loss == 4.0
+    assert steps_to([(0, 3.0), (10, 4.0)], 3.5) == 0
 
 
 def test_table_compares_with_the_first_run(capsys):
@@ -56,7 +61,7 @@ def test_json_is_replaced_at_once(tmp_path):
 
 def test_both_sides_share_everything_but_their_own_settings():
     own = read_plan()["optims"]
-    assert all(set(settings) <= {"label", "learning_rate", "optim_args"} for settings in own.values())
+    assert all(set(settings) <= {"label", "optim", "learning_rate", "rates", "optim_args"} for settings in own.values())
 
 
 def test_quick_demo(tmp_path, capsys):
@@ -64,8 +69,10 @@ def test_quick_demo(tmp_path, capsys):
     shown = capsys.readouterr().out
     assert "steps to AdamW's final loss" in shown
     summary = json.loads((tmp_path / "demo" / "demo.json").read_text())
-    adamw, ours = summary["runs"]["adamw_torch_fused"], summary["runs"]["shampoo4bit"]
+    adamw, scaled, ours = (summary["runs"][name] for name in ("adamw_torch_fused", "adamw_own_rates", "shampoo4bit"))
     assert adamw["validation"][0] == ours["validation"][0]  # before the first step: the same weights
+    assert scaled["settings"]["rates"]["embedding"] > 1
+    assert scaled["validation"][-1] != adamw["validation"][-1]
     assert [step for step, _ in ours["validation"]] == [0, 2, 4]
     assert adamw["bytes_per_parameter"] == pytest.approx(8.0, rel=1e-3)
     assert ours["bytes_per_parameter"] < 4.0
@@ -75,20 +82,10 @@ def test_quick_demo(tmp_path, capsys):
     assert cli.main(["demo", "--quick", "--output_dir", str(tmp_path / "demo")]) == 2
 
 
-def test_sweep_resumes(tmp_path, capsys):
-    grid = tmp_path / "grid.yaml"
-    grid.write_text("sweep: {adamw_torch: {learning_rate: [1.0e-3, 4.0e-3]}}")
-    arguments = ["demo", "--quick", "--steps", "2", "--sweep", str(grid), "--output_dir", str(tmp_path / "sweep")]
-    assert cli.main(arguments) == 0
-    path = tmp_path / "sweep" / "demo_sweep.json"
-    first = json.loads(path.read_text())["runs"]
-    assert [run["settings"]["learning_rate"] for run in first] == [1e-3, 4e-3]
-    grid.write_text("sweep: {adamw_torch: {learning_rate: [1.0e-3, 4.0e-3, 8.0e-3]}}")
-    assert cli.main(arguments) == 0
-    assert json.loads(path.read_text())["runs"][:2] == first
-    assert "learning_rate=0.008" in capsys.readouterr().out
-    assert cli.main([*arguments, "--optims", "sgd"]) == 2
-    assert "error: the sweep has no optimizer 'sgd'; it has: adamw_torch" in capsys.readouterr().err
+def test_no_steps_are_refused(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["demo", "--steps", "0"])
+    assert "'0' is not a number of steps, 1 or more" in capsys.readouterr().err
 
 
 def test_state_bytes_looks_into_tensor_subclasses():

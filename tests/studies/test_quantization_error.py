@@ -11,18 +11,8 @@ import pytest
 import torch
 
 from hf_shampoo4 import cli
-from hf_shampoo4.studies.quantization_error import (
-    PAPER_A1,
-    PAPER_A2,
-    SCHEMES,
-    Scheme,
-    compare,
-    geometric,
-    inverse_root,
-    measure,
-    time_solvers,
-    two_valued,
-)
+from hf_shampoo4.studies.quantization_error import compare, inverse_root, measure, time_solvers
+from hf_shampoo4.studies.quantization_matrices import PAPER_A1, PAPER_A2, SCHEMES, Scheme, geometric, two_valued
 
 
 def test_nre_and_ae_of_known_matrices() -> None:

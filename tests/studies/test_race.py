@@ -10,27 +10,12 @@ import pytest
 from PIL import Image
 
 from hf_shampoo4 import cli
-from hf_shampoo4.exceptions import ConfigError
-from hf_shampoo4.integrations.trainer import OPTIMS
-from hf_shampoo4.options import parse_optim_args
 from hf_shampoo4.studies import race
-from hf_shampoo4.studies.peers import PEERS
-from hf_shampoo4.studies.race import (
-    REMARKS,
-    Contestant,
-    Grid,
-    as_markdown,
-    best_rate,
-    carry_out,
-    draw_curves,
-    draw_shares,
-    read_grid,
-    rows_of,
-    share_of_way,
-    some_of,
-    write_markdown,
-)
-from hf_shampoo4.training.config import config_root, read_config
+from hf_shampoo4.studies.grid import Contestant, Grid, Point, read_grid
+from hf_shampoo4.studies.race import carry_out
+from hf_shampoo4.studies.race_report import REMARKS, as_markdown, draw_curves, draw_shares, write_markdown
+from hf_shampoo4.studies.race_results import rows_of, share_of_way
+from hf_shampoo4.studies.runner import Runs
 
 COMMON = {
     "model": "llama_tiny", "dataset": "stdlib", "max_steps": 10, "per_device_train_batch_size": 4, "seq_len": 8,
@@ -39,14 +24,14 @@ COMMON = {
 GRID = Grid(
     name="share",
     title="Share",
-    zero="a",
-    one="b",
+    baseline="a",
+    target="b",
     seeds=(0, 1, 2),
     common=COMMON,
     contestants=(
-        Contestant("a", "A", (1.0, 2.0, 3.0), {"optim": "x"}, None),
-        Contestant("b", "B", (1.0,), {"optim": "y"}, None),
-        Contestant("c", "C", (1.0,), {"optim": "z"}, (0.48, 0.67)),
+        Contestant("a", "A", (Point(1.0), Point(2.0), Point(3.0)), (), {"optim": "x"}),
+        Contestant("b", "B", (Point(1.0),), (), {"optim": "y"}),
+        Contestant("c", "C", (Point(1.0),), (), {"optim": "z"}, (0.48, 0.67)),
     ),
 )
 
@@ -54,6 +39,7 @@ GRID = Grid(
 def finished_run(settings, loss):
     return {
         "settings": settings, "final_loss": loss, "bytes_per_parameter": 8.0, "optimizer_step_ms": 5.0,
+        "step_ms": 15.0, "commit": "abc",
         "validation": [[0, 8.0], [10, loss]], "validation_seconds": [0.0, 20.0],
     }  # fmt: skip
 
@@ -62,26 +48,30 @@ def results(losses, rate=1.0):
     """Finished runs of GRID: contestant -> loss by seed."""
     named = {contestant.name: contestant for contestant in GRID.contestants}
     return [
-        finished_run(named[name].run(rate, seed), loss)
+        finished_run(named[name].run(Point(rate), seed), loss)
         for name, by_seed in losses.items()
         for seed, loss in by_seed.items()
     ]
 
 
-def test_the_best_rate_of_the_first_seed():
+def test_a_point_at_the_edge_of_its_sweep_is_marked():
     a = GRID.contestants[0]
-    assert best_rate(a, 0, []) is None
-    finished = [finished_run(a.run(rate, 0), loss) for rate, loss in ((1.0, 4.0), (2.0, 3.9), (3.0, math.nan))]
-    finished.append(finished_run(a.run(3.0, 1), 1.0))  # another seed's
-    assert best_rate(a, 0, finished) == 2.0
-
-
-def test_a_rate_at_the_edge_of_its_sweep_is_marked():
-    a = GRID.contestants[0]
-    finished = [finished_run(a.run(rate, 0), 4.0 + rate) for rate in a.learning_rates]
+    finished = [finished_run(a.run(point, 0), 4.0 + point.learning_rate) for point in a.points]
     row = rows_of(GRID, finished)[0]
-    assert row.at_the_edge
-    assert "| A * | 1: 5.0000, 2: 6.0000, 3: 7.0000 |" in as_markdown(GRID, [row, replace(row, name="b")])
+    assert row.edges == ["learning_rate"]
+    assert "| A * learning_rate | 1: 5.0000; 2: 6.0000; 3: 7.0000 |" in as_markdown(GRID, [row, replace(row, name="b")])
+
+
+def test_times_are_in_the_units_of_one_machine_that_is_as_busy_in_every_run():
+    """Forward and backward took twice as long in the second run, so all of its times count half."""
+    a, b, _ = GRID.contestants
+    runs = [finished_run(a.run(a.points[0], 0), 4.0), finished_run(b.run(b.points[0], 0), 4.0)]
+    runs[1] |= {"step_ms": 40.0, "optimizer_step_ms": 20.0, "validation_seconds": [0.0, 40.0]}
+    grid = replace(GRID, seeds=(0,))
+    first, second = rows_of(grid, [*runs, finished_run(a.run(a.points[0], 1), 4.0)])
+    assert first.model_step_ms == second.model_step_ms == 15.0
+    assert (first.optimizer_step_ms, second.optimizer_step_ms) == (7.5, 15.0)
+    assert (first.seconds[-1], second.seconds[-1]) == (30.0, 30.0)
 
 
 def test_share_is_the_ratio_of_the_mean_gains():
@@ -118,11 +108,11 @@ def test_table_of_an_unfinished_race():
     rows = rows_of(GRID, results(losses))
     assert [(row.name, len(row.losses), row.share_error) for row in rows] == [("a", 3, 0), ("b", 3, 0), ("c", 1, None)]
     assert rows[2].share == pytest.approx(0.5)
-    assert rows[1].steps_to_zero == pytest.approx(10 * (8 - 4.1) / (8 - 3.9))
+    assert rows[1].steps_to_baseline == pytest.approx(10 * (8 - 4.1) / (8 - 3.9))
     text = as_markdown(GRID, rows)
     assert "From A to B: 0.2000" in text
     assert "0.1000, 2.0 times that" in text
-    assert "| C | 1 | 1 | 3.9000 ± ? | 10 (95%) | 8.00 | 5 | 50% | 48% to 67% |" in text
+    assert "| C | 1 |  | 1 | 3.9000 ± ? | 10 (95%) | 19 (95%) | 8.00 | 5 | 50% | 48% to 67% |" in text
 
 
 def test_remarks_of_the_report_survive(tmp_path):
@@ -154,32 +144,45 @@ def test_a_race_in_which_all_diverged_is_drawn(tmp_path):
     assert (tmp_path / "a.png").exists()
 
 
-@pytest.mark.parametrize("name", read_config(config_root() / "race.yaml")["grids"])
-def test_shipped_grids_are_allowed_and_measure_against_their_own_contestants(name):
-    grid = read_grid(name)
-    assert {grid.zero, grid.one or grid.zero} <= {contestant.name for contestant in grid.contestants}
-    for contestant in grid.contestants:
-        assert contestant.settings.get("peer", "muon") in PEERS
-        if (optim := contestant.settings.get("optim")) in OPTIMS:
-            parse_optim_args(contestant.settings.get("optim_args"), beneath=OPTIMS[optim])
+def trained(done):
+    """In the place of `race.train`: a loss that falls with the rate up to 4."""
+
+    def train(label, settings):
+        done.append(settings)
+        run = finished_run(settings, 10 + abs(settings["learning_rate"] - 4))
+        return {key: value for key, value in run.items() if key not in ("settings", "commit")}
+
+    return train
 
 
 def test_processes_share_the_runs_and_repeat_none(tmp_path, monkeypatch):
-    def trained(label, settings):
-        done.append(settings)
-        return finished_run(settings, 10 - settings["learning_rate"])
-
-    monkeypatch.setattr(race, "train", trained)
     done: list[dict] = []
-    carry_out(GRID, tmp_path, (1, 2))
+    runs = Runs(tmp_path)
+    monkeypatch.setattr(race, "train", trained(done))
+    carry_out(GRID, runs, (1, 2))
     assert [settings["optim"] for settings in done] == ["y"] * 3
-    carry_out(GRID, tmp_path, (0, 2))
+    carry_out(GRID, runs, (0, 2))
     swept = [(settings["learning_rate"], settings["seed"]) for settings in done if settings["optim"] == "x"]
     assert swept == [(1.0, 0), (2.0, 0), (3.0, 0), (3.0, 1), (3.0, 2)]
     count = len(done)
-    carry_out(GRID, tmp_path)
+    carry_out(GRID, runs)
     assert len(done) == count == 11
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["runs.0.json", "runs.1.json"]
+    assert len(list(tmp_path.iterdir())) == 11
+
+
+def test_a_sweep_goes_on_where_it_stopped_and_the_best_point_serves_the_other_seeds(tmp_path, monkeypatch):
+    done: list[dict] = []
+    runs = Runs(tmp_path)
+    monkeypatch.setattr(race, "train", trained(done))
+    swept = replace(GRID, contestants=(replace(GRID.contestants[0], sweep=("learning_rate",)),))
+    carry_out(replace(swept, seeds=(0,)), runs)
+    assert len(done) == 3
+    carry_out(swept, runs, sweep=True)
+    assert [s["learning_rate"] for s in done if s["seed"] == 0][3:] == pytest.approx([4.0, 5.6, 2.8], rel=0.05)
+    assert {s["learning_rate"] for s in done if s["seed"]} == {done[3]["learning_rate"]}
+    count = len(done)
+    carry_out(swept, runs, sweep=True)
+    assert len(done) == count
 
 
 @pytest.mark.parametrize("arguments", [["seeds", "--shard", "2/2"], ["seeds", "--shard", "half"]])
@@ -193,48 +196,24 @@ def test_unknown_grid_and_empty_report_are_refused(tmp_path, capsys):
     assert cli.main(["race", "sedes", "--output_dir", str(tmp_path)]) == 2
     assert "it has: " in capsys.readouterr().err
     assert cli.main(["race", "seeds", "--report_only", "--output_dir", str(tmp_path)]) == 2
-    assert "nothing to report yet: adamw and shampoo32" in capsys.readouterr().err
+    assert (
+        "nothing to report yet: adamw and shampoo32 need a finished run each, of this code" in capsys.readouterr().err
+    )
 
 
 def test_quick_race(tmp_path: Path, monkeypatch, capsys):
     """Real runs, three of them, their report, and a second call that runs nothing."""
-    grid = read_grid("moments", quick=True)
-    kept = tuple(c for c in grid.contestants if c.name in ("adamw", "torchao", "4bit"))
+    grid = read_grid("seeds", quick=True)
+    kept = tuple(c for c in grid.contestants if c.name in ("adamw", "shampoo32", "eigen_moments4"))
     monkeypatch.setattr(race, "read_grid", lambda *_: replace(grid, contestants=kept))
-    arguments = ["race", "moments", "--quick", "--output_dir", str(tmp_path)]
+    arguments = ["race", "seeds", "--quick", "--output_dir", str(tmp_path)]
     assert cli.main(arguments) == 0
-    contestants = json.loads((tmp_path / "moments.json").read_text())["contestants"]
-    assert set(contestants) == {"adamw", "torchao", "4bit"}
+    contestants = json.loads((tmp_path / "seeds.json").read_text())["contestants"]
+    assert set(contestants) == {"adamw", "shampoo32", "eigen_moments4"}
     assert contestants["adamw"]["bytes_per_parameter"] == pytest.approx(8.0, rel=1e-2)
-    assert contestants["adamw"]["share"] == 1.0
-    assert len(contestants["4bit"]["seconds"]) == len(contestants["4bit"]["curve"]) > 1
-    assert "| 4bit | 0.0028 | 1 |" in capsys.readouterr().out
-    assert (tmp_path / "moments.png").stat().st_size > 10_000
+    assert contestants["shampoo32"]["share"] == 1.0
+    assert len(contestants["adamw"]["seconds"]) == len(contestants["adamw"]["curve"]) > 1
+    assert "| eigen, 4-bit moments | 0.004 |  | 1 |" in capsys.readouterr().out
+    assert (tmp_path / "seeds.png").stat().st_size > 10_000
     monkeypatch.setattr(race, "train", None)
     assert cli.main(arguments) == 0
-
-
-@pytest.mark.parametrize("peer", PEERS)
-def test_a_peer_trains(peer, tmp_path):
-    grid = read_grid("tiny_stdlib", quick=True)
-    settings = {**grid.common, "peer": peer, "learning_rate": 1e-2, "seed": 0}
-    result = race.train("peer", settings)
-    assert result["settings"] == settings
-    assert result["final_loss"] < result["validation"][0][1]
-    assert 3.9 < result["bytes_per_parameter"]
-
-
-def test_a_grid_like_another_one_has_its_contestants_and_its_settings_where_it_says_nothing_else() -> None:
-    there, here = read_grid("small_stdlib"), read_grid("small_kjv")
-    assert [c.name for c in here.contestants] == [c.name for c in read_grid("tiny_stdlib").contestants]
-    assert here.common == {**there.common, "dataset": "kjv"}
-    assert here.seeds == there.seeds != read_grid("tiny_stdlib").seeds
-    assert here.title != there.title
-
-
-def test_some_contestants_alone() -> None:
-    grid = read_grid("tiny_stdlib")
-    assert [c.name for c in some_of(grid, ["muon", " adamw"]).contestants] == ["muon", "adamw"]
-    assert some_of(grid, [""]).contestants == grid.contestants
-    with pytest.raises(ConfigError, match="has no contestant 'moon'; it has: adamw"):
-        some_of(grid, ["moon"])

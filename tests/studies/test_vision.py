@@ -22,7 +22,8 @@ from hf_shampoo4 import Shampoo4bit
 from hf_shampoo4.exceptions import ConfigError
 from hf_shampoo4.studies import vision
 from hf_shampoo4.studies.runner import Runs
-from hf_shampoo4.studies.vision import SPLIT, digits, make_trainer, read_plan
+from hf_shampoo4.studies.vision import read_plan
+from hf_shampoo4.studies.vision_run import SPLIT, digits, make_trainer
 from tests.support.reference import Shampoo32
 
 ROOT = Path(__file__).resolve().parents[2]
