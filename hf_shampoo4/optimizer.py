@@ -726,7 +726,7 @@ class _Unit(NamedTuple):
     """What one call updates together: a group, or the part of it that is in one tensor of DeepSpeed's."""
 
     key: tuple[int, int]
-    """Position of the group, and of the first of its parameters in it."""
+    """Position of the group, and in it of the first parameter, trained or not."""
     group: dict[str, Any]
     members: list[Held]
     """What is planned: on this rank or, in `_plan`, on any."""

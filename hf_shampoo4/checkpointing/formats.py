@@ -55,7 +55,7 @@ def join(name: str, parts: Sequence[Entry]) -> Entry:
     Raises:
         CheckpointError: a block is missing or there twice.
     """
-    if len(parts) == 1 and not is_part(parts[0]):  # one rank keeps everything, and does not say so
+    if not is_part(parts[0]):  # every rank has everything: one alone, or all of what was frozen in mid-training
         return parts[0]
     found: Entry = {}
     for key in dict.fromkeys(key for part in parts for key in part if not key.endswith("/blocks")):

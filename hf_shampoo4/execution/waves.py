@@ -31,7 +31,7 @@ from ..sharding.geometry import MatrixView, Rect
 from ..sharding.local_parameter import Held, alike
 from ..sharding.placement import Placement, Sharding, assign, placed, ranges, sharded, sharding_of, whole
 from .blocking import Block, _in_parts, _in_waves, blocks_of, loads_of, places_of
-from .state_layout import Entry, blocks_key, state_key
+from .state_layout import Entry, blocks_key, state_key, state_layout
 
 
 @dataclass
@@ -208,8 +208,15 @@ class Wave:
         return part.of(frozenset(block for block in part.blocks if self.member_of[block] in wanted))
 
     def live(self) -> dict[int, Entry]:
-        """Member -> the rows of its state that this rank keeps, as views of the stacks."""
-        found: dict[int, Entry] = {m: {} for m in range(len(self.members))}
+        """Member -> the rows of its state that this rank keeps, as views of the stacks.
+
+        Every rank has every key, of kinds of blocks that it keeps none of with no row: torch asks a rank's own state
+        for the keys of a flattened state dict.
+        """
+        found: dict[int, Entry] = {}
+        for m, member in enumerate(self.members):
+            layout = state_layout(member.blocks).items()
+            found[m] = {key: _empty((0, *shape[1:]), dtype, self.device) for key, (shape, dtype) in layout}
         for stack in self.stacks:
             start = 0
             for m in sorted({self.member_of[block] for block in stack.blocks}):
@@ -240,7 +247,7 @@ class Wave:
 
     def share(self) -> dict[int, Entry]:
         """Member -> the part of its state that this rank keeps (saved.py); plain tensors."""
-        found, state = self.live(), self.state_map
+        found, state = {m: {k: t for k, t in e.items() if len(t)} for m, e in self.live().items()}, self.state_map
         for g, (m, algorithm) in enumerate(state.groups):
             found[m][blocks_key(state_key(algorithm, "", ""))] = torch.tensor(
                 state.kept(g), dtype=torch.long, device="cpu"
@@ -284,16 +291,18 @@ class Wave:
         return self.replicated or owner == self.ranks.rank
 
     def adopt(self, saved: Sequence[Mapping[str, Any]]) -> None:
-        """Take the members' state over from what `saved` or `live` gave; every rank must call it.
+        """Take over what there is of the members' state from what `saved` or `live` gave; every rank must call it.
 
         Raises:
             ValueError: a tensor with neither all blocks nor those of this rank.
         """
         state = self.state_map
-        if any(hasattr(t, "to_local") for entry in saved for t in entry.values()):
-            state.move(state.route.collect, "load", state.local(saved), state.live)
-            return
+        spread = state.spread(saved)
+        if any(spread):
+            state.move(state.route.collect.of_blocks(state.rows(spread)), "load", state.local(saved), state.live)
         for g, (m, _) in enumerate(state.groups):
+            if spread[g]:
+                continue
             mine = state.kept(g)
             for key, live in state.live[g].items():
                 there = saved[m].get(key)
@@ -329,7 +338,7 @@ class StateMap:
             self.cuts.append(Cut(placement, MatrixView(1, 1, len(rows)), rects, [member.owners[i] for i in rows]))
             self.first.append(self.first[-1] + len(rows))
         live = wave.live()
-        self.live = [{k: live[m][k] for k in self.layout(g) if k in live[m]} for g, (m, _) in enumerate(self.groups)]
+        self.live = [{key: live[m][key] for key in self.layout(g)} for g, (m, _) in enumerate(self.groups)]
 
     @cached_property
     def route(self) -> Route:
@@ -358,9 +367,23 @@ class StateMap:
             found.append({k: _empty((count, *shape), dtype, self.wave.device) for k, (shape, dtype) in layout})
         return found
 
+    def spread(self, saved: Sequence[Mapping[str, Any]]) -> list[bool]:
+        """Whether each group's saved state is DTensors; the same on every rank."""
+        return [
+            any(hasattr(saved[m].get(key), "to_local") for key in self.layout(g))
+            for g, (m, _) in enumerate(self.groups)
+        ]
+
+    def rows(self, groups: Sequence[bool]) -> set[int]:
+        """The rows, as the route counts them, of some groups."""
+        return {row for g, of_group in enumerate(groups) if of_group for row in range(self.first[g], self.first[g + 1])}
+
     def local(self, saved: Sequence[Mapping[str, Any]]) -> list[Entry]:
         """The rows of saved DTensors that this rank holds."""
-        return [{key: saved[m][key].to_local() for key in self.layout(g)} for g, (m, _) in enumerate(self.groups)]
+        return [
+            {key: saved[m][key].to_local() for key in self.layout(g)} if is_spread else {}
+            for g, ((m, _), is_spread) in enumerate(zip(self.groups, self.spread(saved), strict=True))
+        ]
 
     def entries(self, held: list[Entry]) -> dict[int, Entry]:
         """Member -> its saved state, from the rows that this rank holds."""

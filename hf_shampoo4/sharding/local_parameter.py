@@ -203,7 +203,7 @@ def held_by_deepspeed(buffer: Tensor, named: Sequence[tuple[str, Tensor]]) -> li
     Args:
         buffer: what DeepSpeed has put into the group: this rank's part of a group (ZeRO-1, ZeRO-2) or of a part of it
             (ZeRO-3), its gradient in `.grad`.
-        named: the model's parameters that were in the group, with their names.
+        named: the model's parameters that were in the group, frozen ones too, with their names.
 
     Raises:
         ValueError: partitions over a part of the ranks, optimizer state on NVMe, or a buffer of another engine.

@@ -25,15 +25,20 @@ CASES = {
         "zero0_bf16-elementwise"],
     3: ["ddp-kl_shampoo", "fsdp2-kl_shampoo", "fsdp2-cholesky_ef", "ddp_sharded-zipsr", "tp-elementwise",
         "fsdp1_grad_op-soap", "zero3-shampoo"],
-    4: ["hsdp-shampoo", "fsdp1_hybrid-shampoo"],
+    4: ["hsdp-shampoo", "fsdp1_hybrid-shampoo", "tp_fsdp2-kl_shampoo"],
 }  # fmt: skip
-SAVED = {2: ["fsdp2-full", "fsdp2-sharded", "ddp-plain", "ddp_sharded-plain", "ddp_sharded-full", "ddp_sharded-sharded",
-             "zero0-own", "zero0_bf16-own", "zero1-own", "zero2-own", "zero2-side", "fsdp1-full", "fsdp1-sharded"],
+REPLANNED = {2: ["fsdp2-replanned", "tp_sharded-replanned", "zero2-replanned", "zero3_groups-replanned"],
+             4: ["hsdp-replanned"]}  # fmt: skip
+STRANGERS = {4: ["tp_fsdp2-strangers"]}
+SAVED = {2: ["fsdp2-full", "fsdp2-sharded", "fsdp2-flat", "tp-flat", "ddp-plain", "ddp_sharded-plain",
+             "ddp_sharded-full", "ddp_sharded-sharded", "zero0-own", "zero0_bf16-own", "zero1-own", "zero2-own",
+             "zero2-side", "fsdp1-full", "fsdp1-sharded"],
+         4: ["tp_fsdp2-full", "tp_fsdp2-flat"],
          1: ["zero2_offload-own"]}  # fmt: skip
 LOADED = {3: ["fsdp2-fsdp2+sharded", "ddp-fsdp2+full", "fsdp2-ddp+plain", "ddp_sharded-ddp+plain", "zero3-zero2+own",
               "fsdp1-zero2+side", "fsdp2-fsdp1+full"],
           1: ["single-fsdp2+full", "single-ddp_sharded+plain", "single-zero2+own", "single-zero0+own",
-              "single-fsdp1+sharded"]}  # fmt: skip
+              "single-fsdp1+sharded", "single-tp_fsdp2+full"]}  # fmt: skip
 FAILING = {2: ["fsdp2-failing", "ddp-failing", "zero2-failing", "fsdp1-failing"]}
 REFUSED = {2: ["zero3-refused"], 3: ["fsdp1-refused"]}
 TRAINER = {2: ["trainer-zero1", "trainer-zero2", "trainer-zero3", "trainer-fsdp1"]}
@@ -41,7 +46,9 @@ ACCELERATED = {2: ["accelerate-fsdp2", "accelerate-zero2"]}
 ENGINE_OF = {"accelerate-fsdp2": "FSDPLlamaForCausalLM", "accelerate-zero2": "DeepSpeedEngine"}
 CONTRACT = {2: ["ddp-contract", "ddp_sharded-contract", "fsdp2-contract"]}
 HYBRID = {2: ["fsdp1_hybrid-elementwise"]}
-KINDS = (CASES, SAVED, LOADED, FAILING, REFUSED, TRAINER, ACCELERATED, CONTRACT, HYBRID)
+KINDS = (
+    CASES, REPLANNED, STRANGERS, SAVED, LOADED, FAILING, REFUSED, TRAINER, ACCELERATED, CONTRACT, HYBRID,
+)  # fmt: skip
 WORLDS = (2, 3, 4, 1)
 
 
@@ -83,6 +90,19 @@ def test_ranks_train_as_one_process_does(results: dict, world: int, case: str) -
         assert rank["moved"] > 0.01
         assert rank["ranks_equal"]
         assert rank["bitwise"], rank["differ"]
+
+
+@each(REPLANNED)
+def test_a_new_plan_in_mid_training_is_as_in_one_process(results: dict, world: int, case: str) -> None:
+    for rank in results[world, case]:
+        assert "error" not in rank, rank["error"]
+        assert rank["bitwise"], rank["differ"]
+
+
+@each(STRANGERS)
+def test_meshes_that_train_numbers_of_their_own_are_refused(results: dict, world: int, case: str) -> None:
+    for rank in results[world, case]:
+        assert "'layers.3.last' has other numbers on each of the meshes of ranks [(0, 2), (1, 3)]" in rank["said"]
 
 
 SHARDED = [(2, "ddp_sharded-shampoo"), (2, "fsdp2-shampoo"), (3, "fsdp2-kl_shampoo"), (3, "zero3-shampoo"),

@@ -72,7 +72,10 @@ class Layer(nn.Module):
         """x + sum_p <p, c_p>: the gradient of p is c_p."""
         for name, p in self.named_parameters(recurse=False):
             if name in coefficients:
-                x = x + (p * coefficients[name].to(p.dtype)).sum().float()
+                c = coefficients[name].to(p.dtype)
+                if hasattr(p, "placements"):  # what tensor parallelism has left of it here
+                    p, c = p.to_local(), cut(c, p.device_mesh, p.placements).to_local()
+                x = x + (p * c).sum().float()
         return x
 
 
@@ -142,6 +145,13 @@ def bare(parameters: dict[str, Tensor]) -> dict[str, Tensor]:
     return {clean_name(name): p for name, p in parameters.items()}
 
 
+def cut(t: Tensor, mesh: Any, placements: Any) -> Any:
+    """A DTensor from what every rank has."""
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(t, mesh, placements, src_data_rank=None)
+
+
 def full(t: Tensor) -> Tensor:
     t = t.detach()
     return t.full_tensor() if hasattr(t, "full_tensor") else t
@@ -162,6 +172,14 @@ class Run:
     """What the engine hands to a parameter that no rank has a gradient of: `none`, `zeros` or the `last` one."""
     copies: torch.dtype | None = None
     """Of the model, if it is a rounded copy of what the optimizer updates."""
+    data: int = 0
+    """How many ranks have data of their own, if not all have."""
+
+    @property
+    def named(self) -> dict[str, Tensor]:
+        """The model's parameters that the optimizer has."""
+        o = self.optimizer
+        return {n: p for i in range(len(o._groups)) for n, p in zip(o.names(i), o.parameters(i), strict=True)}
 
 
 def reference(
@@ -261,7 +279,7 @@ def fsdp1(options: dict[str, Any], dtype: torch.dtype = torch.float32, kind: str
 def tensor_parallel(options: dict[str, Any], dtype: torch.dtype = torch.float32) -> Run:
     """Parameters cut in any dimension, as fused ones are, or not at all, with the gradient of all ranks in each."""
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+    from torch.distributed.tensor import Replicate, Shard
     from torch.distributed.tensor.placement_types import _StridedShard
 
     model, world = Linear(dtype), dist.get_world_size()
@@ -271,22 +289,49 @@ def tensor_parallel(options: dict[str, Any], dtype: torch.dtype = torch.float32)
         "last": _StridedShard(1, split_factor=3), "norm": Replicate(),
     }  # fmt: skip
 
-    def cut(name: str, t: Tensor) -> Tensor:
-        return distribute_tensor(t, mesh, [placed[name]], src_data_rank=None) if name in placed else t
-
-    for layer in model.layers:
-        for name, p in [(name, p) for name, p in layer.named_parameters(recurse=False) if name in placed]:
-            setattr(layer, name, nn.Parameter(cut(name, p.detach())))
+    tensor_parallelised(model, mesh, placed)
     optimizer = optimizer_of(model, options)
 
     def step(t: int) -> None:
         optimizer.zero_grad()
         for layer, given in zip(model.layers, mean_coefficients(t, world), strict=True):
             for name, c in given.items():
-                getattr(layer, name).grad = cut(name, c.to(dtype))
+                p, c = getattr(layer, name), c.to(dtype)
+                if p.requires_grad:
+                    p.grad = cut(c, mesh, [placed[name]]) if name in placed else c
         optimizer.step()
 
     return Run(model, optimizer, step, lambda: {n: full(p) for n, p in model.named_parameters()})
+
+
+def tensor_parallelised(model: nn.Module, mesh: Any, placed: dict[str, Any]) -> None:
+    for layer in model.layers:
+        for name, p in [(name, p) for name, p in layer.named_parameters(recurse=False) if name in placed]:
+            setattr(layer, name, nn.Parameter(cut(p.detach(), mesh, [placed[name]])))
+
+
+def tp_fsdp2(options: dict[str, Any], dtype: torch.dtype = torch.float32) -> Run:
+    """Tensor parallelism of some parameters, FSDP2 of all: the others live on meshes of a part of the ranks."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import Shard
+    from torch.distributed.tensor.placement_types import _StridedShard
+
+    model, data = Linear(dtype), dist.get_world_size() // 2
+    mesh = init_device_mesh("cpu", (data, 2), mesh_dim_names=("dp", "tp"))
+    placed = {"weight": Shard(1), "qkv": Shard(0), "experts": _StridedShard(1, split_factor=2)}
+    tensor_parallelised(model, mesh["tp"], placed)
+    for layer in model.layers:
+        fully_shard(layer, mesh=mesh["dp"])
+    fully_shard(model, mesh=mesh["dp"])
+    run = _run(model, model, optimizer_of(model, options))
+
+    def step(t: int) -> None:
+        run.optimizer.zero_grad()
+        model(coefficients(t, mesh.get_local_rank("dp"), data)).backward()
+        run.optimizer.step()
+
+    return dataclasses.replace(run, step=step, data=data)
 
 
 ZERO: dict[str, dict[str, Any]] = {
@@ -371,6 +416,8 @@ ENGINES: dict[str, Callable[..., Run]] = {
     "fsdp2_offload": lambda options, dtype=torch.float32: fsdp2(options, dtype, "offload"),
     "hsdp": lambda options, dtype=torch.float32: fsdp2(options, dtype, "hsdp"),
     "tp": tensor_parallel,
+    "tp_sharded": lambda options, dtype=torch.float32: tensor_parallel({**options, "shard_state": True}, dtype),
+    "tp_fsdp2": tp_fsdp2,
     **{kind: functools.partial(fsdp1, kind=kind) for kind in FSDP1},
     **{kind: functools.partial(zero, kind=kind) for kind in ZERO},
 }
@@ -416,6 +463,10 @@ class Case:
             return trainer(self, folder)
         if self.options == "failing":
             return failing(self)
+        if self.options == "replanned":
+            return replanned(self)
+        if self.options == "strangers":
+            return strangers(self)
         if self.options == "refused":
             return refused(self, folder)
         if self.options == "contract":
@@ -432,7 +483,7 @@ def equality(case: Case, truths: dict[str, dict[str, Tensor]]) -> dict[str, Any]
     EXCHANGES.clear()
     key = f"{case.options} {run.missing} {run.copies}"
     if key not in truths:
-        alone = reference(options, world, dtype, run.missing, run.copies)
+        alone = reference(options, run.data or world, dtype, run.missing, run.copies)
         if dist.get_rank() == 0:
             for t in range(case.steps):
                 alone.step(t)
@@ -474,6 +525,28 @@ def equality(case: Case, truths: dict[str, dict[str, Tensor]]) -> dict[str, Any]
     }
 
 
+def replanned(case: Case) -> dict[str, Any]:
+    """An option changes in mid-training, a parameter is frozen and trained again, another one only later trained."""
+    run = ENGINES[case.engine]({}, torch.float32)
+    alone = reference({}, run.data or dist.get_world_size(), missing=run.missing)
+    for t in range(case.steps):
+        for each in (run, alone):
+            each.named["layers.3.last"].requires_grad_(t >= 2)
+            each.named["layers.0.weight"].requires_grad_(t < 3 or t >= 5)
+            each.optimizer.param_groups[0]["damping"] = 1e-6 if t < 4 else 1e-4
+            each.step(t)
+    return _compared(run.parameters(), alone.parameters())
+
+
+def strangers(case: Case) -> dict[str, Any]:
+    """What each rank says where meshes of a part of the ranks train numbers of their own."""
+    run = ENGINES[case.engine]({}, torch.float32)
+    with torch.no_grad():
+        own: Any = run.named["layers.3.last"]
+        own.to_local().mul_(1 + dist.get_rank() % 2)
+    return {"said": _message(lambda: run.step(0))}
+
+
 EXCHANGES: dict[str, int] = {}
 """How many all-to-alls this process has made since it was cleared."""
 
@@ -510,7 +583,7 @@ def theory(run: Run, steps: int) -> dict[str, int]:
 
 # ---------------------------------------------------------------------------------------------------- checkpoints
 
-FORMS = ("plain", "full", "sharded", "own", "side")
+FORMS = ("plain", "full", "sharded", "flat", "own", "side")
 
 
 def save(run: Run, form: str, folder: Path) -> None:
@@ -533,14 +606,20 @@ def save(run: Run, form: str, folder: Path) -> None:
         options = StateDictOptions(full_state_dict=True, cpu_offload=True)
         found = get_optimizer_state_dict(run.model, run.optimizer, options=options)
     else:
-        found = get_optimizer_state_dict(run.model, run.optimizer)
-    if form == "sharded":
+        found = get_optimizer_state_dict(run.model, run.optimizer, options=flattened(form))
+    if form in ("sharded", "flat"):
         dcp.save({"optimizer": found}, checkpoint_id=folder / "optimizer_0")
     elif found and rank == 0:
         torch.save(found, folder / ("optimizer.pt" if form == "plain" else "optimizer.bin"))
     if rank == 0:
         torch.save(parameters, folder / "parameters.pt")
     dist.barrier()
+
+
+def flattened(form: str) -> Any:
+    from torch.distributed.checkpoint.state_dict import StateDictOptions
+
+    return StateDictOptions(flatten_optimizer_state_dict=form == "flat")
 
 
 def is_fsdp1(model: nn.Module) -> bool:
@@ -579,9 +658,9 @@ def resumed(engine: str, form: str, folder: Path) -> Run:
     elif form == "full":
         set_optimizer_state_dict(run.model, run.optimizer, found, options=StateDictOptions(full_state_dict=True))
     else:
-        template = {"optimizer": get_optimizer_state_dict(run.model, run.optimizer)}
+        template = {"optimizer": get_optimizer_state_dict(run.model, run.optimizer, options=flattened(form))}
         dcp.load(template, checkpoint_id=folder / "optimizer_0")
-        set_optimizer_state_dict(run.model, run.optimizer, template["optimizer"])
+        set_optimizer_state_dict(run.model, run.optimizer, template["optimizer"], options=flattened(form))
     return run
 
 
@@ -953,7 +1032,7 @@ FOR_VARIANTS = ("shampoo", "kl_shampoo")
 
 def matrix(world: int, options: str) -> list[str]:
     engines = [engine for engine in ENGINES if engine != "single" and (engine != "hsdp" or world % 2 == 0)]
-    engines = [engine for engine in engines if engine != "fsdp1_hybrid" or world == 4]  # needs two shards a replica
+    engines = [e for e in engines if e not in ("fsdp1_hybrid", "tp_fsdp2") or world == 4]  # cut in two dimensions
     if options not in FOR_VARIANTS:
         engines = [engine for engine in engines if engine in KINDS]
     # parameters in bfloat16 are another thing under ZeRO, which keeps float32 ones: the variants *_bf16
