@@ -320,3 +320,9 @@ def test_inspect_a_side_folder(side: Path) -> None:
     lines = "\n".join(described(read(side)))
     assert "3 parameters, step 3" in lines
     assert set(by_position(read(side))["state"]) == {0, 1, 2}
+
+
+def test_what_every_rank_saved_whole_is_joined_as_it_is() -> None:
+    """As DeepSpeed's files are where a converted checkpoint was loaded and saved again before a step."""
+    whole = {"64x64/steps.dense": torch.arange(3)}
+    assert join("w", [whole, dict(whole)]) == whole

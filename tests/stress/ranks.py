@@ -204,6 +204,9 @@ def reference(
                 of_layer.update({n: c if missing == "last" else 0 * c for n, c in kept.items() if n not in of_layer})
         optimizer.zero_grad()
         model(gradients).backward()
+        for layer, of_layer in zip(model.layers, gradients, strict=True) if missing != "none" else ():
+            for name in [name for name in of_layer if not getattr(layer, name).requires_grad]:
+                getattr(layer, name).grad = torch.zeros_like(of_layer[name])  # DeepSpeed goes on with what is frozen
         optimizer.step()
 
     def parameters() -> dict[str, Tensor]:
