@@ -75,7 +75,8 @@ def root_by_newton(a: Tensor, exponent: float, damping: float) -> Tensor:
         damping: times the largest eigenvalue, added to `a`; not below `smallest_damping(a.dtype)`.
 
     Returns:
-        Of a's shape and dtype; NaN in the blocks that did not converge (not semidefinite), identity for a zero block.
+        Of a's shape and dtype; NaN in the blocks that did not converge (not semidefinite), (1 + damping)^exponent times
+        the identity for a zero block.
     """
     p = round(-1 / exponent)
     eye = torch.eye(a.shape[-1], dtype=a.dtype, device=a.device)
@@ -209,7 +210,7 @@ CONVERGED = 0.01  # residual |M - I| / sqrt(k) above which an iteration is taken
 
 
 def _damped_unit(a: Tensor, damping: float) -> tuple[Tensor, Tensor, Tensor]:
-    """(A + damping lambda_max I) / bound with a spectrum in [lowest, 1]; a zero block becomes the identity.
+    """(A + damping lambda_max I) / bound with a spectrum in [lowest, 1]; a zero block counts as the identity.
 
     Returns:
         unit (B, k, k), bound (B, 1, 1) and lowest (B, 1, 1).
