@@ -401,6 +401,8 @@ class Shampoo4bit(torch.optim.Optimizer):
         steps, lr = [], float(group["lr"]) * options.rate
         for wave in built.waves:
             present = {m for m, member in enumerate(wave.members) if id(member.parameter) in wanted}
+            for m in present:
+                wave.members[m].updates += 1
             for part in (wave.of_members(part, present) for part in wave.parts):
                 if part.blocks:
                     steps.append(WaveStep(wave, part, context, lr, decoupled))
@@ -501,12 +503,20 @@ class Shampoo4bit(torch.optim.Optimizer):
                      if old is None and unit.key[0] < self._unread]  # fmt: skip
             with self.together():
                 self._reader({name: row for waves in fresh for wave in waves for name, row in wave.rows().items()})
+        self._count_updates([wave for waves in planned for wave in waves])
         for unit, waves, old in zip(units, planned, before, strict=True):
             views = {held.parameter: dict(self.state[held.parameter]) for held in unit.members}
             others = (built.start for (index, _), built in self._built.items() if index == unit.key[0])
             start = old.step if old else next(others, unit.group["step"])
             everything = set(self.parameters(unit.key[0]))
             self._built[unit.key] = _Built(unit.identity(), everything, views, waves, start, start)
+
+    def _count_updates(self, waves: Sequence[Wave]) -> None:
+        """Tell every rank how many updates each parameter has had, as the state says that is spread over them."""
+        members = [member for wave in waves for member in wave.members]
+        counts = [torch.zeros(0, dtype=torch.float32, device="cpu"), *(wave.counted().cpu() for wave in waves)]
+        for member, count in zip(members, self._ranks.reduce(torch.cat(counts), largest=True).tolist(), strict=True):
+            member.updates = int(count)
 
     def _surveyed(self, units: Sequence[_Unit]) -> tuple[list[_Unit], list[Tensor]]:
         """The units with the members that all ranks agree on, and the parameters whose state is not kept.

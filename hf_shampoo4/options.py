@@ -89,7 +89,8 @@ class Options:
     """Spread the refreshes of the blocks over the steps of a period, so that no step takes much longer than another
     (for shampoo false unless it is given: as in the papers).
 
-    When a block's turn comes depends on its place among the blocks of the parameter group."""
+    When a block's turn comes depends on its place among the blocks of the parameter group, and on how many updates its
+    parameter has had: steps on which that has no gradient do not count."""
     refresh_warmup: int = 100
     """SOAP's and KL-Shampoo's bases turn at every step at first; their interval grows by one each time this many steps
     have passed, up to `stats_every` (0: it is that from the start)."""
@@ -170,9 +171,11 @@ class Options:
         """What the learning rate is multiplied by: the factor of `rates` for this kind."""
         return dict(self.rates).get(self.kind, 1.0)
 
-    def turn_interval(self, step: int) -> int:
-        """Steps between two turns of a basis at a step: bases change fast at first, and slowly later."""
-        return min(self.stats_every, max(1, step // self.refresh_warmup)) if self.refresh_warmup else self.stats_every
+    def turn_interval(self, updates: int) -> int:
+        """Steps between two turns of a basis after so many: bases change fast at first, and slowly later."""
+        if not self.refresh_warmup:
+            return self.stats_every
+        return min(self.stats_every, max(1, updates // self.refresh_warmup))
 
     @classmethod
     def of(cls, group: Mapping[str, Any]) -> Options:

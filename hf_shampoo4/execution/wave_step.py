@@ -93,6 +93,8 @@ class WaveStep:
         try:
             parts = [stack.part(rows) for stack in self.wave.stacks if (rows := self._rows(stack))]
             stacks = [stack for stack, _ in parts]
+            for stack in stacks:
+                stack.updates = self.wave.updates(stack)
             gradients, *weights = self._collected(stacks)
             for collected in weights:
                 for stack, of_stack in zip(stacks, collected, strict=True):
@@ -122,7 +124,7 @@ class WaveStep:
         if side.local:
             return
         if self.wave.replicated:
-            self._changes = self.wave.changes(self.part.blocks, self.context.options, self.context.step)
+            self._changes = self.wave.changes(self.part.blocks, self.context.options)
         if self.wave.whole:  # all others get the same
             mine = side.into.get(self.rank, [])
             results = self._new_weights(mine) if self.sends_weights else [self._update(p) for p in mine]

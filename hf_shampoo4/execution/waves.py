@@ -45,6 +45,8 @@ class Member:
     """Of the blocks, in canonical order."""
     places: list[float] = field(default_factory=list)
     """Of the blocks, see `plan.places_of`."""
+    updates: int = 0
+    """How many it has had, which all ranks count alike."""
 
     @property
     def name(self) -> str:
@@ -97,6 +99,8 @@ class Stack:
     salts: Tensor
     places: list[float]
     state: State = field(default_factory=dict)
+    updates: list[int] = field(default_factory=list)
+    """How many each block has had, while a step works on it: this one included."""
     weights: Tensor | None = None
     """float32 (B, *shape), on steps that need them."""
 
@@ -183,7 +187,17 @@ class Wave:
         every = Part(frozenset(range(len(blocks))), route(self.ranks.rank, self.ranks.world, cuts))
         return [every.of(frozenset(part)) for part in _in_parts(blocks, self.owners, self.members[0].parts)]
 
-    def changes(self, blocks: Collection[int], options: Options, step: int) -> dict[int, list[tuple[Tensor, Index]]]:
+    def updates(self, stack: Stack) -> list[int]:
+        """How many each block of a stack has had."""
+        return [self.members[self.member_of[block]].updates for block in stack.blocks]
+
+    def counted(self) -> Tensor:
+        """float32 (members,): how many updates each has had, as the state on this rank says; 0 where there is none."""
+        counts = [(s.membership * s.state["steps"]["dense"]).amax(1) for s in self.stacks]
+        nothing = torch.zeros(len(self.members), dtype=torch.float32, device=self.device)
+        return torch.stack([nothing, *counts]).amax(0)
+
+    def changes(self, blocks: Collection[int], options: Options) -> dict[int, list[tuple[Tensor, Index]]]:
         """Owner -> the rows of the stacks' buffers that a step of some blocks changes, in the same order everywhere."""
         found: dict[int, list[tuple[Tensor, Index]]] = {}
         for stack in self.stacks:
@@ -191,7 +205,7 @@ class Wave:
             for i, block in enumerate(stack.blocks):
                 if block in blocks:
                     rows.setdefault(self.owners[block], []).append(i)
-            rare = refreshed(stack.algorithm, options, step, stack.places)
+            rare = refreshed(stack.algorithm, options, self.updates(stack), stack.places)
             for tensor, buffers in stack.state.items():
                 due = rare.get(tensor)
                 for owner, of_owner in rows.items():

@@ -7,9 +7,9 @@ An algorithm is a frozen description of one block shape; equal descriptions are 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import torch
@@ -48,39 +48,48 @@ class Context:
     """Looks at the state before and after, if this is a step to look at."""
     total: Callable[[Tensor], Tensor] = lambda sums: sums
     """Sums over the blocks of each parameter here, float64 (k, parameters) -> over its blocks on all ranks."""
-    places: Sequence[float] = ()
-    """Of the stack's blocks, in [0, 1), see `ahead`."""
-
-    def due(self, every: int) -> list[int]:
-        """Rows of a stack whose turn it is in a period of `every` steps."""
-        return due(self.step, every, self.places)
+    due: Due = field(default_factory=dict)
+    """Of the stack's blocks."""
 
 
-def ahead(options: Options, places: Sequence[float]) -> Sequence[float]:
-    """What share of a period earlier than all together each block is refreshed: its place, if blocks are staggered."""
-    return places if options.stagger else [0.0] * len(places)
+Due = Mapping[str, Mapping[int, list[int]]]
+"""Refresh -> steps between two of a block's -> positions of the blocks whose turn it is."""
 
 
-def refreshed(algorithm: Algorithm, options: Options, step: int, places: Sequence[float]) -> dict[str, set[int]]:
+def refreshed(
+    algorithm: Algorithm, options: Options, updates: Sequence[int], places: Sequence[float]
+) -> dict[str, set[int]]:
     """Tensors that a step changes in some blocks only, and the positions of these; all other tensors change in all."""
-    turns = {
-        refresh: set(due(step, every, ahead(options, places))) for refresh, every in intervals(options, step).items()
-    }
-    return {name: turns[refresh] for refresh, names in algorithm.refreshes().items() for name in names}
+    turns = due(options, updates, places)
+    rows = {refresh: {i for some in of_refresh.values() for i in some} for refresh, of_refresh in turns.items()}
+    return {name: rows.get(refresh, set()) for refresh, names in algorithm.refreshes().items() for name in names}
 
 
-def due(step: int, every: int, places: Sequence[float]) -> list[int]:
-    """Positions of the blocks whose turn it is at a step, each once in a period of `every` steps."""
-    return [i for i, place in enumerate(places) if (step + int(place * every)) % every == 0]
+def due(options: Options, updates: Sequence[int], places: Sequence[float]) -> Due:
+    """Whose turn it is: of every block once in a period, as its own updates are counted.
+
+    A parameter may have no gradient on many steps, and on just those on which its turn by the optimizer's would fall.
+
+    Args:
+        updates: how many each block has had, this one included.
+        places: in [0, 1), what share of a period earlier than all together each is refreshed, if they are staggered.
+    """
+    found: dict[str, dict[int, list[int]]] = {}
+    periods = {n: intervals(options, n) for n in set(updates)}
+    for i, (n, place) in enumerate(zip(updates, places, strict=True)):
+        for refresh, every in periods[n].items():
+            if (n + int(place * every * options.stagger)) % every == 0:
+                found.setdefault(refresh, {}).setdefault(every, []).append(i)
+    return found
 
 
-def intervals(options: Options, step: int | None = None) -> dict[str, int]:
-    """Refresh -> steps between two of a block's, at a step, or (None) in the long run."""
+def intervals(options: Options, updates: int | None = None) -> dict[str, int]:
+    """Refresh -> steps between two of a block's, after so many updates, or (None) in the long run."""
     if options.algorithm == "elementwise":
         return {}
     if options.algorithm == "shampoo":
         return {"stats": options.stats_every, "roots": options.roots_every}
-    return {"turn": options.stats_every if step is None else options.turn_interval(step)}
+    return {"turn": options.stats_every if updates is None else options.turn_interval(updates)}
 
 
 class Probe(Protocol):
@@ -195,10 +204,8 @@ class Shampoo:
         return {"stats": [name for name in of_sides if name not in roots], "roots": roots}
 
     def precondition(self, state: State, g: Tensor, context: Context) -> Preconditioned:
-        due = intervals(context.options, context.step)
-        for every, work in ((due["stats"], self._update), (due["roots"], self._refresh)):
-            rows = context.due(every)
-            if rows:
+        for refresh, work in (("stats", self._update), ("roots", self._refresh)):
+            for rows in context.due.get(refresh, {}).values():
                 with context.stopwatch.on(g.device), _part(state, g, _some(rows, g)) as (part, some):
                     part["failures"]["dense"] += work(part, some)
         # P = L^-1/4 G R^-1/4
@@ -274,20 +281,10 @@ class Eigenbasis:
         rotated.masked_fill_(~good[:, None, None], 0.0)
         state["failures"]["dense"] += ~good
         self._follow(left, right, squares, level.where(good, 0.0), o)
-        every = intervals(o, context.step)["turn"]
-        rows = context.due(every)
         turn: Callable[[Tensor], Tensor] = same
-        if rows:
-            memory = max(o.factor_beta**every, SHORTEST_MEMORY)
-            index = _some(rows, g)
-            with context.stopwatch.on(g.device), _part(state, rotated, index) as (part, some):
-                here = (left, right) if index is None else self._opened(part)
-                part["failures"]["dense"] += self._turn(*here, some, memory)
-            if index is not None:
-                left.adopt(here[0], index)
-                right.adopt(here[1], index)
-            # m' <- Q_L^T m' Q_R
-            turn = _of_rows(index, lambda x: between(here[0].turned, x, here[1].turned))
+        for every, rows in context.due.get("turn", {}).items():  # several for parameters of other numbers of updates
+            with context.stopwatch.on(g.device):
+                turn = _chained(turn, self._turn(state, (left, right), rotated, rows, every, o))
         after = _scales(left, right, damping)
 
         # stored is m' / sqrt(lambda_L lambda_R^T): few bits serve all directions alike; it is KL-Shampoo's direction
@@ -348,7 +345,21 @@ class Eigenbasis:
         of_rotated = (self._whitening(diagonal).reciprocal() / squares.shape[-2]).unsqueeze(-2) @ squares
         rotated.follow(of_rotated.squeeze(-2), o.factor_beta)
 
-    def _turn(self, left: OpenSide, right: OpenSide, rotated: Tensor, memory: float) -> Tensor:
+    def _turn(
+        self, state: State, sides: tuple[OpenSide, OpenSide], rotated: Tensor, rows: list[int], every: int, o: Options
+    ) -> Callable[[Tensor], Tensor]:
+        """Turn the bases of some blocks; what carries (B, m, n) of all blocks over to their new coordinates."""
+        index, memory = _some(rows, rotated), max(o.factor_beta**every, SHORTEST_MEMORY)
+        with _part(state, rotated, index) as (part, some):
+            here = sides if index is None else self._opened(part)
+            part["failures"]["dense"] += self._turn_sides(*here, some, memory)
+        if index is not None:
+            for side, turned in zip(sides, here, strict=True):
+                side.adopt(turned, index)
+        # m' <- Q_L^T m' Q_R
+        return _of_rows(index, lambda x: between(here[0].turned, x, here[1].turned))
+
+    def _turn_sides(self, left: OpenSide, right: OpenSide, rotated: Tensor, memory: float) -> Tensor:
         """Turn both bases; the blocks of which one failed."""
         # both from the eigenvalues before either turns; a side without a basis needs no statistic, rows x rows
         of_right = statistic(rotated.mT, self._whitening(left)) if right.rotates else None
@@ -396,6 +407,10 @@ def _of_rows(index: Index | None, of_part: Callable[[Tensor], Tensor]) -> Callab
     return of_all
 
 
+def _chained(first: Callable[[Tensor], Tensor], then: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    return then if first is same else lambda x: then(first(x))
+
+
 class Stack(Protocol):
     """What `directions` needs of a stack of equal blocks."""
 
@@ -407,6 +422,8 @@ class Stack(Protocol):
     """int32 (B,): the same number for a block in every run and on every rank."""
     places: list[float]
     """What share of the parameter group's blocks comes before each."""
+    updates: list[int]
+    """How many each block has had, this one included."""
 
     def parameters(self) -> Tensor:
         """float32 (B, *shape), a copy."""
@@ -416,7 +433,7 @@ def directions(stacks: Sequence[Stack], gradients: Sequence[Tensor], context: Co
     """The step of every block of some stacks, without learning rate and weight decay: float32 (B, *shape) a stack."""
     if context.probe:
         context.probe.before(stacks)
-    contexts = [replace(context, places=ahead(context.options, stack.places)) for stack in stacks]
+    contexts = [replace(context, due=due(context.options, stack.updates, stack.places)) for stack in stacks]
     inputs = zip(stacks, gradients, contexts, strict=True)
     preconditioned = [stack.algorithm.precondition(stack.state, g, its_context) for stack, g, its_context in inputs]
     grafted = graft(stacks, gradients, preconditioned, context)

@@ -11,10 +11,9 @@ import hf_shampoo4
 from hf_shampoo4.execution import waves
 from hf_shampoo4.execution.blocking import places_of
 from hf_shampoo4.options import Options, resolve
-from hf_shampoo4.preconditioners.algorithms import Context, ahead, due
+from hf_shampoo4.preconditioners.algorithms import due
 from hf_shampoo4.sharding.exchange import Ranks
 from hf_shampoo4.sharding.local_parameter import held_itself
-from hf_shampoo4.utils.stopwatch import Stopwatch
 
 ALGORITHMS: list[dict[str, Any]] = [
     {"algorithm": "shampoo"},
@@ -46,17 +45,54 @@ def result(opt: hf_shampoo4.Shampoo4bit) -> dict[str, torch.Tensor]:
     return {name: p.detach() for name, p in zip(group["param_names"], group["params"], strict=True)}
 
 
+def turns(options: Options, step: int, places: list[float]) -> list[int]:
+    """Blocks that are refreshed at a step, if all have a gradient at every one."""
+    return sorted(i for rows in due(options, [step] * len(places), places).get("turn", {}).values() for i in rows)
+
+
 def test_every_block_once_in_a_period_and_not_later_than_all_together() -> None:
-    places = [0.0, 0.25, 0.99, 0.3]
-    contexts = [Context(Options(), step, (0.9, 0.99), 1e-8, Stopwatch(), places=places) for step in range(1, 21)]
-    due = [context.due(10) for context in contexts]
-    assert sorted(row for rows in due[:10] for row in rows) == [0, 1, 2, 3]
-    assert due[:10] == due[10:]
-    together = Context(
-        Options(stagger=False), 10, (0.9, 0.99), 1e-8, Stopwatch(), places=ahead(Options(stagger=False), places)
-    )
-    assert together.due(10) == [0, 1, 2, 3]
-    assert not together.due(3)
+    places, options = [0.0, 0.25, 0.99, 0.3], Options(refresh_warmup=0)
+    staggered = [turns(options, step, places) for step in range(1, 21)]
+    assert sorted(row for rows in staggered[:10] for row in rows) == [0, 1, 2, 3]
+    assert staggered[:10] == staggered[10:]
+    together = Options(refresh_warmup=0, stagger=False)
+    assert turns(together, 10, places) == [0, 1, 2, 3]
+    assert not turns(together, 3, places)
+
+
+def test_blocks_of_other_numbers_of_updates_have_turns_of_their_own() -> None:
+    options = Options(refresh_warmup=2, stagger=False, stats_every=3)
+    assert due(options, [1, 2, 3, 5, 6, 7, 300], [0.0] * 7) == {"turn": {1: [0, 1, 2], 3: [4, 6]}}
+
+
+@each
+def test_a_parameter_is_refreshed_by_its_own_updates(options: dict[str, Any]) -> None:
+    """One with a gradient on every fourth step, never on one that 4 divides, is trained as if it were alone.
+
+    Another one has a gradient at every step: blocks of one stack have turns at other intervals.  Saved in between.
+    """
+
+    def made(names: list[int]) -> hf_shampoo4.Shampoo4bit:
+        return optimizer(names, stagger=False, **options)
+
+    pair, alone = made([0, 1]), [made([0]), made([1])]
+    for number in range(1, 6 * EVERY):
+        for p in pair.param_groups[0]["params"]:
+            p.grad = None
+        for name, opt in enumerate(alone):
+            if name == 0 or number % EVERY == 1:
+                step(opt, number)
+                pair.param_groups[0]["params"][name].grad = opt.param_groups[0]["params"][0].grad
+        pair.step()
+        if number == 3 * EVERY:
+            again = made([0, 1])
+            for p, q in zip(result(again).values(), result(pair).values(), strict=True):
+                p.copy_(q)
+            again.load_state_dict(pair.state_dict())
+            pair = again
+    for opt in alone:
+        for name, p in result(opt).items():
+            torch.testing.assert_close(result(pair)[name], p, rtol=1e-4, atol=1e-5)
 
 
 @each
@@ -108,7 +144,9 @@ def test_replicas_are_sent_a_basis_when_it_has_turned_and_the_rest_at_every_step
     }
     seen: list[int] = []
     for number in range(1, EVERY + 1):
-        changes = wave.changes(everything, options, number)
+        for member in wave.members:
+            member.updates = number
+        changes, turned = wave.changes(everything, options), set(turns(options, number, stack.places))
         assert set(changes) == set(wave.owners) == {0, 1}
         names = {id(buffer): name for name, buffers in stack.state.items() for buffer in buffers.values()}
         changed: dict[str, set[int]] = {}
@@ -117,13 +155,9 @@ def test_replicas_are_sent_a_basis_when_it_has_turned_and_the_rest_at_every_step
                 found = set(rows[id(buffer)][index].tolist())
                 assert {wave.owners[stack.blocks[row]] for row in found} == {owner}
                 changed.setdefault(names[id(buffer)], set()).update(found)
-        assert (
-            changed.pop("left.basis", set())
-            == changed.pop("right.basis", set())
-            == set(due(number, EVERY, stack.places))
-        )
+        assert changed.pop("left.basis", set()) == changed.pop("right.basis", set()) == turned
         assert changed == {name: set(everything) for name in stack.state if "basis" not in name}
-        seen += due(number, EVERY, stack.places)
+        seen += turned
     assert sorted(seen) == sorted(everything)  # once a period
 
 
@@ -148,7 +182,7 @@ def test_nothing_changes_but_what_is_said_to(options: dict[str, Any]) -> None:
         before = {name: {n: buffer.clone() for n, buffer in buffers.items()} for name, buffers in tensors.items()}
         step(opt, number)
         said = {id(b): torch.zeros(COUNT, dtype=torch.bool) for buffers in tensors.values() for b in buffers.values()}
-        for buffer, index in wave.changes(range(COUNT), Options.of(opt.param_groups[0]), number)[0]:
+        for buffer, index in wave.changes(range(COUNT), Options.of(opt.param_groups[0]))[0]:
             said[id(buffer)][index] = True
         for name, buffers in tensors.items():
             for n, buffer in buffers.items():
@@ -164,10 +198,10 @@ def test_bases_are_staggered_and_the_papers_shampoo_is_not() -> None:
 
 def test_neighbours_are_refreshed_together_as_many_in_each_step() -> None:
     places = [place for of_one in places_of({"a": 3, "b": 0, "c": 37}).values() for place in of_one]
-    turns = [due(step, 10, places) for step in range(1, 11)]
-    assert sorted(len(rows) for rows in turns) == [4] * 10
-    assert all(rows == list(range(rows[0], rows[-1] + 1)) for rows in turns)
-    assert due(10, 10, places) == [0, 1, 2, 3]
+    rows_of = [turns(Options(refresh_warmup=0), step, places) for step in range(1, 11)]
+    assert sorted(len(rows) for rows in rows_of) == [4] * 10
+    assert all(rows == list(range(rows[0], rows[-1] + 1)) for rows in rows_of)
+    assert rows_of[9] == [0, 1, 2, 3]
 
 
 def test_a_group_of_another_algorithm_has_that_one_s_default() -> None:
