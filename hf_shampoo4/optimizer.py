@@ -388,8 +388,8 @@ class Shampoo4bit(torch.optim.Optimizer):
         gradients = [p.grad for p in copies if id(p) not in models and p.grad is not None]
         return bool(held) and len(gradients) == len(held) and not any(g.any() for g in gradients)
 
-    def _update(self, unit: _Unit, wanted: set[int]) -> None:
-        """One step of the parameters that have a gradient on some rank (their ids)."""
+    def _update(self, unit: _Unit, wanted: Mapping[int, torch.dtype]) -> None:
+        """One step of the parameters that have a gradient on some rank (their ids, and its dtype)."""
         group, built = unit.group, self._built[unit.key]
         if built.step == group["step"]:  # of several parts of a group, the first counts the step
             group["step"] += 1
@@ -400,18 +400,24 @@ class Shampoo4bit(torch.optim.Optimizer):
         context = Context(options, group["step"], group["betas"], group["eps"], self._stopwatch, coupled, probe)
         steps, lr = [], float(group["lr"]) * options.rate
         for wave in built.waves:
-            present = {m for m, member in enumerate(wave.members) if id(member.parameter) in wanted}
+            ids = {m: id(member.parameter) for m, member in enumerate(wave.members)}
+            present = {m: wanted[key] for m, key in ids.items() if key in wanted}
             for m in present:
                 wave.members[m].updates += 1
             for part in (wave.of_members(part, present) for part in wave.parts):
                 if part.blocks:
-                    steps.append(WaveStep(wave, part, context, lr, decoupled))
+                    steps.append(WaveStep(wave, part, present, context, lr, decoupled))
         run(steps)
         if probe:
             self._probes[unit.key] = probe
 
-    def _agree(self, units: Sequence[_Unit]) -> tuple[bool, set[int]]:
-        """Have a plan, and see the same on every rank: whether the gradients are finite, and which there are (ids)."""
+    def _agree(self, units: Sequence[_Unit]) -> tuple[bool, dict[int, torch.dtype]]:
+        """Have a plan, and see the same on every rank: whether the gradients are finite, and which there are.
+
+        Returns:
+            usable: whether they are.
+            wanted: id of a parameter -> the widest dtype that its gradient has on a rank.
+        """
         self._consolidated.clear()
         self._steps += 1
         error: Exception | None = None
@@ -426,13 +432,14 @@ class Shampoo4bit(torch.optim.Optimizer):
             usable = self._gradients_are_finite(live)
         except TypeError as refused:
             error, usable = refused, True
-        seen = [error is not None, not usable, stale, *(held.buffer.grad is not None for held in live)]
+        seen = [error is not None, not usable, stale, *(_width(held.buffer.grad) for held in live)]
         if self._ranks.world > 1:
             device = live[0].buffer.device if live else torch.device("cpu")
             seen = self._ranks.reduce(torch.tensor(seen, dtype=torch.int32, device=device), largest=True).tolist()
         if seen[0]:
             raise_together(self._ranks, error)
-        wanted = {id(held.parameter) for held, there in zip(live, seen[3:], strict=True) if there}
+        widths = zip(live, seen[3:], strict=True)
+        wanted = {id(held.parameter): WIDTHS[width - 1] for held, width in widths if width}
         if seen[2] and wanted:
             self._plan(units)
         return not seen[1], wanted
@@ -847,6 +854,16 @@ def _refuse_sparse(name: str) -> NoReturn:
 def _warn_of_fresh(names: Sequence[str], why: str) -> None:
     shown = ", ".join(map(repr, names[:3])) + (", ..." if len(names) > 3 else "")
     warnings.warn(f"{len(names)} of the parameters that are trained ({shown}) start afresh: {why}", stacklevel=2)
+
+
+WIDTHS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def _width(gradient: Tensor | None) -> int:
+    """0 for none, else 1 + the position in `WIDTHS` of its dtype, or of float32 for one that is not there."""
+    if gradient is None:
+        return 0
+    return 1 + WIDTHS.index(gradient.dtype if gradient.dtype in WIDTHS else torch.float32)
 
 
 def _finite(gradients: list[Tensor]) -> bool:

@@ -129,7 +129,7 @@ class Options:
     shard_state: bool = False
     """Under DDP, let every rank keep the state of its own blocks only (FSDP always does)."""
     wire: Literal["exact", "bf16"] = "exact"
-    """What gradients and updates are sent as between ranks: the parameters' dtype and float32, or bfloat16."""
+    """What gradients and updates are sent as between ranks: their own dtype and float32, or bfloat16."""
     communicate: bool = True
     """Work together with the other ranks of torch.distributed; false: every process trains parameters of its own."""
     seed: int = 0

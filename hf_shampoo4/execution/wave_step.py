@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -43,6 +43,8 @@ class WaveStep:
     wave: Wave
     part: Part
     """Of the wave, without parameters that have no gradient on any rank."""
+    gradient_dtypes: Mapping[int, torch.dtype]
+    """Member -> of its gradient, the same on every rank."""
     context: Context
     lr: float
     weight_decay: float
@@ -56,7 +58,7 @@ class WaveStep:
         self.route, self.rank = self.part.route, self.wave.ranks.rank
         dtype = self.wave.members[0].held.buffer.dtype
         half = self.context.options.wire == "bf16"
-        self.gradient_dtype = torch.bfloat16 if half and not self.route.collect.local else dtype
+        self.collects_half = half and not self.route.collect.local
         self.update_dtype = torch.bfloat16 if half and not self.route.deliver.local else torch.float32
         self.sends_weights = (
             not self.route.deliver.local
@@ -70,17 +72,22 @@ class WaveStep:
         """Send the gradients (and, where the step needs them, the weights) to the owners; nothing waits."""
         members, side = self.wave.members, self.route.collect
         wanted = {self.wave.member_of[block] for block in self.part.blocks}
-        self._sources = [{m: members[m].gradient() for m in wanted}]
+        self._sources = [{m: members[m].gradient().to(self.gradient_dtypes[m]) for m in wanted}]
         if self.context.coupled_decay:
             self._sources.append({m: members[m].held.weights() for m in wanted})
+        if self.collects_half:
+            self._sources = [{m: t.to(torch.bfloat16) for m, t in source.items()} for source in self._sources]
         if side.local:
             return
         out = {
-            rank: [p.of_flat(source[p.member]).to(self.gradient_dtype) for source in self._sources for p in pieces]
+            rank: [p.of_flat(source[p.member]) for source in self._sources for p in pieces]
             for rank, pieces in side.out.items()
             if rank != self.rank
         }
-        into = {rank: _forms(pieces, self.gradient_dtype) * len(self._sources) for rank, pieces in side.into.items()}
+        into = {
+            rank: [Form((p.rows, p.columns), source[p.member].dtype) for source in self._sources for p in pieces]
+            for rank, pieces in side.into.items()
+        }
         self._collecting = self.wave.ranks.all_to_all("gradients", out, into, self.wave.device)
 
     def update(self) -> None:
@@ -174,7 +181,7 @@ class WaveStep:
         ]
         views = [self._by_block(stacks, tensors) for tensors in filled]
         to = [p.of_block(view[p.block]) for view in views for p in mine]
-        values = [p.of_flat(source[p.member]).to(self.gradient_dtype) for source in self._sources for p in mine]
+        values = [p.of_flat(source[p.member]) for source in self._sources for p in mine]
         for rank, received in self._collecting.wait().items() if self._collecting else ():
             to += [p.of_block(view[p.block]) for view in views for p in side.into.get(rank, ())]
             values += received

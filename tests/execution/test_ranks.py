@@ -46,8 +46,9 @@ ACCELERATED = {2: ["accelerate-fsdp2", "accelerate-zero2"]}
 ENGINE_OF = {"accelerate-fsdp2": "FSDPLlamaForCausalLM", "accelerate-zero2": "DeepSpeedEngine"}
 CONTRACT = {2: ["ddp-contract", "ddp_sharded-contract", "fsdp2-contract"]}
 HYBRID = {2: ["fsdp1_hybrid-elementwise"]}
+WIDE = {2: ["tp-wide"]}
 KINDS = (
-    CASES, REPLANNED, STRANGERS, SAVED, LOADED, FAILING, REFUSED, TRAINER, ACCELERATED, CONTRACT, HYBRID,
+    CASES, WIDE, REPLANNED, STRANGERS, SAVED, LOADED, FAILING, REFUSED, TRAINER, ACCELERATED, CONTRACT, HYBRID,
 )  # fmt: skip
 WORLDS = (2, 3, 4, 1)
 
@@ -89,6 +90,13 @@ def test_ranks_train_as_one_process_does(results: dict, world: int, case: str) -
         assert "error" not in rank, rank["error"]
         assert rank["moved"] > 0.01
         assert rank["ranks_equal"]
+        assert rank["bitwise"], rank["differ"]
+
+
+@each(WIDE)
+def test_gradients_are_sent_in_their_own_dtype(results: dict, world: int, case: str) -> None:
+    for rank in results[world, case]:
+        assert "error" not in rank, rank["error"]
         assert rank["bitwise"], rank["differ"]
 
 

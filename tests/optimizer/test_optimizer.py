@@ -153,6 +153,23 @@ def test_half_parameters_get_float32_arithmetic_rounded_once(dtype: torch.dtype,
             q.data.copy_(p.data)
 
 
+@pytest.mark.parametrize("options", [{"algorithm": "elementwise"}, OFTEN], ids=["adamw", "shampoo"])
+def test_float32_gradients_of_bfloat16_parameters_are_used_as_they_are(options: dict) -> None:
+    """torch's `grad_dtype`: the state is that of float32 parameters."""
+    shapes = [(70, 64), (64, 64), (9,)]
+    half, full = parameters(shapes, torch.bfloat16), parameters(shapes)
+    for p in half:
+        p.grad_dtype = torch.float32
+    a, b = (Shampoo4bit(ps, lr=1e-2, block_size=32, **options) for ps in (half, full))
+    for t in range(3):
+        for p, q, g in zip(half, full, gradients(shapes, t), strict=True):
+            p.grad, q.grad = g, g.clone()
+        a.step()
+        b.step()
+    for p, q in zip(half, full, strict=True):
+        assert all(torch.equal(t, b.state[q][key]) for key, t in a.state[p].items())
+
+
 def test_float64_parameters_lose_nothing_to_a_step_of_zero() -> None:
     p = nn.Parameter(torch.full((4, 4), 1 / 3, dtype=torch.float64))
     before = p.detach().clone()

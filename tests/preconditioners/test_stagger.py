@@ -134,10 +134,17 @@ def test_a_period_of_one_step_is_the_same_with_and_without() -> None:
         assert torch.equal(p, q)
 
 
+class Alike(Ranks):
+    """Ranks that all say what this one says."""
+
+    def gather(self, value: Any) -> list[Any]:
+        return [value] * self.world
+
+
 def test_replicas_are_sent_a_basis_when_it_has_turned_and_the_rest_at_every_step() -> None:
     options = Options(algorithm="kl_shampoo", stats_every=EVERY, refresh_warmup=0)
     held = [held_itself(f"layer{i}", torch.nn.Parameter(torch.randn(72, 80))) for i in range(COUNT)]
-    ((wave,),) = waves.build([(options, held, {one.name: one.shape for one in held})], Ranks(0, 2))
+    ((wave,),) = waves.build([(options, held, {one.name: one.shape for one in held})], Alike(0, 2))
     (stack,), everything = wave.stacks, range(COUNT)
     rows: dict[int, torch.Tensor] = {
         id(buffer): torch.arange(COUNT) for buffers in stack.state.values() for buffer in buffers.values()

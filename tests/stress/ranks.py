@@ -464,6 +464,8 @@ class Case:
             return checkpoint(self, folder)
         if self.engine == "trainer":
             return trainer(self, folder)
+        if self.options == "wide":
+            return wide(self)
         if self.options == "failing":
             return failing(self)
         if self.options == "replanned":
@@ -848,6 +850,38 @@ def unwrapped(optimizer: Any) -> Any:
 
 
 # ------------------------------------------------------------------------------------------------------ failures
+
+
+def wide(case: Case) -> dict[str, Any]:
+    """float32 gradients of bfloat16 parameters (torch's `grad_dtype`), and one that some steps have on rank 0 only."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    mesh, rank = init_device_mesh("cpu", (dist.get_world_size(),)), dist.get_rank()
+
+    def trained(cut: Callable[[Tensor], Tensor], options: dict[str, Any]) -> dict[str, Tensor]:
+        generator = torch.Generator().manual_seed(0)
+        ps = [nn.Parameter(cut(torch.randn(64, 72, generator=generator).bfloat16())) for _ in range(3)]
+        for p in ps[:2]:
+            p.grad_dtype = torch.float32
+        named = [(str(i), p) for i, p in enumerate(ps)]
+        alone = cut is torch.clone
+        optimizer = Shampoo4bit(named, lr=1e-2, weight_decay=0.1, communicate=not alone, **OFTEN, **options)
+        for t in range(case.steps):
+            for i, p in enumerate(ps):
+                g = torch.randn(64, 72, generator=generator).to(torch.bfloat16 if i == 2 else torch.float32)
+                absent = i == 1 and t % 2 == 1
+                p.grad = cut(g * (torch.arange(64) < 32).to(g.dtype).unsqueeze(1) if absent else g)
+                if absent and rank > 0 and not alone:
+                    p.grad = None
+            optimizer.step()
+        return {name: full(p) for name, p in named}
+
+    found = {}
+    for name, options in {"kl_shampoo": {}, "sgdm": {"base": "sgdm"}}.items():
+        there = trained(lambda t: distribute_tensor(t, mesh, [Shard(0)]), options)
+        found |= {f"{name}.{i}": torch.equal(there[i], p) for i, p in trained(torch.clone, options).items()}
+    return {"bitwise": all(found.values()), "differ": [name for name, equal in found.items() if not equal]}
 
 
 def failing(case: Case) -> dict[str, Any]:
