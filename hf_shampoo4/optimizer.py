@@ -11,7 +11,7 @@ import uuid
 import warnings
 import weakref
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple, NoReturn, get_type_hints
@@ -83,6 +83,8 @@ class Shampoo4bit(torch.optim.Optimizer):
 
     _reader: Callable[[dict[str, Tensor]], None] | None
     """Reads the state of the first `_unread` groups' blocks, when it is known which are this rank's."""
+    _awaited: Set[str]
+    """The names of the parameters that it will read."""
 
     @_with_options
     def __init__(
@@ -138,6 +140,8 @@ class Shampoo4bit(torch.optim.Optimizer):
 
         Under DeepSpeed, which keeps a file for each rank, it is this rank's part of that form; under FSDP1, which lets
         tensors of other shapes than the parameters' through in no other way, it is bytes in the first group (saved.py).
+        Only where this process has all of the state are these the tensors that are trained; elsewhere they are copies:
+        what is read into them (`dcp.load(optimizer.state_dict())`) counts once `load_state_dict` has been given them.
         Where parameters or state are sharded, every rank must call it.  Under DDP with `shard_state` one rank may call
         it alone, as the Trainer does, after every rank has called `consolidate()`; it waits for the others otherwise.
 
@@ -218,12 +222,15 @@ class Shampoo4bit(torch.optim.Optimizer):
         for after in self._optimizer_load_state_dict_post_hooks.values():
             after(self)
 
-    def load_blocks(self, groups: list[dict[str, Any]], read: Callable[[dict[str, Tensor]], None]) -> None:
+    def load_blocks(
+        self, groups: list[dict[str, Any]], read: Callable[[dict[str, Tensor]], None], saved: Set[str]
+    ) -> None:
         """Take over the groups' options now, and the blocks' state when the next step has told which are this rank's.
 
         Args:
             groups: as in a state dict, without "params".
             read: fills the tensors that it is given, under the names of `Wave.rows`; it raises if one is missing.
+            saved: the names of the parameters that it can read.
 
         Raises:
             CheckpointError: as `load_state_dict`.
@@ -231,8 +238,8 @@ class Shampoo4bit(torch.optim.Optimizer):
         sizes = [len(self.parameters(index)) for index in range(len(self._groups))]
         first = [sum(sizes[:i]) for i in range(len(sizes))]
         numbered = [{**g, "params": list(range(f, f + n))} for g, f, n in zip(groups, first, sizes, strict=False)]
-        self._load({"state": {}, "param_groups": [*numbered, *groups[len(sizes) :]]}, whole=False)
-        self._reader, self._unread = read, len(self._groups)
+        self._load({"state": {}, "param_groups": [*numbered, *groups[len(sizes) :]]}, saved)
+        self._reader, self._unread, self._awaited = read, len(self._groups), saved
 
     def rows(self) -> dict[str, Tensor]:
         """The state of the blocks that this rank owns, as `Wave.rows` names it; views.
@@ -244,11 +251,11 @@ class Shampoo4bit(torch.optim.Optimizer):
             raise RuntimeError("which rank owns which block is known after the first step (also after loading)")
         return {name: row for wave in self._all_waves() for name, row in wave.rows(owned=True).items()}
 
-    def _load(self, state_dict: dict[str, Any], whole: bool = True) -> None:
+    def _load(self, state_dict: dict[str, Any], elsewhere: Set[str] = frozenset()) -> None:
         """As torch loads, which would cast all state, codes too, to the parameters' dtype."""
         with self._as_made():
             state_dict = self._numbered(well_formed(state_dict))
-            stateless = self._check_checkpoint(state_dict, whole)
+            stateless = [name for name in self._check_checkpoint(state_dict) if name not in elsewhere]
             parameter: dict[Any, Tensor] = {}
             groups = copy.deepcopy(state_dict["param_groups"])
             for group, ours in zip(groups, self.param_groups, strict=True):
@@ -345,7 +352,7 @@ class Shampoo4bit(torch.optim.Optimizer):
         self._built: dict[tuple[int, int], _Built] = {}
         self._probes: dict[tuple[int, int], Probe] = {}
         self._consolidated: dict[Tensor, Entry] = {}
-        self._reader, self._unread = None, 0
+        self._reader, self._unread, self._awaited = None, 0, frozenset()
         self._together, self._steps = "", 0
         self._stopwatch = Stopwatch()
 
@@ -373,7 +380,8 @@ class Shampoo4bit(torch.optim.Optimizer):
     def _needs(self, held: Held) -> bool:
         """Whether this rank has a part of a parameter's training: as torch's optimizers, it takes every gradient."""
         p = held.parameter
-        return p.requires_grad or held.buffer.grad is not None or bool(self.state.get(p))
+        stateful = bool(self.state.get(p)) or held.name in self._awaited
+        return p.requires_grad or held.buffer.grad is not None or stateful
 
     def _is_rehearsal(self, units: Sequence[_Unit]) -> bool:
         """Whether an engine steps on zeros before training, so that optimizers make their state: nothing is to be done.
@@ -424,7 +432,7 @@ class Shampoo4bit(torch.optim.Optimizer):
         live = [held for unit in units for held in unit.candidates]  # as many on every rank, whatever is frozen there
         stale = any(self._stale(unit) for unit in units)
         if any(unit.key in self._built for unit in units):  # the second round: all that was to be read has been
-            self._reader = None
+            self._reader, self._awaited = None, frozenset()
         if not self._built:
             self._ranks = Ranks.here() if all(group["communicate"] for group in self._groups) else Ranks()
             self._introduce()
@@ -655,7 +663,7 @@ class Shampoo4bit(torch.optim.Optimizer):
             renamed.append({**group, "params": [number[name] for name in names], "param_names": names})
         return {**state_dict, "param_groups": renamed, "state": {number[clean_name(k)]: v for k, v in state.items()}}
 
-    def _check_checkpoint(self, state_dict: dict[str, Any], whole: bool = True) -> list[str]:
+    def _check_checkpoint(self, state_dict: dict[str, Any]) -> list[str]:
         """The names of those that are trained here and have no state there.
 
         Raises:
@@ -668,7 +676,7 @@ class Shampoo4bit(torch.optim.Optimizer):
         if len({key for group in saved_groups for key in group["params"]}) < sum(sizes):
             raise CheckpointError("damaged checkpoint: a parameter is there twice")
         of_groups = [self._check_saved_group(index, saved, state) for index, saved in enumerate(saved_groups)]
-        return [name for names in of_groups for name in names] if whole else []
+        return [name for names in of_groups for name in names]
 
     def _check_saved_group(self, index: int, saved: dict[str, Any], state: dict[Any, Any]) -> list[str]:
         group = self.param_groups[index]

@@ -110,7 +110,8 @@ def load_optimizer(optimizer: Shampoo4bit, folder: str | Path) -> None:
     """Go on from what `save_optimizer` has written, in any mode and with any number of ranks.
 
     Options and the learning rate are taken over now.  The state is read at the next step, when it is known which blocks
-    this rank keeps; the folder must be there until then.
+    this rank keeps; the folder must be there until then.  What was frozen when it was written and is not here begins
+    afresh, with a warning; of what is frozen here the state is kept.
 
     Raises:
         FileNotFoundError: there is none, or it was not completed.
@@ -126,15 +127,22 @@ def load_optimizer(optimizer: Shampoo4bit, folder: str | Path) -> None:
                 found = f"parameter {name!r} is {there.get(name)} there and {here.get(name)} here"
                 raise CheckpointError(f"{folder} is of another model: {found}")
     bare = [{key: value for key, value in group.items() if key != "parameters"} for group in groups]
+    saved = {_parameter_of(name) for name in sums}
 
     def read(rows: dict[str, Tensor]) -> None:
         check_metadata(folder)
+        rows = {name: row for name, row in rows.items() if _parameter_of(name) in saved}
         missing = sorted(rows.keys() - sums.keys())
         if missing:
             raise CheckpointError(f"{folder} lacks {len(missing)} blocks' tensors that are this rank's: {missing[:3]}")
         _load(rows, folder, sums)
 
-    optimizer.load_blocks(bare, read)
+    optimizer.load_blocks(bare, read, saved)
+
+
+def _parameter_of(row: str) -> str:
+    """The parameter of a row, as `Wave.rows` names it."""
+    return row.rsplit("/", 3)[0]
 
 
 def read_groups(folder: Path) -> tuple[list[dict[str, Any]], dict[str, int]]:
@@ -238,6 +246,6 @@ def _described(optimizer: Shampoo4bit, index: int) -> dict[str, Any]:
     """Of a group, what JSON can hold: all but the parameters themselves."""
     group = {key: value for key, value in optimizer.param_groups[index].items() if key != "params"}
     named = zip(optimizer.names(index), optimizer.parameters(index), strict=True)
-    shapes = {name: list(full_shape(p)) for name, p in named if p.requires_grad}
+    shapes = {name: list(full_shape(p)) for name, p in named}
     numbers = {key: value.item() if isinstance(value, Tensor) else value for key, value in group.items()}
     return {**numbers, "parameters": shapes}

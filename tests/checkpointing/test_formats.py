@@ -7,6 +7,7 @@ import errno
 import json
 import resource
 import shutil
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -169,6 +170,44 @@ def test_the_state_in_a_folder_of_its_own(side: Path, converted: bool) -> None:
     assert optimizer.param_groups[0]["step"] == 3
     after = train(parameters, optimizer, range(3, 6))
     assert all(map(torch.equal, after, torch.load(side.parent / "after")))
+
+
+@pytest.mark.parametrize("there", [True, False])
+@pytest.mark.parametrize("converted", [False, True])
+def test_what_was_frozen_there_or_is_frozen_here(there: bool, converted: bool, tmp_path: Path) -> None:
+    """Frozen there, it begins afresh here; frozen here, its state is kept and saved again."""
+
+    def step(parameters: nn.ParameterDict, optimizer: Shampoo4bit, frozen: bool) -> None:
+        parameters["experts"].requires_grad_(not frozen)
+        for name, p in parameters.items():
+            p.grad = None if frozen and name == "experts" else torch.ones_like(p)
+        optimizer.step()
+
+    parameters = model()
+    parameters["experts"].requires_grad_(not there)
+    optimizer = optimizer_of(parameters)
+    step(parameters, optimizer, frozen=there)
+    s4.save_optimizer(optimizer, tmp_path / "side")
+    again = model()
+    again["experts"].requires_grad_(there)
+    other = optimizer_of(again)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        if converted:
+            main(["convert", str(tmp_path / "side"), "--output", str(tmp_path / "optimizer.pt")])
+            other.load_state_dict(torch.load(tmp_path / "optimizer.pt", weights_only=True))
+        else:
+            s4.load_optimizer(other, tmp_path / "side")
+    afresh = [str(w.message).partition(", as")[0] for w in said if "start afresh" in str(w.message)]
+    told = "1 of the parameters that are trained ('experts') start afresh: the checkpoint has no state of them"
+    assert afresh == [told] * there
+    step(again, other, frozen=not there)
+    step(again, other, frozen=False)
+    entries = {name: other.state[p] for name, p in again.items()}
+    steps = {name: int(e[key].max()) for name, e in entries.items() for key in e if "steps" in key}
+    assert steps == {"weight": 3, "bias": 3, "experts": 2}
+    s4.save_optimizer(other, tmp_path / "again")
+    assert set(read(tmp_path / "again")["state"]) == set(SHAPES)
 
 
 def test_a_folder_that_does_not_fit_is_refused(side: Path, monkeypatch: pytest.MonkeyPatch) -> None:
