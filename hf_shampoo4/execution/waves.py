@@ -28,7 +28,7 @@ from ..options import Options
 from ..preconditioners.algorithms import Algorithm, Elementwise, State, refreshed
 from ..sharding.exchange import Cut, Exchange, Form, Piece, Ranks, Route, route
 from ..sharding.geometry import MatrixView, Rect
-from ..sharding.local_parameter import Held, alike
+from ..sharding.local_parameter import Held, alike, sharing
 from ..sharding.placement import Placement, Sharding, assign, placed, ranges, sharded, sharding_of, whole
 from .blocking import Block, _in_parts, _in_waves, blocks_of, loads_of, places_of
 from .state_layout import Entry, blocks_key, state_key, state_layout
@@ -453,7 +453,8 @@ def build(groups: Sequence[tuple[Options, Sequence[Held], Shapes]], ranks: Ranks
             DeepSpeed, the parameters may be a part of these.
 
     Raises:
-        ValueError: a parameter that lives in a way that is not known, or not completely on these ranks.
+        ValueError: a parameter that lives in a way that is not known, or not completely on these ranks, or that shares
+            memory with another one where owners send new weights.
     """
     every = [held for _, of_group, _ in groups for held in of_group]
     said = zip(*ranks.gather([_said(held, ranks.world) for held in every]), strict=True)
@@ -463,8 +464,19 @@ def build(groups: Sequence[tuple[Options, Sequence[Held], Shapes]], ranks: Ranks
         blocks = {name: blocks_of(shape, options) for name, shape in shapes.items()}
         places = places_of({name: len(of_one) for name, of_one in blocks.items()})
         members.append([_member(h, next(placements), blocks[h.name], places[h.name]) for h in of_group])
+    if ranks.world > 1:
+        _refuse_sharing([member.held for of_group in members for member in of_group if member.placement.whole])
     _assign(members, [options for options, _, _ in groups], ranks.world)
     return [_waves(found, options, ranks) for found, (options, _, _) in zip(members, groups, strict=True)]
+
+
+def _refuse_sharing(members: Sequence[Held]) -> None:
+    pair = sharing(members)
+    if pair is not None:
+        raise ValueError(
+            f"parameters {pair[0]!r} and {pair[1]!r} share memory, and with several ranks each one's owner would "
+            "overwrite what the other's has done: make them one parameter, used twice, or clone() one of them"
+        )
 
 
 class _Said(NamedTuple):

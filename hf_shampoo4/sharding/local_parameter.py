@@ -105,6 +105,38 @@ def _is_flat(local: Tensor) -> bool:
     return local.is_contiguous() and not local.is_neg()
 
 
+def sharing(members: Sequence[Held]) -> tuple[str, str] | None:
+    """Two parameters with numbers of the same memory in both, such as a decoder's weight that is the encoder's, turned.
+
+    Views that only lie between each other, as columns of one tensor do, are not meant.
+    """
+    by_storage: dict[int, list[tuple[int, int, str, Tensor]]] = {}
+    for held in members:
+        local = local_tensor(held.buffer)
+        if held.range is None and local.numel():
+            first = int(local.storage_offset())
+            last = first + sum((n - 1) * int(step) for n, step in zip(local.shape, local.stride(), strict=True))
+            there = by_storage.setdefault(local.untyped_storage().data_ptr(), [])
+            there.append((first, last, held.name, local))
+    for there in by_storage.values():
+        there.sort(key=lambda one: one[:2])
+        for i, (_, last, name, local) in enumerate(there):
+            for first, _, other, beside in there[i + 1 :]:
+                if first > last:
+                    break
+                if torch.isin(_places(local), _places(beside)).any():
+                    return name, other
+    return None
+
+
+def _places(local: Tensor) -> Tensor:
+    """Where in its storage the entries are."""
+    places = torch.tensor([local.storage_offset()], device="cpu")
+    for n, step in zip(local.shape, local.stride(), strict=True):
+        places = (places.unsqueeze(-1) + torch.arange(n, device="cpu") * step).flatten()
+    return places
+
+
 def alike(digests: Sequence[list[tuple[float, ...]]]) -> bool:
     """Whether the digests may be those of replicas, which processors may have made to differ a little."""
     for mine, other in ((a, b) for of_one in digests[1:] for a, b in zip(digests[0], of_one, strict=False)):

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import hypothesis.strategies as st
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from torch import Tensor, nn
 
 from hf_shampoo4 import Shampoo4bit
+from hf_shampoo4.execution.waves import build
+from hf_shampoo4.options import Options
+from hf_shampoo4.sharding.exchange import Ranks
+from hf_shampoo4.sharding.local_parameter import held_itself, sharing
 from tests.stress.soak import ALGORITHMS, WIDTHS
 from tests.support.reference import PROPERTY
 
@@ -41,7 +46,7 @@ def cuts(draw: st.DrawFn, shape: tuple[int, ...]) -> Callable[[Fill], tuple[Tens
 shapes = st.lists(st.integers(1, 6), min_size=0, max_size=4).map(tuple)
 
 
-@PROPERTY
+@settings(PROPERTY, max_examples=25)
 @given(st.data(), st.lists(shapes, min_size=1, max_size=3), st.sampled_from([torch.float32, torch.float64]))
 def test_any_view_is_trained_as_adamw_trains_a_copy_of_it(data: st.DataObject, sizes: list, dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(0)
@@ -141,3 +146,28 @@ def test_two_parameters_in_the_same_memory_are_both_trained() -> None:
 def test_an_expanded_parameter_is_refused() -> None:
     with pytest.raises(ValueError, match=r"\(4, 4\) has one number in several places \(expand\): clone\(\) it"):
         Shampoo4bit([nn.Parameter(torch.ones(4).expand(4, 4))])
+
+
+def test_parameters_in_the_same_memory_are_found() -> None:
+    def found(*views: Tensor) -> tuple[str, str] | None:
+        return sharing([held_itself(str(i), nn.Parameter(view)) for i, view in enumerate(views)])
+
+    w = torch.zeros(8, 6)
+    assert found(w, w.t()) == ("0", "1")
+    assert found(torch.zeros(2), w[:, ::2], torch.zeros(0), w[3]) == ("1", "3")
+    assert found(w[:, ::2], w[:, 1::2]) is None
+    assert found(w[:4], w[4:], torch.zeros(8, 6)) is None
+
+
+def test_owners_refuse_parameters_in_the_same_memory() -> None:
+    """Each would send its parameter without the other's update."""
+
+    class Alike(Ranks):
+        def gather(self, value: Any) -> list[Any]:
+            return [value] * self.world
+
+    w = torch.zeros(8, 6)
+    held = [held_itself("encoder", nn.Parameter(w)), held_itself("decoder", nn.Parameter(w.t()))]
+    shapes = {one.name: one.shape for one in held}
+    with pytest.raises(ValueError, match="parameters 'encoder' and 'decoder' share memory"):
+        build([(Options(), held, shapes)], Alike(0, 2))
