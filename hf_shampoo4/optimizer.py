@@ -26,6 +26,7 @@ from .execution.blocking import blocks_of
 from .execution.state_layout import Entry, state_layout
 from .execution.wave_step import WaveStep, raise_together, run
 from .execution.waves import Wave, build
+from .groups import noted_purpose
 from .options import KINDS, NAMES, OF_ADAMW, OF_THE_RUN, STRUCTURAL, TYPES, Options, check_rates, resolve
 from .preconditioners.algorithms import Context
 from .preconditioners.diagnostics import Probe
@@ -34,6 +35,7 @@ from .sharding.exchange import Ranks
 from .sharding.geometry import matrix_view
 from .sharding.local_parameter import Held, check, full_shape, held_by_deepspeed, held_itself, in_deepspeed, in_fsdp1
 from .sharding.rendezvous import all_come
+from .state_report import table
 from .utils.stopwatch import Stopwatch
 
 
@@ -104,6 +106,7 @@ class Shampoo4bit(torch.optim.Optimizer):
         base = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         self._groups: list[dict[str, Any]] = []
         self._models: list[list[weakref.ref[Tensor]]] = []
+        self._purposes: list[list[str]] = []
         self._reset()
         super().__init__(params, {**base, **vars(chosen), "step": 0, "skipped_steps": 0, "format": FORMAT})
         _check_row_splits(self.param_groups)
@@ -194,10 +197,11 @@ class Shampoo4bit(torch.optim.Optimizer):
         group = self.param_groups[-1]
         self._groups.append(group)
         self._models.append([weakref.ref(p) for p in group["params"]])
+        self._purposes.append(_purposes(group))
         try:
             _check_group(group)
         except Exception:
-            for groups in (self.param_groups, self._groups, self._models):
+            for groups in (self.param_groups, self._groups, self._models, self._purposes):
                 groups.pop()
             raise
         self._shared_names = _shared_names(self._groups)
@@ -295,6 +299,7 @@ class Shampoo4bit(torch.optim.Optimizer):
         self._shared_names = _shared_names(self._groups)
         if "_models" not in vars(self):  # a copy
             self._models = [[weakref.ref(p) for p in group["params"]] for group in self.param_groups]
+            self._purposes = [_purposes(group) for group in self.param_groups]
         self._reset()
 
     @property
@@ -306,6 +311,10 @@ class Shampoo4bit(torch.optim.Optimizer):
     def world_size(self) -> int:
         """How many processes train together; 1 before the first step."""
         return self._ranks.world
+
+    def report(self) -> str:
+        """A table of what is preconditioned how, why, and in how many bytes of state; also before the first step."""
+        return table(self)
 
     def refresh_seconds(self) -> float:
         """Time spent on factors and roots since construction or the last load."""
@@ -335,6 +344,10 @@ class Shampoo4bit(torch.optim.Optimizer):
     def gather(self, value: Any) -> list[Any]:
         """What each rank gives, by rank; any small object.  Every rank must call it."""
         return self._ranks.gather(value)
+
+    def purposes(self, index: int) -> list[str]:
+        """What each parameter of group `index` is for, as `param_groups` noted it; empty for what it has not seen."""
+        return self._purposes[index]
 
     @contextmanager
     def together(self) -> Iterator[None]:
@@ -714,6 +727,11 @@ def _only_consolidated(wave: Wave) -> bool:
 
 def _own_names(group: Mapping[str, Any]) -> list[str]:
     return [clean_name(name) for name in group.get("param_names") or []]
+
+
+def _purposes(group: Mapping[str, Any]) -> list[str]:
+    """What the parameters are for; only `param_groups` says of which kind a group is."""
+    return [noted_purpose(p) if group["kind"] != "any" else "" for p in group["params"]]
 
 
 def _shared_names(groups: Sequence[Mapping[str, Any]]) -> set[str]:

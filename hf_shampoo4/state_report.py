@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from torch import Tensor
@@ -18,7 +19,11 @@ if TYPE_CHECKING:
     from .optimizer import Shampoo4bit
 
 BASES = {"adamw": "AdamW", "sgdm": "SGDM"}
+_BASES = tuple(BASES.values())
 EIGENBASES = {"soap": "SOAP", "kl_shampoo": "KL-Shampoo", "kl_soap": "KL-SOAP"}
+
+_NO_MODEL = """no model was given: embeddings, the output head and tables count as matrices;
+pass hf_shampoo4.param_groups(model) instead of model.parameters()"""
 
 
 @dataclass(frozen=True)
@@ -26,6 +31,8 @@ class Row:
     """Parameters of one shape and treatment."""
 
     treatment: str
+    why: str
+    """What they are for, as far as that decided it."""
     shape: tuple[int, ...]
     parameters: int
     blocks: str
@@ -38,20 +45,18 @@ class Row:
 
 def rows(optimizer: Shampoo4bit) -> list[Row]:
     """One row for each shape and treatment, the largest state first; from geometry, before any step."""
-    grouped: dict[tuple[str, tuple[int, ...], str, int, str, float], int] = Counter()
+    found: list[Row] = []
     for index, group in enumerate(optimizer.param_groups):
         options = Options.of(group)
-        for p in optimizer.parameters(index):
+        for p, purpose in zip(optimizer.parameters(index), optimizer.purposes(index), strict=True):
             shape = full_shape(p)
-            if p.requires_grad and _elements(shape):
+            if p.requires_grad and math.prod(shape):
                 blocks = blocks_of(shape, options)
-                size = block_bytes(blocks)
-                grouped[_treatment(blocks, options), shape, _cut(blocks), size, options.kind, options.rate] += 1
-    table = [
-        Row(treatment, shape, count, cut, count * _elements(shape), count * size, kind, rate)
-        for (treatment, shape, cut, size, kind, rate), count in grouped.items()
-    ]
-    return sorted(table, key=lambda row: (row.treatment.startswith(tuple(BASES.values())), -row.bytes))
+                treatment, why = _treatment(blocks, options), _why(blocks, options, purpose)
+                row = Row(treatment, why, shape, 1, _cut(blocks), math.prod(shape), block_bytes(blocks), options.kind,
+                          options.rate)  # fmt: skip
+                found.append(row)
+    return sorted(map(_sum, Counter(found).items()), key=lambda row: (row.treatment.startswith(_BASES), -row.bytes))
 
 
 def block_bytes(blocks: list[Block]) -> int:
@@ -60,21 +65,23 @@ def block_bytes(blocks: list[Block]) -> int:
 
 
 def table(optimizer: Shampoo4bit) -> str:
-    """The rows as text, with totals and bytes a parameter."""
+    """The rows as text: what is done to which parameters and why, then their shapes, with totals."""
     found = rows(optimizer)
-    cells = [
-        (r.treatment, "x".join(map(str, r.shape)), str(r.parameters), r.blocks, _mega(r.elements), _mega(r.bytes),
-         f"{r.bytes / r.elements:.2f}", r.kind, f"x{r.rate:g}")
-        for r in found
-    ]  # fmt: skip
-    elements, size = sum(r.elements for r in found), sum(r.bytes for r in found)
-    count = str(sum(r.parameters for r in found))
-    cells.append(("total", "", count, "", _mega(elements), _mega(size), f"{size / max(elements, 1):.2f}", "", ""))
-    header = ("treatment", "shape", "tensors", "blocks", "M elements", "M bytes", "bytes/param", "kind", "rate")
-    widths = [max(len(row[i]) for row in [header, *cells]) for i in range(len(header))]
-    lines = [_line(row, widths) for row in [header, *cells]]
-    rule = "-" * len(lines[0])
-    return "\n".join(["Shampoo4bit state", rule, lines[0], rule, *lines[1:-1], rule, lines[-1]])
+    header = ("shape", "tensors", "blocks", "M entries", "M bytes", "a param")
+    of_what: dict[str, list[tuple[str, ...]]] = {}
+    for row in found:
+        of_what.setdefault(_title(row), []).append(
+            ("x".join(map(str, row.shape)) or "scalar", str(row.parameters), row.blocks, *_figures([row]))
+        )
+    total = ("total", str(sum(row.parameters for row in found)), "", *_figures(found))
+    cells = [header, total, *(line for lines in of_what.values() for line in lines)]
+    widths = [max(len(line[i]) for line in cells) for i in range(len(header))]
+    rule = "-" * (2 + sum(widths) + 2 * len(widths) - 2)
+    body = [text for title, lines in of_what.items() for text in [title, *(_line(line, widths) for line in lines)]]
+    unknown = [] if any(map(any, map(optimizer.purposes, range(len(optimizer.param_groups))))) else [_NO_MODEL]
+    return "\n".join(
+        ["Shampoo4bit state", rule, _line(header, widths), rule, *body, rule, _line(total, widths), *unknown]
+    )
 
 
 def metrics(optimizer: Shampoo4bit) -> dict[str, float]:
@@ -94,42 +101,54 @@ def metrics(optimizer: Shampoo4bit) -> dict[str, float]:
     }
 
 
+def _sum(counted: tuple[Row, int]) -> Row:
+    """Equal rows as one."""
+    row, count = counted
+    return replace(row, parameters=count, elements=count * row.elements, bytes=count * row.bytes)
+
+
+def _title(row: Row) -> str:
+    rate = "" if row.rate == 1 else f", rate x{row.rate:g}"
+    return f"{row.treatment}: {row.why}{rate}"
+
+
+def _figures(found: list[Row]) -> tuple[str, str, str]:
+    elements, size = sum(row.elements for row in found), sum(row.bytes for row in found)
+    return f"{elements / 1e6:.3f}", f"{size / 1e6:.3f}", f"{size / max(elements, 1):.2f}"
+
+
 def _line(cells: tuple[str, ...], widths: list[int]) -> str:
     """Names to the left, numbers to the right."""
-    padded = [cell.ljust(w) if i < 2 else cell.rjust(w) for i, (cell, w) in enumerate(zip(cells, widths, strict=True))]
-    return "  ".join(padded)
+    padded = [cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(cells, widths, strict=True))]
+    return "  " + "  ".join(padded)
 
 
 def _treatment(blocks: list[Block], options: Options) -> str:
-    stored = options.moments in ("fp32", "bf16") or _elements_of(blocks) >= SMALL
+    stored = options.moments in ("fp32", "bf16") or sum(block.numel for block in blocks) >= SMALL
     moments = options.moments if stored else "fp32"
     if isinstance(blocks[0].algorithm, Elementwise):
         return f"{BASES[options.base]} {moments}"
     if isinstance(blocks[0].algorithm, Eigenbasis):
-        sides = "" if blocks[0].algorithm.is_two_sided else " one-sided"
+        sides = "two-sided" if blocks[0].algorithm.is_two_sided else "one-sided"
         first = blocks[0].algorithm.moments.first
         if isinstance(first, Blockwise) and first.bits == 8:  # a vocabulary's, which is all that it has
             moments = "8bit"
-        return f"{EIGENBASES[options.algorithm]}{sides} {options.bits}-bit, {moments} moments"
+        return f"{EIGENBASES[options.algorithm]} {sides} {options.bits}-bit, {moments} moments"
     over = "" if options.base == "adamw" else f" over {BASES[options.base]}"
     return f"Shampoo {options.factor} {options.bits}-bit{over}, {moments} moments"
 
 
+def _why(blocks: list[Block], options: Options, purpose: str) -> str:
+    """What a parameter is for, and what of its shape keeps a preconditioner away."""
+    elementwise = isinstance(blocks[0].algorithm, Elementwise)
+    if not purpose:
+        return "parameters without a matrix" if elementwise else "matrices"
+    if elementwise and options.algorithm != "elementwise":
+        return f"{purpose} of {'too few rows' if options.vocabulary else 'one row or column'}"
+    return purpose
+
+
 def _cut(blocks: list[Block]) -> str:
-    shapes = Counter(block.shape for block in blocks)
-    return " + ".join(f"{count} of {m}x{n}" for (m, n), count in shapes.items())
-
-
-def _elements_of(blocks: list[Block]) -> int:
-    return sum(block.numel for block in blocks)
-
-
-def _elements(shape: tuple[int, ...]) -> int:
-    n = 1
-    for side in shape:
-        n *= side
-    return n
-
-
-def _mega(n: int) -> str:
-    return f"{n / 1e6:.3f}"
+    m, n = max((block.shape for block in blocks), key=math.prod)
+    alike = len({block.shape for block in blocks}) == 1
+    return f"{len(blocks)} {'of' if alike else 'up to'} {m}x{n}"
