@@ -9,7 +9,7 @@ share is an embedding if it is that in any of them.
     the weight of nn.Linear, nn.Conv*, transformers' Conv1D         matrix
     norms: torch's types, classes named ...Norm                     elementwise
   and in a module whose type says nothing:
-    named ...bias...                                                elementwise
+    named ...bias..., scale, ..._log                                elementwise
     named as a table (embed, token, position, ...), or in a class   elementwise; an embedding of (n, d): vocabulary
       named ...Embed...
     in a class named ...Expert...                                   matrix
@@ -27,12 +27,15 @@ them: queries, latents, scales, and two of weights (`fn` and `hc_fn` of hyper-co
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList
 
+from .execution.blocking import blocks_of
+from .options import NAMES, Options
+from .preconditioners.algorithms import Elementwise
 from .sharding.local_parameter import full_shape, remember
 
 # The names that Trainer.get_decay_parameter_names leaves undecayed.
@@ -44,7 +47,8 @@ _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTra
 
 _HEAD_NAME = re.compile(r"(?:^|\.)(?:lm_head|embed_out)$", re.IGNORECASE)
 _NORM_CLASS = re.compile(r"Norm(?:\dd)?$")
-_TABLE_NAME = re.compile(r"embed|(?:^|_)emb(?:_|$)|token|table|(?:^|_)pos(?:_|$|ition)|_log$", re.IGNORECASE)
+_VECTOR_NAME = re.compile(r"bias|(?:^|_)scale(?:_\d+)?$|_log$", re.IGNORECASE)
+_TABLE_NAME = re.compile(r"embed|(?:^|_)emb(?:_|$)|token|table|(?:^|_)pos(?:_|$|ition)", re.IGNORECASE)
 _WEIGHT_NAME = re.compile(r"weight|proj|kernel|lora_[AB]|(?:^|_)w(?:\d|_|$)", re.IGNORECASE)
 
 # treatment -> its options; the order of the groups, for the learning rate that the Trainer logs is the first's
@@ -138,9 +142,40 @@ def is_of_matrices(group: Mapping[str, Any]) -> bool:
     return "algorithm" not in group and "vocabulary" not in group
 
 
+def options_of(group: Mapping[str, Any], chosen: Mapping[str, Any]) -> Options:
+    """What a group of `param_groups` gets from an optimizer with the options `chosen`."""
+    return Options(**{**chosen, **{name: group[name] for name in NAMES if name in group}}).carried_out()
+
+
+def require_preconditioned(groups: Iterable[Mapping[str, Any]], chosen: Mapping[str, Any]) -> None:
+    """Refuse a training in which no block would be preconditioned, by the blocks that are planned.
+
+    Args:
+        groups: of `param_groups`.
+        chosen: options of the optimizer.
+
+    Raises:
+        ValueError: none would be, and `algorithm="elementwise"` does not ask for that.
+    """
+    trained = [(p, options_of(group, chosen)) for group in groups for _, p in group["params"]]
+    if chosen.get("algorithm") == "elementwise" or any(_preconditions(full_shape(p), o) for p, o in trained):
+        return
+    found = sorted({f"{noted_purpose(p)} {full_shape(p)}" for p, _ in trained})
+    raise ValueError(
+        f"nothing to precondition: the {len(trained)} trained parameters are {'; '.join(found[:4])}"
+        f"{', ...' if len(found) > 4 else ''}, which the base optimizer alone updates"
+        + (" beside algorithm='shampoo'" if chosen.get("algorithm") == "shampoo" else "")
+        + ".  For that use --optim adamw4bit (algorithm='elementwise')."
+    )
+
+
 def noted_purpose(parameter: Tensor) -> str:
     """Why `param_groups` treats a parameter as it does; empty for one that it never saw."""
     return getattr(parameter, _NOTE, "")
+
+
+def _preconditions(shape: tuple[int, ...], options: Options) -> bool:
+    return any(not isinstance(block.algorithm, Elementwise) for block in blocks_of(shape, options))
 
 
 def _purpose(places: list[_Place], shape: tuple[int, ...], is_head: bool) -> Purpose:
@@ -169,8 +204,8 @@ def _purpose_in(place: _Place, shape: tuple[int, ...]) -> Purpose:
 
 def _purpose_by_name(owner: str, name: str, shape: tuple[int, ...]) -> Purpose:
     """In a module whose type says nothing: by its class's name, the parameter's, and the number of dimensions."""
-    if "bias" in name:
-        return Purpose("elementwise", "vector", "stack of biases")
+    if _VECTOR_NAME.search(name):
+        return Purpose("elementwise", "vector", "biases or scales")
     if "Embed" in owner or _TABLE_NAME.search(name):
         is_embedding = len(shape) == 2 and ("Embed" in owner or "embed" in name)
         return _EMBEDDING if is_embedding else Purpose("elementwise", "embedding", "positions or tokens")
@@ -211,4 +246,5 @@ def _place(path: str, attribute: str, modules: Mapping[str, nn.Module]) -> _Plac
 def _output_heads(model: nn.Module) -> set[int]:
     """The weights that make logits, as the models of transformers (also inside wrappers and adapters) tell them."""
     heads = [getattr(module, "get_output_embeddings", lambda: None)() for module in model.modules()]
-    return {id(head.weight) for head in heads if isinstance(getattr(head, "weight", None), Tensor)}
+    weights = [getattr(head, "weight", None) for head in heads]
+    return {id(weight) for weight in weights if isinstance(weight, Tensor)}

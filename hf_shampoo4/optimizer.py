@@ -61,7 +61,8 @@ class Shampoo4bit(torch.optim.Optimizer):
 
     Matrices (and convolutions and experts through their matrix view) are preconditioned; vectors get the base alone.
     Embeddings and the output head are matrices too: put them in a group with `vocabulary=True`, as
-    `hf_shampoo4.param_groups(model)` does.
+    `hf_shampoo4.param_groups(model)` does.  Of a plain list of parameters, shapes alone are known, and what is a table
+    (embeddings, positions, tokens) is preconditioned as any matrix; `report()` says so.
 
     Any parameters will do, a single bias too: without a matrix among them all are updated by the base alone, as
     `state_report.table` says.  In the Trainer, where they are those of a whole model, that is an error.

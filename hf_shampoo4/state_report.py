@@ -50,10 +50,11 @@ def rows(optimizer: Shampoo4bit) -> list[Row]:
         options = Options.of(group)
         for p, purpose in zip(optimizer.parameters(index), optimizer.purposes(index), strict=True):
             shape = full_shape(p)
-            if p.requires_grad and math.prod(shape):
+            numel = math.prod(shape)
+            if p.requires_grad and numel:
                 blocks = blocks_of(shape, options)
                 treatment, why = _treatment(blocks, options), _why(blocks, options, purpose)
-                row = Row(treatment, why, shape, 1, _cut(blocks), math.prod(shape), block_bytes(blocks), options.kind,
+                row = Row(treatment, why, shape, 1, _cut(blocks), numel, block_bytes(blocks), options.kind,
                           options.rate)  # fmt: skip
                 found.append(row)
     return sorted(map(_sum, Counter(found).items()), key=lambda row: (row.treatment.startswith(_BASES), -row.bytes))

@@ -89,16 +89,12 @@ def _optimizer_cls_and_kwargs(args: Any, model: nn.Module | None, options: dict[
         **options,
     }
     if model is not None:
-        from ..groups import param_groups
+        from ..groups import param_groups, require_preconditioned
 
         groups = param_groups(
             model, args.weight_decay, _target_rule(args.optim_target_modules, model), head_options(options)
         )
-        if options.get("algorithm") != "elementwise" and all("algorithm" in group for group in groups):
-            raise ValueError(
-                "nothing to precondition: the model has no trainable matrix.  "
-                "For the base optimizer alone use --optim adamw4bit (algorithm='elementwise')."
-            )
+        require_preconditioned(groups, options)
         kwargs["params"] = groups
     return Shampoo4bit, kwargs
 

@@ -22,10 +22,10 @@ from torch import nn
 from ..exceptions import OptionError
 from ..execution.blocking import Block, _in_parts, _in_waves, blocks_of, loads_of
 from ..execution.waves import Member, _assign
-from ..groups import is_of_matrices, param_groups
+from ..groups import is_of_matrices, options_of, param_groups
 from ..integrations.trainer import OPTIMS, head_options
 from ..numerics.storage import nbytes
-from ..options import NAMES, Options, parse_optim_args, resolve
+from ..options import Options, parse_optim_args, resolve
 from ..preconditioners.algorithms import Elementwise, intervals
 from ..sharding.geometry import Rect
 from ..sharding.local_parameter import held_itself
@@ -291,7 +291,7 @@ def _in_one_buffer(shapes: list[tuple[int, ...]], world: int) -> list[Placement]
 def _groups(model: nn.Module, chosen: Mapping[str, Any], layout: _Layout) -> list[_Group]:
     groups = []
     for group in param_groups(model, head=head_options(chosen)):
-        options = Options(**{**chosen, **{key: value for key, value in group.items() if key in NAMES}}).carried_out()
+        options = options_of(group, chosen)
         replicated = layout.world == 1 or (layout.sharding == "ddp" and not options.shard_state)
         cut = {shape: blocks_of(shape, options) for shape in {tuple(p.shape) for _, p in group["params"]}}
         for unit in layout.units(group["params"]):

@@ -140,6 +140,21 @@ def test_optim_target_modules_are_the_only_ones_preconditioned(tmp_path, targets
     assert kind["model.embed_tokens.weight"] == "elementwise"
 
 
+def test_what_plans_no_block_with_a_preconditioner_is_refused_in_the_trainer(tmp_path):
+    """Prompt tuning and prefix tuning train a table of a few rows, which is no vocabulary."""
+    with pytest.raises(ValueError, match=r"1 trained parameters are embedding \(20, 256\), which the base optimizer"):
+        trainer_kwargs(nn.Embedding(20, 256), arguments(tmp_path))
+    peft = pytest.importorskip("peft")
+    for config in (peft.PromptTuningConfig, peft.PrefixTuningConfig):
+        adapted = peft.get_peft_model(llama(), config(task_type="CAUSAL_LM", num_virtual_tokens=4))
+        with pytest.raises(ValueError, match=r"nothing to precondition.*--optim adamw4bit"):
+            trainer_kwargs(adapted, arguments(tmp_path))
+    trainer_kwargs(adapted, arguments(tmp_path), algorithm="elementwise")
+    trainer_kwargs(nn.Embedding(2000, 16), arguments(tmp_path))
+    with pytest.raises(ValueError, match=r"updates beside algorithm='shampoo'"):
+        trainer_kwargs(nn.Embedding(2000, 16), arguments(tmp_path), algorithm="shampoo")
+
+
 def test_a_model_without_a_matrix_is_refused_in_the_trainer(tmp_path):
     model = llama()
     model.model.layers.requires_grad_(False)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
+
 import pytest
 import torch
 from torch import nn
 
-from hf_shampoo4 import Shampoo4bit
+from hf_shampoo4 import Shampoo4bit, param_groups
 from hf_shampoo4.execution.blocking import blocks_of
 from hf_shampoo4.optimizer import Options
 from hf_shampoo4.state_report import block_bytes, metrics, rows, table
@@ -59,19 +61,46 @@ def test_rows_count_every_trainable_parameter_once() -> None:
     assert treatments == sorted(treatments)  # the preconditioned ones first
 
 
-def test_table_has_a_line_for_each_row_and_true_totals() -> None:
+def test_table_has_a_line_for_each_row_under_what_is_done_and_true_totals() -> None:
     made = optimizer(block_size=64)
-    text = table(made)
+    text = made.report()
+    assert text == table(made)
     lines = text.splitlines()
-    assert len([line for line in lines if line.startswith(("Shampoo eigen", "AdamW"))]) == len(rows(made))
-    total = next(line for line in lines if line.startswith("total"))
+    titles = [line for line in lines if line.startswith(("Shampoo eigen", "AdamW"))]
+    assert set(titles) == {f"{row.treatment}: {row.why}" for row in rows(made)}
+    assert len(titles) == len(set(titles))
+    shapes = {"x".join(map(str, row.shape)) or "scalar" for row in rows(made)}
+    assert len([line for line in lines if line.split()[0] in shapes]) == len(rows(made))
+    total = next(line for line in lines if line.startswith("  total"))
     size, elements = sum(r.bytes for r in rows(made)), sum(r.elements for r in rows(made))
     assert total.split() == [
         "total", str(len(SHAPES) + 1), f"{elements / 1e6:.3f}", f"{size / 1e6:.3f}", f"{size / elements:.2f}",
     ]  # fmt: skip
-    assert "70x130" in text
-    assert "6 of 35x44" not in text
-    assert "+" in next(line for line in lines if "70x130" in line)  # blocks of more than one shape
+    assert " 6 up to 35x44 " in next(line for line in lines if line.startswith("  70x130"))
+    assert max(map(len, lines)) <= 80
+
+
+def test_a_list_of_parameters_is_said_to_be_one() -> None:
+    model = nn.Sequential(nn.Embedding(500, 64), nn.Linear(64, 64), nn.LayerNorm(64))
+    told = Shampoo4bit(param_groups(model)).report()
+    for title in (
+        "KL-Shampoo one-sided 4-bit, 8bit moments: embedding", "KL-Shampoo two-sided 4-bit, 4bit moments: linear layer",
+        "AdamW fp32: norm", "AdamW fp32: bias",
+    ):  # fmt: skip
+        assert f"\n{title}\n" in told
+    assert "no model was given" not in told
+    untold = Shampoo4bit(model.parameters()).report()  # of the same parameters
+    assert "no model was given: embeddings" in untold
+    assert "linear layer" not in untold
+    assert deepcopy(Shampoo4bit(param_groups(model))).report().count("\n") == untold.count("\n")
+
+
+def test_a_table_is_80_columns_wide_also_with_large_shapes_and_many_options() -> None:
+    with torch.device("meta"):
+        shapes = [(128, 5760, 2880), (151936, 8192), (1, 64, 64, 768), (100_000_001,)]
+        big = [nn.Parameter(torch.empty(shape)) for shape in shapes]
+    made = Shampoo4bit([{"params": big, "kind": "matrix"}], rates={"matrix": 1.25}, moments="4bit_factored")
+    assert max(map(len, made.report().splitlines())) <= 80
 
 
 def test_bytes_of_the_headline_case() -> None:
