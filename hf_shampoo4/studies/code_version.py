@@ -8,7 +8,7 @@ import hashlib
 import inspect
 import platform
 import subprocess
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,13 @@ def versions(packages: Iterable[str], *sources: Callable[..., Any]) -> dict[str,
         found[name] = step_digest() if name == "hf_shampoo4" else _installed(name)
     found.update({source.__name__: _digest(ast.parse(inspect.getsource(source))) for source in sources})
     return found
+
+
+def same(there: Mapping[str, str], here: Mapping[str, str]) -> bool:
+    """Whether two sets of versions mean the same; of a version in parts, `source/bits`, one that agrees is enough."""
+    return there.keys() == here.keys() and all(
+        any(a == b for a, b in zip(there[name].split("/"), here[name].split("/"), strict=False)) for name in here
+    )
 
 
 @functools.cache

@@ -12,11 +12,12 @@ import torch
 from torch import nn
 from transformers import Trainer
 
-from hf_shampoo4.exceptions import ConfigError, MissingPackage
+from hf_shampoo4.exceptions import ConfigError, InputError, MissingPackage
 from hf_shampoo4.groups import is_of_matrices, param_groups
 from hf_shampoo4.integrations.trainer import OPTIMS
 from hf_shampoo4.options import KINDS
 from hf_shampoo4.studies.code_version import versions
+from hf_shampoo4.studies.fingerprint import fingerprint
 
 Chosen = tuple[type, dict[str, Any]]
 """What a Trainer takes as `optimizer_cls_and_kwargs`; `params` are groups, each of one `kind`."""
@@ -66,12 +67,21 @@ def optimizer_of(settings: Settings) -> Callable[[nn.Module, Any], Chosen]:
 
 
 def code_of(settings: Settings) -> dict[str, str]:
-    """The versions of what makes a run with these settings, see `code_version.versions`."""
+    """The versions of what makes a run with these settings, see `code_version.versions`.
+
+    Ours is `source/bits`: a digest of the code, and one of what it computes with these options (`fingerprint`).
+    """
     if "peer" in settings and settings["peer"] in PEERS:
         peer = PEERS[settings["peer"]]
         return versions([peer.package], getattr(peer.make, "func", peer.make))
-    package = PACKAGES.get(settings.get("optim", ""), "torch")
-    return versions([] if package == "torch" else [package])
+    package = PACKAGES.get(settings.get("optim", ""))
+    found = versions([package] if package else [])
+    if package == "hf_shampoo4":
+        try:
+            found[package] += f"/{fingerprint(settings)}"
+        except InputError:  # a run of a time that had other options
+            found[package] += "/refused"
+    return found
 
 
 def _of_the_trainer(model: nn.Module, args: Any) -> Chosen:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hf_shampoo4.studies.code_version import commit
+from hf_shampoo4.studies.code_version import commit, same
 from hf_shampoo4.studies.machine import machine
 from hf_shampoo4.utils.files import write_json
 
@@ -29,14 +29,13 @@ class Runs:
     folder: Path
 
     def path(self, settings: Mapping[str, Any], code: Mapping[str, str]) -> Path:
-        """Where a run is kept: 16 hexadecimal digits of SHA-256 over its settings and code."""
-        told = json.dumps({"settings": settings, "code": code}, sort_keys=True)
-        return self.folder / f"{hashlib.sha256(told.encode()).hexdigest()[:16]}.json"
+        """Where a run is kept: a digest of its settings, and one of the code."""
+        return self.folder / f"{_digest(settings)}-{_digest(code)[:8]}.json"
 
     def find(self, settings: Mapping[str, Any], code: Mapping[str, str]) -> Settings | None:
-        """What a run came to, if it is finished."""
-        path = self.path(settings, code)
-        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+        """What a run came to, if the same code has finished it."""
+        found = [json.loads(p.read_text(encoding="utf-8")) for p in self.folder.glob(f"{_digest(settings)}-*.json")]
+        return next((run for run in found if same(run["code"], code)), None)
 
     def once(self, settings: Settings, code: Mapping[str, str], make: Callable[[], Settings]) -> Settings:
         """The run from the disk, or else made now and kept.
@@ -62,4 +61,8 @@ class Runs:
         found = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(self.folder.glob("*.json"))]
         if code is None:
             return sorted(found, key=lambda run: run["finished"], reverse=True)
-        return [run for run in found if run["code"] == code(run["settings"])]
+        return [run for run in found if same(run["code"], code(run["settings"]))]
+
+
+def _digest(told: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from hf_shampoo4.studies import code_version
-from hf_shampoo4.studies.code_version import PACKAGE, STEP, _digest, step_digest, versions
+from hf_shampoo4.studies.code_version import PACKAGE, STEP, _digest, same, step_digest, versions
+from hf_shampoo4.studies.fingerprint import _fingerprint, fingerprint
 from hf_shampoo4.studies.runner import Runs
 
 SETTINGS = {"optim": "a", "learning_rate": 1e-3, "seed": 0}
@@ -41,6 +42,28 @@ def test_other_settings_or_other_code_are_another_run(tmp_path: Path) -> None:
     assert [run["settings"]["seed"] for run in runs.of(lambda settings: CODE)] in ([0, 1], [1, 0])
     assert len(runs.of(lambda settings: {"torch": "4"})) == 0
     assert len(runs.of(None)) == 3
+
+
+def test_equal_source_or_equal_bits_are_the_same_code() -> None:
+    here = {"torch": "2", "ours": "s1/b1"}
+    for there, expected in (("s1/b1", True), ("s2/b1", True), ("s1/b2", True), ("s2/b2", False), ("b1/s1", False)):
+        assert same({"torch": "2", "ours": there}, here) is expected
+    assert not same({"torch": "3", "ours": "s1/b1"}, here)
+    assert not same({"torch": "2"}, here)
+
+
+def test_equal_bits_have_one_fingerprint_and_other_options_another() -> None:
+    told = {"optim": "adamw4bit", "adam_beta2": 0.99}
+    found = fingerprint(told)
+    _fingerprint.cache_clear()
+    assert fingerprint({**told, "learning_rate": 5, "optim_args": "stagger=false"}) == found
+    assert fingerprint({**told, "optim_args": "moments=fp32"}) != found
+    assert fingerprint({"optim": "adamw4bit"}) != found
+
+
+def test_the_fingerprint_sees_the_late_schedule() -> None:
+    found = fingerprint({"optim": "shampoo4bit"})
+    assert fingerprint({"optim": "shampoo4bit", "optim_args": "stats_every=5"}) != found
 
 
 def test_a_run_that_fails_leaves_nothing(tmp_path: Path) -> None:

@@ -1,0 +1,61 @@
+"""What this package's optimizer computes, in 12 digits: equal bits mean equal updates, however the code reads."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from hf_shampoo4.integrations.trainer import OPTIMS
+from hf_shampoo4.optimizer import Shampoo4bit
+from hf_shampoo4.options import parse_optim_args
+
+# One of each kind and geometry, and one that is cut into blocks.
+GROUPS: tuple[tuple[dict[str, Any], tuple[tuple[int, ...], ...]], ...] = (
+    ({"kind": "matrix"}, ((64, 64), (160, 64), (64, 160), (2200, 40))),
+    ({"kind": "embedding", "vocabulary": True}, ((512, 64),)),
+    ({"kind": "head", "vocabulary": True}, ((512, 64),)),
+    ({"kind": "vector", "algorithm": "elementwise"}, ((64,),)),
+)
+SCHEDULE = ((0, 5), (150, 4), (1000, 11))
+"""(step to go on from, steps): as at the beginning, when bases turn less often, and when they turn at their slowest."""
+
+
+def fingerprint(settings: Mapping[str, Any]) -> str:
+    """12 hexadecimal digits of SHA-256 over the weights after a few steps on made-up gradients.
+
+    The same on every run of the same arithmetic on one kind of processor; another processor may round otherwise.
+
+    Args:
+        settings: of a run; read are `optim`, one of ours, `optim_args` and the second beta.
+    """
+    return _fingerprint(settings["optim"], settings.get("optim_args", ""), float(settings.get("adam_beta2", 0.999)))
+
+
+@functools.cache
+def _fingerprint(optim: str, optim_args: str, beta2: float) -> str:
+    generator = torch.Generator().manual_seed(0)
+    groups = [
+        {"params": [nn.Parameter(0.02 * torch.randn(shape, generator=generator)) for shape in shapes], **kind}
+        for kind, shapes in GROUPS
+    ]
+    options = {**OPTIMS[optim], **parse_optim_args(optim_args, beneath=OPTIMS[optim])}
+    optimizer = Shampoo4bit(groups, lr=1e-2, betas=(0.9, beta2), weight_decay=0.1, **options)
+    weights: list[nn.Parameter] = [p for group in optimizer.param_groups for p in group["params"]]
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        for start, steps in SCHEDULE:
+            for group in optimizer.param_groups:
+                group["step"] = start
+            for _ in range(steps):
+                for p in weights:
+                    p.grad = 1e-2 * torch.randn(p.shape, generator=generator) + 0.1 * p.detach()
+                optimizer.step()
+    finally:
+        torch.set_num_threads(threads)
+    return hashlib.sha256(b"".join(p.detach().numpy().tobytes() for p in weights)).hexdigest()[:12]
