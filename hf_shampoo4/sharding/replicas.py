@@ -1,0 +1,93 @@
+"""Plain tensors are taken for replicas, each of them whole on every rank: how it is told that they are not.
+
+Where every rank trains a model of its own, or its gradients have not been averaged, owners would overwrite what is
+another rank's.  So a few sums of each parameter and gradient are compared over ranks.
+"""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from .exchange import Ranks
+from .local_parameter import Held
+
+TOLERANCE = 0.02  # of a norm.  A clip factor with another last bit may round a bfloat16 number to its neighbour (.008)
+
+
+def compare(ranks: Ranks, held: Sequence[Held]) -> None:
+    """Make sure that parameters and gradients are replicas; every rank must call it with the same parameters.
+
+    Raises:
+        RuntimeError: they are not; the message says which and on which ranks.
+    """
+    if not held:
+        return
+    sums = torch.stack([_sums(one) for one in held])  # (n, 2, 2): of weights and gradient; sum and norm
+    bounds = ranks.reduce(torch.stack([sums, -sums]), largest=True)
+    largest, least = bounds[0], -bounds[1]
+    scale = torch.maximum(largest.abs(), least.abs()).amax(-1, keepdim=True)
+    differs = (largest - least > TOLERANCE * scale).any(-1)  # false where it is not a number
+    if not differs.any():
+        return
+    first = int(differs.any(-1).nonzero()[0])
+    which = 0 if differs[first, 0] else 1
+    _refuse(held[first].name, ("values", "gradients")[which], ranks.gather(sums[first, which].tolist()), ranks)
+
+
+def _sums(held: Held) -> Tensor:
+    """float64 (2, 2): sum and norm of the weights and of the gradient.  The sum is that of what differs too."""
+    weights, gradient = held.weights(), held.gradient()
+    both = [weights, torch.zeros_like(weights) if gradient is None else gradient]
+    return torch.stack(
+        [torch.stack([x.sum(dtype=torch.float64), torch.linalg.vector_norm(x.double())]) for x in both]
+    )
+
+
+def _refuse(name: str, what: str, by_rank: list[list[float]], ranks: Ranks) -> None:
+    first = by_rank[0]
+    scale = max(abs(x) for of_rank in by_rank for x in of_rank)
+    rank, other = max(enumerate(by_rank), key=lambda found: max(abs(a - b) for a, b in zip(first, found[1], strict=True)))
+    others = [r for r, of_rank in enumerate(by_rank) if max(abs(a - b) for a, b in zip(first, of_rank, strict=True)) > TOLERANCE * scale]
+    raise RuntimeError(
+        f"parameter {name!r} is no replica: its {what} differ between rank 0 and ranks {others[:8]} (sum and norm "
+        f"{first[0]:.4g}, {first[1]:.4g} on rank 0; {other[0]:.4g}, {other[1]:.4g} on rank {rank}).  All ranks of a "
+        f"process group train one model together.  Average the gradients over these {ranks.world} ranks before step(), "
+        "as DistributedDataParallel does; or give the optimizer the group of the ranks whose gradients are averaged "
+        "(process_group=); or set communicate=False where every process trains a model of its own, or averages models"
+    )
+
+
+def has_gradient(held: Sequence[Held]) -> bool:
+    """Whether any gradient here is not zero."""
+    found = [gradient for one in held if (gradient := one.gradient()) is not None and gradient.numel()]
+    return any(bool(gradient.any()) for gradient in found)
+
+
+def wrappers(parameters: Sequence[Tensor]) -> list[weakref.ref[Any]]:
+    """The DistributedDataParallel modules that the parameters are in, which say nowhere that they are."""
+    known = {id(p) for p in parameters}
+    found = [o for o in gc.get_objects() if issubclass(type(o), DistributedDataParallel)]
+    return [weakref.ref(module) for module in found if any(id(p) in known for p in module.parameters())]
+
+
+def refuse_join(modules: Sequence[weakref.ref[Any]]) -> None:
+    """Refuse uneven inputs: a rank that has run out of them takes part in DDP's collectives, but not in ours.
+
+    Raises:
+        RuntimeError: a module is in the context of `join()`.
+    """
+    for module in modules:
+        config = getattr(module(), "_join_config", None)
+        if config is not None and config.enable and not config.throw_on_early_termination:
+            raise RuntimeError(
+                "DistributedDataParallel.join() lets ranks run out of inputs, and the others would wait for them in "
+                "the optimizer: set communicate=False, with which every rank computes all of the update; or use "
+                "join(throw_on_early_termination=True), or inputs that are as many on every rank"
+            )
