@@ -12,7 +12,7 @@ import warnings
 import weakref
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple, NoReturn, get_type_hints
 
@@ -24,17 +24,19 @@ from .checkpointing.formats import FORMAT, check_entry, clean_name, pack, unpack
 from .exceptions import CheckpointError, OptionError, SparseGradient
 from .execution.blocking import blocks_of
 from .execution.state_layout import Entry, state_layout
-from .execution.wave_step import WaveStep, raise_together, run
+from .execution.wave_step import WaveStep, run
 from .execution.waves import Wave, build
 from .groups import noted_purpose
 from .options import KINDS, NAMES, OF_ADAMW, OF_THE_RUN, STRUCTURAL, TYPES, Options, check_rates, resolve
 from .preconditioners.algorithms import Context
 from .preconditioners.diagnostics import Probe
 from .preconditioners.moments import make_moments
-from .sharding.exchange import Ranks
+from .sharding.agreement import Failures, View, agree, of_each, together
+from .sharding.exchange import ProcessGroup, Ranks
 from .sharding.geometry import matrix_view
 from .sharding.local_parameter import Held, check, full_shape, held_by_deepspeed, held_itself, in_deepspeed, in_fsdp1
-from .sharding.rendezvous import all_come
+from .sharding.rendezvous import all_come, announced
+from .sharding.replicas import compare, has_gradient, refuse_join, wrappers
 from .state_report import table
 from .utils.stopwatch import Stopwatch
 
@@ -76,12 +78,15 @@ class Shampoo4bit(torch.optim.Optimizer):
             (preconditioned) gradient before the momentum.
         preset: a named set of options (`hf_shampoo4.options.PRESETS`).
         config: path of a YAML file with options.
+        process_group: the ranks that train this model together, if they are not all of the default group: those over
+            which DistributedDataParallel averages its gradients, say.  It is no option of a group and is not saved.
         options: see `hf_shampoo4.options.Options`; explicit ones win over `config`, that over `preset`; one that is
             None counts as not given.
 
     Raises:
         OptionError: an option that does not exist, or a value that is not allowed.
         TypeError: a parameter that requires a gradient and is not real floating point of 16 bits or more.
+        ValueError: this rank is not in `process_group`.
     """
 
     _reader: Callable[[dict[str, Tensor]], None] | None
@@ -100,8 +105,10 @@ class Shampoo4bit(torch.optim.Optimizer):
         *,
         preset: str | None = None,
         config: str | None = None,
+        process_group: Any = None,
         **options: Any,
     ) -> None:
+        self._process_group = ProcessGroup(process_group)
         given = {name: value for name, value in options.items() if value is not None or name not in NAMES}
         chosen = Options(**resolve(given, preset=preset, config=config))
         base = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
@@ -124,18 +131,24 @@ class Shampoo4bit(torch.optim.Optimizer):
             SparseGradient: a sparse gradient; a TypeError and a RuntimeError.
             TypeError: a parameter that was frozen and cannot be trained.
             ValueError: parameters that are sharded in a way that is not supported.
-            RuntimeError: ranks with different options or models, state that only some ranks have or that is there in
-                part, or another rank that failed.
+            RuntimeError: ranks with different options or models, or gradients that were not averaged; state that only
+                some ranks have or that is there in part; or another rank that failed.  Parameters and state may then be
+                updated in part: go on from the last checkpoint.
         """
         loss = None if closure is None else torch.enable_grad()(closure)()
-        units = self._units()
-        if self._is_rehearsal(units):
+        if not self._built:
+            self._ranks = self._find_ranks()
+        self._ranks.require()
+        units, mine = self._view()
+        if mine.failures.first is None and self._is_rehearsal(units):
             return loss
-        usable, wanted = self._agree(units)
-        for unit in units if wanted else ():
-            if usable:
-                self._update(unit, wanted)
-            else:
+        agreed = self._agree(units, mine)
+        if agreed.finite:
+            for unit in units if agreed.present else ():
+                self._update(unit, agreed)
+            agreed.failures.raise_together()
+        else:
+            for unit in units:
                 unit.group["skipped_steps"] += 1
         return loss
 
@@ -180,9 +193,11 @@ class Shampoo4bit(torch.optim.Optimizer):
             return
         for wave in self._all_waves():
             if _only_consolidated(wave):
-                for m, entry in wave.saved().items():
-                    kept = {key: t.to("cpu", copy=True) for key, t in entry.items()}
-                    self._consolidated[wave.members[m].parameter] = kept
+                found = wave.saved()
+                with self.together():
+                    for m, entry in found.items():
+                        kept = {key: t.to("cpu", copy=True) for key, t in entry.items()}
+                        self._consolidated[wave.members[m].parameter] = kept
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group; its options are cast and checked as the constructor's are.
@@ -288,7 +303,8 @@ class Shampoo4bit(torch.optim.Optimizer):
                 "shard_state, consolidate() on every rank before the copy"
             )
         whole = {p: self._consolidated.get(p, entry) for p, entry in self.state.items()}
-        return {**super().__getstate__(), "state": defaultdict(dict, whole)}
+        kept = {"state": defaultdict(dict, whole), "_process_group": self._process_group}
+        return {**super().__getstate__(), **kept}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -316,6 +332,11 @@ class Shampoo4bit(torch.optim.Optimizer):
     def report(self) -> str:
         """A table of what is preconditioned how, why, and in how many bytes of state; also before the first step."""
         return table(self)
+
+    @property
+    def process_group(self) -> Any:
+        """The group that it was given; None: the default one."""
+        return self._process_group.group
 
     def refresh_seconds(self) -> float:
         """Time spent on factors and roots since construction or the last load."""
@@ -350,20 +371,16 @@ class Shampoo4bit(torch.optim.Optimizer):
         """What each parameter of group `index` is for, as `param_groups` noted it; empty for what it has not seen."""
         return self._purposes[index]
 
-    @contextmanager
-    def together(self) -> Iterator[None]:
+    def together(self) -> AbstractContextManager[None]:
         """All ranks leave the block, or all raise; a rank must not fail in it before others wait for it."""
-        error: Exception | None = None
-        try:
-            yield
-        except Exception as failed:
-            error = failed
-        if any(self._ranks.gather(error is not None)):
-            raise_together(self._ranks, error)
+        return together(self._ranks)
 
     def _reset(self) -> None:
         self._ranks = Ranks()
         self._built: dict[tuple[int, int], _Built] = {}
+        self._described = ""
+        self._wrappers: list[weakref.ref[Any]] = []
+        self._unchecked: set[int] = set()
         self._probes: dict[tuple[int, int], Probe] = {}
         self._consolidated: dict[Tensor, Entry] = {}
         self._reader, self._unread, self._awaited = None, 0, frozenset()
@@ -410,8 +427,8 @@ class Shampoo4bit(torch.optim.Optimizer):
         gradients = [p.grad for p in copies if id(p) not in models and p.grad is not None]
         return bool(held) and len(gradients) == len(held) and not any(g.any() for g in gradients)
 
-    def _update(self, unit: _Unit, wanted: Mapping[int, torch.dtype]) -> None:
-        """One step of the parameters that have a gradient on some rank (their ids, and its dtype)."""
+    def _update(self, unit: _Unit, agreed: View) -> None:
+        """One step of the parameters that have a gradient on some rank."""
         group, built = unit.group, self._built[unit.key]
         if built.step == group["step"]:  # of several parts of a group, the first counts the step
             group["step"] += 1
@@ -422,70 +439,103 @@ class Shampoo4bit(torch.optim.Optimizer):
         context = Context(options, group["step"], group["betas"], group["eps"], self._stopwatch, coupled, probe)
         steps, lr = [], float(group["lr"]) * options.rate
         for wave in built.waves:
-            ids = {m: id(member.parameter) for m, member in enumerate(wave.members)}
-            present = {m: wanted[key] for m, key in ids.items() if key in wanted}
+            names = {m: member.name for m, member in enumerate(wave.members)}
+            present = {m: WIDTHS[agreed.present[name] - 1] for m, name in names.items() if name in agreed.present}
             for m in present:
                 wave.members[m].updates += 1
             for part in (wave.of_members(part, present) for part in wave.parts):
                 if part.blocks:
-                    steps.append(WaveStep(wave, part, present, context, lr, decoupled))
+                    steps.append(WaveStep(wave, part, present, context, lr, decoupled, agreed.failures))
         run(steps)
         if probe:
             self._probes[unit.key] = probe
 
-    def _agree(self, units: Sequence[_Unit]) -> tuple[bool, dict[int, torch.dtype]]:
-        """Have a plan, and see the same on every rank: whether the gradients are finite, and which there are.
+    def _find_ranks(self) -> Ranks:
+        """The ranks that train together; from here on all of them do the same, or all raise."""
+        if not all(group["communicate"] for group in self._groups):
+            return Ranks()
+        return self._process_group.ranks(of_an_engine=any(in_deepspeed(p) for p in self._all_parameters()))
 
-        Returns:
-            usable: whether they are.
-            wanted: id of a parameter -> the widest dtype that its gradient has on a rank.
-        """
+    def _view(self) -> tuple[list[_Unit], View]:
+        """What is to be updated, and what this rank sees of it."""
+        view, units, several = View(Failures(self._ranks)), list[_Unit](), self._ranks.world > 1
+        with view.failures.kept():
+            self._ranks.require_same()
+            refuse_join(self._wrappers)
+            units = self._units()
+            live = [held for unit in units for held in unit.candidates]  # as many on every rank, whatever is frozen
+            view.stale = any(self._stale(unit) for unit in units)
+            view.finite = self._gradients_are_finite(live)
+            view.present = {held.name: width for held in live if (width := _width(held.buffer.grad))}
+            if several:
+                view.names = [held.name for held in live]
+                view.settings, view.rates = self._settings(afresh=view.stale), _rates(self._groups)
+                view.fresh = has_gradient(self._replicas(units))
+        return units, view
+
+    def _agree(self, units: Sequence[_Unit], mine: View) -> View:
+        """Have a plan, and see the same on every rank: which gradients there are, and whether they are finite."""
         self._consolidated.clear()
         self._steps += 1
-        error: Exception | None = None
-        live = [held for unit in units for held in unit.candidates]  # as many on every rank, whatever is frozen there
-        stale = any(self._stale(unit) for unit in units)
         if any(unit.key in self._built for unit in units):  # the second round: all that was to be read has been
             self._reader, self._awaited = None, frozenset()
+        device = next((held.buffer.device for unit in units for held in unit.candidates), torch.device("cpu"))
+        with nullcontext() if self._built else announced(self._ranks):
+            agreed = agree(self._ranks, mine, self._explained, device)
         if not self._built:
-            self._ranks = Ranks.here() if all(group["communicate"] for group in self._groups) else Ranks()
-            self._introduce()
-        try:
-            usable = self._gradients_are_finite(live)
-        except TypeError as refused:
-            error, usable = refused, True
-        seen = [error is not None, not usable, stale, *(_width(held.buffer.grad) for held in live)]
-        if self._ranks.world > 1:
-            device = live[0].buffer.device if live else torch.device("cpu")
-            seen = self._ranks.reduce(torch.tensor(seen, dtype=torch.int32, device=device), largest=True).tolist()
-        if seen[0]:
-            raise_together(self._ranks, error)
-        widths = zip(live, seen[3:], strict=True)
-        wanted = {id(held.parameter): WIDTHS[width - 1] for held, width in widths if width}
-        if seen[2] and wanted:
+            self._together = self._ranks.gather(uuid.uuid4().hex)[0]
+        if agreed.stale and agreed.present:
             self._plan(units)
-        return not seen[1], wanted
+        if agreed.finite and agreed.present and self._ranks.world > 1:
+            self._check_replicas(units, agreed)
+        return agreed
 
-    def _introduce(self) -> None:
-        """Make sure that all ranks train the same model in the same way.
+    def _check_replicas(self, units: Sequence[_Unit], agreed: View) -> None:
+        """Compare what is taken for replicas: after planning, when first there are gradients, and ever more rarely."""
+        again = [unit for unit in units if (unit.group["step"] + 1).bit_count() == 1]
+        if again:
+            self._unchecked |= {id(held.parameter) for held in self._replicas(again, all_of_them=True)}
+        if again or agreed.stale or agreed.fresh:
+            there = [held for held in self._replicas(units) if held.name in agreed.present]
+            tell = compare(self._ranks, there)
+            self._unchecked -= {id(held.parameter) for held, tells in zip(there, tell, strict=True) if tells}
 
-        Raises:
-            RuntimeError: they do not; the message says what differs.
-        """
-        if self._ranks.world == 1:
-            return
-        mine = [
+    def _replicas(self, units: Sequence[_Unit], all_of_them: bool = False) -> list[Held]:
+        """Plain tensors that every rank has; those that have not been compared yet."""
+        waves = [wave for unit in units if unit.key in self._built for wave in self._built[unit.key].waves]
+        plain = [
+            member.held for wave in waves for member in wave.members
+            if member.placement.whole and not hasattr(member.parameter, "device_mesh")
+        ]  # fmt: skip
+        return plain if all_of_them else [held for held in plain if id(held.parameter) in self._unchecked]
+
+    def _settings(self, afresh: bool) -> str:
+        """What must be the same on all ranks."""
+        if afresh or not self._described:
+            named = [zip(self.names(i), self.parameters(i), strict=True) for i in range(len(self._groups))]
+            self._described = repr([[(n, full_shape(p), p.dtype) for n, p in of_group] for of_group in named])
+            self._described = hashlib.sha256(self._described.encode()).hexdigest()
+        options = [[group[name] for name in (*NAMES, "step")] for group in self._groups]
+        trained = [p.requires_grad for p in self._all_parameters()]
+        return repr((self._described, options, trained))
+
+    def _explained(self) -> list[dict[str, Any]]:
+        """The same for people."""
+        return [
             {
-                **{name: group[name] for name in (*NAMES, "lr", "betas", "eps", "weight_decay", "step")},
-                **{n: (full_shape(p), str(p.dtype)) for n, p in zip(self.names(i), self.parameters(i), strict=True)},
+                **{name: group[name] for name in (*NAMES, "step")},
+                **{
+                    f"parameter {n!r}": f"{'trained' if p.requires_grad else 'frozen'}, {full_shape(p)} {p.dtype}"
+                    for n, p in zip(self.names(i), self.parameters(i), strict=True)
+                },
+                **{name: float(group[name]) for name in ("lr", "eps", "weight_decay")},
+                **{f"betas[{k}]": float(beta) for k, beta in enumerate(group["betas"])},
             }
             for i, group in enumerate(self._groups)
         ]
-        said = self._ranks.gather((hashlib.sha256(repr(mine).encode()).hexdigest(), uuid.uuid4().hex))
-        self._together = said[0][1]
-        if len({digest for digest, _ in said}) > 1:
-            theirs = self._ranks.gather(mine)
-            raise RuntimeError(f"ranks disagree on options or model: {_difference(theirs)}")
+
+    def _all_parameters(self) -> list[Tensor]:
+        return [p for index in range(len(self._groups)) for p in self.parameters(index)]
 
     def _waves(self, index: int) -> list[Wave]:
         return [wave for (group, _), built in self._built.items() if group == index for wave in built.waves]
@@ -539,6 +589,11 @@ class Shampoo4bit(torch.optim.Optimizer):
             start = old.step if old else next(others, unit.group["step"])
             everything = set(self.parameters(unit.key[0]))
             self._built[unit.key] = _Built(unit.identity(), everything, views, waves, start, start)
+        if self._ranks.world > 1:
+            self._unchecked |= {id(held.parameter) for held in self._replicas(units, all_of_them=True)}
+            with self.together():
+                self._wrappers = wrappers(self._all_parameters())
+                refuse_join(self._wrappers)
 
     def _count_updates(self, waves: Sequence[Wave]) -> None:
         """Tell every rank how many updates each parameter has had, as the state says that is spread over them."""
@@ -555,7 +610,9 @@ class Shampoo4bit(torch.optim.Optimizer):
         """
         before = {p: entry for built in self._built.values() for p, entry in built.state.items()}
         here = {p for index in range(len(self._groups)) for p in self.parameters(index)}
-        ranks = self._ranks.gather([[self._standing(held, before) for held in unit.candidates] for unit in units])
+        ranks = of_each(
+            self._ranks, lambda: [[self._standing(held, before) for held in unit.candidates] for unit in units]
+        )
         surveyed, dropped, fresh = [], [p for p in before if p not in here], list[str]()
         for i, unit in enumerate(units):
             built, members = self._built.get(unit.key), []
@@ -746,24 +803,17 @@ def _layout(group: Mapping[str, Any]) -> dict[str, Any]:
     return {**{name: group[name] for name in STRUCTURAL}, "quant_block": o.factor_block, "codebook": o.factor_codebook}
 
 
-def _difference(ranks: list[list[dict[str, Any]]]) -> str:
-    """The first thing in which a rank's groups differ from those of rank 0."""
-    for rank, groups in enumerate(ranks):
-        if len(groups) != len(ranks[0]):
-            return f"rank 0 has {len(ranks[0])} parameter groups, rank {rank} {len(groups)}"
-        for i, (there, here) in enumerate(zip(ranks[0], groups, strict=True)):
-            for name in [*there, *here]:
-                if there.get(name) != here.get(name):
-                    values = f"{there.get(name)} on rank 0, {here.get(name)} on rank {rank}"
-                    return f"{name} in parameter group {i} is {values}"
-    return "the order of the parameters"
-
-
 def _taken_over(entry: Entry, p: Tensor) -> Entry:
     """A parameter's saved state, never the caller's own tensors but where this rank wants a part of them alone."""
     if in_fsdp1(p) or in_deepspeed(p):
         return dict(entry)
     return {name: t.to(p.device, copy=True) for name, t in entry.items()}
+
+
+def _rates(groups: Sequence[Mapping[str, Any]]) -> list[float]:
+    """Numbers that tell whether ranks have the same rates; schedules may compute them with other last bits."""
+    of_group = [[*map(float, (g["lr"], g["eps"], g["weight_decay"])), *map(float, g["betas"])] for g in groups]
+    return [sum((i + 1) * rate for i, rate in enumerate(of_kind)) for of_kind in zip(*of_group, strict=True)]
 
 
 class _Unit(NamedTuple):

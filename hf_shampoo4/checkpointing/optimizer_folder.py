@@ -55,14 +55,14 @@ def save_optimizer(optimizer: Shampoo4bit, folder: str | Path) -> None:
         groups = [_described(optimizer, i) for i in range(len(optimizer.param_groups))]
         json.dumps(groups)
         mine = {name: checksums.of_tensor(row) for name, row in rows.items()}
-    _write(rows, folder, alone=optimizer.world_size == 1)
+    _write(rows, folder, optimizer)
     everybodys = {name: number for of_rank in optimizer.gather(mine) for name, number in of_rank.items()}
     with optimizer.together():  # nobody goes on before it is complete
         if optimizer.rank == 0:
             _complete(folder, groups, everybodys)
 
 
-def _write(rows: dict[str, Tensor], folder: Path, alone: bool) -> None:
+def _write(rows: dict[str, Tensor], folder: Path, optimizer: Shampoo4bit) -> None:
     """Every rank its rows.
 
     Raises:
@@ -70,9 +70,10 @@ def _write(rows: dict[str, Tensor], folder: Path, alone: bool) -> None:
     """
     from torch.distributed import checkpoint
 
+    alone, group = optimizer.world_size == 1, optimizer.process_group
     try:
         with _without_warnings():
-            checkpoint.save(dict(rows), checkpoint_id=folder, no_dist=alone)
+            checkpoint.save(dict(rows), checkpoint_id=folder, process_group=group, no_dist=alone)
     except checkpoint.CheckpointException as error:
         ranks = ", ".join(map(str, sorted(error.failures)))
         where = "" if alone else f"rank {ranks} could not write: "

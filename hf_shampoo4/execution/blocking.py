@@ -16,7 +16,7 @@ from typing import Protocol, TypeVar
 from ..exceptions import OptionError
 from ..numerics.storage import SMALL, nbytes
 from ..options import Options
-from ..preconditioners.algorithms import Algorithm, Shampoo, intervals, make_algorithm
+from ..preconditioners.algorithms import Algorithm, intervals, make_algorithm
 from ..preconditioners.bases import rotated_sides
 from ..preconditioners.operations import amortised
 from ..sharding.geometry import MatrixView, Rect, entries_view, matrix_view, partition
@@ -181,7 +181,7 @@ def _in_parts(blocks: Sequence[Block], owners: Sequence[int], ranks: int) -> lis
         owners: who computes each block.
         ranks: into how many parts the ranks have cut the parameters.
     """
-    grafted = any(isinstance(block.algorithm, Shampoo) for block in blocks)
+    grafted = any(block.algorithm.grafted for block in blocks)
     if grafted or sum(block.numel for block in blocks) <= WAVE_ELEMENTS * ranks:
         return [list(range(len(blocks)))] if blocks else []
     of_owner: dict[int, list[int]] = {}

@@ -11,10 +11,11 @@ from torch import Tensor
 
 from ..numerics.linalg import exact_float32
 from ..numerics.rounding import noise_at, to_bfloat16
-from ..numerics.storage import Index
+from ..options import Options
 from ..preconditioners.algorithms import Context, directions
-from ..sharding.exchange import Form, Pending, Piece, Ranks, packed
-from .waves import Part, Stack, Wave
+from ..sharding.agreement import Failures
+from ..sharding.exchange import Form, Pending, Piece, packed
+from .waves import Part, Rows, Stack, Wave
 
 
 def run(steps: Sequence[WaveStep]) -> None:
@@ -48,9 +49,11 @@ class WaveStep:
     context: Context
     lr: float
     weight_decay: float
+    failures: Failures
+    """What fails in a part of the work here leaves it undone; the exchanges take place all the same."""
     _sources: list[dict[int, Tensor]] = field(default_factory=list)
     _updates: dict[int, Tensor] = field(default_factory=dict)
-    _changes: dict[int, list[tuple[Tensor, Index]]] = field(default_factory=dict)
+    _changes: dict[int, list[Rows]] = field(default_factory=dict)
     _collecting: Pending | None = None
     _sending: Pending | None = None
 
@@ -58,7 +61,12 @@ class WaveStep:
         self.route, self.rank = self.part.route, self.wave.ranks.rank
         dtype = self.wave.members[0].held.buffer.dtype
         half = self.context.options.wire == "bf16"
-        self.collects_half = half and not self.route.collect.local
+        wanted = {self.wave.member_of[block] for block in self.part.blocks}
+        self._source_dtypes = [{m: self.gradient_dtypes[m] for m in wanted}]
+        if self.context.coupled_decay:
+            self._source_dtypes.append(dict.fromkeys(wanted, dtype))
+        if half and not self.route.collect.local:
+            self._source_dtypes = [dict.fromkeys(wanted, torch.bfloat16) for _ in self._source_dtypes]
         self.update_dtype = torch.bfloat16 if half and not self.route.deliver.local else torch.float32
         self.sends_weights = (
             not self.route.deliver.local
@@ -70,34 +78,22 @@ class WaveStep:
 
     def collect(self) -> None:
         """Send the gradients (and, where the step needs them, the weights) to the owners; nothing waits."""
-        members, side = self.wave.members, self.route.collect
-        wanted = {self.wave.member_of[block] for block in self.part.blocks}
-        self._sources = [{m: members[m].gradient().to(self.gradient_dtypes[m]) for m in wanted}]
-        if self.context.coupled_decay:
-            self._sources.append({m: members[m].held.weights() for m in wanted})
-        if self.collects_half:
-            self._sources = [{m: t.to(torch.bfloat16) for m, t in source.items()} for source in self._sources]
-        if side.local:
-            return
-        out = {
-            rank: [p.of_flat(source[p.member]) for source in self._sources for p in pieces]
-            for rank, pieces in side.out.items()
-            if rank != self.rank
-        }
-        into = {
-            rank: [Form((p.rows, p.columns), source[p.member].dtype) for source in self._sources for p in pieces]
-            for rank, pieces in side.into.items()
-        }
-        self._collecting = self.wave.ranks.all_to_all("gradients", out, into, self.wave.device)
+        side, device = self.route.collect, self.wave.device
+        out: dict[int, Tensor] = {}
+        with self.failures.kept():
+            self._sources = self._held()
+            for rank in self.wave.ranks.others if not side.local else ():
+                pieces = side.out.get(rank, [])
+                out[rank] = packed([p.of_flat(source[p.member]) for source in self._sources for p in pieces], device)
+        if not side.local:
+            sizes = {rank: _nbytes(self._source_forms(pieces)) for rank, pieces in side.out.items()}
+            into = {rank: self._source_forms(pieces) for rank, pieces in side.into.items()}
+            self._collecting = self.wave.ranks.all_to_all("gradients", out, sizes, into, device)
 
     def update(self) -> None:
-        """Bring the state of this rank's blocks up to date, and compute their updates.
-
-        Raises:
-            RuntimeError: another rank failed to compute its.
-        """
-        vote = Vote(self.wave.ranks, len(self.wave.members), self.wave.device)
-        try:
+        """Bring the state of this rank's blocks up to date, and compute their updates."""
+        sums = _Sums(self.wave, self.context.options)
+        with self.failures.kept():
             parts = [stack.part(rows) for stack in self.wave.stacks if (rows := self._rows(stack))]
             stacks = [stack for stack, _ in parts]
             for stack in stacks:
@@ -109,17 +105,14 @@ class WaveStep:
             if self.context.options.maximize:
                 gradients = [-g for g in gradients]  # not in place: they may be the parameters' own
             with exact_float32(self.wave.device.type):
-                updates = directions(stacks, gradients, dataclasses.replace(self.context, total=vote.total))
-        except Exception as error:
-            vote.close(error)
-            raise
-        vote.close()
-        for stack, put_back in parts:
-            stack.weights = None
-            put_back()
-        if not self.sends_weights:  # what stays here is rounded as what is sent: replicas must not differ
-            updates = [update.to(self.update_dtype) for update in updates]
-        self._updates = self._by_block(stacks, updates)
+                updates = directions(stacks, gradients, dataclasses.replace(self.context, total=sums.total))
+            for stack, put_back in parts:
+                stack.weights = None
+                put_back()
+            if not self.sends_weights:  # what stays here is rounded as what is sent: replicas must not differ
+                updates = [update.to(self.update_dtype) for update in updates]
+            self._updates = self._by_block(stacks, updates)
+        sums.close()
         self._sources, self._collecting = [], None
 
     def send(self) -> None:
@@ -127,41 +120,55 @@ class WaveStep:
 
         Where every rank keeps all state, what has changed of it goes along.
         """
-        ranks, side = self.wave.ranks, self.route.deliver
+        wave, side = self.wave, self.route.deliver
         if side.local:
             return
-        if self.wave.replicated:
-            self._changes = self.wave.changes(self.part.blocks, self.context.options)
-        if self.wave.whole:  # all others get the same
-            mine = side.into.get(self.rank, [])
-            results = self._new_weights(mine) if self.sends_weights else [self._update(p) for p in mine]
-            state = [buffer[index] for buffer, index in self._changes.get(self.rank, ())]
-            everything = packed([*results, *state], self.wave.device)
-            out = {rank: [everything] for rank in ranks.others}
-        else:
-            out = {rank: [self._update(p) for p in pieces] for rank, pieces in side.out.items() if rank != self.rank}
-        into = {
-            rank: [
-                *_forms(side.into.get(rank, []), self.result_dtype),
-                *(Form(tuple(buffer[index].shape), buffer.dtype) for buffer, index in self._changes.get(rank, ())),
-            ]
-            for rank in ranks.others
-        }
-        self._sending = ranks.all_to_all("updates", out, into, self.wave.device)
+        if wave.replicated:
+            self._changes = wave.changes(self.part.blocks, self.context.options)
+        mine, out = side.into.get(self.rank, []), {}
+        with self.failures.kept():
+            if self.sends_weights:
+                self._write(*self._updated(mine), new_weights=False)
+        with self.failures.kept():
+            if wave.whole:  # all others get the same
+                state = [rows.read() for rows in self._changes.get(self.rank, ())]
+                everything = packed([*self._results(mine), *state], wave.device)
+                out = dict.fromkeys(wave.ranks.others, everything)
+            else:
+                pieces = {rank: side.out.get(rank, []) for rank in wave.ranks.others}
+                out = {rank: packed(self._results(found), wave.device) for rank, found in pieces.items()}
+        sizes = {rank: _nbytes(self._forms_of(self.rank, side.out.get(rank, []))) for rank in wave.ranks.others}
+        into = {rank: self._forms_of(rank, side.into.get(rank, [])) for rank in wave.ranks.others}
+        lost = 255 if self.sends_weights else 0  # weights of a rank without memory to send them: not a number
+        self._sending = wave.ranks.all_to_all("updates", out, sizes, into, wave.device, lost)
 
     def apply(self) -> None:
         """p <- (1 - lr wd) p - lr u on what this rank holds, or the new p that came from its owner."""
         side = self.route.deliver
-        pieces = [] if self.sends_weights else list(side.into.get(self.rank, ()))
-        results = [self._update(p) for p in pieces]
-        for rank, received in self._sending.wait().items() if self._sending else ():
-            theirs = side.into.get(rank, [])
-            pieces += theirs
-            results += received[: len(theirs)]
-            for (buffer, index), rows in zip(self._changes.get(rank, ()), received[len(theirs) :], strict=True):
-                buffer[index] = rows
-        self._write(pieces, results, new_weights=self.sends_weights)
+        with self.failures.kept():
+            pieces, results = ([], []) if self.sends_weights else self._updated(side.into.get(self.rank, []))
+            for rank, received in self._sending.wait().items() if self._sending else ():
+                theirs = side.into.get(rank, [])
+                pieces += theirs
+                results += received[: len(theirs)]
+                for rows, values in zip(self._changes.get(rank, ()), received[len(theirs) :], strict=True):
+                    rows.write(values)
+            self._write(pieces, results, new_weights=self.sends_weights)
         self._updates, self._changes, self._sending = {}, {}, None
+
+    def _held(self) -> list[dict[int, Tensor]]:
+        """Member -> its gradient and, where the step needs it, its weights, flat and as they are sent."""
+        members = self.wave.members
+        sources = [{m: members[m].gradient() for m in self._source_dtypes[0]}]
+        if self.context.coupled_decay:
+            sources.append({m: members[m].held.weights() for m in self._source_dtypes[1]})
+        return [
+            {m: flat.to(dtypes[m]) for m, flat in source.items()}
+            for source, dtypes in zip(sources, self._source_dtypes, strict=True)
+        ]
+
+    def _source_forms(self, pieces: Sequence[Piece]) -> list[Form]:
+        return [Form((p.rows, p.columns), dtypes[p.member]) for dtypes in self._source_dtypes for p in pieces]
 
     def _rows(self, stack: Stack) -> list[int]:
         """The rows of a stack whose blocks are this rank's."""
@@ -189,11 +196,21 @@ class WaveStep:
             torch._foreach_copy_(to, values)
         return filled
 
-    def _new_weights(self, pieces: list[Piece]) -> list[Tensor]:
-        """Update pieces of this rank's blocks; what became of them."""
-        self._write(pieces, [self._update(p) for p in pieces], new_weights=False)
+    def _updated(self, pieces: Sequence[Piece]) -> tuple[list[Piece], list[Tensor]]:
+        """Those of this rank's pieces that have an update, as all have unless `update` failed; their updates."""
+        there = [p for p in pieces if p.block in self._updates]
+        return there, [p.of_block(self._updates[p.block]) for p in there]
+
+    def _results(self, pieces: Sequence[Piece]) -> list[Tensor]:
+        """What is sent of pieces of this rank's blocks."""
+        if not self.sends_weights:
+            return [p.of_block(self._updates[p.block]) for p in pieces]
         flats = {m: self.wave.members[m].held.weights() for m in {p.member for p in pieces}}
         return [p.of_flat(flats[p.member]) for p in pieces]
+
+    def _forms_of(self, owner: int, pieces: Sequence[Piece]) -> list[Form]:
+        """What is sent of some pieces of a rank's blocks, and of the state that it has changed."""
+        return _forms(pieces, self.result_dtype) + [rows.form for rows in self._changes.get(owner, ())]
 
     def _write(self, pieces: list[Piece], results: list[Tensor], new_weights: bool) -> None:
         """Change pieces of the weights."""
@@ -236,9 +253,6 @@ class WaveStep:
                 exact = to_bfloat16(exact, noise.view_as(exact))
             torch._foreach_copy_([targets[i] for i in found], list(exact.unbind(0)))
 
-    def _update(self, piece: Piece) -> Tensor:
-        return piece.of_block(self._updates[piece.block])
-
     def _by_block(self, stacks: list[Stack], tensors: list[Tensor]) -> dict[int, Tensor]:
         """Block -> its matrix in the tensor (B, *shape) of its stack."""
         return {
@@ -250,51 +264,31 @@ class WaveStep:
         }
 
 
-class Vote:
-    """The one small reduction of a job: sums over parameters that span ranks, and whether every rank is well."""
+class _Sums:
+    """The small reduction of a wave whose norms go over whole parameters: each rank takes part, also one that fails."""
 
-    def __init__(self, ranks: Ranks, members: int, device: torch.device) -> None:
-        self._ranks, self._members, self._device = ranks, members, device
-        self._open = ranks.world > 1
+    def __init__(self, wave: Wave, options: Options) -> None:
+        self._wave = wave
+        self._open = wave.ranks.world > 1 and wave.grafted and options.graft == "norm"
 
     def total(self, sums: Tensor) -> Tensor:
-        """float64 (2, members), summed over ranks.
-
-        Raises:
-            RuntimeError: another rank failed.
-        """
-        return self._reduce(sums) if self._open else sums
-
-    def close(self, error: Exception | None = None) -> None:
-        """Take part, if `total` was not called; tell the others about an error."""
-        if self._open:
-            self._reduce(torch.zeros(2, self._members, dtype=torch.float64, device=self._device), error)
-
-    def _reduce(self, sums: Tensor, error: Exception | None = None) -> Tensor:
+        """float64 (2, members), summed over ranks."""
+        if not self._open:
+            return sums
         self._open = False
-        failed = sums.new_tensor([float(error is not None)])
-        total = self._ranks.reduce(torch.cat([sums.flatten(), failed]))
-        if total[-1] > 0:
-            raise_together(self._ranks, error)
-        return total[:-1].view_as(sums)
+        return self._wave.ranks.reduce(sums)
 
-
-def raise_together(ranks: Ranks, error: Exception | None) -> None:
-    """Raise on every rank, as all of them must call it: each failed rank its own error, the others what it was.
-
-    Raises:
-        Exception: `error`.
-        RuntimeError: where there is none.
-    """
-    messages = ranks.gather(f"{type(error).__name__}: {error}" if error is not None else "")
-    if error is not None:
-        raise error
-    rank = next(rank for rank, message in enumerate(messages) if message)
-    raise RuntimeError(f"rank {rank} failed, so no rank goes on; there: {messages[rank]}")
+    def close(self) -> None:
+        """Take part, if `total` was not called."""
+        self.total(torch.zeros(2, len(self._wave.members), dtype=torch.float64, device=self._wave.device))
 
 
 def _forms(pieces: Sequence[Piece], dtype: torch.dtype) -> list[Form]:
     return [Form((p.rows, p.columns), dtype) for p in pieces]
+
+
+def _nbytes(forms: Sequence[Form]) -> int:
+    return sum(form.nbytes for form in forms)
 
 
 def _positions(row: int, column: int, rows: int, columns: int, width: int, device: torch.device) -> Tensor:

@@ -26,7 +26,8 @@ from ..exceptions import CheckpointError
 from ..numerics.storage import Index, allocate, index_of, put_back, taken
 from ..options import Options
 from ..preconditioners.algorithms import Algorithm, Elementwise, State, refreshed
-from ..sharding.exchange import Cut, Exchange, Form, Piece, Ranks, Route, route
+from ..sharding.agreement import of_each, together
+from ..sharding.exchange import Cut, Exchange, Form, Piece, Ranks, Route, packed, route
 from ..sharding.geometry import MatrixView, Rect
 from ..sharding.local_parameter import Held, alike, sharing
 from ..sharding.placement import Placement, Sharding, assign, placed, ranges, sharded, sharding_of, whole
@@ -120,6 +121,24 @@ class Stack:
         return part, lambda: put_back(self.state, index, state)
 
 
+class Rows(NamedTuple):
+    """State of some blocks: rows of a buffer."""
+
+    buffer: Tensor
+    at: Index
+    many: int
+
+    @property
+    def form(self) -> Form:
+        return Form((self.many, *self.buffer.shape[1:]), self.buffer.dtype)
+
+    def read(self) -> Tensor:
+        return self.buffer[self.at]
+
+    def write(self, values: Tensor) -> None:
+        self.buffer[self.at] = values
+
+
 @dataclass(frozen=True)
 class Part:
     """What of a wave is computed together, and the way to the owners and back."""
@@ -180,6 +199,11 @@ class Wave:
         return all(member.placement.whole for member in self.members)
 
     @cached_property
+    def grafted(self) -> bool:
+        """Whether norms go over its parameters."""
+        return any(block.algorithm.grafted for member in self.members for block in member.blocks)
+
+    @cached_property
     def parts(self) -> list[Part]:
         """What is computed one after the other."""
         cuts = [_cut(member, member.placement, member.owners) for member in self.members]
@@ -197,9 +221,9 @@ class Wave:
         nothing = torch.zeros(len(self.members), dtype=torch.float32, device=self.device)
         return torch.stack([nothing, *counts]).amax(0)
 
-    def changes(self, blocks: Collection[int], options: Options) -> dict[int, list[tuple[Tensor, Index]]]:
+    def changes(self, blocks: Collection[int], options: Options) -> dict[int, list[Rows]]:
         """Owner -> the rows of the stacks' buffers that a step of some blocks changes, in the same order everywhere."""
-        found: dict[int, list[tuple[Tensor, Index]]] = {}
+        found: dict[int, list[Rows]] = {}
         for stack in self.stacks:
             rows: dict[int, list[int]] = {}
             for i, block in enumerate(stack.blocks):
@@ -211,8 +235,8 @@ class Wave:
                 for owner, of_owner in rows.items():
                     changed = of_owner if due is None else [i for i in of_owner if i in due]
                     if changed:
-                        index = _spaced(tuple(changed), self.device)
-                        found.setdefault(owner, []).extend((buffer, index) for buffer in buffers.values())
+                        index, count = _spaced(tuple(changed), self.device), len(changed)
+                        found.setdefault(owner, []).extend(Rows(t, index, count) for t in buffers.values())
         return found
 
     def of_members(self, part: Part, wanted: Collection[int]) -> Part:
@@ -254,8 +278,9 @@ class Wave:
         """
         if self.replicated:
             return self.live()
-        state = self.state_map
-        held = state.empty()
+        with together(self.ranks):
+            state = self.state_map
+            held = state.empty()
         state.move(state.route.deliver, "save", state.live, held)
         return state.entries(held)
 
@@ -310,10 +335,17 @@ class Wave:
         Raises:
             ValueError: a tensor with neither all blocks nor those of this rank.
         """
-        state = self.state_map
-        spread = state.spread(saved)
+        with together(self.ranks):
+            state = self.state_map
+            spread = state.spread(saved)
+            local = state.local(saved) if any(spread) else []
+            self._copy(saved, spread)
         if any(spread):
-            state.move(state.route.collect.of_blocks(state.rows(spread)), "load", state.local(saved), state.live)
+            state.move(state.route.collect.of_blocks(state.rows(spread)), "load", local, state.live)
+
+    def _copy(self, saved: Sequence[Mapping[str, Any]], spread: Sequence[bool]) -> None:
+        """Take over what this rank has all it needs of."""
+        state = self.state_map
         for g, (m, _) in enumerate(state.groups):
             if spread[g]:
                 continue
@@ -409,25 +441,25 @@ class StateMap:
 
     def move(self, side: Exchange, purpose: str, source: list[Entry], target: list[Entry]) -> None:
         """Copy rows from where they are to where the exchange says, all of them in one all-to-all."""
-        ranks = self.wave.ranks
-        outgoing = {rank: self._rows(pieces, source) for rank, pieces in side.out.items()}
-        incoming = {rank: self._rows(pieces, target) for rank, pieces in side.into.items()}
-        for (t, rows, _), (s, theirs, _) in zip(
-            incoming.get(ranks.rank, ()), outgoing.get(ranks.rank, ()), strict=True
-        ):
-            t[rows] = s[theirs]
+        ranks, device = self.wave.ranks, self.wave.device
+        with together(ranks):
+            outgoing = {rank: self._rows(pieces, source) for rank, pieces in side.out.items()}
+            incoming = {rank: self._rows(pieces, target) for rank, pieces in side.into.items()}
+            for here, there in zip(incoming.get(ranks.rank, ()), outgoing.get(ranks.rank, ()), strict=True):
+                here.write(there.read())
+            out = {rank: packed([rows.read() for rows in found], device) for rank, found in outgoing.items()}
         if side.local:
             return
-        out = {rank: [t[rows] for t, rows, _ in there] for rank, there in outgoing.items() if rank != ranks.rank}
-        into = {
-            rank: [Form((count, *t.shape[1:]), t.dtype) for t, _, count in there] for rank, there in incoming.items()
-        }
-        for rank, there in ranks.all_to_all(purpose, out, into, self.wave.device).wait().items():
-            for (t, rows, _), received in zip(incoming.get(rank, ()), there, strict=True):
-                t[rows] = received
+        sizes = {rank: part.numel() for rank, part in out.items()}
+        into = {rank: [rows.form for rows in found] for rank, found in incoming.items()}
+        pending = ranks.all_to_all(purpose, out, sizes, into, device)
+        with together(ranks):
+            for rank, received in pending.wait().items():
+                for rows, values in zip(incoming.get(rank, ()), received, strict=True):
+                    rows.write(values)
 
-    def _rows(self, pieces: Sequence[Piece], tensors: list[Entry]) -> list[tuple[Tensor, Index, int]]:
-        """(tensor, its rows, how many) for every tensor of the groups that the pieces are of."""
+    def _rows(self, pieces: Sequence[Piece], tensors: list[Entry]) -> list[Rows]:
+        """The rows, of every tensor of the groups, that the pieces are of."""
         found = []
         by_group: dict[int, list[Piece]] = {}
         for piece in pieces:
@@ -438,7 +470,7 @@ class StateMap:
                 position = {k: i for i, k in enumerate(self.kept(g))}
                 rows = [position[piece.block - self.first[g]] for piece in members]
             index = index_of(rows, self.wave.device)
-            found += [(tensors[g][key], index, len(rows)) for key in self.layout(g)]
+            found += [Rows(tensors[g][key], index, len(rows)) for key in self.layout(g)]
         return found
 
 
@@ -457,7 +489,7 @@ def build(groups: Sequence[tuple[Options, Sequence[Held], Shapes]], ranks: Ranks
             memory with another one where owners send new weights.
     """
     every = [held for _, of_group, _ in groups for held in of_group]
-    said = zip(*ranks.gather([_said(held, ranks.world) for held in every]), strict=True)
+    said = zip(*of_each(ranks, lambda: [_said(held, ranks) for held in every]), strict=True)
     placements = iter([_placement(held, by_rank) for held, by_rank in zip(every, said, strict=True)])
     members = []
     for options, of_group, shapes in groups:
@@ -488,11 +520,15 @@ class _Said(NamedTuple):
     """Where its mesh has a part of the ranks."""
 
 
-def _said(held: Held, world: int) -> _Said:
+def _said(held: Held, ranks: Ranks) -> _Said:
     if held.range is not None:
         return _Said((held.range.start, held.range.start + held.range.numel), None, [])
     sharding = sharding_of(held.parameter)
-    return _Said(None, sharding, held.digest() if sharding and len(sharding.mesh) < world else [])
+    if sharding is None:
+        return _Said(None, None, [])
+    if ranks.group is not None:
+        sharding = sharding._replace(mesh=ranks.of_members(sharding.mesh, held.name))
+    return _Said(None, sharding, held.digest() if len(sharding.mesh) < ranks.world else [])
 
 
 def _placement(held: Held, by_rank: Sequence[_Said]) -> Placement:

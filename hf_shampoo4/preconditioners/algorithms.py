@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -130,6 +130,10 @@ class Algorithm(Protocol):
     def moments(self) -> Moments:
         """The base's moments."""
 
+    @property
+    def grafted(self) -> bool:
+        """Whether its direction is given a norm, which may go over all blocks of a parameter."""
+
     def storages(self) -> dict[str, Storage]:
         """Name -> storage of every tensor of a block's state."""
 
@@ -152,6 +156,8 @@ class Elementwise:
 
     shape: tuple[int, ...]
     moments: Moments
+
+    grafted: ClassVar[bool] = False
 
     def storages(self) -> dict[str, Storage]:
         return {"steps": Dense(()), **self.moments.storages()}
@@ -177,6 +183,8 @@ class Shampoo:
     moments: Moments
     left: Factor
     right: Factor
+
+    grafted: ClassVar[bool] = True
 
     def storages(self) -> dict[str, Storage]:
         return {
@@ -236,6 +244,8 @@ class Eigenbasis:
     """KL: each factor is whitened by the other one."""
     scaled: bool
     """KL-Shampoo: the eigenvalues take the second moment's place."""
+
+    grafted: ClassVar[bool] = False
 
     @property
     def is_two_sided(self) -> bool:

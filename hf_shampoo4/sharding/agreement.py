@@ -9,21 +9,18 @@ from __future__ import annotations
 
 import hashlib
 import math
-import threading
 import traceback
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from .exchange import Ranks
 
 TOLERANCE = 1e-6  # between learning rates, which processors may compute with other last bits
-PATIENCE = 60.0  # seconds until those are told who wait for a rank at the first step
+NO_RATES = [0.0] * 5
 
 
 @dataclass
@@ -45,20 +42,26 @@ class Failures:
             self.first = self.first or error
 
     def raise_together(self) -> None:
-        """Raise if a rank has failed, as all of them must call it: each failed one its own error, the others what it was.
+        """Raise if a rank has failed, as all must call it: each failed one its own error, the others what it was.
 
         Raises:
             Exception: this rank's.
             RuntimeError: another rank failed.
         """
-        failed = torch.tensor([float(self.first is not None)])
-        if self.ranks.world == 1 or not self.ranks.reduce(failed, largest=True).item():
+        if self.ranks.world == 1:
             return
-        messages = self.ranks.gather(f"{type(self.first).__name__}: {self.first}" if self.first is not None else "")
+        if self.ranks.reduce(torch.tensor([float(self.first is not None)]), largest=True).item():
+            self.exchange(None)
+
+    def exchange(self, value: Any) -> list[Any]:
+        """What each rank gives, any small object; or all raise, as `raise_together` does."""
+        messages = self.ranks.gather((f"{type(self.first).__name__}: {self.first}" if self.first else "", value))
         if self.first is not None:
             raise self.first
-        rank = next(rank for rank, message in enumerate(messages) if message)
-        raise RuntimeError(f"rank {rank} failed, so no rank goes on; there: {messages[rank]}")
+        for rank, (message, _) in enumerate(messages):
+            if message:
+                raise RuntimeError(f"rank {rank} failed, so no rank goes on; there: {message}")
+        return [given for _, given in messages]
 
 
 @contextmanager
@@ -75,8 +78,7 @@ def of_each(ranks: Ranks, make: Callable[[], Any]) -> list[Any]:
     failures, mine = Failures(ranks), None
     with failures.kept():
         mine = make()
-    failures.raise_together()
-    return ranks.gather(mine)
+    return failures.exchange(mine)
 
 
 @dataclass
@@ -92,9 +94,11 @@ class View:
     settings: str = ""
     """Options and parameters, which must be the same on all ranks."""
     rates: list[float] = field(default_factory=list)
-    """Numbers which must be nearly the same; as many on every rank."""
-    present: list[bool] = field(default_factory=list)
-    """Which parameters have a gradient; as many as there are, if the settings are the same."""
+    """Numbers which must be nearly the same: those of `NO_RATES`, if this rank has failed before it knew them."""
+    names: list[str] = field(default_factory=list)
+    """Of the parameters that are to be updated; the same on all ranks, if the settings are."""
+    present: dict[str, int] = field(default_factory=dict)
+    """Those that have a gradient, and a number for its dtype: of what ranks have, the largest is taken."""
 
 
 def agree(ranks: Ranks, mine: View, explained: Callable[[], list[dict[str, Any]]], device: torch.device) -> View:
@@ -110,7 +114,7 @@ def agree(ranks: Ranks, mine: View, explained: Callable[[], list[dict[str, Any]]
     if ranks.world == 1:
         return mine
     flags = [mine.failures.first is not None, not mine.finite, mine.stale, mine.fresh]
-    numbers = [_number(mine.settings), _number(repr(mine.present)), *mine.rates]
+    numbers = [_number(mine.settings), _number(repr(sorted(mine.present.items()))), *(mine.rates or NO_RATES)]
     seen = torch.tensor([*flags, *numbers, *(-x for x in numbers)], dtype=torch.float64, device=device)
     failed, infinite, stale, fresh, *bounds = ranks.reduce(seen, largest=True).tolist()
     if failed:
@@ -122,9 +126,10 @@ def agree(ranks: Ranks, mine: View, explained: Callable[[], list[dict[str, Any]]
         raise RuntimeError(f"ranks disagree on options or model: {_difference(ranks.gather(explained()))}")
     present = mine.present
     if not same[1]:
-        there = torch.tensor(present, dtype=torch.float64, device=device)
-        present = [bool(x) for x in ranks.reduce(there, largest=True).tolist()]
-    return View(mine.failures, not infinite, bool(stale), bool(fresh), mine.settings, mine.rates, present)
+        there = torch.tensor([float(present.get(name, 0)) for name in mine.names], dtype=torch.float64, device=device)
+        found = ranks.reduce(there, largest=True).tolist()
+        present = {name: int(kind) for name, kind in zip(mine.names, found, strict=True) if kind}
+    return View(mine.failures, not infinite, bool(stale), bool(fresh), mine.settings, mine.rates, mine.names, present)
 
 
 def _number(text: str) -> float:
@@ -147,39 +152,3 @@ def _difference(ranks: Sequence[list[dict[str, Any]]]) -> str:
 
 def _near(a: Any, b: Any) -> bool:
     return math.isclose(a, b, rel_tol=TOLERANCE) if type(a) is type(b) is float else a == b
-
-
-_meetings: dict[tuple[int, ...], int] = {}
-"""How often this process has met those of a group."""
-
-
-@contextmanager
-def announced(ranks: Ranks) -> Iterator[None]:
-    """Something that all ranks do: who has waited in it for a minute is told whom for."""
-    if ranks.world == 1:
-        yield
-        return
-    _meetings[ranks.members] = _meetings.get(ranks.members, 0) + 1
-    key = f"hf_shampoo4/{hash(ranks.members)}/{_meetings[ranks.members]}"
-    store = dist.distributed_c10d._get_default_store().clone()  # its own connection: the other one may be waiting
-    store.set(f"{key}/{ranks.rank}", "")
-    timer = threading.Timer(PATIENCE, _tell_who_is_missing, (ranks, store, key))
-    timer.daemon = True
-    timer.start()
-    try:
-        yield
-    finally:
-        timer.cancel()
-
-
-def _tell_who_is_missing(ranks: Ranks, store: Any, key: str) -> None:
-    missing = [member for rank, member in enumerate(ranks.members) if not store.check([f"{key}/{rank}"])]
-    if missing:
-        warnings.warn(
-            f"Shampoo4bit has waited for {PATIENCE:.0f} seconds in its first step for ranks {missing[:8]} of "
-            f"{ranks.world}, which have not called step(): all ranks of a process group train one model together.  "
-            "If these do not train, give the optimizer the group of those that do (process_group=), or set "
-            "communicate=False where every process trains a model of its own",
-            RuntimeWarning,
-            stacklevel=2,
-        )

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -176,6 +176,12 @@ def _as(part: Tensor, form: Form) -> Tensor:
     return aligned.view(form.dtype).view(form.shape)
 
 
+AGAIN = (
+    "save its state_dict() (with sharded state, by torch.distributed.checkpoint or save_optimizer) while the group is "
+    "there, and load it into the new one"
+)
+
+
 @dataclass
 class Ranks:
     """The processes that train one model together, as this one sees them."""
@@ -184,13 +190,50 @@ class Ranks:
     world: int = 1
     sent: dict[str, int] = field(default_factory=dict)
     """Bytes that this rank has sent to others so far, by purpose."""
+    group: Any = None
+    """Their process group; None: the default one."""
 
-    @classmethod
-    def here(cls) -> Ranks:
-        """All processes of the default group, or this one alone where there is none."""
-        if dist.is_available() and dist.is_initialized():
-            return cls(dist.get_rank(), dist.get_world_size())
-        return cls()
+    @cached_property
+    def members(self) -> tuple[int, ...]:
+        """What torch calls each rank in the default group."""
+        return tuple(dist.get_process_group_ranks(self.group or dist.group.WORLD)) if self.world > 1 else (0,)
+
+    def of_members(self, mesh: Sequence[int], name: str) -> tuple[int, ...]:
+        """A mesh of ranks of the default group as ranks of this one.
+
+        Raises:
+            ValueError: it has others too.
+        """
+        if not set(mesh) <= set(self.members):
+            raise ValueError(
+                f"parameter {name!r} lives on a mesh of ranks {list(mesh)[:8]}, but process_group has ranks "
+                f"{list(self.members)[:8]}: leave process_group out, or give the group of all ranks of the meshes"
+            )
+        return tuple(self.members.index(rank) for rank in mesh)
+
+    def require(self) -> None:
+        """Make sure that the group is there.
+
+        Raises:
+            RuntimeError: it was destroyed.
+        """
+        if self.world > 1 and not dist.is_initialized():
+            raise RuntimeError(f"the process group of {self.world} ranks that the optimizer works in is gone: {AGAIN}")
+
+    def require_same(self) -> None:
+        """Make sure that this process is the rank in it that it was.
+
+        Raises:
+            RuntimeError: the group was made again with other ranks.
+        """
+        now = (
+            (self.rank, self.world) if self.world == 1 else (dist.get_rank(self.group), dist.get_world_size(self.group))
+        )
+        if now != (self.rank, self.world):
+            raise RuntimeError(
+                f"this process is rank {now[0]} of {now[1]}, and was rank {self.rank} of {self.world} when the "
+                f"optimizer shared its work out: {AGAIN}"
+            )
 
     @property
     def others(self) -> list[int]:
@@ -200,35 +243,42 @@ class Ranks:
     def all_to_all(
         self,
         purpose: str,
-        out: Mapping[int, Sequence[Tensor]],
+        out: Mapping[int, Tensor],
+        sizes: Mapping[int, int],
         into: Mapping[int, Sequence[Form]],
         device: torch.device,
+        lost: int = 0,
     ) -> Pending:
-        """Send tensors to ranks; every rank must call it, also one with nothing to send or to receive.
+        """Send bytes to ranks; every rank must call it, also one with nothing to send or to receive.
 
         Args:
             purpose: what the bytes are counted under.
-            out: rank -> tensors for it, of any dtype; those for this rank itself are left out.
+            out: rank -> uint8, what is `packed` for it.
+            sizes: rank -> how much that is.
             into: rank -> what comes from it.
             device: where that is wanted.
+            lost: the byte that is sent where `out` has nothing, because this rank could not make it.
         """
-        wire = _wire_device(device)
-        parts = [packed(out.get(rank, ()), device) for rank in self.others]
+        wire, others = self._wire(device), self.others
+        sizes = {rank: sizes.get(rank, 0) for rank in others}
+        parts = [
+            out[r] if r in out else torch.full((sizes[r],), lost, dtype=torch.uint8, device=device) for r in others
+        ]
         sent = torch.cat(parts).to(wire) if parts else torch.empty(0, dtype=torch.uint8, device=wire)
         counts, expected = [0] * self.world, [0] * self.world
-        for rank, part in zip(self.others, parts, strict=True):
+        for rank, part in zip(others, parts, strict=True):
             counts[rank], expected[rank] = part.numel(), sum(form.nbytes for form in into.get(rank, ()))
         received = torch.empty(sum(expected), dtype=torch.uint8, device=wire)
-        work = dist.all_to_all_single(received, sent, expected, counts, async_op=True)
+        work = dist.all_to_all_single(received, sent, expected, counts, group=self.group, async_op=True)
         self.sent[purpose] = self.sent.get(purpose, 0) + sent.numel()
-        return Pending(received, {rank: into.get(rank, ()) for rank in self.others}, device, work, sent)
+        return Pending(received, {rank: into.get(rank, ()) for rank in others}, device, work, sent)
 
     def reduce(self, x: Tensor, largest: bool = False) -> Tensor:
         """The sum over ranks (or the largest), the same bits on all of them; written in place of x where it can be."""
         if self.world == 1:
             return x
-        on_wire = x.to(_wire_device(x.device))
-        dist.all_reduce(on_wire, dist.ReduceOp.MAX if largest else dist.ReduceOp.SUM)
+        on_wire = x.to(self._wire(x.device))
+        dist.all_reduce(on_wire, dist.ReduceOp.MAX if largest else dist.ReduceOp.SUM, group=self.group)
         return on_wire.to(x.device)
 
     def gather(self, value: Any) -> list[Any]:
@@ -236,12 +286,48 @@ class Ranks:
         if self.world == 1:
             return [value]
         values: list[Any] = [None] * self.world
-        dist.all_gather_object(values, value)
+        dist.all_gather_object(values, value, group=self.group)
         return values
 
+    def _wire(self, device: torch.device) -> torch.device:
+        """Where the backend can send from: NCCL sends from a GPU alone, also what was offloaded to the CPU."""
+        known = [found.type for found in getattr(self.group or dist.group.WORLD, "_device_types", [])]
+        return device if not known or device.type in known else torch.device(known[0])
 
-def _wire_device(device: torch.device) -> torch.device:
-    """Where the backend can send from: NCCL sends from a GPU alone, also what was offloaded to the CPU."""
-    group = dist.group.WORLD
-    known = [found.type for found in getattr(group, "_device_types", [])]
-    return device if not known or device.type in known else torch.device(known[0])
+
+class ProcessGroup:
+    """The group that an optimizer was given, or None; its copies in this process have the same."""
+
+    def __init__(self, group: Any = None) -> None:
+        if group is not None and dist.get_rank(group) < 0:
+            raise ValueError(
+                f"rank {dist.get_rank()} is not in process_group: give every rank the group that it trains in, or set "
+                "communicate=False where it trains a model of its own"
+            )
+        self.group = group
+
+    def ranks(self, of_an_engine: bool = False) -> Ranks:
+        """Its ranks, by default all processes, or this one alone where there are no others.
+
+        Raises:
+            ValueError: a part of the ranks, though an engine works with all of them.
+        """
+        if not dist.is_available() or not dist.is_initialized():
+            return Ranks()
+        if of_an_engine and dist.get_world_size(self.group) < dist.get_world_size():
+            raise ValueError(
+                f"process_group has {dist.get_world_size(self.group)} of {dist.get_world_size()} ranks, but DeepSpeed "
+                "partitions over all: leave process_group out"
+            )
+        return Ranks(dist.get_rank(self.group), dist.get_world_size(self.group), group=self.group)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> ProcessGroup:
+        return self
+
+    def __reduce__(self) -> Any:
+        if self.group is not None:
+            raise TypeError(
+                "an optimizer with a process_group cannot be pickled, as groups cannot: save its state_dict(), and "
+                "load that into one that is made with the group of then"
+            )
+        return ProcessGroup, ()

@@ -5,15 +5,20 @@ A collective would hang where one rank is alone, and could not say why.
 
 from __future__ import annotations
 
+import threading
 import time
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
+from typing import Any
 
 import torch.distributed as dist
 
 from .exchange import Ranks
 
 REMINDER = timedelta(seconds=10)
+LATE = timedelta(minutes=1)  # at the first step
 PATIENCE = timedelta(minutes=10)  # one rank may be writing the model's weights meanwhile
 
 
@@ -47,3 +52,40 @@ def all_come(place: str, ranks: Ranks, advice: str) -> bool:
                 warnings.warn(f"rank {ranks.rank} waits for ranks {missing}: {advice}", stacklevel=2)
             time.sleep(0.01)
     return bool(store.get(verdict) == b"all")
+
+
+_meetings: dict[tuple[int, ...], int] = {}
+"""How often this process has met those of a group."""
+
+
+@contextmanager
+def announced(ranks: Ranks) -> Iterator[None]:
+    """Something that all ranks do: who has waited in it for a minute is told whom for."""
+    if ranks.world == 1:
+        yield
+        return
+    _meetings[ranks.members] = _meetings.get(ranks.members, 0) + 1
+    key = f"hf_shampoo4/{hash(ranks.members)}/{_meetings[ranks.members]}"
+    store: Any = dist.distributed_c10d._get_default_store()
+    store = store.clone()  # its own connection: the other one may be waiting
+    store.set(f"{key}/{ranks.rank}", "")
+    timer = threading.Timer(LATE.total_seconds(), _tell_who_is_missing, (ranks, store, key))
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+def _tell_who_is_missing(ranks: Ranks, store: Any, key: str) -> None:
+    missing = [member for rank, member in enumerate(ranks.members) if not store.check([f"{key}/{rank}"])]
+    if missing:
+        warnings.warn(
+            f"Shampoo4bit has waited for {LATE.seconds} seconds in its first step for ranks {missing[:8]} of "
+            f"{ranks.world}, which have not called step(): all ranks of a process group train one model together.  "
+            "If these do not train, give the optimizer the group of those that do (process_group=), or set "
+            "communicate=False where every process trains a model of its own",
+            RuntimeWarning,
+            stacklevel=2,
+        )

@@ -21,40 +21,47 @@ from .local_parameter import Held
 TOLERANCE = 0.02  # of a norm.  A clip factor with another last bit may round a bfloat16 number to its neighbour (.008)
 
 
-def compare(ranks: Ranks, held: Sequence[Held]) -> None:
+def compare(ranks: Ranks, held: Sequence[Held]) -> list[bool]:
     """Make sure that parameters and gradients are replicas; every rank must call it with the same parameters.
 
+    Returns:
+        For each whether it could be told: whether its gradient is not zero.
+
     Raises:
-        RuntimeError: they are not; the message says which and on which ranks.
+        RuntimeError: they are no replicas; the message says which and on which ranks.
     """
     if not held:
-        return
+        return []
     sums = torch.stack([_sums(one) for one in held])  # (n, 2, 2): of weights and gradient; sum and norm
     bounds = ranks.reduce(torch.stack([sums, -sums]), largest=True)
     largest, least = bounds[0], -bounds[1]
     scale = torch.maximum(largest.abs(), least.abs()).amax(-1, keepdim=True)
     differs = (largest - least > TOLERANCE * scale).any(-1)  # false where it is not a number
-    if not differs.any():
-        return
-    first = int(differs.any(-1).nonzero()[0])
-    which = 0 if differs[first, 0] else 1
-    _refuse(held[first].name, ("values", "gradients")[which], ranks.gather(sums[first, which].tolist()), ranks)
+    if differs.any():
+        first = int(differs.any(-1).nonzero()[0])
+        which = 0 if differs[first, 0] else 1
+        _refuse(held[first].name, ("values", "gradients")[which], ranks.gather(sums[first, which].tolist()), ranks)
+    return (largest[:, 1, 1] > 0).tolist()
 
 
 def _sums(held: Held) -> Tensor:
     """float64 (2, 2): sum and norm of the weights and of the gradient.  The sum is that of what differs too."""
     weights, gradient = held.weights(), held.gradient()
     both = [weights, torch.zeros_like(weights) if gradient is None else gradient]
-    return torch.stack(
-        [torch.stack([x.sum(dtype=torch.float64), torch.linalg.vector_norm(x.double())]) for x in both]
-    )
+    return torch.stack([torch.stack([x.sum(dtype=torch.float64), torch.linalg.vector_norm(x.double())]) for x in both])
 
 
 def _refuse(name: str, what: str, by_rank: list[list[float]], ranks: Ranks) -> None:
     first = by_rank[0]
     scale = max(abs(x) for of_rank in by_rank for x in of_rank)
-    rank, other = max(enumerate(by_rank), key=lambda found: max(abs(a - b) for a, b in zip(first, found[1], strict=True)))
-    others = [r for r, of_rank in enumerate(by_rank) if max(abs(a - b) for a, b in zip(first, of_rank, strict=True)) > TOLERANCE * scale]
+    rank, other = max(
+        enumerate(by_rank), key=lambda found: max(abs(a - b) for a, b in zip(first, found[1], strict=True))
+    )
+    others = [
+        r
+        for r, of_rank in enumerate(by_rank)
+        if max(abs(a - b) for a, b in zip(first, of_rank, strict=True)) > TOLERANCE * scale
+    ]
     raise RuntimeError(
         f"parameter {name!r} is no replica: its {what} differ between rank 0 and ranks {others[:8]} (sum and norm "
         f"{first[0]:.4g}, {first[1]:.4g} on rank 0; {other[0]:.4g}, {other[1]:.4g} on rank {rank}).  All ranks of a "

@@ -158,7 +158,7 @@ def test_replicas_are_sent_a_basis_when_it_has_turned_and_the_rest_at_every_step
         names = {id(buffer): name for name, buffers in stack.state.items() for buffer in buffers.values()}
         changed: dict[str, set[int]] = {}
         for owner, of_owner in changes.items():
-            for buffer, index in of_owner:
+            for buffer, index, _ in of_owner:
                 found = set(rows[id(buffer)][index].tolist())
                 assert {wave.owners[stack.blocks[row]] for row in found} == {owner}
                 changed.setdefault(names[id(buffer)], set()).update(found)
@@ -189,7 +189,7 @@ def test_nothing_changes_but_what_is_said_to(options: dict[str, Any]) -> None:
         before = {name: {n: buffer.clone() for n, buffer in buffers.items()} for name, buffers in tensors.items()}
         step(opt, number)
         said = {id(b): torch.zeros(COUNT, dtype=torch.bool) for buffers in tensors.values() for b in buffers.values()}
-        for buffer, index in wave.changes(range(COUNT), Options.of(opt.param_groups[0]))[0]:
+        for buffer, index, _ in wave.changes(range(COUNT), Options.of(opt.param_groups[0]))[0]:
             said[id(buffer)][index] = True
         for name, buffers in tensors.items():
             for n, buffer in buffers.items():

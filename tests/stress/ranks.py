@@ -1030,8 +1030,14 @@ def worker(folder: Path, cases: list[Case], checkpoints: Path) -> None:
     os._exit(0)
 
 
-def launch(world: int, *words: str, timeout: float = 300, module: str = "tests.stress.ranks") -> list[dict[str, Any]]:
-    """Start `world` workers and return what each wrote."""
+def launch(
+    world: int,
+    *words: str,
+    timeout: float = 300,
+    module: str = "tests.stress.ranks",
+    of_rank: Callable[[int], dict[str, str]] = lambda rank: {},
+) -> list[dict[str, Any]]:
+    """Start `world` workers, in environments of their own, and return what each wrote."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         workers = []
@@ -1042,6 +1048,7 @@ def launch(world: int, *words: str, timeout: float = 300, module: str = "tests.s
                 "RANK": str(rank),
                 "LOCAL_RANK": str(rank),
                 "WORLD_SIZE": str(world),
+                **of_rank(rank),
             }
             with open(folder / f"log{rank}", "w") as log:
                 command = [sys.executable, "-m", module, "--worker", name, *words]

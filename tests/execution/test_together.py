@@ -1,0 +1,152 @@
+"""What several ranks do together: replicas on unlike processors, what is no replica, and errors on one rank."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.stress.ranks import launch
+from tests.stress.together import CASES
+
+FAILING = [case for case in CASES if ":" in case]
+WORLD = 3
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """What each rank found; one launch for all workers of xdist."""
+    base = tmp_path_factory.getbasetemp()
+    base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    with open(base / "together.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        file = Path(base / "together.json")
+        if not file.exists():
+            module, words = "tests.stress.together", ("--cases", "all")
+            found = launch(
+                WORLD, *words, timeout=600, module=module, of_rank=lambda rank: {"MKL_CBWR": PROCESSOR[rank]}
+            )
+            file.write_text(json.dumps(found))
+        return json.loads(file.read_text())
+
+
+PROCESSOR = ("COMPATIBLE", "AVX2", "COMPATIBLE")
+"""Which one each rank plays."""
+
+
+def of(results: list[dict[str, Any]], case: str) -> list[dict[str, Any]]:
+    """What the ranks found in a case."""
+    for rank in results:
+        assert case in rank, f"a rank did not come to {case}"
+        assert "error" not in rank[case], rank[case]["error"]
+    return [rank[case] for rank in results]
+
+
+@pytest.mark.parametrize("algorithm", ["kl_shampoo", "shampoo", "soap"])
+def test_replicas_are_equal_on_processors_that_round_differently(results: list, algorithm: str) -> None:
+    """Parameters and state; processes that compute all of it themselves are not."""
+    ranks = of(results, "drift")
+    if ranks[0]["alone"] == [True, True]:
+        pytest.skip("MKL_CBWR changes nothing on this processor")
+    assert all(rank[algorithm] == [True, True] for rank in ranks)
+
+
+@pytest.mark.parametrize(
+    ("what", "said"),
+    [
+        ("models", "its values differ between rank 0 and ranks [1, 2]"),
+        ("gradients", "its gradients differ between rank 0 and ranks [1, 2]"),
+        ("later", "its gradients differ between rank 0 and ranks [1, 2]"),
+        ("after some steps", "its gradients differ between rank 0 and ranks [1, 2]"),
+    ],
+)
+def test_what_is_no_replica_is_refused(results: list, what: str, said: str) -> None:
+    """At the first step, at the first gradients, and after a power of two of steps."""
+    for rank in of(results, "mixing"):
+        assert rank[what].startswith(f"RuntimeError: parameter '0.weight' is no replica: {said}")
+        for way_out in ("Average the gradients over these 3 ranks", "process_group=", "communicate=False"):
+            assert way_out in rank[what]
+
+
+def test_what_only_rounds_differently_is_let_through(results: list) -> None:
+    for rank in of(results, "mixing"):
+        assert rank["last bits"] == ""
+        assert rank["on their own"]
+
+
+def test_a_process_group_trains_apart_from_the_other_ranks(results: list) -> None:
+    ranks = of(results, "subgroups")
+    for rank in ranks:
+        assert rank["ranks equal"]
+        assert rank["copy equal"]
+        assert rank["off"] < 1e-3
+        assert rank["pickled"].startswith("TypeError: an optimizer with a process_group cannot be pickled")
+    assert [rank["world"] for rank in ranks] == [[2, 2], [2, 2], [1, 1]]
+    assert ranks[2]["outside"].startswith("ValueError: rank 2 is not in process_group: give every rank the group")
+
+
+def test_a_mesh_must_be_in_the_process_group(results: list) -> None:
+    ranks = of(results, "meshes")
+    assert max(rank["off"] for rank in ranks[1:]) < 1e-3
+    expected = "ValueError: parameter '0.weight' lives on a mesh of ranks [1, 2], but process_group has ranks [0, 1]"
+    assert ranks[1]["another"].startswith(expected)
+    assert ranks[0]["another"].startswith(f"RuntimeError: rank 1 failed, so no rank goes on; there: {expected}")
+
+
+def test_who_waits_for_a_rank_is_told_which(results: list) -> None:
+    ranks = of(results, "missing")
+    for rank in ranks[:2]:
+        (warned,) = rank["warned"]
+        assert "for ranks [2] of 3, which have not called step()" in warned
+    assert ranks[2]["warned"] == []
+
+
+@pytest.mark.parametrize("case", FAILING)
+def test_a_rank_that_raises_makes_all_raise(results: list, case: str) -> None:
+    for number, rank in enumerate(of(results, case)):
+        error = "OutOfMemoryError: no memory left"
+        assert rank["said"] == (
+            error if number == 1 else f"RuntimeError: rank 1 failed, so no rank goes on; there: {error}"
+        )
+
+
+def test_a_closure_raises_what_it_raises(results: list) -> None:
+    """At once, and on its rank alone: it has collectives of its own, in which the others may be."""
+    for rank in of(results, "closure"):
+        assert (rank["said"], rank["step"]) == ("ValueError: no data left", 1)
+
+
+@pytest.mark.parametrize(
+    ("what", "said"),
+    [
+        ("first", "parameter '0.weight' in parameter group 0 is trained, (64, 64) torch.float32 on rank 0, frozen,"),
+        ("late", "parameter '0.weight' in parameter group 0 is trained, (64, 64) torch.float32 on rank 0, frozen,"),
+        ("damping", "damping in parameter group 0 is 1e-06 on rank 0, 0.001 on rank 1"),
+        ("wire", "wire in parameter group 0 is exact on rank 0, bf16 on rank 1"),
+        ("betas", "betas[0] in parameter group 0 is 0.9 on rank 0, 0.5 on rank 1"),
+        ("lr", "lr in parameter group 0 is 0.01 on rank 0, 0.5 on rank 1"),
+    ],
+)
+def test_what_is_other_on_one_rank_is_named(results: list, what: str, said: str) -> None:
+    for rank in of(results, "frozen"):
+        assert rank[what].startswith(f"RuntimeError: ranks disagree on options or model: {said}")
+
+
+def test_join_is_refused_before_anything_waits(results: list) -> None:
+    for number, rank in enumerate(of(results, "join")):
+        assert rank["refused"].startswith("RuntimeError: DistributedDataParallel.join() lets ranks run out of inputs")
+        assert "exhausted" in rank["early end"], number
+        assert rank["alone"] == ""
+
+
+def test_ranks_that_changed_are_noticed(results: list) -> None:
+    for number, rank in enumerate(of(results, "groups")):
+        assert rank["gone"].startswith("RuntimeError: the process group of 3 ranks that the optimizer works in is gone")
+        assert rank["swapped"].startswith(
+            f"RuntimeError: this process is rank {(number + 1) % 3} of 3, and was rank {number} of 3 when"
+        )
+        assert rank["loaded"] == ""
