@@ -31,7 +31,8 @@ from ..sharding.geometry import Rect
 from ..sharding.local_parameter import held_itself
 from ..sharding.placement import Layout, Placement, Region, Split, ranges, sharded, whole
 from ..utils.extras import named
-from ..utils.files import write_figure, write_json
+from ..utils.files import write_json
+from ..utils.plots import COLOURS, picture
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -542,16 +543,12 @@ def _size(size: int) -> str:
 
 def draw(p: Plan, path: Path) -> None:
     """Optimizer memory of the fullest rank, beside other optimizers' state, as a picture."""
-    import matplotlib
-    from matplotlib.figure import Figure
-
     loads = {"Shampoo4bit": p.state, **p.others}
     sizes = [load.largest / 1e9 for load in loads.values()]
     ends = [p.peak / 1e9, *sizes[1:]]
-    with matplotlib.rc_context({"font.size": 11, "axes.spines.top": False, "axes.spines.right": False}):
-        figure = Figure(figsize=(9, 3.6), dpi=160, layout="constrained")
-        axes = figure.subplots()
-        axes.barh(list(loads), sizes, color=["#d9480f", *["#adb5bd"] * len(p.others)])
+    with picture(path, (9, 3.6), grid="x", dpi=160) as (_, panels):
+        axes = panels[0][0]
+        axes.barh(list(loads), sizes, color=[COLOURS[1], *["#adb5bd"] * len(p.others)])
         start = sizes[0]
         for part, colour, label in (
             (p.working.largest, "#ffc9a3", "working memory of a step"),
@@ -567,7 +564,6 @@ def draw(p: Plan, path: Path) -> None:
         axes.set(xlim=(0, 1.45 * max(ends)), xlabel="GB on the fullest rank")
         axes.set_title(f"Optimizer state of {p.model}, {_spread(p)}")
         axes.legend(frameon=False, loc="lower right")
-        write_figure(path, figure)
 
 
 def main(arguments: Sequence[str]) -> None:
