@@ -369,7 +369,8 @@ class Shampoo4bit(torch.optim.Optimizer):
 
     def purposes(self, index: int) -> list[str]:
         """What each parameter of group `index` is for, as `param_groups` noted it; empty for what it has not seen."""
-        return self._purposes[index]
+        noted, count = self._purposes[index], len(self.parameters(index))
+        return noted if len(noted) == count else [""] * count
 
     def together(self) -> AbstractContextManager[None]:
         """All ranks leave the block, or all raise; a rank must not fail in it before others wait for it."""

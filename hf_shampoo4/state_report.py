@@ -68,7 +68,7 @@ def block_bytes(blocks: list[Block]) -> int:
 def table(optimizer: Shampoo4bit) -> str:
     """The rows as text: what is done to which parameters and why, then their shapes, with totals."""
     found = rows(optimizer)
-    header = ("shape", "tensors", "blocks", "M entries", "M bytes", "a param")
+    header = ("shape", "tensors", "blocks", "M entries", "M bytes", "B/param")
     of_what: dict[str, list[tuple[str, ...]]] = {}
     for row in found:
         of_what.setdefault(_title(row), []).append(

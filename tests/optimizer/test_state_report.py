@@ -92,6 +92,9 @@ def test_a_list_of_parameters_is_said_to_be_one() -> None:
     untold = Shampoo4bit(model.parameters()).report()  # of the same parameters
     assert "no model was given: embeddings" in untold
     assert "linear layer" not in untold
+    grown = Shampoo4bit(param_groups(model))
+    grown.param_groups[0]["params"].append(nn.Parameter(torch.zeros(64, 64)))  # as programs do that prune and grow
+    assert "4bit moments: matrices\n" in grown.report()
     assert deepcopy(Shampoo4bit(param_groups(model))).report().count("\n") == untold.count("\n")
 
 
