@@ -97,7 +97,7 @@ def main() -> None:
 def measure(settings: dict[str, object], folder: Path) -> dict[str, float]:
     """Train once; loss, seconds and bytes."""
     metrics = run(parse({**settings, "output_dir": str(folder / "run")})).metrics
-    return {k: metrics[k] for k in ("eval_loss", "train_runtime", "train_mem_optimizer_state") if k in metrics}
+    return {k: metrics[k] for k in ("eval_loss", "train_runtime", "train_optimizer_state_mb") if k in metrics}
 
 
 if __name__ == "__main__":

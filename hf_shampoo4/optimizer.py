@@ -34,7 +34,16 @@ from .preconditioners.moments import make_moments
 from .sharding.agreement import Failures, View, agree, of_each, together
 from .sharding.exchange import ProcessGroup, Ranks
 from .sharding.geometry import matrix_view
-from .sharding.local_parameter import Held, check, full_shape, held_by_deepspeed, held_itself, in_deepspeed, in_fsdp1
+from .sharding.local_parameter import (
+    Held,
+    check,
+    full_shape,
+    held_by_deepspeed,
+    held_itself,
+    in_deepspeed,
+    in_fsdp1,
+    noted_name,
+)
 from .sharding.rendezvous import all_come, announced
 from .sharding.replicas import compare, has_gradient, refuse_join, wrappers
 from .state_report import table
@@ -93,6 +102,8 @@ class Shampoo4bit(torch.optim.Optimizer):
     """Reads the state of the first `_unread` groups' blocks, when it is known which are this rank's."""
     _awaited: Set[str]
     """The names of the parameters that it will read."""
+    has_seen_gradients: bool
+    """Whether any parameter has had a gradient on any rank, since construction or the last load."""
 
     @_with_options
     def __init__(
@@ -143,6 +154,7 @@ class Shampoo4bit(torch.optim.Optimizer):
         if mine.failures.first is None and self._is_rehearsal(units):
             return loss
         agreed = self._agree(units, mine)
+        self.has_seen_gradients |= bool(agreed.present)
         if agreed.finite:
             for unit in units if agreed.present else ():
                 self._update(unit, agreed)
@@ -202,10 +214,14 @@ class Shampoo4bit(torch.optim.Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group; its options are cast and checked as the constructor's are.
 
+        Other programs edit groups that have names: one whose "param_names" are of another number than its "params", and
+        one without names beside groups that have some, are given the names that the model had for the parameters, if
+        the Trainer made the groups, else their positions.
+
         Raises:
             OptionError, TypeError: as the constructor.
         """
-        group = dict(param_group)
+        group = _with_names(param_group, bool(self.param_groups and "param_names" in self.param_groups[0]))
         given = {name: group.pop(name) for name in (*NAMES, *OF_ADAMW, "preset", "config") if name in group}
         _check_keys(group)
         chosen = resolve(given, beneath={name: self.defaults[name] for name in NAMES})
@@ -386,6 +402,7 @@ class Shampoo4bit(torch.optim.Optimizer):
         self._consolidated: dict[Tensor, Entry] = {}
         self._reader, self._unread, self._awaited = None, 0, frozenset()
         self._together, self._steps = "", 0
+        self.has_seen_gradients = False
         self._stopwatch = Stopwatch()
 
     def _units(self) -> list[_Unit]:
@@ -782,6 +799,19 @@ def _only_consolidated(wave: Wave) -> bool:
     first = wave.members[0]
     of_an_engine = in_fsdp1(first.parameter) or in_deepspeed(first.parameter)
     return not wave.replicated and first.placement.whole and not of_an_engine
+
+
+def _with_names(group: Mapping[str, Any], named: bool) -> dict[str, Any]:
+    """A copy of a group as torch takes it: with a name for each parameter, "" if none is known, or without names."""
+    params = group["params"]
+    params = [params] if isinstance(params, Tensor) else params if isinstance(params, set) else list(params)
+    names = group.get("param_names")
+    found = {**group, "params": params}
+    if any(isinstance(p, tuple) for p in params):
+        return found  # torch reads them
+    if (named and names is None) or (names is not None and len(names) != len(params)):
+        found["param_names"] = [noted_name(p) for p in params]
+    return found
 
 
 def _own_names(group: Mapping[str, Any]) -> list[str]:

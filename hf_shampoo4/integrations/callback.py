@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,9 @@ from ..state_report import metrics, table
 from .saving import follow_saves, shampoo_in, without_wrappers
 from .trainer import OPTIMS, check_args
 
+WITHOUT_GRADIENTS = 3
+"""Steps at the beginning after which a training in which no parameter has had a gradient is stopped."""
+
 
 class Shampoo4bitCallback(TrainerCallback, ExportableState):
     """Reports about `Shampoo4bit`; with any other optimizer it does nothing.
@@ -24,6 +28,7 @@ class Shampoo4bitCallback(TrainerCallback, ExportableState):
 
     def __init__(self) -> None:
         self.world_size = self.local_world_size = 1
+        self.steps_without_gradients = 0
         follow_saves()
 
     def state(self) -> dict[str, Any]:
@@ -43,6 +48,7 @@ class Shampoo4bitCallback(TrainerCallback, ExportableState):
         """
         self.world_size = args.world_size
         self.local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", self.world_size))
+        self.steps_without_gradients = 0
         state.stateful_callbacks.setdefault(CALLBACK, self.state())  # a checkpoint from before may lack it
         ours = shampoo_in(optimizer)
         if ours is None:
@@ -57,11 +63,25 @@ class Shampoo4bitCallback(TrainerCallback, ExportableState):
             print(table(ours), flush=True)
 
     def on_step_end(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
-        """Count a step that a loss scaler (fp16) left out: then the optimizer was not called and cannot."""
+        """Count a step that a loss scaler (fp16) left out: then the optimizer was not called and cannot.
+
+        Raises:
+            RuntimeError: nothing is trained: no parameter has had a gradient in the first steps.
+        """
         ours = shampoo_in(optimizer)
-        if ours is not None and getattr(optimizer, "step_was_skipped", False):
+        if ours is None:
+            return
+        if getattr(optimizer, "step_was_skipped", False):
             for group in ours.param_groups:
                 group["skipped_steps"] += 1
+        elif not ours.has_seen_gradients:
+            self.steps_without_gradients += 1
+            if self.steps_without_gradients in (WITHOUT_GRADIENTS, state.max_steps):
+                raise RuntimeError(
+                    f"nothing is trained: in {self.steps_without_gradients} steps no parameter of the optimizer has "
+                    "had a gradient.  It was made for another model than the one that is trained (a copy, or one from "
+                    "before model_init or PEFT made another), or what it trains takes no part in the loss"
+                )
 
     def on_log(
         self, args: Any, state: Any, control: Any, logs: Any = None, optimizer: Any = None, **kwargs: Any
@@ -71,13 +91,19 @@ class Shampoo4bitCallback(TrainerCallback, ExportableState):
         if ours is None or logs is None:
             return
         extra: dict[str, int | float] = {}
-        if "loss" in logs:
+        if "train_runtime" in logs:  # these logs are the results of the run
+            extra = {"train_optimizer_state_mb": metrics(ours)["optim/state_bytes"] / 1e6}
+        elif _are_of_training(logs):
             extra = metrics(ours)
-        elif "train_runtime" in logs:  # these logs are the results of the run; "_mem_" makes them print it in MB
-            extra = {"train_mem_optimizer_state": int(metrics(ours)["optim/state_bytes"])}
         logs.update(extra)
         if state.log_history:
             state.log_history[-1].update(extra)  # for trainer_state.json: a copy of the logs, made before the callbacks
+
+
+def _are_of_training(logs: Mapping[str, Any]) -> bool:
+    """Whether a loss is among them, under any name that a Trainer gives it, and not an evaluation's."""
+    evaluated = any(key.endswith("_runtime") or key.startswith(("eval_", "test_")) for key in logs)
+    return not evaluated and any("loss" in key for key in logs)
 
 
 def _refuse_another(args: Any, optimizer: Any) -> None:

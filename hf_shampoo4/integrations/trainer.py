@@ -5,6 +5,7 @@ Imports neither torch nor transformers until a training starts.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Mapping
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -37,27 +38,60 @@ def register() -> None:
     follow_saves()
 
 
-def trainer_kwargs(model: nn.Module, args: Any, **options: Any) -> dict[str, Any]:
+def trainer_kwargs(model: nn.Module | None, args: Any, **options: Any) -> dict[str, Any]:
     """What to pass to a Trainer instead of `--optim`: `Trainer(model, args, **trainer_kwargs(model, args))`.
 
-    Nothing of transformers is changed.  `callbacks=[hf_shampoo4.Shampoo4bitCallback]` adds the report; trackers see
-    its numbers only if it runs before them: `trainer.callback_handler.callbacks.insert(0, Shampoo4bitCallback())`.
+    Nothing of transformers is changed but what saves a checkpoint (saving.py).
+    `callbacks=[hf_shampoo4.Shampoo4bitCallback]` adds the report; trackers see its numbers only if it runs before them:
+    `trainer.callback_handler.callbacks.insert(0, Shampoo4bitCallback())`.
+
+    The optimizer is made for the model that the Trainer comes to train: what `model_init` returns, in every trial of a
+    hyperparameter search with its learning rate, or what a TRL trainer has made of the model by `peft_config`.
 
     Args:
-        model: the model that the Trainer gets, LoRA adapters already added.
+        model: the model that the Trainer gets, for a look at whether it can be trained; None if `model_init` makes it.
         args: TrainingArguments; read are learning_rate, adam_beta1, adam_beta2, adam_epsilon, weight_decay and
             optim_target_modules.
         options: options of the optimizer, `preset` and `config` among them.
 
     Returns:
-        `{"optimizer_cls_and_kwargs": (Shampoo4bit, kwargs)}`, for one Trainer: it empties the kwargs.
+        `{"optimizer_cls_and_kwargs": (what makes the optimizer, {})}`.
 
     Raises:
         OptionError: an option that does not exist or has a value that is not allowed.
         ValueError: there is no matrix to precondition, optim_target_modules matches nothing, or DeepSpeed is configured
             in a way in which this optimizer would not be used or could not work.
     """
-    return {"optimizer_cls_and_kwargs": _optimizer_cls_and_kwargs(args, model, resolve(options))}
+    chosen = resolve(options)
+    follow_saves()
+    _optimizer_cls_and_kwargs(args, model, chosen)
+    given = weakref.ref(model) if model is not None else lambda: None
+
+    def made(trained: Any = None) -> Any:
+        """A factory to transformers >= 5.2, which calls it for what makes the optimizer from the model."""
+        if trained is None:
+            return made
+        if not hasattr(trained, "named_parameters"):  # before 5.2: parameter groups
+            trained = _model_of(trained, given())
+        cls, kwargs = _optimizer_cls_and_kwargs(args, trained, chosen)
+        return cls(kwargs.pop("params"), **kwargs)
+
+    return {"optimizer_cls_and_kwargs": (made, {})}
+
+
+def _model_of(groups: list[dict[str, Any]], model: nn.Module | None) -> nn.Module:
+    """The model that trainer_kwargs was given, if it is the one that is trained: an older Trainer does not show it.
+
+    Raises:
+        ValueError: it is not.
+    """
+    trained = {id(p) for group in groups for p in group["params"]}
+    if model is None or any(p.requires_grad and id(p) not in trained for p in model.parameters()):
+        raise ValueError(
+            "the Trainer trains another model than trainer_kwargs was given (by model_init or peft_config), which "
+            "transformers before 5.2 does not show to it: use transformers 5.2, or hf_shampoo4.register() and --optim"
+        )
+    return model
 
 
 def check_args(args: Any) -> None:
@@ -95,8 +129,17 @@ def _optimizer_cls_and_kwargs(args: Any, model: nn.Module | None, options: dict[
             model, args.weight_decay, _target_rule(args.optim_target_modules, model), head_options(options)
         )
         require_preconditioned(groups, options)
-        kwargs["params"] = groups
+        kwargs["params"] = [_apart(group) for group in groups]
     return Shampoo4bit, kwargs
+
+
+def _apart(group: dict[str, Any]) -> dict[str, Any]:
+    """The parameters of a group as they are, for others look for theirs in it, and their names beside them."""
+    from ..sharding.local_parameter import note_name
+
+    for name, p in group["params"]:
+        note_name(p, name)
+    return {**group, "params": [p for _, p in group["params"]], "param_names": [name for name, _ in group["params"]]}
 
 
 def head_options(options: Mapping[str, Any]) -> dict[str, Any]:

@@ -21,6 +21,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 _NOTE = "_hf_shampoo4_range"
+_NAME = "_hf_shampoo4_name"
 
 
 class Range(NamedTuple):
@@ -167,6 +168,16 @@ def held_itself(name: str, p: Tensor) -> Held:
 def in_fsdp1(p: Tensor) -> bool:
     """Whether FSDP1 has flattened a parameter."""
     return hasattr(p, _NOTE)
+
+
+def note_name(p: Tensor, name: str) -> None:
+    """Remember a parameter's name, for groups that other programs make of it."""
+    setattr(p, _NAME, name)
+
+
+def noted_name(p: Tensor) -> str:
+    """What was noted; "" if nothing."""
+    return getattr(p, _NAME, "")
 
 
 def check(p: Tensor) -> None:

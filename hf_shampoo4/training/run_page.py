@@ -34,7 +34,7 @@ COUNTS = ("optim/skipped_steps", "optim/failed_refreshes")  # of things that sho
 
 
 LARGEST = 1e15
-FIGURES = ("step", "train_runtime", "train_samples_per_second", "optim/state_bytes", "train_mem_optimizer_state")
+FIGURES = ("step", "train_runtime", "train_samples_per_second", "optim/state_bytes", "train_optimizer_state_mb")
 
 
 @dataclass(frozen=True)
@@ -156,13 +156,13 @@ BEST = "lowest validation loss"
 
 def _figures(run: Run) -> dict[str, str]:
     evaluated, rates = run.curve("eval_loss"), run.curve("learning_rate")
-    size = run.last("optim/state_bytes") or run.last("train_mem_optimizer_state")
+    size = run.last("optim/state_bytes")
     return {
         "steps": _number(max((entry["step"] for entry in run.log if "step" in entry), default=None), ".0f"),
         "training loss": _number(run.last("loss"), ".4f"),
         "validation loss": _number(run.last("eval_loss"), ".4f"),
         BEST: _number(min((value for _, value in evaluated), default=None), ".4f"),
-        "optimizer state, MB": _number(size / 1e6 if size else None, ".2f"),
+        "optimizer state, MB": _number(size / 1e6 if size else run.last("train_optimizer_state_mb"), ".2f"),
         "time, s": _number(run.last("train_runtime"), ".1f"),
         "of it on factors and bases, s": _number(run.last("optim/refresh_seconds"), ".1f"),
         "samples/s": _number(run.last("train_samples_per_second"), ".1f"),

@@ -13,7 +13,7 @@ from tests.support.tiny import arguments, llama
 
 
 def names(group: dict) -> list[str]:
-    return [name for name, _ in group["params"]]
+    return group.get("param_names") or [name for name, _ in group["params"]]
 
 
 def kind_of(group: dict) -> str:
@@ -134,7 +134,7 @@ def test_lora_factors_are_matrices_but_lora_of_an_embedding_and_saved_heads_are_
 )
 def test_optim_target_modules_are_the_only_ones_preconditioned(tmp_path, targets, parts):
     args = arguments(tmp_path, optim_target_modules=targets)
-    _, kwargs = trainer_kwargs(llama(), args)["optimizer_cls_and_kwargs"]
+    _, kwargs = Trainer.get_optimizer_cls_and_kwargs(args, llama())
     kind = kinds(kwargs["params"])
     assert {name.split(".")[-2] for name in kind if kind[name] == "matrix"} == parts
     assert kind["model.embed_tokens.weight"] == "elementwise"
@@ -169,3 +169,30 @@ def test_a_model_without_a_matrix_is_refused_in_the_trainer(tmp_path):
 def test_optim_target_modules_that_match_nothing_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"optim_target_modules=\['query'\] matches no module.*q_proj"):
         trainer_kwargs(llama(), arguments(tmp_path, optim_target_modules=["query"]))
+
+
+def test_programs_find_their_parameters_in_the_trainers_groups_and_add_groups_of_their_own(tmp_path):
+    """As sentence-transformers' learning_rate_mapping does: by identity, without names."""
+    model = llama()
+    special = [model.lm_head.weight, model.model.norm.weight]
+    cls, kwargs = Trainer.get_optimizer_cls_and_kwargs(arguments(tmp_path), model)
+    groups = kwargs.pop("params")
+    before = sum(len(group["params"]) for group in groups)
+    for group in groups:
+        group["params"] = [p for p in group["params"] if all(p is not s for s in special)]
+    assert sum(len(group["params"]) for group in groups) == before - 2
+    optimizer = cls([*groups, {"params": special, "lr": 0.5}], **kwargs)
+    assert optimizer.param_groups[-1]["lr"] == 0.5
+    called = {p: name for name, p in model.named_parameters()}
+    for i, group in enumerate(optimizer.param_groups):
+        assert optimizer.names(i) == [called[p] for p in group["params"]]
+    again = cls([{"params": list(g["params"])} for g in optimizer.param_groups], **kwargs)
+    assert again.names(0)[0] == "0.0"  # nameless all of them: as torch has it
+
+
+def test_a_nameless_group_beside_named_ones_is_told_by_its_place():
+    w, b = nn.Parameter(torch.ones(8, 8)), nn.Parameter(torch.ones(8, 8))
+    optimizer = s4.Shampoo4bit([("w", w)])
+    optimizer.add_param_group({"params": b})
+    assert [optimizer.names(0), optimizer.names(1)] == [["w"], ["1.0"]]
+    optimizer.load_state_dict(optimizer.state_dict())

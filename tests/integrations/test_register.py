@@ -84,7 +84,7 @@ def test_hyper_parameters_come_from_the_arguments(tmp_path):
         optim_args=" block_size = 64 , moments=bf16",
     )  # fmt: skip
     cls, kwargs = Trainer.get_optimizer_cls_and_kwargs(args, llama())
-    assert [group["weight_decay"] for group in kwargs.pop("params")] == [0.1, 0.1, 0.0]
+    assert [group["weight_decay"] for group in kwargs.pop("params")] == [0.1, 0.1, 0.1, 0.0]
     assert cls is s4.Shampoo4bit
     assert kwargs == {
         "lr": 3e-4, "betas": (0.8, 0.95), "eps": 1e-7, "weight_decay": 0.1, "block_size": 64, "moments": "bf16"

@@ -43,7 +43,7 @@ def main():
     trainer, found = train(None)
     found["resumed"] = train(f"{args.output_dir}/checkpoint-3")[1]
     found["optimizer"] = type(trainer.optimizer.optimizer).__name__
-    found["bytes"] = trainer.state.log_history[-1].get("train_mem_optimizer_state")
+    found["bytes"] = trainer.state.log_history[-1].get("train_optimizer_state_mb")
     found["argv"], found["world"] = sys.argv[0], args.world_size
     with open(f"{script.result}.{args.process_index}", "w") as file:
         json.dump(found, file)

@@ -37,7 +37,7 @@ def test_the_flag_trains_and_reports(tmp_path, capsys, optim):
     assert all(entry.keys() >= KEYS for entry in logged)
     assert logged[-1]["optim/state_bytes"] > 0
     assert logged[-1]["optim/skipped_steps"] == 0
-    assert trainer.state.log_history[-1]["train_mem_optimizer_state"] == logged[-1]["optim/state_bytes"]
+    assert trainer.state.log_history[-1]["train_optimizer_state_mb"] == logged[-1]["optim/state_bytes"] / 1e6
 
 
 def test_the_results_of_a_run_hold_the_bytes(tmp_path):
@@ -45,9 +45,8 @@ def test_the_results_of_a_run_hold_the_bytes(tmp_path):
     metrics = trainer.train().metrics
     trainer.log_metrics("train", metrics)
     trainer.save_metrics("train", metrics)
-    saved = json.loads((tmp_path / "train_results.json").read_text())["train_mem_optimizer_state"]
-    assert isinstance(saved, int)
-    assert saved > 0
+    saved = json.loads((tmp_path / "train_results.json").read_text())["train_optimizer_state_mb"]
+    assert 0 < saved < 1, "megabytes"
 
 
 def test_tensorboard_receives_the_numbers(tmp_path, monkeypatch):
@@ -57,7 +56,7 @@ def test_tensorboard_receives_the_numbers(tmp_path, monkeypatch):
     (event_file,) = tmp_path.rglob("events.out.tfevents.*")
     events = event_accumulator.EventAccumulator(str(event_file))
     events.Reload()
-    assert set(events.Tags()["scalars"]) >= {f"train/{key}" for key in KEYS} | {"train/train_mem_optimizer_state"}
+    assert set(events.Tags()["scalars"]) >= {f"train/{key}" for key in KEYS} | {"train/train_optimizer_state_mb"}
     assert events.Scalars("train/optim/state_bytes")[-1].value > 0
 
 
@@ -80,7 +79,7 @@ def test_wandb_receives_the_numbers(tmp_path, monkeypatch):
     kept = dict(wandb.run.summary)
     wandb.finish()
     assert kept.keys() >= {f"train/{key}" for key in KEYS}
-    assert kept["train/optim/state_bytes"] == trainer.state.log_history[-1]["train_mem_optimizer_state"]
+    assert kept["train/optim/state_bytes"] / 1e6 == trainer.state.log_history[-1]["train_optimizer_state_mb"]
     assert list(tmp_path.rglob("run-*.wandb"))
 
 
@@ -97,10 +96,63 @@ def test_without_patching(tmp_path, capsys):
     assert losses(trainer)[-1] < losses(trainer)[0]
 
 
+def moved(trainer: Trainer, start: torch.nn.Module) -> bool:
+    pairs = zip(trainer.model.parameters(), start.parameters(), strict=True)
+    return any(not torch.equal(p.detach(), q.detach()) for p, q in pairs)
+
+
+def test_without_patching_the_model_that_model_init_makes_is_trained(tmp_path):
+    args = arguments(tmp_path, optim="adamw_torch", optim_args=None, max_steps=2, lr_scheduler_type="constant")
+    trainer = Trainer(
+        None, args, train_dataset=Tokens(), model_init=lambda: llama(num_hidden_layers=1),
+        **s4.trainer_kwargs(None, args, stats_every=2),
+    )  # fmt: skip
+    for rate in (1e-2, 3e-3):  # as a hyperparameter search does: another model, another rate
+        args.learning_rate = rate
+        trainer.train()
+        assert trainer.optimizer.optimizer.param_groups[0]["lr"] == rate
+        assert trainer.optimizer.optimizer.names(0)[0].startswith("model.layers.0")
+        assert moved(trainer, llama(num_hidden_layers=1))
+
+
+def test_a_trainer_before_5_2_gives_groups_and_trains_the_model_that_was_given_or_is_refused(tmp_path):
+    args, model = arguments(tmp_path), llama(num_hidden_layers=1)
+    factory, kwargs = s4.trainer_kwargs(model, args)["optimizer_cls_and_kwargs"]
+    assert factory([{"params": list(model.parameters())}], **kwargs).names(0)[0].startswith("model.layers.0")
+    with pytest.raises(ValueError, match=r"trains another model than trainer_kwargs was given .*transformers 5\.2"):
+        factory([{"params": list(llama().parameters())}], **kwargs)
+
+
+@pytest.mark.parametrize("steps", [2, 6])
+def test_a_training_of_nothing_is_stopped(tmp_path, steps):
+    """The optimizer has the parameters of another model."""
+    optimizer = s4.Shampoo4bit(llama(num_hidden_layers=1).parameters(), lr=1e-2)
+    trainer = Trainer(llama(num_hidden_layers=1), arguments(tmp_path, max_steps=steps), train_dataset=Tokens(),
+                      optimizers=(optimizer, None))  # fmt: skip
+    with pytest.raises(RuntimeError, match=rf"nothing is trained: in {min(steps, 3)} steps no parameter"):
+        trainer.train()
+
+
+class Renames(Trainer):
+    """As SetFit's, whose losses have names of their own."""
+
+    def log(self, logs, *rest, **more):
+        super().log({("embedding_loss" if k == "loss" else k): v for k, v in logs.items()}, *rest, **more)
+
+
+def test_figures_come_with_a_loss_of_another_name_and_not_with_an_evaluation(tmp_path):
+    args = arguments(tmp_path, max_steps=2, eval_strategy="steps", eval_steps=2)
+    trainer = Renames(llama(num_hidden_layers=1), args, train_dataset=Tokens(), eval_dataset=Tokens())
+    trainer.train()
+    history = trainer.state.log_history
+    assert [entry.keys() >= KEYS for entry in history if "embedding_loss" in entry] == [True, True]
+    assert not any(key in KEYS for entry in history if "eval_loss" in entry for key in entry)
+
+
 def test_nothing_is_said_about_another_optimizer(tmp_path, capsys):
     trainer = train(arguments(tmp_path, optim="adamw_torch", optim_args=None, max_steps=1))
     assert not any(key.startswith("optim/") for entry in trainer.state.log_history for key in entry)
-    assert "train_mem_optimizer_state" not in trainer.state.log_history[-1]
+    assert "train_optimizer_state_mb" not in trainer.state.log_history[-1]
 
 
 def test_sft_trainer_with_lora(tmp_path):

@@ -67,7 +67,7 @@ def test_lora_by_the_command(model: Path, data: Path, tmp_path: Path, capsys: py
     assert (tmp_path / "run" / "adapter_model.safetensors").is_file()
     assert "4x32" in capsys.readouterr().out  # the table of what is preconditioned
     results = json.loads((tmp_path / "run" / "all_results.json").read_text())
-    assert results["train_mem_optimizer_state"] > 0
+    assert results["train_optimizer_state_mb"] > 0
 
 
 @pytest.mark.parametrize("optim", ["shampoo4bit", "soap4bit", "kl_shampoo4bit"])

@@ -268,7 +268,7 @@ def test_a_command_of_this_package_trains_with_shampoo4bit(tmp_path):
 
 
 def test_overwriting_leaves_no_figure_of_the_run_before(tmp_path):
-    (tmp_path / "all_results.json").write_text('{"train_mem_optimizer_state": 1}')
+    (tmp_path / "all_results.json").write_text('{"train_optimizer_state_mb": 1}')
     config = parse({"output_dir": str(tmp_path)}, ["--overwrite_output_dir", "true"])
     assert prepare_output(config.run, config.training) is None
     assert not (tmp_path / "all_results.json").exists()
