@@ -8,7 +8,7 @@
 
 `convert` writes `optimizer.pt` from any of them: the Trainer loads it in one process or under DDP, and
 `optimizer.load_state_dict` everywhere.  `last` prints the newest checkpoint
-of a Trainer's output folder that is complete (resume.py): for `--resume_from_checkpoint` after a crash.
+of a Trainer's output folder that is complete (completeness.py): for `--resume_from_checkpoint` after a crash.
 """
 
 from __future__ import annotations

@@ -285,7 +285,7 @@ class Wave:
         return state.entries(held)
 
     def share(self) -> dict[int, Entry]:
-        """Member -> the part of its state that this rank keeps (saved.py); plain tensors."""
+        """Member -> the part of its state that this rank keeps (checkpointing/formats.py); plain tensors."""
         found, state = {m: {k: t for k, t in e.items() if len(t)} for m, e in self.live().items()}, self.state_map
         for g, (m, algorithm) in enumerate(state.groups):
             found[m][blocks_key(state_key(algorithm, "", ""))] = torch.tensor(

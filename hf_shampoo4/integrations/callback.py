@@ -32,7 +32,7 @@ class Shampoo4bitCallback(TrainerCallback, ExportableState):
         follow_saves()
 
     def state(self) -> dict[str, Any]:
-        """For `trainer_state.json`: who comes back must know how many ranks had to finish (resume.py)."""
+        """For `trainer_state.json`: who comes back must know how many ranks had to finish (completeness.py)."""
         sizes = {"world_size": self.world_size, "local_world_size": self.local_world_size}
         return {"args": {}, "attributes": sizes}
 

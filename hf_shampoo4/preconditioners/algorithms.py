@@ -234,7 +234,7 @@ class Shampoo:
 
 @dataclass(frozen=True)
 class Eigenbasis:
-    """SOAP, KL-Shampoo and KL-SOAP: the base works on G' = U_L^T G U_R; see eigenbasis.py."""
+    """SOAP, KL-Shampoo and KL-SOAP: the base works on G' = U_L^T G U_R; see bases.py."""
 
     shape: tuple[int, ...]
     moments: Moments

@@ -39,7 +39,6 @@ def test_an_unknown_command_is_refused(capsys):
         ),
         (["train", "--model", "./no_model"], "error: model './no_model' cannot be loaded"),
         (["demo", "--output_dir", "{tmp}"], "is not empty: choose another, or --overwrite_output_dir"),
-        (["demo", "--sweep", "nowhere.yaml"], "error: config 'nowhere.yaml' does not exist"),
         (["demo", "--quick", "--optims", "sgdx", "--output_dir", "{tmp}/y"], "error: argument --optim: invalid choice"),
     ],
 )

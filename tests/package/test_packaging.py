@@ -104,7 +104,7 @@ def test_wheel_imports_and_runs_outside_the_tree(wheel: Path, tmp_path: Path) ->
 
 WITHOUT = """
 import sys
-from hf_shampoo4.extras import EXTRAS
+from hf_shampoo4.utils.extras import EXTRAS
 sys.modules.update(dict.fromkeys([*EXTRAS, "scipy", "trackio", "wandb", "optuna"]))  # None: as if not installed
 import torch
 import hf_shampoo4 as s4
