@@ -168,7 +168,7 @@ class Shampoo4bit(torch.optim.Optimizer):
         """The state in a form that has no rank in it, so that any number of ranks can load it.
 
         Under DeepSpeed, which keeps a file for each rank, it is this rank's part of that form; under FSDP1, which lets
-        tensors of other shapes than the parameters' through in no other way, it is bytes in the first group (formats.py).
+        tensors of other shapes than the parameters' through in no other way, it is bytes in the first group.
         Only where this process has all of the state are these the tensors that are trained; elsewhere they are copies:
         what is read into them (`dcp.load(optimizer.state_dict())`) counts once `load_state_dict` has been given them.
         Where parameters or state are sharded, every rank must call it.  Under DDP with `shard_state` one rank may call
