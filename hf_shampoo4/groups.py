@@ -8,6 +8,7 @@ share is an embedding if it is that in any of them.
     what get_output_embeddings() returns; a linear layer "lm_head"  vocabulary
     the weight of nn.Linear, nn.Conv*, transformers' Conv1D         matrix
     norms: torch's types, classes named ...Norm                     elementwise
+    what a layer of PEFT calls its adapter, but for embeddings      matrix
   and in a module whose type says nothing:
     named ...bias..., scale, ..._log                                elementwise
     named as a table (embed, token, position, ...), or in a class   elementwise; an embedding of (n, d): vocabulary
@@ -199,6 +200,8 @@ def _purpose_in(place: _Place, shape: tuple[int, ...]) -> Purpose:
         return Purpose("conv1d" if len(shape) == 3 else "matrix", "matrix", "convolution")
     if _is_norm(module):
         return Purpose("elementwise", "vector", "norm")
+    if place.attribute in getattr(module, "adapter_layer_names", ()) and not _TABLE_NAME.search(place.attribute):
+        return Purpose("matrix", "matrix", "adapter")  # of PEFT, whose layers say which parameters are their weights
     return _purpose_by_name(type(module).__name__, place.attribute, shape)
 
 

@@ -21,6 +21,7 @@ from hf_shampoo4.execution.blocking import blocks_of
 from hf_shampoo4.groups import options_of, param_groups
 from hf_shampoo4.preconditioners.algorithms import Elementwise
 from hf_shampoo4.state_report import block_bytes
+from tests.support.tiny import llama
 
 MATRIX, VOCABULARY, ADAMW = "matrix", "vocabulary", "AdamW"  # preconditioned, by its columns, not at all
 
@@ -254,6 +255,30 @@ def test_a_weight_normed_model_itself_and_dicts_of_parameters_go_by_their_own_na
     model.lora_A, model.prompts = nn.ParameterDict(), nn.ParameterList([nn.Parameter(torch.zeros(20, 64))])
     model.lora_A["default"] = nn.Parameter(torch.zeros(8, 64))
     assert treatments(model) == {"lora_A.default": MATRIX, "prompts.0": ADAMW}
+
+
+ADAPTERS: dict[str, dict[str, str]] = {
+    "LoraConfig": {"*.lora_A.*": MATRIX, "*.lora_B.*": MATRIX},
+    "AdaLoraConfig": {"*.lora_A.*": MATRIX, "*.lora_B.*": MATRIX, "*.lora_E.*": ADAMW},
+    "LoHaConfig": {"*.hada_w?_?.*": MATRIX},
+    "LoKrConfig": {"*.lokr_w?.*": MATRIX},
+    "HRAConfig": {"*.hra_u.*": MATRIX},
+    "MissConfig": {"*.miss_block.*": MATRIX},
+    "OFTConfig": {"*.oft_R.*": MATRIX},
+    "VeraConfig": {},
+}
+
+
+@pytest.mark.parametrize("adapter", ADAPTERS)
+def test_the_weights_of_adapters_are_matrices(adapter: str) -> None:
+    peft = pytest.importorskip("peft")
+    extra = {"AdaLoraConfig": {"total_step": 10}, "OFTConfig": {"oft_block_size": 8}}.get(adapter, {"r": 4})
+    config = getattr(peft, adapter)(target_modules=["q_proj"], **extra)
+    found = treatments(peft.get_peft_model(llama(num_hidden_layers=1), config))
+    table = ADAPTERS[adapter]
+    assert {name: kind for name, kind in found.items() if not any(fnmatch(name, p) for p in table)} == {}
+    assert all(kind == table[p] for name, kind in found.items() for p in table if fnmatch(name, p))
+    assert bool(found) == bool(table)
 
 
 class Experts(nn.Module):
