@@ -110,7 +110,9 @@ PAIRS = ("optim_args", "model_overrides")  # key=value,key=value on the command 
 
 
 def _pair(key: str, value: Any) -> str:
-    """`key=value`; a list is separated by semicolons, what is no text is JSON."""
+    """`key=value`; a list is separated by semicolons, and so are the kinds of `rates`; what is no text is JSON."""
+    if key == "rates" and isinstance(value, Mapping):
+        value = [f"{kind}:{factor}" for kind, factor in value.items()]
     if isinstance(value, list):
         return f"{key}={';'.join(map(str, value))}"
     return f"{key}={value if isinstance(value, str) else json.dumps(value)}"

@@ -202,11 +202,19 @@ def test_special_tokens_of_another_tokenizer_are_left_out(tmp_path):
 
 
 def test_lists_and_mappings_in_a_file(settings):
-    mapped = {"optim": "shampoo4bit", "optim_args": {"block_size": 512, "row_splits": [32, 32], "shard_state": True}}
+    mapped = {
+        "optim": "shampoo4bit",
+        "optim_args": {
+            "block_size": 512,
+            "row_splits": [32, 32],
+            "shard_state": True,
+            "rates": {"head": 2, "vector": 0.5},
+        },
+    }
     overrides = {"model_overrides": {"hidden_size": 64, "hidden_act": "gelu"}}
     lists = {"report_to": ["tensorboard"], "optim_target_modules": ["q_proj", "v_proj"], "lr_scheduler_kwargs": {}}
     config = parse({**settings, **mapped, **overrides, **lists})
-    assert config.training.optim_args == "block_size=512,row_splits=32;32,shard_state=true"
+    assert config.training.optim_args == "block_size=512,row_splits=32;32,shard_state=true,rates=head:2;vector:0.5"
     assert config.model.model_overrides == "hidden_size=64,hidden_act=gelu"
     assert (config.training.report_to, config.training.optim_target_modules) == (["tensorboard"], ["q_proj", "v_proj"])
     assert parse({**settings, "report_to": []}).training.report_to == []
