@@ -75,7 +75,7 @@ def as_markdown(grid: Grid, rows: Sequence[Row]) -> str:
     c, baseline = grid.common, next(row for row in rows if row.name == grid.baseline)
     target = next((row for row in rows if row.name == grid.target), None)
     columns = ["contestant", "learning rate", "times, by kind", "seeds", "loss, mean ± spread",
-               f"steps to {baseline.label}'s loss", "seconds to it", "bytes a parameter",
+               f"steps to the loss of {baseline.label}", "seconds to it", "bytes a parameter",
                "optimizer, ms a step"]  # fmt: skip
     tokens = c["per_device_train_batch_size"] * c["seq_len"]
     lines = [
