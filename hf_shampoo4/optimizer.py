@@ -23,7 +23,7 @@ from .checkpointing.checksums import verified
 from .checkpointing.formats import FORMAT, check_entry, clean_name, pack, unpack, well_formed
 from .exceptions import CheckpointError, OptionError, SparseGradient
 from .execution.blocking import blocks_of
-from .execution.state_layout import Entry, state_layout
+from .execution.state_layout import Entry, foreign, own, state_layout
 from .execution.wave_step import WaveStep, run
 from .execution.waves import Wave, build
 from .groups import noted_purpose
@@ -189,7 +189,7 @@ class Shampoo4bit(torch.optim.Optimizer):
                 if not isinstance(p, Tensor):
                     state[p] = entry  # a hook's note
                 elif id(p) in number:
-                    state[number[id(p)]] = saved.get(p, entry)
+                    state[number[id(p)]] = {**foreign(entry), **saved[p]} if p in saved else entry
         found: dict[str, Any] = {"state": state, "param_groups": groups}
         for after in self._optimizer_state_dict_post_hooks.values():
             changed = after(self, found)
@@ -318,8 +318,8 @@ class Shampoo4bit(torch.optim.Optimizer):
                 "not read yet: use state_dict() and load_state_dict() on every rank, save_optimizer() or, with "
                 "shard_state, consolidate() on every rank before the copy"
             )
-        whole = {p: self._consolidated.get(p, entry) for p, entry in self.state.items()}
-        kept = {"state": defaultdict(dict, whole), "_process_group": self._process_group}
+        fetched = {p: {**self.state[p], **entry} for p, entry in self._consolidated.items() if self.state.get(p)}
+        kept = {"state": defaultdict(dict, {**self.state, **fetched}), "_process_group": self._process_group}
         return {**super().__getstate__(), **kept}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -429,7 +429,7 @@ class Shampoo4bit(torch.optim.Optimizer):
     def _needs(self, held: Held) -> bool:
         """Whether this rank has a part of a parameter's training: as torch's optimizers, it takes every gradient."""
         p = held.parameter
-        stateful = bool(self.state.get(p)) or held.name in self._awaited
+        stateful = bool(own(self.state.get(p, {}))) or held.name in self._awaited
         return p.requires_grad or held.buffer.grad is not None or stateful
 
     def _is_rehearsal(self, units: Sequence[_Unit]) -> bool:
@@ -580,10 +580,10 @@ class Shampoo4bit(torch.optim.Optimizer):
                 check(held.parameter)
         if self._ranks.world > 1:  # owners may change
             for wave in [wave for built in before if built for wave in built.waves]:
-                wave.adopt([self.state[member.parameter] for member in wave.members])
-                self.state.update({wave.members[m].parameter: entry for m, entry in wave.saved().items()})
+                wave.adopt(self._entries(wave))
+                self._put(wave, wave.saved())
         for p in dropped:
-            self.state.pop(p, None)
+            self.state[p] = foreign(self.state[p])
         with self.together():
             shapes = [self._planned_shapes(unit) for unit in units]
             planned = build(
@@ -591,10 +591,10 @@ class Shampoo4bit(torch.optim.Optimizer):
                 self._ranks,
             )
             for wave in [wave for waves in planned for wave in waves]:
-                wave.check([self.state[member.parameter] for member in wave.members])
+                wave.check(self._entries(wave))
         for wave in [wave for waves in planned for wave in waves]:
-            wave.adopt([self.state[member.parameter] for member in wave.members])
-            self.state.update({wave.members[m].parameter: entry for m, entry in wave.live().items()})
+            wave.adopt(self._entries(wave))
+            self._put(wave, wave.live())
         if self._reader is not None:  # while there is no plan: a step that fails here has not been made
             fresh = [of_unit for unit, of_unit, old in zip(units, planned, before, strict=True)
                      if old is None and unit.key[0] < self._unread]  # fmt: skip
@@ -602,7 +602,7 @@ class Shampoo4bit(torch.optim.Optimizer):
                 self._reader({name: row for waves in fresh for wave in waves for name, row in wave.rows().items()})
         self._count_updates([wave for waves in planned for wave in waves])
         for unit, waves, old in zip(units, planned, before, strict=True):
-            views = {held.parameter: dict(self.state[held.parameter]) for held in unit.members}
+            views = {held.parameter: own(self.state[held.parameter]) for held in unit.members}
             others = (built.start for (index, _), built in self._built.items() if index == unit.key[0])
             start = old.step if old else next(others, unit.group["step"])
             everything = set(self.parameters(unit.key[0]))
@@ -619,6 +619,15 @@ class Shampoo4bit(torch.optim.Optimizer):
         counts = [torch.zeros(0, dtype=torch.float32, device="cpu"), *(wave.counted().cpu() for wave in waves)]
         for member, count in zip(members, self._ranks.reduce(torch.cat(counts), largest=True).tolist(), strict=True):
             member.updates = int(count)
+
+    def _entries(self, wave: Wave) -> list[Entry]:
+        """What there is of its members' state."""
+        return [own(self.state[member.parameter]) for member in wave.members]
+
+    def _put(self, wave: Wave, entries: Mapping[int, Entry]) -> None:
+        for m, entry in entries.items():
+            p = wave.members[m].parameter
+            self.state[p] = {**foreign(self.state[p]), **entry}
 
     def _surveyed(self, units: Sequence[_Unit]) -> tuple[list[_Unit], list[Tensor]]:
         """The units with the members that all ranks agree on, and the parameters whose state is not kept.
@@ -655,7 +664,7 @@ class Shampoo4bit(torch.optim.Optimizer):
 
     def _standing(self, held: Held, before: Mapping[Tensor, Mapping[str, Any]]) -> _Standing:
         p = held.parameter
-        had, has = set(before.get(p, ())), set(self.state.get(p, ()))
+        had, has = set(before.get(p, ())), set(own(self.state.get(p, {})))
         complete = had <= has
         torn = bool(had & has) and not complete
         return _Standing(self._needs(held), p in before, bool(had), bool(has) and complete, torn)
@@ -787,7 +796,7 @@ class Shampoo4bit(torch.optim.Optimizer):
         stateless = []
         for key, p, name in zip(saved["params"], group["params"], self.names(index), strict=True):
             entry = state.get(key, {})
-            if entry:
+            if own(entry):
                 check_entry(name, entry, state_layout(blocks_of(full_shape(p), Options.of(group))))
             elif p.requires_grad and saved["step"] and math.prod(full_shape(p)):
                 stateless.append(name)
@@ -838,7 +847,7 @@ def _taken_over(entry: Entry, p: Tensor) -> Entry:
     """A parameter's saved state, never the caller's own tensors but where this rank wants a part of them alone."""
     if in_fsdp1(p) or in_deepspeed(p):
         return dict(entry)
-    return {name: t.to(p.device, copy=True) for name, t in entry.items()}
+    return {name: t.to(p.device, copy=True) if isinstance(t, Tensor) else copy.deepcopy(t) for name, t in entry.items()}
 
 
 def _rates(groups: Sequence[Mapping[str, Any]]) -> list[float]:

@@ -90,11 +90,18 @@ def _of_state_dict(state_dict: Mapping[str, Any]) -> dict[Any, int]:
     return {"": of_content(rest), **{key: _of_entry(entry) for key, entry in state_dict["state"].items()}}
 
 
-def _of_entry(entry: Mapping[str, Tensor]) -> int:
+def _of_entry(entry: Any) -> int:
+    """Of a parameter's state, or of what a hook has noted."""
+    if not isinstance(entry, Mapping):
+        return of_content(entry)
     found = 0
-    for key in sorted(entry):
-        found = zlib.crc32(f"{key} {entry[key].dtype} {tuple(entry[key].shape)}".encode(), found)
-        found = of_tensor(entry[key], found)
+    for key in sorted(entry, key=str):
+        value = entry[key]
+        if isinstance(value, Tensor):
+            found = zlib.crc32(f"{key} {value.dtype} {tuple(value.shape)}".encode(), found)
+            found = of_tensor(value, found)
+        else:
+            found = zlib.crc32(f"{key} {of_content(value)}".encode(), found)
     return found
 
 

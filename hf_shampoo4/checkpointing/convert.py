@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from ..exceptions import CheckpointError, OptionError
+from ..execution.state_layout import own
 from ..options import NAMES, Options
 from ..utils.files import replacing
 from . import checksums
@@ -232,7 +233,7 @@ def described(state_dict: dict[str, Any]) -> Iterator[str]:
         yield "  options: " + (", ".join(f"{name}={value}" for name, value in chosen.items()) or "the defaults")
         sizes: dict[str, int] = {}
         for entry in entries:
-            for key, tensor in entry.items():
+            for key, tensor in own(entry).items():
                 kind = key.split("/")[-1].split(".")[-2]
                 sizes[kind] = sizes.get(kind, 0) + tensor.nbytes
         yield "  bytes: " + ", ".join(f"{kind} {size:,}" for kind, size in sorted(sizes.items()))

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..exceptions import CheckpointError, OptionError
-from ..execution.state_layout import Entry, blocks_key, is_part
+from ..execution.state_layout import Entry, blocks_key, foreign, is_part, own
 from ..options import NAMES, Options, check_rates, resolve
 
 FORMAT = 5  # of the state; in every param group, so that a checkpoint says what wrote it
@@ -57,8 +57,8 @@ def join(name: str, parts: Sequence[Entry]) -> Entry:
     """
     if not is_part(parts[0]):  # every rank has everything: one alone, or all of what was frozen in mid-training
         return parts[0]
-    found: Entry = {}
-    for key in dict.fromkeys(key for part in parts for key in part if not key.endswith("/blocks")):
+    found: Entry = foreign(parts[0])
+    for key in dict.fromkeys(key for part in parts for key in own(part) if not key.endswith("/blocks")):
         having = [part for part in parts if key in part]
         order = torch.cat([part[blocks_key(key)] for part in having])
         if sorted(order.tolist()) != list(range(len(order))):
@@ -112,7 +112,7 @@ def _has_tensors(entry: Any) -> bool:
     def is_one(t: Any) -> bool:
         return isinstance(t, Tensor) and t.layout == torch.strided and t.device.type != "meta"
 
-    return isinstance(entry, dict) and all(isinstance(key, str) and is_one(t) for key, t in entry.items())
+    return isinstance(entry, dict) and all(is_one(t) for t in own(entry).values())
 
 
 def _well_formed_group(index: int, group: dict[str, Any]) -> dict[str, Any]:
@@ -197,10 +197,10 @@ def check_entry(name: str, entry: dict[str, Any], layout: dict[str, tuple[tuple[
     if is_part(entry):
         counts = {key: len(entry.get(blocks_key(key), ())) for key in layout}
         layout = {key: ((counts[key], *shape[1:]), dtype) for key, (shape, dtype) in layout.items() if counts[key]}
-    known = {key for key in entry if not key.endswith("/blocks")}
-    missing, foreign = sorted(layout.keys() - known), sorted(known - layout.keys())
-    if missing or foreign:
-        raise CheckpointError(f"state of {name!r} does not fit: missing {missing[:3]}, not known {foreign[:3]}")
+    known = {key for key in own(entry) if not key.endswith("/blocks")}
+    missing, strange = sorted(layout.keys() - known), sorted(known - layout.keys())
+    if missing or strange:
+        raise CheckpointError(f"state of {name!r} does not fit: missing {missing[:3]}, not known {strange[:3]}")
     for key, (shape, dtype) in layout.items():
         there = entry[key]
         if not isinstance(there, Tensor) or tuple(there.shape) != shape or there.dtype != dtype:

@@ -1,12 +1,13 @@
 """The form of a parameter's state: which tensors there are, of which shapes, under which keys.
 
 A key is "<block shape>/<tensor>.<buffer>", such as "64x64/left.basis.codes"; dim 0 of every tensor is the block.
+Keys without a slash are not this optimizer's: they are carried along.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -40,6 +41,16 @@ def blocks_key(state_key: str) -> str:
     return state_key.split("/")[0] + "/blocks"
 
 
+def own(entry: Mapping[Any, Any]) -> Entry:
+    """What of a parameter's state is this optimizer's."""
+    return {key: t for key, t in entry.items() if isinstance(key, str) and "/" in key}
+
+
+def foreign(entry: Mapping[Any, Any]) -> dict[Any, Any]:
+    """What wrappers such as Lookahead keep in it."""
+    return {key: value for key, value in entry.items() if not (isinstance(key, str) and "/" in key)}
+
+
 def is_part(entry: Entry) -> bool:
     """Whether an entry has a part of a parameter's blocks only."""
-    return any(key.endswith("/blocks") for key in entry)
+    return any(key.endswith("/blocks") for key in own(entry))

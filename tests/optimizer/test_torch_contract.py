@@ -254,7 +254,38 @@ def test_what_hooks_of_state_dict_add_is_carried_along(make: Any, tmp_path: Path
     assert other.state["note"] == {"epoch": 3}
     run(other, range(1))
     assert other.state_dict()["state"]["note"] == {"epoch": 3}
-    main(["inspect", str(tmp_path)]) if make is Shampoo4bit else None
+    if make is Shampoo4bit:
+        main(["inspect", str(tmp_path)])
+        main(["convert", str(tmp_path), "--output", str(tmp_path / "converted.pt")])
+        other.load_state_dict(torch.load(tmp_path / "converted.pt", weights_only=True))
+        assert other.state["note"] == {"epoch": 3}
+
+
+@pytest.mark.parametrize("make", [torch.optim.AdamW, Shampoo4bit], ids=["AdamW", "ours"])
+def test_what_wrappers_keep_in_a_parameters_state_is_carried_along(make: Any, tmp_path: Path) -> None:
+    """timm's Lookahead has its slow weights there.  torch's own optimizer under the same test."""
+    model, other = OneLayer(), OneLayer()
+    optimizer, second = make(model.parameters(), lr=0.1), make(other.parameters())
+    train(model, optimizer)
+    slow = {p: torch.full_like(p, 7.0) for p in model.parameters()}
+    for p in model.parameters():
+        optimizer.state[p].update(lookahead_slow_buff=slow[p], times=3)
+    train(model, optimizer)
+    if make is Shampoo4bit:
+        optimizer.param_groups[0]["damping"] = 1e-3  # a new plan
+    train(model, optimizer)
+    assert all(optimizer.state[p]["lookahead_slow_buff"] is slow[p] for p in slow)
+    torch.save(optimizer.state_dict(), tmp_path / "optimizer.pt")
+    if make is Shampoo4bit:
+        main(["inspect", str(tmp_path)])
+        main(["convert", str(tmp_path), "--output", str(tmp_path / "converted.pt")])
+        (tmp_path / "converted.pt").replace(tmp_path / "optimizer.pt")
+    second.load_state_dict(torch.load(tmp_path / "optimizer.pt", weights_only=True))
+    for optimizer in (second, deepcopy(second)):
+        run(optimizer, range(1))
+        for p in owners(optimizer):
+            assert torch.equal(optimizer.state[p]["lookahead_slow_buff"], torch.full_like(p, 7.0))
+            assert optimizer.state[p]["times"] == 3
 
 
 def test_a_hook_that_raises_leaves_everything_as_it_was() -> None:
