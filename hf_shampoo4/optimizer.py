@@ -28,9 +28,9 @@ from .execution.wave_step import WaveStep, run
 from .execution.waves import Wave, build
 from .groups import noted_purpose
 from .options import KINDS, NAMES, OF_ADAMW, OF_THE_RUN, STRUCTURAL, TYPES, Options, check_rates, resolve
-from .preconditioners.algorithms import Context
 from .preconditioners.diagnostics import Probe
 from .preconditioners.moments import make_moments
+from .preconditioners.protocols import Context
 from .sharding.agreement import Failures, View, agree, of_each, together
 from .sharding.exchange import ProcessGroup, Ranks
 from .sharding.geometry import matrix_view

@@ -12,7 +12,8 @@ from torch import Tensor
 from .execution.blocking import Block, blocks_of
 from .numerics.storage import SMALL, Blockwise, nbytes
 from .options import Options
-from .preconditioners.algorithms import Eigenbasis, Elementwise
+from .preconditioners.algorithms import Elementwise
+from .preconditioners.eigenbasis import Eigenbasis
 from .sharding.local_parameter import full_shape
 
 if TYPE_CHECKING:

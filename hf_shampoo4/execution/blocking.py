@@ -16,9 +16,11 @@ from typing import Protocol, TypeVar
 from ..exceptions import OptionError
 from ..numerics.storage import SMALL, nbytes
 from ..options import Options
-from ..preconditioners.algorithms import Algorithm, intervals, make_algorithm
+from ..preconditioners.algorithms import make_algorithm
 from ..preconditioners.bases import rotated_sides
 from ..preconditioners.operations import amortised
+from ..preconditioners.protocols import Algorithm
+from ..preconditioners.schedule import intervals
 from ..sharding.geometry import MatrixView, Rect, entries_view, matrix_view, partition
 from ..sharding.placement import Load
 

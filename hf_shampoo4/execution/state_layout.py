@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..preconditioners.algorithms import Algorithm
+from ..preconditioners.protocols import Algorithm
 
 if TYPE_CHECKING:
     from .blocking import Block

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -12,7 +11,8 @@ from torch import Tensor
 from ..numerics.linalg import exact_float32
 from ..numerics.rounding import noise_at, to_bfloat16
 from ..options import Options
-from ..preconditioners.algorithms import Context, directions
+from ..preconditioners.algorithms import directions
+from ..preconditioners.protocols import Context
 from ..sharding.agreement import Failures
 from ..sharding.exchange import Form, Pending, Piece, packed
 from .waves import Part, Rows, Stack, Wave
@@ -99,15 +99,11 @@ class WaveStep:
             for stack in stacks:
                 stack.updates = self.wave.updates(stack)
             gradients, *weights = self._collected(stacks)
-            for collected in weights:
-                for stack, of_stack in zip(stacks, collected, strict=True):
-                    stack.weights = of_stack
             if self.context.options.maximize:
                 gradients = [-g for g in gradients]  # not in place: they may be the parameters' own
             with exact_float32(self.wave.device.type):
-                updates = directions(stacks, gradients, dataclasses.replace(self.context, total=sums.total))
-            for stack, put_back in parts:
-                stack.weights = None
+                updates = directions(stacks, gradients, self.context, next(iter(weights), None), sums.total)
+            for _, put_back in parts:
                 put_back()
             if not self.sends_weights:  # what stays here is rounded as what is sent: replicas must not differ
                 updates = [update.to(self.update_dtype) for update in updates]

@@ -25,7 +25,8 @@ from torch import Tensor
 from ..exceptions import CheckpointError
 from ..numerics.storage import Index, allocate, index_of, put_back, taken
 from ..options import Options
-from ..preconditioners.algorithms import Algorithm, Elementwise, State, refreshed
+from ..preconditioners.algorithms import Elementwise
+from ..preconditioners.protocols import Algorithm, State, rows_that_change
 from ..sharding.agreement import of_each, together
 from ..sharding.exchange import Cut, Exchange, Form, Piece, Ranks, Route, packed, route
 from ..sharding.geometry import MatrixView, Rect
@@ -102,14 +103,6 @@ class Stack:
     state: State = field(default_factory=dict)
     updates: list[int] = field(default_factory=list)
     """How many each block has had, while a step works on it: this one included."""
-    weights: Tensor | None = None
-    """float32 (B, *shape), on steps that need them."""
-
-    def parameters(self) -> Tensor:
-        """float32 (B, *shape), a copy."""
-        if self.weights is None:
-            raise RuntimeError("the weights of this stack were not collected")
-        return self.weights
 
     def part(self, rows: list[int]) -> tuple[Stack, Callable[[], None]]:
         """Some blocks of it, as a view where they follow each other, and what brings changed state back."""
@@ -229,7 +222,7 @@ class Wave:
             for i, block in enumerate(stack.blocks):
                 if block in blocks:
                     rows.setdefault(self.owners[block], []).append(i)
-            rare = refreshed(stack.algorithm, options, self.updates(stack), stack.places)
+            rare = rows_that_change(stack.algorithm, options, self.updates(stack), stack.places)
             for tensor, buffers in stack.state.items():
                 due = rare.get(tensor)
                 for owner, of_owner in rows.items():

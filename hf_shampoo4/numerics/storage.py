@@ -53,6 +53,11 @@ def index_of(rows: list[int], device: torch.device) -> Index:
     return torch.tensor(rows, device=device)
 
 
+def covers(index: Index, blocks: int) -> bool:
+    """Whether an index is of all blocks of a stack."""
+    return isinstance(index, slice) and index == slice(0, blocks)
+
+
 def taken(state: dict[str, Buffers], index: Index) -> dict[str, Buffers]:
     """The state of some blocks of a stack: views for a slice, copies for a tensor of positions."""
     return {tensor: {name: buffer[index] for name, buffer in buffers.items()} for tensor, buffers in state.items()}

@@ -26,7 +26,8 @@ from ..groups import is_of_matrices, options_of, param_groups
 from ..integrations.trainer import OPTIMS, head_options
 from ..numerics.storage import nbytes
 from ..options import Options, parse_optim_args, resolve
-from ..preconditioners.algorithms import Elementwise, intervals
+from ..preconditioners.algorithms import Elementwise
+from ..preconditioners.schedule import intervals
 from ..sharding.geometry import Rect
 from ..sharding.local_parameter import held_itself
 from ..sharding.placement import Layout, Placement, Region, Split, ranges, sharded, whole

@@ -19,7 +19,20 @@ import torch
 from torch import Tensor
 
 from ..numerics.linalg import bjorck, finite_blocks, or_identity, safe_qr
-from ..numerics.storage import SMALL, Blockwise, Buffers, Dense, DoubleQuantized, Index, Storage, transposed, write_good
+from ..numerics.storage import (
+    SMALL,
+    Blockwise,
+    Buffers,
+    Dense,
+    DoubleQuantized,
+    Index,
+    Storage,
+    covers,
+    put_back,
+    taken,
+    transposed,
+    write_good,
+)  # fmt: skip
 from ..options import Options
 from .operations import Work, bjorck_work, product, qr_work
 
@@ -65,8 +78,6 @@ class OpenSide:
         """U, or None; orthogonal up to the rounding."""
         self.eigenvalues = state["eigenvalues"]["dense"]
         """lambda, (B, k), the buffer itself."""
-        self.turned: Tensor | None = None
-        """Q of the last turn, (B, k, k): the basis after it in coordinates of the one before; None: it did not turn."""
 
     @property
     def rotates(self) -> bool:
@@ -88,20 +99,27 @@ class OpenSide:
         tells = (largest > 0) & largest.isfinite()
         self.eigenvalues.lerp_(torch.where(tells, diagonal, self.eigenvalues), 1 - beta)
 
-    def turn(self, sample: Tensor, memory: float) -> Tensor:
-        """Turn the basis towards the eigenvectors of the factor.
+    def turn(self, sample: Tensor, memory: float, rows: Index) -> tuple[Tensor, Tensor]:
+        """Turn the bases of some blocks towards the eigenvectors of their factors.
 
         Args:
-            sample: (B, k, k), the factor's new statistic in the coordinates of U.
+            sample: (b, k, k), the factors' new statistic in the coordinates of U.
             memory: the old factor's share in the new one.
+            rows: which b of the B blocks.
 
         Returns:
-            bool (B,): blocks that failed and kept their basis.
+            q: (b, k, k), the bases after it in coordinates of those before.
+            failed: bool (b,), blocks that kept their basis.
+
+        Raises:
+            ValueError: the side has no basis.
         """
         basis = self._side.basis
         if self.vectors is None or basis is None:
             raise ValueError("a side without a basis does not turn")
-        a = factor_in_basis(self.eigenvalues, sample, memory)
+        state = taken(self._state, rows)
+        eigenvalues = state["eigenvalues"]["dense"]
+        a = factor_in_basis(eigenvalues, sample, memory)
         # Q R = A', one orthogonal iteration from U.  LAPACK works by columns, and so are bases stored: in memory, row
         # by row, lie Q^T, R^T and U^T, and a pass over tensors of one layout is five times as fast
         good = finite_blocks(a)
@@ -109,19 +127,19 @@ class OpenSide:
         signs = torch.where(r.diagonal(dim1=-2, dim2=-1) < 0, -1.0, 1.0).to(r.dtype)  # no vector changes its direction
         q, r = q * signs.unsqueeze(-1), r * signs.unsqueeze(-2)
         good &= finite_blocks(q, r)
-        q, u = or_identity(q, good), self.vectors.mT
+        q, u = or_identity(q, good), self.vectors[rows].mT
         # U <- U Q
-        write_good(basis, self._state["basis"], (q @ bjorck(u, self._side.rectify)).mT, good)
-        self.vectors, self.turned = basis.read(self._state["basis"]), q.mT
+        write_good(basis, state["basis"], (q @ bjorck(u, self._side.rectify)).mT, good)
         # lambda <- diag(Q^T A' Q) = diag(R Q)
         diagonal = (transposed(r) * q).sum(-1).clamp_min(0.0)
-        self.eigenvalues.copy_(torch.where(good[:, None], diagonal, self.eigenvalues))
-        return ~good
-
-    def adopt(self, turned: OpenSide, index: Index) -> None:
-        """Take over the vectors of some blocks' side, which turned apart from the others."""
-        if self.vectors is not None and turned.vectors is not None:
-            self.vectors[index] = turned.vectors
+        eigenvalues.copy_(torch.where(good[:, None], diagonal, eigenvalues))
+        put_back(self._state, rows, state)
+        new = basis.read(state["basis"])
+        if covers(rows, len(self.vectors)):
+            self.vectors = new
+        else:
+            self.vectors[rows] = new
+        return q.mT, ~good
 
 
 def rotated_sides(rows: int, columns: int, options: Options) -> tuple[bool, bool]:

@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 
 from ..numerics.storage import Blockwise
-from .algorithms import Stack
 from .moments import radial_bias, unmoved
+from .protocols import Stack
 
 CODES = ("first", "second")
 

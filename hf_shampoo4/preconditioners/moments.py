@@ -18,23 +18,6 @@ from ..options import EIGENBASIS, SECOND_CODEBOOKS, Options
 State = dict[str, Buffers]
 
 
-def same(m: Tensor) -> Tensor:
-    """m."""
-    return m
-
-
-@dataclass(frozen=True)
-class Coordinates:
-    """In which a first moment is stored; both functions are linear but for a bound."""
-
-    opened: Callable[[Tensor], Tensor] = same
-    """What is stored, (B, *shape) float32 -> the moment in the coordinates of the step's gradient."""
-    closed: Callable[[Tensor], Tensor] = same
-    """The moment in these -> what is stored, which the next step may see in another basis."""
-
-
-PLAIN = Coordinates()
-
 MOMENT_BLOCK = 128  # 2309.01507: smaller than 8-bit's 256, because outliers cost a 4-bit block more
 
 VOCABULARY_BLOCK = 256  # of a vocabulary's 8-bit first moment, as bitsandbytes' and torchao's
@@ -42,8 +25,24 @@ VOCABULARY_BLOCK = 256  # of a vocabulary's 8-bit first moment, as bitsandbytes'
 FIRST_STREAM, SECOND_STREAM = 1, 2  # of a block's noise; 0 is the parameter's
 
 
+@dataclass(frozen=True)
+class MomentStep:
+    """What the moments of a stack need to know of a step."""
+
+    betas: tuple[float, float]
+    eps: float
+    steps: Tensor
+    """float32 (B,), how many times each block has been updated, this one included."""
+    noise: Noise | None = None
+    """For stochastic rounding."""
+    stochastic_first: bool = False
+    """Round the first moment stochastically, where it is stored in 4 bits."""
+    watch: Callable[[Tensor], None] | None = None
+    """Is told the first moment, (B, *shape) float32, as it was before it was stored."""
+
+
 class Moments(Protocol):
-    """What every base offers; its direction is computed from the moments *before* they are stored."""
+    """Which moments are kept, and how."""
 
     @property
     def first(self) -> Storage:
@@ -52,34 +51,18 @@ class Moments(Protocol):
     def storages(self) -> dict[str, Storage]:
         """Name -> storage of each moment."""
 
-    def next_first(
-        self, state: State, g: Tensor, betas: tuple[float, float], coordinates: Coordinates = PLAIN
-    ) -> Tensor:
-        """The first moment after g as it would be stored exactly, (B, *shape) float32; nothing is."""
 
-    def direction(
-        self,
-        state: State,
-        g: Tensor,
-        betas: tuple[float, float],
-        eps: float,
-        steps: Tensor,
-        noise: Noise | None = None,
-        stochastic_first: bool = False,
-        coordinates: Coordinates = PLAIN,
-    ) -> Tensor:
-        """The base's step without the learning rate and the weight decay.
+class Base(Moments, Protocol):
+    """A first-order optimizer; its direction is computed from the moments *before* they are stored."""
+
+    def direction(self, state: State, g: Tensor, at: MomentStep) -> Tensor:
+        """The step without the learning rate and the weight decay.
 
         Args:
             g: (B, *shape) float32, the gradient or its preconditioned form; not changed.
-            steps: float32 (B,), how many times each block has been updated, this one included.
-            noise: for stochastic rounding.
-            stochastic_first: round the first moment stochastically, where it is stored in 4 bits.
-            coordinates: in which the first moment is stored.
 
         Returns:
-            (B, *shape) float32, which may be a state buffer: not to be written to.  In the gradient's coordinates;
-            `Momentum`'s in those in which the moment is stored.
+            (B, *shape) float32, which may be a state buffer: not to be written to.
         """
 
 
@@ -95,37 +78,27 @@ class Adam:
     def storages(self) -> dict[str, Storage]:
         return {"first": self.first, "second": self.second}
 
-    def next_first(
-        self, state: State, g: Tensor, betas: tuple[float, float], coordinates: Coordinates = PLAIN
-    ) -> Tensor:
+    def direction(self, state: State, g: Tensor, at: MomentStep) -> Tensor:
+        if self._fits_kernel(g.device) and not at.stochastic_first:
+            return self._by_kernel(state, g, at)
         # m <- b1 m + (1 - b1) g
-        return coordinates.closed(torch.lerp(_read_first(self.first, state, coordinates), g, 1 - betas[0]))
+        m = self.first.read(state["first"]).lerp_(g, 1 - at.betas[0])
+        u = self.over_second(state, m, g, at)
+        write_first(self.first, state, m, at)
+        return u
 
-    def direction(
-        self,
-        state: State,
-        g: Tensor,
-        betas: tuple[float, float],
-        eps: float,
-        steps: Tensor,
-        noise: Noise | None = None,
-        stochastic_first: bool = False,
-        coordinates: Coordinates = PLAIN,
-    ) -> Tensor:
-        if self._fits_kernel(g.device) and not stochastic_first and coordinates is PLAIN:
-            return self._by_kernel(state, g, betas, eps, steps)
-        # m <- b1 m + (1 - b1) g;  v <- b2 v + (1 - b2) g^2
-        m = _read_first(self.first, state, coordinates).lerp_(g, 1 - betas[0])
-        v = self.second.read(state["second"]).mul_(betas[1]).addcmul_(g, g, value=1 - betas[1])
+    def over_second(self, state: State, m: Tensor, g: Tensor, at: MomentStep) -> Tensor:
+        """The direction that a first moment (B, *shape) gives over the root of the second, brought up to date by g."""
+        # v <- b2 v + (1 - b2) g^2
+        v = self.second.read(state["second"]).mul_(at.betas[1]).addcmul_(g, g, value=1 - at.betas[1])
         # u = (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps)
-        bias = _bias(betas[1], steps, v.dim())
-        u = (m / _bias(betas[0], steps, m.dim())).div_((v / bias).sqrt_().add_(eps))
-        _write_first(self.first, state, coordinates.closed(m), noise if stochastic_first else None)
+        of_second = bias(at.betas[1], at.steps, v.dim())
+        u = (m / bias(at.betas[0], at.steps, m.dim())).div_((v / of_second).sqrt_().add_(at.eps))
         if self.zip_sr and isinstance(self.second, Blockwise):
-            uniform = _required(noise).uniform(SECOND_STREAM, v[0].numel())
-            self.second.write(state["second"], v, PreconditionerSpace(uniform, bias.flatten(1), eps))
+            uniform = _required(at.noise).uniform(SECOND_STREAM, v[0].numel())
+            self.second.write(state["second"], v, PreconditionerSpace(uniform, of_second.flatten(1), at.eps))
         else:
-            self.second.write(state["second"], _for_bfloat16(self.second, v, noise))
+            self.second.write(state["second"], _for_bfloat16(self.second, v, at.noise))
         return u
 
     def _fits_kernel(self, device: torch.device) -> bool:
@@ -133,15 +106,19 @@ class Adam:
         both = isinstance(self.first, Blockwise) and isinstance(self.second, Blockwise) and not self.zip_sr
         return both and has_kernels(device, MOMENT_BLOCK)
 
-    def _by_kernel(self, state: State, g: Tensor, betas: tuple[float, float], eps: float, steps: Tensor) -> Tensor:
+    def _by_kernel(self, state: State, g: Tensor, at: MomentStep) -> Tensor:
+        exact = torch.lerp(self.first.read(state["first"]), g, 1 - at.betas[0]) if at.watch else g
         moments = [
             kernels().Codes(*state[name].values(), *padded(storage.codebook, storage.bits, g.device))
             for name, storage in self.storages().items()
             if isinstance(storage, Blockwise)
         ]
-        biases = (_bias(betas[0], steps, 1), _bias(betas[1], steps, 1))
+        biases = (bias(at.betas[0], at.steps, 1), bias(at.betas[1], at.steps, 1))
         eden = isinstance(self.second, Blockwise) and self.second.fit == "eden"
-        return kernels().adamw(g.flatten(1), *moments, biases, betas, eps, 4, MOMENT_BLOCK, eden).view_as(g)
+        u = kernels().adamw(g.flatten(1), *moments, biases, at.betas, at.eps, 4, MOMENT_BLOCK, eden).view_as(g)
+        if at.watch:
+            at.watch(exact)
+        return u
 
 
 @dataclass(frozen=True)
@@ -154,63 +131,24 @@ class Sgdm:
     def storages(self) -> dict[str, Storage]:
         return {"first": self.first}
 
-    def next_first(
-        self, state: State, g: Tensor, betas: tuple[float, float], coordinates: Coordinates = PLAIN
-    ) -> Tensor:
-        # m <- mu m + g
-        return coordinates.closed(torch.add(g, _read_first(self.first, state, coordinates), alpha=betas[0]))
-
-    def direction(
-        self,
-        state: State,
-        g: Tensor,
-        betas: tuple[float, float],
-        eps: float,
-        steps: Tensor,
-        noise: Noise | None = None,
-        stochastic_first: bool = False,
-        coordinates: Coordinates = PLAIN,
-    ) -> Tensor:
+    def direction(self, state: State, g: Tensor, at: MomentStep) -> Tensor:
         # m <- mu m + g;  u = m, or with Nesterov's momentum g + mu m
-        m = _read_first(self.first, state, coordinates).mul_(betas[0]).add_(g)
-        _write_first(self.first, state, coordinates.closed(m), noise if stochastic_first else None)
-        return torch.add(g, m, alpha=betas[0]) if self.nesterov else m
+        m = self.first.read(state["first"]).mul_(at.betas[0]).add_(g)
+        write_first(self.first, state, m, at)
+        return torch.add(g, m, alpha=at.betas[0]) if self.nesterov else m
 
 
 @dataclass(frozen=True)
 class Momentum:
-    """Adam's first moment alone: for KL-Shampoo, whose eigenvalues take the second one's place."""
+    """A first moment alone: KL-Shampoo's, whose eigenvalues take the second one's place."""
 
     first: Storage
 
     def storages(self) -> dict[str, Storage]:
         return {"first": self.first}
 
-    def next_first(
-        self, state: State, g: Tensor, betas: tuple[float, float], coordinates: Coordinates = PLAIN
-    ) -> Tensor:
-        # m <- b1 m + (1 - b1) g
-        return coordinates.closed(torch.lerp(_read_first(self.first, state, coordinates), g, 1 - betas[0]))
 
-    def direction(
-        self,
-        state: State,
-        g: Tensor,
-        betas: tuple[float, float],
-        eps: float,
-        steps: Tensor,
-        noise: Noise | None = None,
-        stochastic_first: bool = False,
-        coordinates: Coordinates = PLAIN,
-    ) -> Tensor:
-        # m <- b1 m + (1 - b1) g;  u = m / (1 - b1^t), in the coordinates in which it is stored
-        m = coordinates.closed(_read_first(self.first, state, coordinates).lerp_(g, 1 - betas[0]))
-        u = m / _bias(betas[0], steps, m.dim())
-        _write_first(self.first, state, m, noise if stochastic_first else None)
-        return u
-
-
-def make_moments(shape: tuple[int, ...], options: Options, quantise: bool) -> Adam | Sgdm | Momentum:
+def make_base(shape: tuple[int, ...], options: Options, quantise: bool) -> Base:
     """The base of blocks of `shape` with the moments that the options name.
 
     | moments | first | second |
@@ -222,11 +160,6 @@ def make_moments(shape: tuple[int, ...], options: Options, quantise: bool) -> Ad
     | 4bit_eden (2610.12444) | nf4, block 128 | dynamic0, block 128, scales corrected (ZE-EDEN) |
     | 4bit_zipsr (2610.12444) | nf4, block 128 | dynamic_unsigned, block 128, rounded in preconditioner space (ZIP-SR) |
 
-    SOAP's, KL-SOAP's and KL-Shampoo's first moment is stored whitened, and so without outliers: nf4.
-
-    A 4-bit first moment of embeddings or the output head without a second one (KL-Shampoo) has 8 bits, dynamic, block
-    256, unless `first_codebook` asks for another: 4 bits lose half of what preconditioning them gains.
-
     Vectors have no rows and columns: their second moment is block-wise (2309.01507, section 4.2), as is a matrix's of
     so few rows or columns that a float32 for each would take more than 8 bits an entry.
 
@@ -236,13 +169,28 @@ def make_moments(shape: tuple[int, ...], options: Options, quantise: bool) -> Ad
     Raises:
         ImportError: 8-bit moments without bitsandbytes.
     """
-    first, second = _storages(shape, options, quantise)
     if options.base == "sgdm":
-        return Sgdm(first, options.nesterov)
-    if options.algorithm == "kl_shampoo":
-        in_8_bits = options.vocabulary and isinstance(first, Blockwise) and options.first_codebook == "auto"
-        return Momentum(Blockwise(shape, "dynamic", 8, VOCABULARY_BLOCK) if in_8_bits else first)
-    return Adam(first, second, zip_sr=quantise and options.moments == "4bit_zipsr")
+        return Sgdm(_storages(shape, options, quantise)[0], options.nesterov)
+    return _adam(shape, options, quantise)
+
+
+def make_moments(shape: tuple[int, ...], options: Options, quantise: bool) -> Adam | Momentum:
+    """Those of the eigenbasis family, stored as `make_base` says.
+
+    The first moment is stored whitened, and so without outliers: nf4.
+
+    A 4-bit first moment of embeddings or the output head without a second one (KL-Shampoo) has 8 bits, dynamic, block
+    256, unless `first_codebook` asks for another: 4 bits lose half of what preconditioning them gains.
+    """
+    if options.algorithm != "kl_shampoo":
+        return _adam(shape, options, quantise)
+    first, _ = _storages(shape, options, quantise)
+    in_8_bits = options.vocabulary and isinstance(first, Blockwise) and options.first_codebook == "auto"
+    return Momentum(Blockwise(shape, "dynamic", 8, VOCABULARY_BLOCK) if in_8_bits else first)
+
+
+def _adam(shape: tuple[int, ...], options: Options, quantise: bool) -> Adam:
+    return Adam(*_storages(shape, options, quantise), zip_sr=quantise and options.moments == "4bit_zipsr")
 
 
 def radial_bias(exact: Tensor, stored: Tensor) -> Tensor:
@@ -303,15 +251,14 @@ def _for_bfloat16(storage: Storage, v: Tensor, noise: Noise | None) -> Tensor:
     return to_bfloat16(v, noise.bits(SECOND_STREAM, v[0].numel()).view_as(v))
 
 
-def _read_first(storage: Storage, state: State, coordinates: Coordinates) -> Tensor:
-    return coordinates.opened(storage.read(state["first"]))
-
-
-def _write_first(storage: Storage, state: State, stored: Tensor, noise: Noise | None) -> None:
-    if noise is not None and isinstance(storage, Blockwise) and storage.bits == 4:
-        storage.write(state["first"], stored, Stochastic(noise.uniform(FIRST_STREAM, stored[0].numel())))
+def write_first(storage: Storage, state: State, exact: Tensor, at: MomentStep) -> None:
+    """Store a first moment, (B, *shape) float32."""
+    if at.stochastic_first and at.noise is not None and isinstance(storage, Blockwise) and storage.bits == 4:
+        storage.write(state["first"], exact, Stochastic(at.noise.uniform(FIRST_STREAM, exact[0].numel())))
     else:
-        storage.write(state["first"], stored)
+        storage.write(state["first"], exact)
+    if at.watch:
+        at.watch(exact)
 
 
 def _required(noise: Noise | None) -> Noise:
@@ -320,7 +267,7 @@ def _required(noise: Noise | None) -> Noise:
     return noise
 
 
-def _bias(beta: float, steps: Tensor, dim: int) -> Tensor:
+def bias(beta: float, steps: Tensor, dim: int) -> Tensor:
     """1 - beta^t, shaped to broadcast over (B, *shape); expm1 keeps its digits when beta is near 1."""
-    bias = -torch.expm1(steps * math.log(beta)) if beta > 0 else torch.ones_like(steps)
-    return bias.view(-1, *[1] * (dim - 1))
+    found = -torch.expm1(steps * math.log(beta)) if beta > 0 else torch.ones_like(steps)
+    return found.view(-1, *[1] * (dim - 1))

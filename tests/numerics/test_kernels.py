@@ -18,7 +18,7 @@ from hf_shampoo4.numerics.codebooks import CODEBOOKS
 from hf_shampoo4.numerics.storage import allocate
 from hf_shampoo4.options import Options
 from hf_shampoo4.preconditioners import moments
-from hf_shampoo4.preconditioners.moments import make_moments
+from hf_shampoo4.preconditioners.moments import MomentStep, make_base
 
 pytest.importorskip("triton", reason="Triton is not installed (the extra `triton`): its kernels are not tested")
 
@@ -86,7 +86,9 @@ def test_quantise_takes_the_kernels_and_any_shape(kernels: ModuleType, monkeypat
 @pytest.mark.parametrize("eden", [False, True])
 @pytest.mark.parametrize("length", [300, 4097])
 def test_adamw_in_one_pass(kernels: ModuleType, eden: bool, length: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    recipe = make_moments((length,), Options(moments="4bit_eden" if eden else "4bit"), quantise=True)
+    recipe = make_base(
+        (length,), Options(algorithm="elementwise", moments="4bit_eden" if eden else "4bit"), quantise=True
+    )
     passes = []
     for fused in (False, True):
         monkeypatch.setattr(moments, "has_kernels", lambda device, block, fused=fused: fused)
@@ -94,7 +96,7 @@ def test_adamw_in_one_pass(kernels: ModuleType, eden: bool, length: int, monkeyp
         state = {name: allocate(storage, 2, "cpu") for name, storage in recipe.storages().items()}
         for t in (1, 2, 3):
             g = torch.randn(2, length, generator=generator)
-            u = recipe.direction(state, g, (0.9, 0.99), 1e-8, torch.tensor([float(t), t + 1.0]))
+            u = recipe.direction(state, g, MomentStep((0.9, 0.99), 1e-8, torch.tensor([float(t), t + 1.0])))
         decoded = {name: storage.read(state[name]) for name, storage in recipe.storages().items()}
         passes.append((u, decoded))
     (u, decoded), (fused_u, fused_decoded) = passes
@@ -113,7 +115,7 @@ COMPILE = """
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from hf_shampoo4.kernels import blockwise
+from hf_shampoo4.numerics.kernels import blockwise
 
 types = {"x": "*bf16", "codes": "*u8", "codes1": "*u8", "codes2": "*u8", "length": "i32", "blocks": "i32"}
 types |= dict.fromkeys(("beta1", "beta2", "weight1", "weight2", "eps"), "fp32")

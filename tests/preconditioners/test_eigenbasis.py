@@ -17,10 +17,12 @@ from hf_shampoo4.exceptions import CheckpointError, OptionError
 from hf_shampoo4.execution.blocking import blocks_of
 from hf_shampoo4.integrations.trainer import OPTIMS
 from hf_shampoo4.numerics.linalg import between, bjorck, transpose
-from hf_shampoo4.numerics.storage import allocate
+from hf_shampoo4.numerics.storage import Index, allocate
 from hf_shampoo4.options import Options, parse_optim_args
-from hf_shampoo4.preconditioners import algorithms
+from hf_shampoo4.preconditioners import eigenbasis
+from hf_shampoo4.preconditioners.algorithms import Elementwise
 from hf_shampoo4.preconditioners.bases import OpenSide, factor_in_basis, make_sides, rotated_sides, statistic
+from hf_shampoo4.preconditioners.protocols import of_side
 
 FAMILY = ("soap", "kl_shampoo", "kl_soap")
 Array = np.ndarray
@@ -191,9 +193,9 @@ def test_kl_shampoo_whitens_a_kronecker_gradient() -> None:
 def momentum_in_the_parameters_coordinates(optimizer: Shampoo4bit, p: Tensor) -> Tensor:
     stack = optimizer._waves(0)[0].stacks[0]
     a, state = stack.algorithm, stack.state
-    sides = [OpenSide(side, algorithms._side(state, name)) for side, name in ((a.left, "left"), (a.right, "right"))]
+    sides = [OpenSide(side, of_side(state, name)) for side, name in ((a.left, "left"), (a.right, "right"))]
     m = a.moments.first.read(state["first"])
-    of_left, of_right = algorithms._scales(*sides, optimizer.param_groups[0]["damping"])
+    of_left, of_right = eigenbasis._scales(*sides, Options.of(optimizer.param_groups[0]))
     m = m * of_left * of_right
     return between(transpose(sides[0].vectors), m, transpose(sides[1].vectors))[0]
 
@@ -219,10 +221,9 @@ def test_a_wrong_carry_over_is_found(
 ) -> None:
     right = OpenSide.turn
 
-    def turn(self: OpenSide, sample: Tensor, memory: float) -> Tensor:
-        failed = right(self, sample, memory)
-        self.turned = wrong(self.turned)
-        return failed
+    def turn(self: OpenSide, sample: Tensor, memory: float, rows: Index) -> tuple[Tensor | None, Tensor]:
+        q, failed = right(self, sample, memory, rows)
+        return wrong(q), failed
 
     monkeypatch.setattr(OpenSide, "turn", turn)
     assert moment_error((96, 80), algorithm=algorithm, bits=32, moments="fp32") > 0.3
@@ -266,7 +267,7 @@ def test_rounding_does_not_add_up_over_the_turns(algorithm: str) -> None:
     _, optimizer = train((128, 96), 60, algorithm=algorithm, stats_every=2, refresh_warmup=10)
     stack = optimizer._waves(0)[0].stacks[0]
     for name, side in (("left", stack.algorithm.left), ("right", stack.algorithm.right)):
-        u = OpenSide(side, algorithms._side(stack.state, name)).vectors
+        u = OpenSide(side, of_side(stack.state, name)).vectors
         assert defect(u) < 0.2, name
         assert defect(bjorck(u, 1)) < 0.1, name
 
@@ -281,7 +282,7 @@ def test_float32_bases_stay_orthogonal_over_thousands_of_turns() -> None:
     for _ in range(2000):
         opened = OpenSide(side, state)
         g = opened.vectors.mT @ (scales * torch.randn(4, 8, 16, generator=generator))
-        opened.turn(statistic(g, torch.ones(4, 1)), 0.9)
+        opened.turn(statistic(g, torch.ones(4, 1)), 0.9, slice(0, 4))
     assert max(map(defect, state["basis"]["dense"])) < 1e-6
 
 
@@ -348,11 +349,11 @@ def test_silence_ends_in_rest_and_is_not_remembered(algorithm: str) -> None:
 
 
 def test_a_failed_turn_keeps_the_basis_and_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
-    from hf_shampoo4.preconditioners import bases as eigenbasis
+    from hf_shampoo4.preconditioners import bases
 
     p, optimizer = train((80, 72), 4, algorithm="kl_shampoo", stats_every=1)
     key = "80x72/left.eigenvalues.dense"
-    monkeypatch.setattr(eigenbasis, "factor_in_basis", lambda e, s, m: torch.full_like(s, torch.nan))
+    monkeypatch.setattr(bases, "factor_in_basis", lambda e, s, m: torch.full_like(s, torch.nan))
     eigenvalues = optimizer.state[p][key].clone()
     p.grad = gradient((80, 72), 5)
     optimizer.step()
@@ -448,7 +449,7 @@ def test_a_vocabulary_without_a_preconditioner(shape: tuple[int, int], options: 
     parameters = [nn.Parameter(torch.zeros(64, 64)), nn.Parameter(torch.zeros(shape))]
     optimizer = Shampoo4bit([{"params": parameters[:1]}, {"params": parameters[1:], "vocabulary": True}], **chosen)
     (block,) = blocks_of(shape, Options.of(optimizer.param_groups[1]))
-    assert isinstance(block.algorithm, algorithms.Elementwise)
+    assert isinstance(block.algorithm, Elementwise)
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ from hf_shampoo4.numerics.quantize import dequantize_block, encode_between, quan
 from hf_shampoo4.numerics.rounding import Noise, PreconditionerSpace, Stochastic, noise_bits
 from hf_shampoo4.numerics.storage import Bitsandbytes, Blockwise, Factored, allocate
 from hf_shampoo4.options import Options
-from hf_shampoo4.preconditioners.moments import FIRST_STREAM, SECOND_STREAM, make_moments, radial_bias, unmoved
+from hf_shampoo4.preconditioners.moments import FIRST_STREAM, SECOND_STREAM, make_base, radial_bias, unmoved
 from tests.support.reference import (
     DYNAMIC,
     DYNAMIC_UNSIGNED,
@@ -333,7 +333,7 @@ def test_zip_sr_seldom_takes_the_zero_and_does_so_by_the_odds_of_the_paper() -> 
 def test_zip_sr_over_steps_keeps_the_mean_inverse_root() -> None:
     """The same, through the storage and with its own noise, on a block of ordinary second moments."""
     v = torch.rand(1, 64, 128) ** 2 + 1e-3
-    storage = make_moments((64, 128), Options(algorithm="shampoo", moments="4bit_zipsr"), quantise=True).second
+    storage = make_base((64, 128), Options(algorithm="shampoo", moments="4bit_zipsr"), quantise=True).second
     buffers, eps, bias, total, runs = allocate(storage, 1, "cpu"), 1e-3, 0.5, 0.0, 400
     h = lambda x: 1 / ((x / bias).sqrt() + eps)  # noqa: E731
     for t in range(runs):
@@ -366,7 +366,7 @@ def test_ze_eden_of_a_block_of_zeros() -> None:
 @given(st.sampled_from(["4bit", "4bit_factored", "4bit_eden"]), st.integers(0, 2**31), st.floats(0, 9))
 def test_no_stored_second_moment_is_zero_where_it_was_not(recipe: str, seed: int, spread: float) -> None:
     """The zero-point problem: 1 / sqrt(0) would explode (2309.01507, section 4.1)."""
-    storage = make_moments((64, 65), Options(algorithm="shampoo", moments=recipe), quantise=True).second
+    storage = make_base((64, 65), Options(algorithm="shampoo", moments=recipe), quantise=True).second
     generator = torch.Generator().manual_seed(seed)
     v = 10 ** (-spread * torch.rand(2, 64, 65, generator=generator))
     buffers = allocate(storage, 2, "cpu")
@@ -580,7 +580,7 @@ def test_without_noise_in_the_gradients_the_first_moment_stalls_unless_rounded_s
 
 def test_auto_codebooks_and_overrides() -> None:
     def kinds(**options) -> tuple[str, str]:
-        moments = make_moments((64, 64), Options(algorithm="shampoo", **options), quantise=True)
+        moments = make_base((64, 64), Options(algorithm="shampoo", **options), quantise=True)
         return moments.first.codebook, getattr(moments.second, "codebook", "")
 
     assert kinds(moments="4bit") == ("dynamic", "linear0")

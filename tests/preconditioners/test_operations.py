@@ -14,8 +14,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from hf_shampoo4 import Shampoo4bit
 from hf_shampoo4.execution.blocking import blocks_of
 from hf_shampoo4.options import Options
-from hf_shampoo4.preconditioners.algorithms import intervals
 from hf_shampoo4.preconditioners.operations import amortised, product, qr_work, total
+from hf_shampoo4.preconditioners.schedule import intervals
 
 
 class Shapes(TorchDispatchMode):

@@ -11,7 +11,7 @@ import hf_shampoo4
 from hf_shampoo4.execution import waves
 from hf_shampoo4.execution.blocking import places_of
 from hf_shampoo4.options import Options, resolve
-from hf_shampoo4.preconditioners.algorithms import due
+from hf_shampoo4.preconditioners.schedule import due
 from hf_shampoo4.sharding.exchange import Ranks
 from hf_shampoo4.sharding.local_parameter import held_itself
 

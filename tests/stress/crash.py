@@ -43,8 +43,8 @@ from accelerate.utils import DistributedType  # noqa: E402
 from transformers import Trainer, TrainerCallback  # noqa: E402
 
 from hf_shampoo4.checkpointing.completeness import last_complete  # noqa: E402
-from hf_shampoo4.preconditioners import algorithms  # noqa: E402
 from hf_shampoo4.utils.files import write_json  # noqa: E402
+from hf_shampoo4.utils.stopwatch import Stopwatch  # noqa: E402
 from tests.stress.ranks import ZERO, deepspeed_without_compiler, unwrapped, whole  # noqa: E402
 from tests.support.tiny import Tokens, arguments, llama  # noqa: E402
 
@@ -189,13 +189,13 @@ def _train(mode: Mode, options: str, folder: Path, board: Blackboard, rank: int)
 
 
 def _mark_refreshes(board: Blackboard, rank: int) -> None:
-    part = algorithms._part
+    on = Stopwatch.on
 
     def marked(*arguments: Any) -> Any:
         board.set_phase(rank, REFRESH)
-        return part(*arguments)
+        return on(*arguments)
 
-    algorithms._part = marked  # type: ignore[attr-defined]
+    Stopwatch.on = marked  # type: ignore[method-assign]
 
 
 def _digests(trainer: Trainer) -> dict[str, str]:

@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parents[2]
 from hf_shampoo4 import Shampoo4bit  # noqa: E402
 from hf_shampoo4.exceptions import OptionError  # noqa: E402
 from hf_shampoo4.options import Options  # noqa: E402
-from hf_shampoo4.preconditioners.algorithms import LIMIT  # noqa: E402
+from hf_shampoo4.preconditioners.eigenbasis import LIMIT  # noqa: E402
 from hf_shampoo4.state_report import metrics  # noqa: E402
 from hf_shampoo4.utils.files import write_json  # noqa: E402
 

@@ -76,6 +76,21 @@ TESTS: dict[str, list[str]] = {
             "the_loss_is_the_recorded_one[kl_shampoo]",
         ),
     ],
+    "preconditioners.eigenbasis": [
+        *_of(
+            "preconditioners/test_eigenbasis.py",
+            "32_bit_whole_run_agrees_with_the_literal_one",
+            "the_momentum_is_carried_over_at_every_turn",
+            "a_4_bit_moment_serves_small_directions_as_well_as_large_ones",
+            "no_gradient_no_step",
+            "gradients_of_rank_one_and_of_any_size",
+            "long_silence_is_survived",
+        ),
+        *_of("preconditioners/test_stagger.py", "a_block_does_not_depend_on_those_beside_it"),
+        "preconditioners/test_operations.py",
+    ],
+    "preconditioners.operations": ["preconditioners/test_operations.py"],
+    "preconditioners.schedule": ["preconditioners/test_stagger.py"],
     "preconditioners.moments": [
         "preconditioners/test_moments.py",
         *_of(

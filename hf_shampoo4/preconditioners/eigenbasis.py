@@ -1,0 +1,194 @@
+"""SOAP (2409.11321), KL-Shampoo (2509.03378) and KL-SOAP: first moments in the factors' eigenbases; see bases.py."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..numerics.linalg import between, transpose, within
+from ..numerics.storage import Dense, Index, Storage, covers
+from ..options import Options
+from .bases import SHORTEST_MEMORY, TINY, OpenSide, Side, statistic
+from .moments import Adam, Momentum, bias, write_first
+from .operations import Work, product, total
+from .protocols import Context, Stack, State, of_side
+
+FLOOR = 1e-7  # of a side's largest eigenvalue: the least that KL's whitening and stored moments are divided by
+LARGEST = 1e30  # of a whitened moment, which grows while no gradient comes and eigenvalues are forgotten faster
+LIMIT = 32.0  # of an entry of SOAP's direction: Adam's own is at most 1 / sqrt(1 - b2), which is this with b2 = 0.999
+
+
+@dataclass(frozen=True)
+class Eigenbasis:
+    """A block of m x n with two Kronecker factors, of which one may be diagonal."""
+
+    shape: tuple[int, ...]
+    moments: Adam | Momentum
+    """`Momentum`: KL-Shampoo, the eigenvalues take the second moment's place."""
+    left: Side
+    right: Side
+    whitened: bool
+    """KL: each factor is whitened by the other one."""
+
+    grafted: ClassVar[bool] = False
+
+    @property
+    def is_two_sided(self) -> bool:
+        """Whether both sides are rotated."""
+        return self.left.basis is not None and self.right.basis is not None
+
+    def storages(self) -> dict[str, Storage]:
+        return {
+            "steps": Dense(()),
+            "failures": Dense((), torch.int32),
+            **{f"left.{name}": storage for name, storage in self.left.storages().items()},
+            **{f"right.{name}": storage for name, storage in self.right.storages().items()},
+            **self.moments.storages(),
+        }
+
+    def initialise(self, state: State) -> None:
+        self.left.initialise(of_side(state, "left"))
+        self.right.initialise(of_side(state, "right"))
+
+    def work(self) -> dict[str, Work]:
+        m, n = self.shape
+        sides = [side for side in (self.left, self.right) if side.basis]
+        turn = total(product(side.order, side.order, m * n // side.order) for side in sides)
+        # into the bases and back;  the squares' weighted means, of which two sides with bases share one
+        step = turn * 2 + product(1, m, n) * (1 if self.is_two_sided else 2)
+        # the statistics;  what is carried over: G' goes apart where the second moment needs it;  the bases themselves
+        carried = turn if isinstance(self.moments, Momentum) else turn * 2
+        return {"step": step, "turn": turn + carried + total(side.turn_work() for side in sides)}
+
+    def refreshes(self) -> dict[str, list[str]]:
+        return {"turn": [name for name in self.storages() if name.endswith(".basis")]}
+
+    def update(self, stack: Stack, g: Tensor, context: Context) -> Tensor:
+        o, state, b1 = context.options, stack.state, context.betas[0]
+        kl_shampoo = isinstance(self.moments, Momentum)
+        at = context.counted(stack)
+        left, right = (OpenSide(self.left, of_side(state, "left")), OpenSide(self.right, of_side(state, "right")))
+        # m', stored over sqrt(lambda_L lambda_R^T): few bits serve all directions alike
+        rows, columns = _scales(left, right, o)
+        m = (self.moments.first.read(state["first"]) * rows).mul_(columns)
+        # G' = U_L^T G U_R
+        g = between(left.vectors, g, right.vectors)
+        # lambda_L <- beta lambda_L + (1 - beta) mean_j G'_ij^2 / lambda_Rj, lambda_R likewise (SOAP: / 1)
+        state["failures"]["dense"] += self._follow(left, right, g, o)
+        # m' <- b1 m' + (1 - b1) G', before the bases turn if nothing but m' sees the gradient: they turn as one sum
+        if kl_shampoo:
+            m.lerp_(g, 1 - b1)
+        # every T1 steps: Q R = A', U <- U Q, lambda <- diag(Q^T A' Q), m' <- Q_L^T m' Q_R
+        turned = self._turn(stack, left, right, g, context)
+        m = _carried(m, turned)
+        if not kl_shampoo:
+            g = _carried(g, turned)
+            m.lerp_(g, 1 - b1)
+        # SOAP: v' <- b2 v' + (1 - b2) G'^2, u = m' / (sqrt(v') + eps);  KL-Shampoo: u = m' / sqrt(lambda_L lambda_R^T)
+        u = self.moments.over_second(state, m, g, at) if isinstance(self.moments, Adam) else m
+        rows, columns = _scales(left, right, o)
+        m.div_(rows).div_(columns).clamp_(-LARGEST, LARGEST)
+        if kl_shampoo:
+            u = m / bias(b1, at.steps, m.dim())
+        write_first(self.moments.first, state, m, at)
+        # U_L u U_R^T
+        return between(transpose(left.vectors), self._within_reason(u, o, context.betas[1]), transpose(right.vectors))
+
+    def _follow(self, left: OpenSide, right: OpenSide, g: Tensor, o: Options) -> Tensor:
+        """Eigenvalues follow the squares of the rotated gradient at every step.
+
+        Of a side without a basis first, then the other's, whitened by the new ones: both from the old ones, the two
+        sides' shares of the scale drift.
+
+        Returns:
+            bool (B,): blocks whose gradient is too large to square; it becomes zero.
+        """
+        squares = g.square()
+        level = squares.mean((-2, -1))
+        good = level.isfinite()
+        g.masked_fill_(~good[:, None, None], 0.0)
+        level = level.where(good, 0.0)  # what eigenvalues start from
+        level = level.sqrt() if self.whitened else level  # KL: lambda_L lambda_R^T is the mean square
+        left.start(level)
+        right.start(level)
+        if self.is_two_sided:
+            of_right = (self._whitening(left).reciprocal() / self.left.order).unsqueeze(-2) @ squares
+            of_left = squares.div_(self._whitening(right).unsqueeze(-2)).mean(-1)
+            left.follow(of_left, o.factor_beta)
+            right.follow(of_right.squeeze(-2), o.factor_beta)
+            return ~good
+        diagonal, rotated, squares = (left, right, squares) if right.rotates else (right, left, squares.mT)
+        of_diagonal = squares @ (self._whitening(rotated).reciprocal() / squares.shape[-1]).unsqueeze(-1)
+        diagonal.follow(of_diagonal.squeeze(-1), o.vocabulary_beta if o.vocabulary else o.factor_beta)
+        of_rotated = (self._whitening(diagonal).reciprocal() / squares.shape[-2]).unsqueeze(-2) @ squares
+        rotated.follow(of_rotated.squeeze(-2), o.factor_beta)
+        return ~good
+
+    def _turn(self, stack: Stack, left: OpenSide, right: OpenSide, g: Tensor, context: Context) -> list[Turned]:
+        """Turn the bases of the blocks whose turn it is towards the eigenvectors of their factors."""
+        found = []
+        for rows, every in context.due(stack, "turn"):
+            some, memory = g[rows], max(context.options.factor_beta**every, SHORTEST_MEMORY)
+            with context.stopwatch.on(g.device):
+                # both from the eigenvalues before either turns; a side without a basis needs no statistic, rows x rows
+                samples = {
+                    side: statistic(x, self._whitening(other)[rows])
+                    for side, other, x in ((left, right, some), (right, left, some.mT))
+                    if side.rotates
+                }
+                turns = {side: side.turn(sample, memory, rows) for side, sample in samples.items()}
+                stack.state["failures"]["dense"][rows] += torch.stack([failed for _, failed in turns.values()]).any(0)
+            found.append(Turned(rows, *(turns[side][0] if side in turns else None for side in (left, right))))
+        return found
+
+    def _whitening(self, side: OpenSide) -> Tensor:
+        if not self.whitened:
+            return torch.ones_like(side.eigenvalues)
+        # directions without any gradient for long have decayed to 0: the first one there must not overflow
+        return torch.maximum(side.eigenvalues, FLOOR * side.eigenvalues.amax(-1, keepdim=True)).clamp_min(TINY)
+
+    def _within_reason(self, u: Tensor, o: Options, beta2: float) -> Tensor:
+        """No larger than gradients can make it as long as the bases rest; without a spike it seldom is.
+
+        A turn brings the first moment into entries whose second moment, or eigenvalue, has not seen the like of it.
+        """
+        if isinstance(self.moments, Adam):
+            limit = max(LIMIT, (1 - beta2) ** -0.5)
+            return u.clamp(-limit, limit)
+        # (1 - beta) mean_j G'_ij^2 / lambda_Rj is a part of lambda_Li: what bounds a gradient's rows bounds a mean's
+        most = (1 - o.factor_beta) ** -0.5
+        return within(u, most, rows=self.left.basis is not None, columns=self.right.basis is not None)
+
+
+def _scales(left: OpenSide, right: OpenSide, o: Options) -> tuple[Tensor, Tensor]:
+    """lambda_L^1/2 and lambda_R^1/2, damped: (B, m, 1) and (B, 1, n)."""
+    damping = max(o.damping, FLOOR)
+    of_left, of_right = (
+        (side.eigenvalues + damping * side.eigenvalues.amax(-1, keepdim=True)).clamp_min(TINY).sqrt()
+        for side in (left, right)
+    )
+    return of_left.unsqueeze(-1), of_right.unsqueeze(-2)
+
+
+class Turned(NamedTuple):
+    """Bases that have turned."""
+
+    rows: Index
+    """Of the stack: b blocks."""
+    left: Tensor | None
+    """Q_L, (b, m, m): the bases in coordinates of those before; None: the side has none."""
+    right: Tensor | None
+    """Q_R, (b, n, n)."""
+
+
+def _carried(x: Tensor, turned: list[Turned]) -> Tensor:
+    """Q_L^T x Q_R of the blocks (B, m, n) whose bases turned, in place unless all of them did."""
+    for rows, left, right in turned:
+        some = between(left, x[rows], right)
+        if covers(rows, len(x)):
+            return some
+        x[rows] = some
+    return x

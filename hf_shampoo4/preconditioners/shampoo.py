@@ -1,0 +1,80 @@
+"""Shampoo (1802.09568): L^-1/4 G R^-1/4 with the gradient's norm goes through AdamW or SGD in the gradient's place."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from ..numerics.storage import Dense, Index, Storage, put_back, taken
+from .factors import Factor
+from .moments import Base
+from .operations import Work, product
+from .protocols import Context, Stack, State, of_side
+
+
+@dataclass(frozen=True)
+class Shampoo:
+    """Two factors, kept as `factors` says, and the moments of what they precondition."""
+
+    shape: tuple[int, ...]
+    moments: Base
+    left: Factor
+    right: Factor
+
+    grafted: ClassVar[bool] = True
+
+    def storages(self) -> dict[str, Storage]:
+        return {
+            "steps": Dense(()),
+            "failures": Dense((), torch.int32),
+            **{f"left.{name}": storage for name, storage in self.left.storages().items()},
+            **{f"right.{name}": storage for name, storage in self.right.storages().items()},
+            **self.moments.storages(),
+        }
+
+    def initialise(self, state: State) -> None:
+        self.left.initialise(of_side(state, "left"))
+        self.right.initialise(of_side(state, "right"))
+
+    def work(self) -> dict[str, Work]:
+        m, n = self.shape
+        (left_update, left_root), (right_update, right_root) = self.left.work(), self.right.work()
+        # L^-1/4 G R^-1/4;  G G^T and G^T G
+        step = statistics = product(m, m, n) + product(m, n, n)
+        return {"step": step, "stats": statistics + left_update + right_update, "roots": left_root + right_root}
+
+    def refreshes(self) -> dict[str, list[str]]:
+        of_sides = [name for name in self.storages() if name.startswith(("left.", "right."))]
+        roots = [name for name in of_sides if name.endswith(".root")]
+        return {"stats": [name for name in of_sides if name not in roots], "roots": roots}
+
+    def precondition(self, stack: Stack, g: Tensor, context: Context) -> Tensor:
+        """P, (B, m, n), from the gradient: what is then grafted, over all blocks of a parameter."""
+        # every T1 steps: L <- beta L + (1 - beta) G G^T;  R <- beta R + (1 - beta) G^T G
+        for rows, _ in context.due(stack, "stats"):
+            with self._some(stack, rows, context) as (some, left, right):
+                some["failures"]["dense"] += self.left.update(left, g[rows] @ g[rows].mT).int()
+                some["failures"]["dense"] += self.right.update(right, g[rows].mT @ g[rows])
+        # every T2 steps: L^-1/4, R^-1/4
+        for rows, _ in context.due(stack, "roots"):
+            with self._some(stack, rows, context) as (some, left, right):
+                some["failures"]["dense"] += self.left.refresh(left).int() + self.right.refresh(right)
+        # P = L^-1/4 G R^-1/4
+        return self.left.root(of_side(stack.state, "left")) @ g @ self.right.root(of_side(stack.state, "right"))
+
+    @contextmanager
+    def _some(self, stack: Stack, rows: Index, context: Context) -> Iterator[tuple[State, State, State]]:
+        """The state of some blocks and of their sides, to be changed in place; timed."""
+        with context.stopwatch.on(stack.salts.device):
+            some = taken(stack.state, rows)
+            yield some, of_side(some, "left"), of_side(some, "right")
+            put_back(stack.state, rows, some)
+
+    def update(self, stack: Stack, g: Tensor, context: Context) -> Tensor:
+        # the base on P |G| / |P|: AdamW m <- b1 m + (1 - b1) P, v <- b2 v + (1 - b2) P^2, u = m / (sqrt(v) + eps)
+        return self.moments.direction(stack.state, g, context.counted(stack))
