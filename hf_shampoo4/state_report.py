@@ -52,7 +52,8 @@ def rows(optimizer: Shampoo4bit) -> list[Row]:
         for p, purpose in zip(optimizer.parameters(index), optimizer.purposes(index), strict=True):
             shape = full_shape(p)
             numel = math.prod(shape)
-            if p.requires_grad and numel:
+            trained = p.requires_grad or p.grad is not None or bool(optimizer.state.get(p))
+            if trained and numel:
                 blocks = blocks_of(shape, options)
                 treatment, why = _treatment(blocks, options), _why(blocks, options, purpose)
                 row = Row(treatment, why, shape, 1, _cut(blocks), numel, block_bytes(blocks), options.kind,

@@ -17,7 +17,7 @@ from hf_shampoo4 import Shampoo4bit, metrics
 from hf_shampoo4.checkpointing.convert import main
 from hf_shampoo4.exceptions import CheckpointError, OptionError
 from hf_shampoo4.options import NAMES
-from hf_shampoo4.state_report import table
+from hf_shampoo4.state_report import rows, table
 
 OFTEN: dict[str, Any] = {"stats_every": 1}
 ALGORITHMS: list[dict[str, Any]] = [
@@ -320,10 +320,12 @@ def test_a_gradient_is_followed_whether_or_not_it_is_required() -> None:
     start = [p.clone() for p in free]
     ours.step()
     assert not ours.state
+    assert not rows(ours)
     run(ours, range(3))
     run(theirs, range(3))
     assert all(map(torch.equal, free, required))
     assert not any(map(torch.equal, free, start))
+    assert [row.shape for row in rows(ours)] == [row.shape for row in rows(theirs)] == [(20, 30), (9,)]
     ours.zero_grad()
     ours.step()  # nothing to do, and the plan stays as it is
     give_gradients(free[:1], 3)
