@@ -950,6 +950,10 @@ def contract(case: Case) -> dict[str, Any]:
     said["emptied"] = "; ".join(str(w.message) for w in heard if "start afresh" in str(w.message))
     same["emptied"] = [both(run, alone, t) for t in range(5, 7)]
     said["copy"] = _message(lambda: copy.deepcopy(run.optimizer))
+    if case.engine == "ddp_sharded":
+        run.optimizer.consolidate()
+        whole, copied = run.optimizer.state_dict()["state"], copy.deepcopy(run.optimizer).state_dict()["state"]
+        same["copied"] = [torch.equal(t, copied[i][key]) for i, entry in whole.items() for key, t in entry.items()]
     if dist.get_rank() == 1:
         run.optimizer.state.clear()
     said["one"] = _message(lambda: run.step(7))
