@@ -44,7 +44,7 @@ def work(rank: int, store: str, output: Path) -> None:
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=2)
     model = nn.Sequential(*(nn.Linear(SIDE, SIDE, bias=False) for _ in range(MATRICES)))
     fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
-    options = {"stats_every": 1, "roots_every": 1, "block_size": SIDE // 2}
+    options = {"algorithm": "shampoo", "stats_every": 1, "roots_every": 1, "block_size": SIDE // 2}
     optimizer = Shampoo4bit(model.named_parameters(), lr=1e-3, **options)
     mark(WaveStep)
     import_module("hf_shampoo4.execution.blocking").WAVE_ELEMENTS = 1  # a wave for each matrix

@@ -29,9 +29,7 @@ class Options:
 
     algorithm: Literal["shampoo", "soap", "kl_shampoo", "kl_soap", "elementwise"] = "kl_shampoo"
     """`shampoo`: Kronecker preconditioner per matrix, with inverse roots, as in the papers; `soap`, `kl_shampoo`,
-    `kl_soap`: moments in the eigenbasis of the factors; `elementwise`: the base optimizer alone.
-
-    Where it is not given and an option of `SHAMPOO_ONLY` is, that chooses `shampoo`."""
+    `kl_soap`: moments in the eigenbasis of the factors; `elementwise`: the base optimizer alone."""
     embeddings: Literal["auto", "elementwise"] = "auto"
     """What embeddings and the output head get: the base optimizer alone, or (auto, beside matrices that have soap,
     kl_shampoo or kl_soap) KL-Shampoo with a diagonal factor for the vocabulary."""
@@ -148,8 +146,10 @@ class Options:
         _require("oblong", self.oblong, 1.0 < self.oblong < math.inf, "a number above 1")
         _require("damping", self.damping, 0.0 < self.damping < 1.0, "a number in (0, 1)")
         _require("row_splits", self.row_splits, all(n >= 1 for n in self.row_splits), "positive sizes")
+        if self.algorithm != "elementwise":  # which carries its neighbours' options along
+            changed = [name for name in USED_BY if getattr(self, name) != getattr(Options, name)]
+            _refuse_unused(changed, self.algorithm, self.factor)
         _check_factors_by_kind(self.rates)
-        _check_algorithm(self)
         _check_factor(self)
         _check_moments(self)
 
@@ -197,12 +197,30 @@ EIGENBASIS = ("soap", "kl_shampoo", "kl_soap")
 # 2405.18144 and 2412.10663: factors are updated rarely, and all of them at once
 SHAMPOO_DEFAULTS = {"factor_beta": 0.95, "stagger": False}
 
-# Whoever gives one of these means the papers' Shampoo: the others have no inverse roots.
-SHAMPOO_ONLY = ("factor", "base", "roots_every", "rectify_roots", "root", "graft")
-EIGENBASIS_ONLY = ("refresh_warmup", "vocabulary_beta", "sides", "oblong", "basis_order")
+# Which algorithms use an option that not all of them use, and which of Shampoo's factors.
+USED_BY: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(("factor", "roots_every", "rectify_roots", "root", "graft", "error_beta"), ("shampoo",)),
+    **dict.fromkeys(("base", "nesterov"), ("shampoo", "elementwise")),
+    **dict.fromkeys(("refresh_warmup", "vocabulary_beta", "sides", "oblong", "basis_order"), EIGENBASIS),
+}
+USED_BY_FACTOR = {"rectify_stats": ("eigen",), "rectify_roots": ("eigen",), "error_beta": ("cholesky_ef",)}
 
-# Only eigenvectors can be rectified, and only Cholesky factors with error feedback feed errors back.
-FACTOR_ONLY = {"eigen": ("rectify_stats", "rectify_roots"), "cholesky_ef": ("error_beta",)}
+
+def _what_uses(name: str, algorithm: str, factor: str) -> str:
+    """Why an option has no effect with this algorithm, or with this factor of Shampoo, and what to add; "" if it has
+    one."""
+    users, factors = USED_BY.get(name, (algorithm,)), USED_BY_FACTOR.get(name, (factor,))
+    if algorithm not in users:
+        return f"with algorithm={algorithm}: remove it, or add algorithm={' or '.join(users)}"
+    if algorithm == "shampoo" and factor not in factors:
+        return f"with factor={factor}: remove it, or add factor={' or '.join(factors)}"
+    return ""
+
+
+def _refuse_unused(names: Iterable[str], algorithm: str, factor: str) -> None:
+    for name in names:
+        if why := _what_uses(name, algorithm, factor):
+            raise OptionError(f"option {name} has no effect {why}")
 
 
 def _check_factors_by_kind(rates: tuple[tuple[str, float], ...]) -> None:
@@ -211,27 +229,9 @@ def _check_factors_by_kind(rates: tuple[tuple[str, float], ...]) -> None:
     _require("rates", dict(rates), not strange and len(dict(rates)) == len(rates), rule)
 
 
-def _check_algorithm(o: Options) -> None:
-    """Refuse options that the algorithm does not have."""
-    if o.algorithm in EIGENBASIS:
-        _left_out(o, SHAMPOO_ONLY, "algorithm", "it is for algorithm=shampoo")
-    elif o.algorithm == "shampoo":  # the base alone carries the options of its neighbours along
-        _left_out(o, EIGENBASIS_ONLY, "algorithm", f"it is for {', '.join(EIGENBASIS)}")
-
-
-def _left_out(o: Options, names: Iterable[str], because_of: str, why: str) -> None:
-    for name in names:
-        value, usual = getattr(o, name), getattr(Options, name)
-        rule = f"left out with {because_of}={getattr(o, because_of)}, or {_shown(usual)}: {why}"
-        _require(name, value, value == usual, rule)
-
-
 def _check_factor(o: Options) -> None:
-    """Refuse options of one factor that are given with another."""
+    """Refuse a factor's constants and codebooks that cannot be."""
     _require("error_beta", o.error_beta, 0.0 <= o.error_beta < 1.0, "a number in [0, 1)")
-    for factor, names in FACTOR_ONLY.items():
-        if o.factor != factor:
-            _left_out(o, names, "factor", f"it is for factor={factor} alone")
     _require("codebook", o.codebook, o.codebook not in ONLY_4_BITS or o.bits != 8, "linear2 or dynamic with bits=8")
 
 
@@ -349,14 +349,40 @@ def resolve(
         raise OptionError(f"unknown preset {_shown(preset)}; valid presets: {', '.join(sorted(PRESETS))}")
     below: dict[str, Any] = dict(PRESETS[preset]) if preset is not None else {}
     explicit = {name: _cast(name, value) for source in (from_file, given) for name, value in source.items()}
-    merged = {**below, **_set_aside({**(beneath or {}), **below}, explicit), **explicit}
-    if "algorithm" not in {**(beneath or {}), **merged} and any(name in merged for name in SHAMPOO_ONLY):
-        merged["algorithm"] = "shampoo"
-    chosen = {**(beneath or {}), **merged}
-    if chosen.get("algorithm", "elementwise") != "elementwise":  # which carries its neighbours' options along
-        merged = {**_defaults_of(chosen["algorithm"], beneath or {}), **merged}
+    merged = _merged(beneath or {}, below, explicit)
     Options(**{**(beneath or {}), **merged})  # range checks, before any training time is spent
     return merged
+
+
+def saved_options(group: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of a group that was saved, cast and checked; what it lacks, of an older version, it lacks still.
+
+    Raises:
+        OptionError: a value of the wrong type or out of range.
+    """
+    options = {name: _cast(name, group[name]) for name in NAMES if name in group}
+    Options(**options)
+    return options
+
+
+def _merged(beneath: Mapping[str, Any], preset: Mapping[str, Any], explicit: Mapping[str, Any]) -> dict[str, Any]:
+    """What is set above `beneath`, once the algorithm and the factor are known.
+
+    Of a preset only what these use is taken, and what `beneath` has set for others goes back to its default.
+
+    Raises:
+        OptionError: something explicit that they do not use, whatever its value; the message says what to add.
+    """
+    chosen = {"algorithm": Options.algorithm, "factor": Options.factor, **beneath, **preset, **explicit}
+    algorithm, factor = chosen["algorithm"], chosen["factor"]
+    if not set(NAMES) <= set(explicit):  # which is a whole group of another optimizer, not somebody's choice
+        _refuse_unused(explicit, algorithm, factor)
+    taken = {name: value for name, value in preset.items() if not _what_uses(name, algorithm, factor)}
+    if algorithm == "elementwise":  # carries its neighbours' options along
+        return {**taken, **explicit}
+    usual = {name: getattr(Options, name) for name in USED_BY if _what_uses(name, algorithm, factor)}
+    reset = {name: value for name, value in usual.items() if beneath.get(name, value) != value}
+    return {**reset, **_defaults_of(algorithm, beneath), **taken, **explicit}
 
 
 def _without_adamws(given: Mapping[str, Any]) -> dict[str, Any]:
@@ -366,19 +392,6 @@ def _without_adamws(given: Mapping[str, Any]) -> dict[str, Any]:
         holds = name not in given or str(given[name]).capitalize() in allowed
         _require(name, given.get(name), holds, f"{' or '.join(sorted(allowed))}, as {why}: leave it out")
     return {name: value for name, value in given.items() if name not in OF_ADAMW}
-
-
-def _set_aside(below: Mapping[str, Any], explicit: Mapping[str, Any]) -> dict[str, Any]:
-    """The usual values of what a preset, or an optimizer, has set for another algorithm or factor than the explicit."""
-    chosen = {**below, **explicit}
-    algorithm, factor, names = chosen.get("algorithm"), chosen.get("factor"), list[str]()
-    if algorithm in EIGENBASIS:
-        names, factor = [*SHAMPOO_ONLY], "eigen"
-    elif algorithm == "shampoo":
-        names = [*EIGENBASIS_ONLY]
-    names += [name for other, own in FACTOR_ONLY.items() if other != factor for name in own]
-    usual = {name: getattr(Options, name) for name in names if name in below and name not in explicit}
-    return {name: value for name, value in usual.items() if below[name] != value}
 
 
 def _defaults_of(algorithm: str, beneath: Mapping[str, Any]) -> dict[str, Any]:

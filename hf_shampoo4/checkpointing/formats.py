@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..exceptions import CheckpointError, OptionError
 from ..execution.state_layout import Entry, blocks_key, foreign, is_part, own
-from ..options import NAMES, Options, check_rates, resolve
+from ..options import NAMES, Options, check_rates, saved_options
 
 FORMAT = 5  # of the state; in every param group, so that a checkpoint says what wrote it
 PACKED = "packed_state"  # in the first group
@@ -117,7 +117,7 @@ def _has_tensors(entry: Any) -> bool:
 
 def _well_formed_group(index: int, group: dict[str, Any]) -> dict[str, Any]:
     try:
-        options = resolve({name: group[name] for name in NAMES if name in group})
+        options = saved_options(group)
         check_rates(group)
     except OptionError as error:
         raise CheckpointError(f"damaged checkpoint: in parameter group {index}, {error}") from error

@@ -112,7 +112,7 @@ RUN: dict[str, Any] = {  # W is 1200 x 768, the shape of the paper's block of Sw
     "num_key_value_heads=12,head_dim=32",
     "dataset": "stdlib", "tokenizer": "bpe", "vocab_size": 4096, "seq_len": 128, "max_validation_sequences": 8,
     "optim": "shampoo4bit",
-    "optim_args": "factor=direct,bits=32,moments=fp32,block_size=1200,stats_every=2,roots_every=40",
+    "optim_args": "algorithm=shampoo,factor=direct,bits=32,moments=fp32,block_size=1200,stats_every=2,roots_every=40",
     "learning_rate": 1e-3, "warmup_steps": 0.1, "max_steps": 120, "per_device_train_batch_size": 4,
     "logging_steps": 20, "save_strategy": "no", "eval_strategy": "no", "report_to": "none", "seed": 0,
 }  # fmt: skip

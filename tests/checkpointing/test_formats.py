@@ -27,7 +27,7 @@ from hf_shampoo4.execution.state_layout import is_part
 from hf_shampoo4.sharding.local_parameter import Range, check, held_by_deepspeed
 
 SHAPES = {"weight": (70, 40), "bias": (9,), "experts": (3, 20, 30)}
-OPTIONS = {"stats_every": 2, "roots_every": 2, "block_size": 32, "lr": 1e-2}
+OPTIONS = {"algorithm": "shampoo", "stats_every": 2, "roots_every": 2, "block_size": 32, "lr": 1e-2}
 
 
 def model(flat: bool = False) -> nn.ParameterDict:

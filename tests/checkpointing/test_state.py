@@ -20,7 +20,7 @@ from hf_shampoo4.numerics import linalg as matrix
 from hf_shampoo4.options import EIGENBASIS
 
 SHAPES = [(70, 66), (64, 64), (3, 20, 30), (9,), (5000,)]
-OFTEN = {"stats_every": 1, "roots_every": 2}
+OFTEN = {"algorithm": "shampoo", "stats_every": 1, "roots_every": 2}
 
 
 def parameters(dtype: torch.dtype = torch.float32, shapes=SHAPES) -> list[nn.Parameter]:
@@ -188,7 +188,7 @@ def test_a_part_of_a_parameters_state_that_is_gone_is_an_error() -> None:
 # ----------------------------------------------------------------------------------------------- 4. zero in, zero out
 
 EVERY_KIND = [
-    {"factor": factor, "bits": bits, "moments": moments}
+    {"algorithm": "shampoo", "factor": factor, "bits": bits, "moments": moments}
     for factor in ("eigen", "direct")
     for bits in (4, 8, 32)
     for moments in ("fp32", "bf16", "4bit")
@@ -217,7 +217,10 @@ SIZES = (1e-40, 1e-25, 1e-10, 1e10, 1e18, 1e19, 1e25, 1e38)
 @pytest.mark.parametrize("scale", SIZES)
 @pytest.mark.parametrize(
     "options",
-    [*({"graft": graft} for graft in ("norm", "block", "none")), *({"algorithm": name} for name in EIGENBASIS)],
+    [
+        *({"algorithm": "shampoo", "graft": graft} for graft in ("norm", "block", "none")),
+        *({"algorithm": name} for name in EIGENBASIS),
+    ],
     ids=lambda options: "-".join(options.values()),
 )
 def test_gradients_of_any_size_leave_no_nan(options: dict[str, Any], scale: float) -> None:
@@ -292,7 +295,13 @@ def failures(optimizer: Shampoo4bit) -> dict[str, list[int]]:
 @pytest.mark.parametrize("bits", [4, 32])
 def test_a_failed_eigh_keeps_the_last_root_of_that_block_alone(bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
     optimizer = Shampoo4bit(
-        parameters(shapes=[(70, 140)]), factor="direct", bits=bits, block_size=70, stats_every=1, roots_every=1
+        parameters(shapes=[(70, 140)]),
+        algorithm="shampoo",
+        factor="direct",
+        bits=bits,
+        block_size=70,
+        stats_every=1,
+        roots_every=1,
     )
     run(optimizer, range(2))
     before = dict(snapshot(optimizer))
@@ -326,7 +335,9 @@ def test_a_failed_eigh_keeps_the_last_root_of_that_block_alone(bits: int, monkey
 @pytest.mark.parametrize("factor", ["eigen", "direct"])
 def test_an_overflowing_statistic_keeps_the_last_one_of_that_block_alone(factor: str) -> None:
     """A gradient of 5e18 has a finite square; its Gram matrix is not finite."""
-    optimizer = Shampoo4bit(parameters(shapes=[(70, 140)]), factor=factor, block_size=70, stats_every=1, roots_every=1)
+    optimizer = Shampoo4bit(
+        parameters(shapes=[(70, 140)]), algorithm="shampoo", factor=factor, block_size=70, stats_every=1, roots_every=1
+    )
     run(optimizer, range(2))
     before = dict(snapshot(optimizer))
     p = owners(optimizer)[0]
@@ -345,7 +356,9 @@ def test_an_overflowing_statistic_keeps_the_last_one_of_that_block_alone(factor:
 
 
 def test_a_failed_qr_keeps_the_last_basis(monkeypatch: pytest.MonkeyPatch) -> None:
-    optimizer = Shampoo4bit(parameters(shapes=[(70, 140)]), block_size=70, stats_every=1, roots_every=1)
+    optimizer = Shampoo4bit(
+        parameters(shapes=[(70, 140)]), algorithm="shampoo", block_size=70, stats_every=1, roots_every=1
+    )
     run(optimizer, range(2))
     before = dict(snapshot(optimizer))
     real = matrix.power_qr
@@ -470,9 +483,9 @@ def test_resume_after_a_skipped_step_and_with_missing_gradients() -> None:
 
 
 def test_options_that_are_not_structural_come_from_the_checkpoint() -> None:
-    first = Shampoo4bit(parameters(), lr=0.5, stats_every=3, roots_every=7, damping=1e-3)
+    first = Shampoo4bit(parameters(), algorithm="shampoo", lr=0.5, stats_every=3, roots_every=7, damping=1e-3)
     run(first, range(1))
-    second = Shampoo4bit(parameters(), lr=0.1, stats_every=1, roots_every=1)
+    second = Shampoo4bit(parameters(), algorithm="shampoo", lr=0.1, stats_every=1, roots_every=1)
     second.load_state_dict(saved(first))
     group = second.param_groups[0]
     assert (group["lr"], group["stats_every"], group["roots_every"], group["damping"]) == (0.5, 3, 7, 1e-3)
@@ -481,7 +494,7 @@ def test_options_that_are_not_structural_come_from_the_checkpoint() -> None:
 @pytest.mark.parametrize("change", [{"factor_beta": 0.5}, {"damping": 1e-2}, {"rectify_roots": 0}, {"root": "newton"}])
 def test_an_option_that_is_changed_in_training_is_heeded_at_once(change: dict) -> None:
     def trained() -> Shampoo4bit:
-        optimizer = Shampoo4bit(parameters(), algorithm="shampoo", **OFTEN)
+        optimizer = Shampoo4bit(parameters(), **OFTEN)
         run(optimizer, range(3))
         return optimizer
 

@@ -64,7 +64,8 @@ with open(sys.argv[1], "w") as file:
 '''
 
 FLAGS = [
-    "--use_cpu", "--optim", "shampoo4bit", "--optim_args", "stats_every=2,roots_every=2", "--learning_rate", "1e-2",
+    "--use_cpu", "--optim", "shampoo4bit", "--optim_args", "algorithm=shampoo,stats_every=2,roots_every=2",
+    "--learning_rate", "1e-2",
     "--max_steps", "5", "--per_device_train_batch_size", "4", "--logging_steps", "1", "--report_to", "none",
     "--save_steps", "3", "--disable_tqdm", "true",
 ]  # fmt: skip

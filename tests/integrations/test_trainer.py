@@ -161,7 +161,8 @@ def test_sft_trainer_with_lora(tmp_path):
     datasets = pytest.importorskip("datasets")
     tokens = [{"input_ids": row.tolist()} for row in Tokens().tokens]
     args = trl.SFTConfig(
-        output_dir=str(tmp_path), optim="shampoo4bit", optim_args="stats_every=2,roots_every=2", use_cpu=True,
+        output_dir=str(tmp_path), optim="shampoo4bit",
+        optim_args="algorithm=shampoo,stats_every=2,roots_every=2", use_cpu=True,
         bf16=False, max_steps=4, per_device_train_batch_size=4, learning_rate=1e-2, report_to="none",
         logging_steps=1, disable_tqdm=True, max_length=16, save_strategy="no", gradient_checkpointing=False,
         dataset_kwargs={"skip_prepare_dataset": True},

@@ -11,7 +11,7 @@ from transformers import Trainer
 
 from tests.support.tiny import Tokens, arguments, llama
 
-OPTIONS = "stats_every=2,roots_every=3,stochastic_rounding=true"
+OPTIONS = "algorithm=shampoo,stats_every=2,roots_every=3,stochastic_rounding=true"
 
 
 def model(dtype: torch.dtype) -> nn.Module:
@@ -47,7 +47,7 @@ def same(a: object, b: object) -> bool:
     [
         (torch.bfloat16, "shampoo4bit", OPTIONS),
         (torch.bfloat16, "adamw4bit", "stochastic_rounding=true"),
-        (torch.float32, "shampoo4bit", "stats_every=2,roots_every=3,moments=fp32,block_size=48"),
+        (torch.float32, "shampoo4bit", "algorithm=shampoo,stats_every=2,roots_every=3,moments=fp32,block_size=48"),
         (torch.bfloat16, "soap4bit", "stats_every=2,refresh_warmup=3,stochastic_rounding=true"),
         (torch.float32, "kl_shampoo4bit", "stats_every=2,refresh_warmup=3"),
     ],

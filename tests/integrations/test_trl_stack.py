@@ -18,7 +18,7 @@ from hf_shampoo4.integrations.trainer import OPTIMS
 from tests.support.tiny import ROOT, Tokens, arguments, chat_model, conversations, llama, often, python
 
 SECOND_ORDER = [name for name in OPTIMS if name != "adamw4bit"]
-OFTEN = {"stats_every": 2, "roots_every": 2}  # Shampoo's; the others have no roots
+OFTEN = {"algorithm": "shampoo", "stats_every": 2, "roots_every": 2}  # Shampoo's; the others have no roots
 
 LOOP = '''
 """A loop on Accelerate, with every optimizer: losses and parameters of this rank."""
@@ -221,7 +221,7 @@ def test_trl_sft_unmodified(tmp_path):
     command = [
         "-m", "hf_shampoo4", "--exec", Path(sys.executable).parent / "trl", "sft", "--model_name_or_path", model,
         "--dataset_name", data, "--output_dir", tmp_path / "run", "--optim", "shampoo4bit", "--optim_args",
-        "stats_every=2,roots_every=2", "--max_steps", "4", "--logging_steps", "1",
+        "algorithm=shampoo,stats_every=2,roots_every=2", "--max_steps", "4", "--logging_steps", "1",
         "--per_device_train_batch_size", "4", "--max_length", "48", "--use_cpu", "--bf16", "false", "--report_to",
         "none", "--use_peft", "--lora_r", "4", "--lora_target_modules", "q_proj", "v_proj",
     ]  # fmt: skip

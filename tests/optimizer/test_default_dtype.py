@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from hf_shampoo4 import Shampoo4bit
 from hf_shampoo4.numerics import quantize, storage
 
-OFTEN = {"stats_every": 2, "roots_every": 2}
+OFTEN = {"algorithm": "shampoo", "stats_every": 2, "roots_every": 2}
 CONFIGURATIONS: dict[str, dict[str, Any]] = {
     "kl_shampoo": {"stats_every": 2, "diagnose_every": 3},
     "kl_shampoo 32": {"bits": 32, "moments": "fp32", "stats_every": 2},

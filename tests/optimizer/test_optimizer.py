@@ -15,7 +15,7 @@ from hf_shampoo4.numerics import quantize
 from hf_shampoo4.state_report import rows
 
 SHAPES = [(70, 40), (64, 64), (3, 20, 30), (6, 4, 3, 3), (9,), (), (5000,), (7, 1)]
-OFTEN = {"stats_every": 1, "roots_every": 1}
+OFTEN = {"algorithm": "shampoo", "stats_every": 1, "roots_every": 1}
 
 
 def parameters(shapes=SHAPES, dtype: torch.dtype = torch.float32) -> list[nn.Parameter]:
@@ -64,7 +64,7 @@ def test_elementwise_fp32_is_adamw(weight_decay: float) -> None:
 
 def test_shampoo_before_its_first_root_is_adamw() -> None:
     ours, theirs = parameters(), parameters()
-    a = Shampoo4bit(ours, lr=1e-2, weight_decay=0.1, moments="fp32", roots_every=11)
+    a = Shampoo4bit(ours, algorithm="shampoo", lr=1e-2, weight_decay=0.1, moments="fp32", roots_every=11)
     b = torch.optim.AdamW(theirs, lr=1e-2, weight_decay=0.1)
     run(a, range(10))
     run(b, range(10))  # type: ignore[arg-type]
@@ -117,7 +117,7 @@ def regression():
 def test_learns_faster_than_adamw(regression) -> None:
     """What it is all for: both sides with float32 moments, then both with 4-bit moments."""
     adamw = regression(lambda ps: torch.optim.AdamW(ps, weight_decay=0.0))
-    often = {"stats_every": 4, "roots_every": 4}
+    often = {"algorithm": "shampoo", "stats_every": 4, "roots_every": 4}
     full = regression(lambda ps: Shampoo4bit(ps, bits=32, factor="direct", moments="fp32", **often))
     four = regression(lambda ps: Shampoo4bit(ps, moments="fp32", **often))
     naive = regression(lambda ps: Shampoo4bit(ps, factor="direct", moments="fp32", **often))
@@ -520,7 +520,9 @@ def test_parameters_of_two_models_with_equal_names() -> None:
         optimizer.step()
 
 
-@pytest.mark.parametrize("options", [{}, {"algorithm": "soap"}, {"algorithm": "shampoo"}, {"factor": "cholesky_ef"}])
+@pytest.mark.parametrize(
+    "options", [{}, {"algorithm": "soap"}, {"algorithm": "shampoo"}, {"algorithm": "shampoo", "factor": "cholesky_ef"}]
+)
 def test_torchs_default_dtype_does_not_matter(options: dict[str, object]) -> None:
     """Scripts set it to bfloat16 to make their model, and leave it there."""
 

@@ -82,9 +82,9 @@ def test_casting(name: str, text: object, value: object) -> None:
         ({"block_size": 0}, "option block_size=0 is not allowed: it must be an integer >= 1"),
         ({"quant_block": -1}, "option quant_block=-1 is not allowed: it must be an integer >= 0"),
         ({"stats_every": 0}, "option stats_every=0 is not allowed"),
-        ({"roots_every": 0}, "option roots_every=0 is not allowed"),
+        ({"algorithm": "shampoo", "roots_every": 0}, "option roots_every=0 is not allowed"),
         ({"rectify_stats": -1}, "option rectify_stats=-1 is not allowed: it must be an integer >= 0"),
-        ({"rectify_roots": -1}, "option rectify_roots=-1 is not allowed"),
+        ({"algorithm": "shampoo", "rectify_roots": -1}, "option rectify_roots=-1 is not allowed"),
         ({"seed": -1}, "option seed=-1 is not allowed"),
         ({"factor_beta": 1.0}, r"option factor_beta=1.0 is not allowed: it must be a number in \[0, 1\)"),
         ({"factor_beta": -0.1}, "option factor_beta=-0.1 is not allowed"),
@@ -159,23 +159,57 @@ def test_explicit_over_file_over_preset(config: str) -> None:
 @pytest.mark.parametrize("factor", ["direct", "cholesky", "cholesky_ef", "eigen"])
 @pytest.mark.parametrize("preset", sorted(PRESETS))
 def test_another_factor_than_the_presets(preset: str, factor: str) -> None:
-    """It takes what the preset says that is not of the preset's own factor."""
     found = Options(**resolve({"factor": factor}, preset=preset))
-    assert (found.factor, found.stats_every) == (factor, 200)
-    assert found.rectify_roots == (4 if factor == "eigen" and preset == "paper_eigen" else 1)
-    assert found.error_beta == (0.95 if factor == "cholesky_ef" and preset == "paper_cholesky" else 0.7)
+    assert (found.algorithm, found.factor, found.stats_every) == ("shampoo", factor, 200)
 
 
 @pytest.mark.parametrize("algorithm", ["kl_shampoo", "soap"])
 @pytest.mark.parametrize("preset", sorted(PRESETS))
 def test_another_algorithm_than_the_presets(preset: str, algorithm: str) -> None:
     found = Options(**resolve({"algorithm": algorithm}, preset=preset))
-    assert (found.algorithm, found.factor, found.stats_every, found.rectify_roots) == (algorithm, "eigen", 200, 1)
+    assert (found.algorithm, found.stats_every) == (algorithm, 200)
 
 
-def test_what_is_explicit_is_not_set_aside() -> None:
-    with pytest.raises(OptionError, match=r"rectify_roots=4 .* it is for factor=eigen alone"):
-        resolve({"factor": "direct", "rectify_roots": 4}, preset="paper_eigen")
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"graft": "norm"}, "graft has no effect with algorithm=kl_shampoo: remove it, or add algorithm=shampoo"),
+        ({"roots_every": 10}, "roots_every has no effect with algorithm=kl_shampoo: "),
+        ({"factor": "eigen", "algorithm": "soap"}, "factor has no effect with algorithm=soap: "),
+        ({"base": "adamw"}, "base has no effect with algorithm=kl_shampoo: .* add algorithm=shampoo or elementwise"),
+        ({"refresh_warmup": 5, "algorithm": "shampoo"}, "add algorithm=soap or kl_shampoo or kl_soap"),
+        ({"root": "eigh", "algorithm": "elementwise"}, "root has no effect with algorithm=elementwise: "),
+        ({"error_beta": 0.7, "algorithm": "shampoo"}, "error_beta has no effect with factor=eigen: .* add factor=chol"),
+        ({"rectify_roots": 4, "factor": "direct", "preset": "paper_eigen"}, "no effect with factor=direct"),
+    ],
+)
+def test_no_option_changes_the_algorithm_and_none_is_without_effect(given: dict[str, Any], message: str) -> None:
+    """Whatever its value: who writes a default down must not get another optimizer."""
+    with pytest.raises(OptionError, match=message):
+        resolve(given)
+
+
+@pytest.mark.parametrize("chosen", [{"factor": "direct"}, {"algorithm": "kl_shampoo"}, {"algorithm": "elementwise"}])
+@pytest.mark.parametrize("preset", sorted(PRESETS))
+def test_of_a_preset_what_the_explicit_choice_does_not_use_is_left_out(preset: str, chosen: dict[str, Any]) -> None:
+    """The Trainer resolves twice: what the first time has left is no explicit option without effect."""
+    found = resolve(chosen, preset=preset)
+    assert resolve(found) == found
+    assert found.items() >= chosen.items()
+
+
+def test_a_group_of_another_algorithm_does_not_have_the_optimizers_base() -> None:
+    p, q = torch.nn.Parameter(torch.zeros(64, 64)), torch.nn.Parameter(torch.zeros(64, 64))
+    other = {"params": [q], "algorithm": "kl_shampoo", "moments": "4bit_zipsr"}  # which has no place over sgdm
+    first, second = Shampoo4bit([{"params": [p]}, other], algorithm="shampoo", base="sgdm").param_groups
+    assert (first["base"], second["base"]) == ("sgdm", "adamw")
+
+
+def test_a_whole_group_of_another_optimizer_is_taken() -> None:
+    p = torch.nn.Parameter(torch.zeros(64, 64))
+    (group,) = Shampoo4bit([p]).param_groups
+    (again,) = Shampoo4bit([{**group}]).param_groups
+    assert {name: again[name] for name in NAMES} == {name: group[name] for name in NAMES}
 
 
 def test_a_group_with_another_factor_than_the_optimizers() -> None:
@@ -183,7 +217,7 @@ def test_a_group_with_another_factor_than_the_optimizers() -> None:
     optimizer = Shampoo4bit([p], preset="paper_eigen")
     optimizer.add_param_group({"params": [q], "factor": "cholesky"})
     first, second = optimizer.param_groups
-    assert (first["rectify_roots"], second["rectify_roots"], second["factor"]) == (4, 1, "cholesky")
+    assert (first["factor"], second["factor"], second["stats_every"]) == ("eigen", "cholesky", 200)
 
 
 @pytest.mark.parametrize(
@@ -195,7 +229,7 @@ def test_a_group_of_another_algorithm_than_the_optimizers(ours: dict[str, Any]) 
     told = {"refresh_warmup": 0, "vocabulary_beta": 0.9}
     optimizer = Shampoo4bit([{"params": [p], **ours}, {"params": [q]}], **told)
     first, second = optimizer.param_groups
-    assert first["refresh_warmup"] == (0 if ours["algorithm"] == "elementwise" else 100)
+    assert first["algorithm"] == ours["algorithm"]
     assert (second["algorithm"], second["refresh_warmup"], second["vocabulary_beta"]) == ("kl_shampoo", 0, 0.9)
 
 

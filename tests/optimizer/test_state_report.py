@@ -23,7 +23,7 @@ def optimizer(**options: object) -> Shampoo4bit:
     frozen = nn.Parameter(torch.randn(64, 64), requires_grad=False)
     return Shampoo4bit(
         [{"params": [*matrices, frozen]}, {"params": [table], "algorithm": "elementwise"}],
-        stats_every=1, roots_every=2, **options,
+        algorithm="shampoo", stats_every=1, roots_every=2, **options,
     )  # fmt: skip
 
 

@@ -22,7 +22,8 @@ from hf_shampoo4.state_report import rows, table
 OFTEN: dict[str, Any] = {"stats_every": 1}
 ALGORITHMS: list[dict[str, Any]] = [
     {"algorithm": "kl_shampoo"}, {"algorithm": "soap"}, {"algorithm": "kl_soap"}, {"algorithm": "elementwise"},
-    {"algorithm": "shampoo", "roots_every": 2}, {"base": "sgdm", "nesterov": True, "roots_every": 2},
+    {"algorithm": "shampoo", "roots_every": 2},
+    {"algorithm": "shampoo", "base": "sgdm", "nesterov": True, "roots_every": 2},
 ]  # fmt: skip
 
 

@@ -60,7 +60,14 @@ def test_shampoo_over_sgdm_as_a_float64_reference(nesterov: bool) -> None:
     """The preconditioned gradient takes the gradient's place; L2 is added after it, as a wrapper around SGD does."""
     lr, mu, decay = 0.05, 0.9, 0.01
     p = torch.nn.Parameter(torch.randn(20, 12))
-    options = {"stats_every": 1, "roots_every": 2, "damping": 1e-3, "factor": "direct", "bits": 32}
+    options = {
+        "stats_every": 1,
+        "roots_every": 2,
+        "damping": 1e-3,
+        "factor": "direct",
+        "bits": 32,
+        "algorithm": "shampoo",
+    }
     ours = Shampoo4bit(
         [p], lr=lr, betas=(mu, 0.999), base="sgdm", nesterov=nesterov, weight_decay=decay, moments="fp32", **options
     )
@@ -125,7 +132,9 @@ def test_the_report_names_base_and_moments() -> None:
         if moments == "8bit":
             pytest.importorskip("bitsandbytes")
         ps = [torch.nn.Parameter(torch.zeros(s)) for s in ((64, 64), (5000,), (10,))]
-        treatments = {row.shape: row.treatment for row in rows(Shampoo4bit(ps, base=base, moments=moments))}
+        treatments = {
+            row.shape: row.treatment for row in rows(Shampoo4bit(ps, algorithm="shampoo", base=base, moments=moments))
+        }
         assert treatments[64, 64] == preconditioned
         assert treatments[5000,] == elementwise
         assert treatments[10,] == elementwise.split()[0] + (" bf16" if moments == "bf16" else " fp32")
@@ -142,4 +151,4 @@ def test_the_report_names_base_and_moments() -> None:
 )
 def test_nonsense_is_refused_at_construction(options: dict, message: str) -> None:
     with pytest.raises(OptionError, match=message):
-        Shampoo4bit([torch.nn.Parameter(torch.zeros(8, 8))], **options)
+        Shampoo4bit([torch.nn.Parameter(torch.zeros(8, 8))], algorithm="shampoo", **options)

@@ -26,7 +26,7 @@ def advance(optimizer: Shampoo4bit, steps: int, size: float = 1.0) -> None:
         optimizer.step()
 
 
-EVERY_STEP = {"stats_every": 1, "roots_every": 1}
+EVERY_STEP = {"algorithm": "shampoo", "stats_every": 1, "roots_every": 1}
 FAMILY = {"algorithm": "kl_shampoo", "stats_every": 1}
 
 
@@ -67,7 +67,7 @@ def test_a_basis_that_stays_has_no_turn() -> None:
     assert "optim/basis_turn" not in optimizer.diagnostics()[0]
 
 
-@pytest.mark.parametrize("options", [EVERY_STEP, FAMILY, {"base": "sgdm"}], ids=str)
+@pytest.mark.parametrize("options", [EVERY_STEP, FAMILY, {"algorithm": "shampoo", "base": "sgdm"}], ids=str)
 def test_looking_changes_nothing(options: dict) -> None:
     watched, unwatched = optimizer_of(**options), optimizer_of(**{**options, "diagnose_every": 0})
     for optimizer in (watched, unwatched):

@@ -219,7 +219,7 @@ def test_triangles_keep_each_triangle_with_its_own_scales(order: int, upper: boo
 
 def _live_bytes(options: dict[str, Any], order: int) -> dict[str, int]:
     p = torch.nn.Parameter(torch.randn(order, order))
-    optimizer = Shampoo4bit([p], stats_every=1, roots_every=1, **options)
+    optimizer = Shampoo4bit([p], algorithm="shampoo", stats_every=1, roots_every=1, **options)
     p.grad = torch.randn_like(p)
     optimizer.step()
     found: dict[str, int] = {}
@@ -253,7 +253,14 @@ def test_every_storage_of_every_factor_steps(factor: str, bits: int, codebook: s
     if bits == 8 and codebook in ("nf4", "lloyd16"):
         pytest.skip(f"{codebook} has 4 bits")
     p = torch.nn.Parameter(torch.randn(64, 80))
-    options = {"factor": factor, "bits": bits, "codebook": codebook, "stats_every": 1, "roots_every": 2}
+    options = {
+        "factor": factor,
+        "bits": bits,
+        "codebook": codebook,
+        "stats_every": 1,
+        "roots_every": 2,
+        "algorithm": "shampoo",
+    }
     optimizer = Shampoo4bit([p], lr=0.01, **options)
     target = torch.randn(64, 80)
     losses = []
@@ -294,4 +301,4 @@ def test_the_papers_preset_resolves_and_steps() -> None:
 )
 def test_nonsense_is_refused_with_what_is_allowed(options: dict[str, Any], says: str) -> None:
     with pytest.raises(OptionError, match=says):
-        Shampoo4bit([torch.nn.Parameter(torch.randn(4, 4))], **options)
+        Shampoo4bit([torch.nn.Parameter(torch.randn(4, 4))], algorithm="shampoo", **options)

@@ -61,7 +61,15 @@ def test_shampoo_32_bit_whole_run(graft: str, block_size: int, t1: int, t2: int)
     parameters = [parameter(shape) for shape in SHAPES_32] + [parameter((6, 4, 3, 3), channels_last=True)]
     settings = {"betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.1, "block_size": block_size, "damping": 1e-4}
     optimizer = Shampoo4bit(
-        parameters, factor="direct", bits=32, moments="fp32", stats_every=t1, roots_every=t2, graft=graft, **settings
+        parameters,
+        algorithm="shampoo",
+        factor="direct",
+        bits=32,
+        moments="fp32",
+        stats_every=t1,
+        roots_every=t2,
+        graft=graft,
+        **settings,
     )
     references = [Shampoo32(array(p), t1=t1, t2=t2, graft=graft, **settings) for p in parameters]
     expected = [array(p).copy() for p in parameters]
@@ -80,7 +88,9 @@ def test_shampoo_32_bit_whole_run(graft: str, block_size: int, t1: int, t2: int)
 def test_the_reference_is_not_adamw() -> None:
     """The agreement above would mean little if preconditioning changed nothing."""
     p = parameter((12, 12))
-    optimizer = Shampoo4bit([p], lr=0.01, bits=32, factor="direct", moments="fp32", stats_every=1, roots_every=1)
+    optimizer = Shampoo4bit(
+        [p], algorithm="shampoo", lr=0.01, bits=32, factor="direct", moments="fp32", stats_every=1, roots_every=1
+    )
     twin = nn.Parameter(p.detach().clone())
     adamw = torch.optim.AdamW([twin], lr=0.01, weight_decay=0.0)
     start = p.detach().clone()
@@ -97,9 +107,9 @@ def test_the_reference_is_not_adamw() -> None:
 def follow(shapes: list[tuple[int, ...]], steps: int, channels_last: bool = False, **options: object) -> Checked:
     """Run the optimizer, and the reference beside it from the same stored state at every phase."""
     chosen = {
-        "factor": "eigen", "bits": 4, "moments": "4bit", "block_size": 1024, "quant_block": 64, "codebook": "linear2",
-        "stats_every": 1, "roots_every": 1, "factor_beta": 0.9, "damping": 0.02, "rectify_stats": 1,
-        "rectify_roots": 1, "graft": "norm", **options,
+        "algorithm": "shampoo", "factor": "eigen", "bits": 4, "moments": "4bit", "block_size": 1024, "quant_block": 64,
+        "codebook": "linear2", "stats_every": 1, "roots_every": 1, "factor_beta": 0.9, "damping": 0.02,
+        "rectify_stats": 1, "rectify_roots": 1, "graft": "norm", **options,
     }  # fmt: skip
     base = {"lr": 0.01, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.1}
     quantised = chosen["bits"] < 32
@@ -115,10 +125,10 @@ def follow(shapes: list[tuple[int, ...]], steps: int, channels_last: bool = Fals
     )  # fmt: skip
     parameters = [parameter(shape, channels_last) for shape in shapes]
     optimizer = Shampoo4bit(parameters, **base, **chosen)
-    optimizer.step()  # no gradients: builds the state, counts as step 1
-    assert optimizer.param_groups[0]["step"] == 1
+    optimizer.step()  # no gradients: builds the state, counts as no step
+    assert optimizer.param_groups[0]["step"] == 0
     checked = Checked({})
-    for t in range(2, steps + 2):
+    for t in range(1, steps + 1):
         before = [(array(p).copy(), snapshot(optimizer, p)) for p in parameters]
         for p in parameters:
             p.grad = gradient(p, t)
@@ -193,7 +203,7 @@ def test_what_the_step_by_step_check_would_notice(monkeypatch: pytest.MonkeyPatc
 def test_default_damping_keeps_the_invariants() -> None:
     """With a damping of 1e-6 and a low-rank gradient QR's last columns are arbitrary; what they stand for is not."""
     p = parameter((64, 96))
-    optimizer = Shampoo4bit([p], bits=32, stats_every=1, roots_every=1, moments="fp32")
+    optimizer = Shampoo4bit([p], algorithm="shampoo", bits=32, stats_every=1, roots_every=1, moments="fp32")
     for t in range(1, 9):
         g = gradient(p, t)
         p.grad = g[:, :1] @ g[:1, :] + g[:, 1:2] @ g[1:2, :]

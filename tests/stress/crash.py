@@ -55,7 +55,7 @@ STEPS, SAVE_EVERY = 24, 4
 WAITING, STEP, REFRESH, SAVE = range(4)
 PHASES = ("start", "step", "refresh", "save")
 OPTIONS = {
-    "shampoo": ("shampoo4bit", "stats_every=2,roots_every=3,stochastic_rounding=true"),
+    "shampoo": ("shampoo4bit", "algorithm=shampoo,stats_every=2,roots_every=3,stochastic_rounding=true"),
     "soap": ("soap4bit", "stats_every=3,refresh_warmup=5"),
     "kl_shampoo": ("kl_shampoo4bit", "stats_every=2,refresh_warmup=3,moments=4bit_zipsr"),
 }

@@ -48,9 +48,7 @@ SHAPES = [(64, 128), (130, 40), (9,), (4096,)]  # two blocks, one with a basis t
 def options_of(algorithm: str, moments: str) -> dict[str, Any] | None:
     """None: these two do not go together."""
     options = {**ALGORITHMS[algorithm], "moments": moments, "block_size": 64, "stats_every": 2}
-    options |= {"roots_every": 3} if options.get("algorithm", "shampoo") == "shampoo" else {"refresh_warmup": 3}
-    if options.get("algorithm") == "elementwise":
-        options.pop("refresh_warmup")
+    options |= {"shampoo": {"roots_every": 3}, "elementwise": {}}.get(options["algorithm"], {"refresh_warmup": 3})
     try:
         Options(**options)
     except OptionError:

@@ -29,7 +29,7 @@ from hf_shampoo4 import Shampoo4bit  # noqa: E402
 from hf_shampoo4.checkpointing.completeness import incomplete, last_complete  # noqa: E402
 from hf_shampoo4.checkpointing.convert import described, read  # noqa: E402
 from hf_shampoo4.exceptions import CheckpointError, OptionError  # noqa: E402
-from hf_shampoo4.options import NAMES, PRESETS, Options, parse_optim_args, resolve  # noqa: E402
+from hf_shampoo4.options import NAMES, PRESETS, USED_BY, USED_BY_FACTOR, Options, parse_optim_args, resolve  # noqa: E402
 
 # ------------------------------------------------------------------------------------------------------ what is odd
 
@@ -69,9 +69,32 @@ usable = st.sampled_from(
      "graft", "root", "stagger", "matrix_view", "refresh_warmup", "stochastic_rounding", "diagnose_every", "codebook",
      "preset"]
 )  # fmt: skip
-good_options = st.lists(usable, max_size=5, unique=True).flatmap(
+mixed_options = st.lists(usable, max_size=5, unique=True).flatmap(
     lambda chosen: st.fixed_dictionaries({name: sensible(name) for name in chosen})
 )
+
+
+def without_effect(options: dict[str, Any]) -> list[str]:
+    """The options that the chosen algorithm, or Shampoo's factor, does not use."""
+    chosen = {**vars(Options()), **PRESETS.get(options.get("preset"), {}), **options}
+    algorithm, factor = chosen["algorithm"], chosen["factor"]
+    return [
+        name
+        for name in options
+        if algorithm not in USED_BY.get(name, (algorithm,))
+        or (algorithm == "shampoo" and factor not in USED_BY_FACTOR.get(name, (factor,)))
+    ]
+
+
+def legal(options: dict[str, Any]) -> dict[str, Any]:
+    """With Shampoo for what only that uses, unless another algorithm is there; without what is still not used."""
+    if "algorithm" not in options and any("shampoo" in USED_BY.get(name, ()) for name in options):
+        options = {**options, "algorithm": "shampoo"}
+    idle = without_effect(options)
+    return {name: value for name, value in options.items() if name not in idle}
+
+
+good_options = st.one_of(mixed_options.map(legal), mixed_options.map(legal), mixed_options.map(legal), mixed_options)
 sides = st.sampled_from([0, 1, 2, 3, 5, 7, 13, 16, 17, 31, 64, 67])
 shapes = st.lists(sides, max_size=5).map(tuple).filter(lambda shape: math.prod(shape) <= 20_000)
 real = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
@@ -115,6 +138,18 @@ def python_options(given_options: dict[str, Any]) -> None:
         return
     assert found.keys() >= {name for name in given_options if name not in ("preset", "config")}
     Options(**found)
+
+
+@given(mixed_options)
+def unused_options(given_options: dict[str, Any]) -> None:
+    """What has no effect is an OptionError; what is resolved stays as it is when it is resolved again."""
+    try:
+        found = resolve(given_options)
+    except OptionError as error:
+        says_something(error)
+        return
+    assert not without_effect(given_options)
+    assert resolve(found) == found
 
 
 yamls = st.one_of(
@@ -187,14 +222,16 @@ def parameters(given_parameters: list[tuple[tuple[int, ...], torch.dtype]], opti
         says_something(error)
         return
     live = [p for group in optimizer.param_groups for p in group["params"]]
+    steps = 0
     for t in range(3):
         for i, p in enumerate(live):
             generator = torch.Generator().manual_seed(10 * t + i)
             p.grad = torch.randn(p.shape, generator=generator).to(p.dtype) if p.requires_grad and (i + t) % 3 else None
         optimizer.step()
+        steps += any(p.grad is not None for p in live)
     assert all(torch.isfinite(p.float()).all() for p in live)
     assert all(torch.isfinite(t.float()).all() for entry in optimizer.state.values() for t in entry.values())
-    assert optimizer.param_groups[0]["step"] == 3
+    assert optimizer.param_groups[0]["step"] == steps
     twin = Shampoo4bit(
         optimizer.param_groups and [{**g, "params": g["params"]} for g in _bare(optimizer)], lr=0.01, **options
     )
@@ -364,7 +401,8 @@ def checkpoint_folders(data: Any) -> None:
 
 
 PROPERTIES: dict[str, tuple[Callable[..., None], float]] = {
-    "optim_args": (optim_args, 0.2), "python_options": (python_options, 0.2), "yaml_files": (yaml_files, 0.15),
+    "optim_args": (optim_args, 0.2), "python_options": (python_options, 0.1), "unused_options": (unused_options, 0.1),
+    "yaml_files": (yaml_files, 0.15),
     "run_configurations": (run_configurations, 0.05), "parameters": (parameters, 0.15),
     "checkpoints": (checkpoints, 0.15), "checkpoint_files": (checkpoint_files, 0.05),
     "checkpoint_folders": (checkpoint_folders, 0.05),

@@ -124,8 +124,8 @@ def named(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
 
 def optimizer_of(model: nn.Module, options: dict[str, Any]) -> Shampoo4bit:
     """Three groups, as the integrations make them: matrices, a vocabulary, and what the base alone updates."""
-    chosen = {"lr": 1e-2, "weight_decay": 0.1, **OFTEN, **options}
-    if chosen.get("algorithm", "shampoo") == "shampoo":
+    chosen = {"lr": 1e-2, "weight_decay": 0.1, "algorithm": "shampoo", **OFTEN, **options}
+    if chosen["algorithm"] == "shampoo":
         chosen["roots_every"] = 3
     lookups = ("tied", "bias", "norm", "one", "short")
     matrices = [(n, p) for n, p in named(model) if not n.endswith((*lookups, "words"))]
@@ -135,7 +135,7 @@ def optimizer_of(model: nn.Module, options: dict[str, Any]) -> Shampoo4bit:
         {"params": matrices, "row_splits": (64, 16, 16)}, {"params": words, "vocabulary": True},
         {"params": rest, "algorithm": "elementwise"},
     ]  # fmt: skip
-    if chosen.get("algorithm") == "elementwise":
+    if chosen["algorithm"] == "elementwise":
         groups[0].pop("row_splits")
     return Shampoo4bit(groups, **chosen)
 
@@ -803,7 +803,7 @@ def accelerated(case: Case, folder: Path) -> dict[str, Any]:
         accelerator, model = Accelerator(**plugin), llama()
         if case.options == "fsdp1":  # the groups need the wrapped model
             model = accelerator.prepare(model)
-        made = Shampoo4bit(s4.param_groups(model), lr=1e-2, stats_every=2, roots_every=2)
+        made = Shampoo4bit(s4.param_groups(model), algorithm="shampoo", lr=1e-2, stats_every=2, roots_every=2)
         if case.options == "fsdp1":
             return accelerator, model, accelerator.prepare(made)
         return accelerator, *accelerator.prepare(model, made)
@@ -878,7 +878,7 @@ def wide(case: Case) -> dict[str, Any]:
         return {name: full(p) for name, p in named}
 
     found = {}
-    for name, options in {"kl_shampoo": {}, "sgdm": {"base": "sgdm"}}.items():
+    for name, options in {"kl_shampoo": {}, "sgdm": {"algorithm": "shampoo", "base": "sgdm"}}.items():
         there = trained(lambda t: distribute_tensor(t, mesh, [Shard(0)]), options)
         found |= {f"{name}.{i}": torch.equal(there[i], p) for i, p in trained(torch.clone, options).items()}
     return {"bitwise": all(found.values()), "differ": [name for name, equal in found.items() if not equal]}

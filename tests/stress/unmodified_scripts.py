@@ -96,7 +96,9 @@ def main() -> None:
         for optim in OPTIMS:
             for processes in (1, 2):
                 name = f"{optim}, {processes} process{'es' if processes > 1 else ''}"
-                roots = ",roots_every=2" if optim == "shampoo4bit" else ""  # the papers' Shampoo, which has roots
+                roots = (
+                    ",algorithm=shampoo,roots_every=2" if optim == "shampoo4bit" else ""
+                )  # the papers' Shampoo, which has roots
                 flags = [*FLAGS, *given, *more, "--optim", optim, "--optim_args", f"stats_every=2{roots}"]
                 whole = train(launched(chosen.script, processes, flags), folder / name / "whole")
                 middle = folder / name / "whole" / f"checkpoint-{STEPS // 2}"

@@ -58,7 +58,7 @@ def test_a_steps_transient_memory_does_not_grow_with_the_number_of_parameters(mo
 
     def transient(count: int) -> int:
         parameters = [torch.nn.Parameter(torch.randn(64, 64)) for _ in range(count)]
-        optimizer = hf_shampoo4.Shampoo4bit(parameters, stats_every=1, roots_every=1)
+        optimizer = hf_shampoo4.Shampoo4bit(parameters, algorithm="shampoo", stats_every=1, roots_every=1)
         for p in parameters:
             p.grad = torch.randn_like(p)
         optimizer.step()

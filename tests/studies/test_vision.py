@@ -66,7 +66,16 @@ def test_convolutions_follow_the_literal_reference_of_their_matrix(base: str, ch
     weights = list(model.parameters())
     settings: dict[str, Any] = {"betas": (0.9, 0.99), "weight_decay": 0.1, "block_size": 20, "damping": 1e-4}
     optimizer = Shampoo4bit(
-        weights, lr=0.01, base=base, factor="direct", bits=32, moments="fp32", stats_every=1, roots_every=2, **settings
+        weights,
+        algorithm="shampoo",
+        lr=0.01,
+        base=base,
+        factor="direct",
+        bits=32,
+        moments="fp32",
+        stats_every=1,
+        roots_every=2,
+        **settings,
     )
     start = [matrix(w) for w in weights]
     references = [Shampoo32(x, t1=1, t2=2, **settings) for x in start]
@@ -96,7 +105,9 @@ def test_in_4_bits_a_convolution_and_its_matrix_are_the_same(factor: str, base: 
     weights = [nn.Parameter(torch.randn(shape).to(memory_format=layout)) for shape in shapes]
     flat = [nn.Parameter(w.detach().contiguous().flatten(1)) for w in weights]
     options = {"factor": factor, "base": base, "block_size": 72, "stats_every": 1, "roots_every": 1}
-    optimizer, twin = (Shampoo4bit(parameters, lr=0.01, **options) for parameters in (weights, flat))
+    optimizer, twin = (
+        Shampoo4bit(parameters, algorithm="shampoo", lr=0.01, **options) for parameters in (weights, flat)
+    )
     for _ in range(3):
         for w, matrix in zip(weights, flat, strict=True):
             w.grad = torch.randn_like(w)
@@ -140,7 +151,8 @@ def test_without_scikit_learn_the_error_says_what_to_install(monkeypatch: pytest
 def test_models_train_through_the_trainer(model: str, base: str, tmp_path: Path) -> None:
     build = read_plan()["models"][model]["build"]
     settings = {
-        "optim": "shampoo4bit", "optim_args": f"base={base},block_size=128,stats_every=2,roots_every=2",
+        "optim": "shampoo4bit",
+        "optim_args": f"algorithm=shampoo,base={base},block_size=128,stats_every=2,roots_every=2",
         "learning_rate": 4e-3 if base == "adamw" else 5e-2, "lr_scheduler_type": "constant",
         "max_steps": 12, "logging_steps": 1, "per_device_train_batch_size": 100,
     }  # fmt: skip

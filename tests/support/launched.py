@@ -17,7 +17,7 @@ from torch import Tensor, nn
 import hf_shampoo4 as s4
 
 BATCH, STEPS = 4, 4
-OPTIONS = {"stats_every": 2, "roots_every": 2, "block_size": 16}
+OPTIONS = {"algorithm": "shampoo", "stats_every": 2, "roots_every": 2, "block_size": 16}
 
 
 class Block(nn.Module):

@@ -82,14 +82,14 @@ def arguments(folder: Path, **changes: Any) -> TrainingArguments:
     given: dict[str, Any] = {
         "output_dir": str(folder), "use_cpu": True, "report_to": "none", "disable_tqdm": True, "save_strategy": "no",
         "max_steps": 6, "per_device_train_batch_size": 4, "logging_steps": 1, "learning_rate": 1e-2,
-        "optim": "shampoo4bit", "optim_args": "stats_every=2,roots_every=2",
+        "optim": "shampoo4bit", "optim_args": "algorithm=shampoo,stats_every=2,roots_every=2",
     }  # fmt: skip
     return TrainingArguments(**{**given, **changes})
 
 
 def often(optim: str) -> str:
     """`--optim_args` that refresh often; for shampoo4bit those of the papers' Shampoo, which has roots."""
-    return "stats_every=2,roots_every=2" if optim == "shampoo4bit" else "stats_every=2"
+    return "algorithm=shampoo,stats_every=2,roots_every=2" if optim == "shampoo4bit" else "stats_every=2"
 
 
 def python(*words: object, **environment: str) -> subprocess.CompletedProcess[str]:

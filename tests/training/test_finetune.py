@@ -17,7 +17,8 @@ from tests.support.tiny import chat_model, conversations, often
 
 CONFIGS = sorted((config_root() / "finetune").glob("*.yaml"), key=lambda path: path.stem)
 SETTINGS = {
-    "optim": "shampoo4bit", "optim_args": "stats_every=2,roots_every=2", "learning_rate": 1e-2, "max_steps": 4,
+    "optim": "shampoo4bit", "optim_args": "algorithm=shampoo,stats_every=2,roots_every=2",
+    "learning_rate": 1e-2, "max_steps": 4,
     "per_device_train_batch_size": 4, "logging_steps": 1, "save_steps": 2, "bf16": False, "max_length": 48,
     "gradient_checkpointing": False, "report_to": "none", "disable_tqdm": True, "assistant_only_loss": True,
     "validation_fraction": 0.2,

@@ -75,7 +75,11 @@ def test_optimizers_start_from_the_same_weights_and_batches(settings, tmp_path):
 
 @pytest.mark.parametrize("streaming", [False, True])
 def test_a_resumed_run_equals_an_unbroken_one(streaming, settings, tmp_path):
-    settings |= {"optim": "shampoo4bit", "optim_args": "stats_every=1,roots_every=2", "streaming": streaming}
+    settings |= {
+        "optim": "shampoo4bit",
+        "optim_args": "algorithm=shampoo,stats_every=1,roots_every=2",
+        "streaming": streaming,
+    }
     whole = run(parse(settings))
     broken = {**settings, "output_dir": str(tmp_path / "broken")}
     run(parse(broken))

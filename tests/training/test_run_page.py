@@ -28,7 +28,7 @@ def own_loop(folder: Path) -> Path:
     """As docs/trackers.md shows."""
     folder.mkdir()
     weight = torch.nn.Parameter(torch.randn(64, 64))
-    optimizer = s4.Shampoo4bit([weight], stats_every=2, roots_every=2)
+    optimizer = s4.Shampoo4bit([weight], algorithm="shampoo", stats_every=2, roots_every=2)
     with (folder / "metrics.jsonl").open("w") as file:
         for step in range(1, 5):
             loss = weight.square().mean()
