@@ -27,7 +27,7 @@ from ..options import NAMES, Options
 from ..utils.files import replacing
 from . import checksums
 from .completeness import last_complete
-from .formats import check_metadata, join, unpack, well_formed
+from .formats import check_metadata, join, unflattened, unpack, well_formed
 from .optimizer_folder import GROUPS, read_whole
 
 FILES = ("optimizer.pt", "optimizer.bin", "optimizer_0")
@@ -106,7 +106,7 @@ def read(folder: Path) -> dict[str, Any]:
         check_metadata(found)
         with tempfile.TemporaryDirectory() as temporary:
             dcp_to_torch_save(found, Path(temporary) / "full.pt")
-            state_dict = torch.load(Path(temporary) / "full.pt", weights_only=True)["optimizer"]
+            state_dict = unflattened(torch.load(Path(temporary) / "full.pt", weights_only=True)["optimizer"])
     else:
         state_dict = _loaded(found)
     try:

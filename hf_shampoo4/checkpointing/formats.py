@@ -3,12 +3,14 @@
 whole     a state dict of torch's: per parameter and kind of tensor all blocks in canonical order, no rank in it
 a part    the same, with some blocks of each parameter; "<shape>/blocks" says which rows of the whole they are
 packed    the whole state as bytes in the first group, for FSDP1, which lets nothing else through unharmed
+flat      torch's flattened one: "state.<parameter>.<key>" -> tensor, "param_groups.<parameter>.<option>" -> value
 """
 
 from __future__ import annotations
 
 import io
 import pickle
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -47,6 +49,37 @@ def unpack(state_dict: dict[str, Any]) -> dict[str, Any]:
         raise CheckpointError(f"damaged checkpoint: its packed state cannot be read: {error}") from error
     bare = [{name: value for name, value in group.items() if name != PACKED} for group in groups]
     return {"state": state, "param_groups": bare}
+
+
+def unflattened(state_dict: dict[str, Any]) -> dict[str, Any]:
+    """The inverse of torch's `flatten_optimizer_state_dict`, keyed by names; what is not flattened stays as it is.
+
+    Parameters with equal options are one group, in the order of its names, if it has them.
+    """
+    if not isinstance(state_dict, dict) or not any(str(key).startswith("param_groups.") for key in state_dict):
+        return state_dict
+    state: dict[str, dict[str, Any]] = {}
+    options: dict[str, dict[str, Any]] = {}
+    for key, value in state_dict.items():
+        if found := _FLAT_STATE.fullmatch(key):
+            state.setdefault(found["name"], {})[found["key"]] = value
+        elif key.startswith("param_groups."):
+            name, option = key.removeprefix("param_groups.").rsplit(".", 1)
+            options.setdefault(name, {})[option] = value
+    groups: list[dict[str, Any]] = []
+    for name, chosen in options.items():
+        group = next((group for group in groups if {**group, "params": 0} == {**chosen, "params": 0}), None)
+        if group is None:
+            groups.append(group := {**chosen, "params": []})
+        group["params"].append(name)
+    for group in groups:
+        order = [clean_name(name) for name in group.get("param_names", [])]
+        if sorted(order) == sorted(map(clean_name, group["params"])):
+            group["params"].sort(key=lambda name: order.index(clean_name(name)))
+    return {"state": state, "param_groups": groups}
+
+
+_FLAT_STATE = re.compile(r"state\.(?P<name>.+)\.(?P<key>\d+(x\d+)*/.+)")
 
 
 def join(name: str, parts: Sequence[Entry]) -> Entry:

@@ -123,7 +123,11 @@ def agree(ranks: Ranks, mine: View, explained: Callable[[], list[dict[str, Any]]
     same = [a == b for a, b in zip(largest, least, strict=True)]
     near = [math.isclose(a, b, rel_tol=TOLERANCE) for a, b in zip(largest[2:], least[2:], strict=True)]
     if not same[0] or not all(near):
-        raise RuntimeError(f"ranks disagree on options or model: {_difference(ranks.gather(explained()))}")
+        raise RuntimeError(
+            f"ranks disagree on options or model: {_difference(ranks.gather(explained()))}.  All ranks of a "
+            "process group train one model together; where each has parameters of its own, as pipeline parallelism and "
+            "ZeroRedundancyOptimizer make them, set communicate=False or give each model's process_group"
+        )
     present = mine.present
     if not same[1]:
         there = torch.tensor([float(present.get(name, 0)) for name in mine.names], dtype=torch.float64, device=device)

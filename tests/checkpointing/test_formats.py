@@ -15,12 +15,13 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
 
 import hf_shampoo4 as s4
 from hf_shampoo4 import Shampoo4bit
 from hf_shampoo4.checkpointing import optimizer_folder
 from hf_shampoo4.checkpointing.convert import by_position, described, main, read
-from hf_shampoo4.checkpointing.formats import PACKED, join, pack, unpack
+from hf_shampoo4.checkpointing.formats import PACKED, join, pack, unflattened, unpack
 from hf_shampoo4.checkpointing.optimizer_folder import sealed
 from hf_shampoo4.exceptions import CheckpointError
 from hf_shampoo4.execution.state_layout import is_part
@@ -365,3 +366,22 @@ def test_what_every_rank_saved_whole_is_joined_as_it_is() -> None:
     """As DeepSpeed's files are where a converted checkpoint was loaded and saved again before a step."""
     whole = {"64x64/steps.dense": torch.arange(3)}
     assert join("w", [whole, dict(whole)]) == whole
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_a_flattened_state_dict_of_torch_s_is_read(named: bool) -> None:
+    model = nn.ModuleDict({"a": nn.Linear(40, 70), "b": nn.Linear(70, 20)})
+    groups = [list(model.a.named_parameters("a")), list(model.b.named_parameters("b"))]
+    params = [{"params": group if named else [p for _, p in group], "block_size": 32 + 32 * i}
+              for i, group in enumerate(groups)]  # fmt: skip
+    optimizer = Shampoo4bit(params, **{**OPTIONS, "block_size": 32})
+    for p in model.parameters():
+        p.grad = torch.randn_like(p)
+    optimizer.step()
+    flat = get_optimizer_state_dict(model, optimizer, options=StateDictOptions(flatten_optimizer_state_dict=True))
+    found, expected = by_position(unflattened(dict(flat))), optimizer.state_dict()
+    assert found["param_groups"] == expected["param_groups"]
+    for key, entry in expected["state"].items():
+        assert found["state"][key].keys() == entry.keys()
+        assert all(torch.equal(found["state"][key][name], t) for name, t in entry.items())
+    assert unflattened(expected) is expected

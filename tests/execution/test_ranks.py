@@ -38,7 +38,7 @@ SAVED = {2: ["fsdp2-full", "fsdp2-sharded", "fsdp2-flat", "tp-flat", "ddp-plain"
 LOADED = {3: ["fsdp2-fsdp2+sharded", "ddp-fsdp2+full", "fsdp2-ddp+plain", "ddp_sharded-ddp+plain", "zero3-zero2+own",
               "fsdp1-zero2+side", "fsdp2-fsdp1+full"],
           1: ["single-fsdp2+full", "single-ddp_sharded+plain", "single-zero2+own", "single-zero0+own",
-              "single-fsdp1+sharded", "single-tp_fsdp2+full"]}  # fmt: skip
+              "single-fsdp1+sharded", "single-tp_fsdp2+full", "single-tp_fsdp2+flat"]}  # fmt: skip
 FAILING = {2: ["fsdp2-failing", "ddp-failing", "zero2-failing", "fsdp1-failing"]}
 REFUSED = {2: ["zero3-refused"], 3: ["fsdp1-refused"]}
 TRAINER = {2: ["trainer-zero1", "trainer-zero2", "trainer-zero3", "trainer-fsdp1"]}
