@@ -126,6 +126,23 @@ def test_a_module_and_nothing_is_imported_before_it_runs(tmp_path):
     assert (tmp_path / "result").read_text().split() == ["adamw4bit", "__main__", "False"]
 
 
+def test_what_a_script_spawns_knows_the_optimizers(tmp_path):
+    """torch.multiprocessing.spawn and DataLoader workers are new interpreters, in which nobody has registered."""
+    (tmp_path / "script.py").write_text("""
+import multiprocessing, sys
+
+def waits():
+    print(any(type(finder).__module__ == "hf_shampoo4.integrations.hooks" for finder in sys.meta_path), __name__)
+
+if __name__ == "__main__":
+    child = multiprocessing.get_context("spawn").Process(target=waits)
+    child.start()
+    child.join()
+""")
+    child = python("-m", "hf_shampoo4", tmp_path / "script.py")
+    assert child.stdout.strip() == "True __mp_main__", child.stderr
+
+
 def test_exec_runs_the_sitecustomize_that_it_hides(tmp_path):
     (tmp_path / "sitecustomize.py").write_text("print('the hidden one ran')")
     code = "import hf_shampoo4, sys; print(hf_shampoo4.__file__); print('transformers' in sys.modules)"
