@@ -31,7 +31,7 @@ REPLANNED = {2: ["fsdp2-replanned", "tp_sharded-replanned", "zero2-replanned", "
              4: ["hsdp-replanned"]}  # fmt: skip
 STRANGERS = {4: ["tp_fsdp2-strangers"]}
 SAVED = {2: ["fsdp2-full", "fsdp2-sharded", "fsdp2-flat", "tp-flat", "ddp-plain", "ddp_sharded-plain",
-             "ddp_sharded-full", "ddp_sharded-sharded", "zero0-own", "zero0_bf16-own", "zero1-own", "zero2-own",
+             "ddp_sharded-full", "ddp_sharded-flat", "zero0-own", "zero0_bf16-own", "zero1-own", "zero2-own",
              "zero2-side", "fsdp1-full", "fsdp1-sharded"],
          4: ["tp_fsdp2-full", "tp_fsdp2-flat"],
          1: ["zero2_offload-own"]}  # fmt: skip
