@@ -48,8 +48,8 @@ def all_come(place: str, ranks: Ranks, advice: str) -> bool:
         else:
             if waited > REMINDER and not reminded:
                 reminded = True
-                missing = [rank for rank, key in enumerate(arrived) if not store.check([key])]
-                warnings.warn(f"rank {ranks.rank} waits for ranks {missing}: {advice}", stacklevel=2)
+                missing = [ranks.members[rank] for rank, key in enumerate(arrived) if not store.check([key])]
+                warnings.warn(f"rank {ranks.members[ranks.rank]} waits for ranks {missing}: {advice}", stacklevel=2)
             time.sleep(0.01)
     return bool(store.get(verdict) == b"all")
 

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import fcntl
+import json
+import os
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,8 +17,16 @@ Ranks = list[dict[str, Any]]
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> Ranks:
-    saves = tmp_path_factory.mktemp("saves")
-    return launch(2, "--saves", str(saves), module="tests.checkpointing.spread")
+    """What each rank found; one launch for all workers of xdist."""
+    base = tmp_path_factory.getbasetemp()
+    base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    with open(base / "spread.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        file = Path(base / "spread.json")
+        if not file.exists():
+            saves = str(tmp_path_factory.mktemp("saves"))
+            file.write_text(json.dumps(launch(2, "--saves", saves, module="tests.checkpointing.spread")))
+        return json.loads(file.read_text())
 
 
 def test_a_rank_that_asks_for_the_state_alone_is_told_what_to_do(ranks: Ranks) -> None:

@@ -83,6 +83,7 @@ def test_a_process_group_trains_apart_from_the_other_ranks(results: list) -> Non
     for rank in ranks:
         assert rank["ranks equal"]
         assert rank["copy equal"]
+        assert rank["saved"]
         assert rank["off"] < 1e-3
         assert rank["pickled"].startswith("TypeError: an optimizer with a process_group cannot be pickled")
     assert [rank["world"] for rank in ranks] == [[2, 2], [2, 2], [1, 1]]

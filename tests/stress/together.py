@@ -25,7 +25,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from hf_shampoo4 import Shampoo4bit
+from hf_shampoo4 import Shampoo4bit, save_optimizer
+from hf_shampoo4.checkpointing.convert import read
 from hf_shampoo4.execution import wave_step, waves
 from hf_shampoo4.execution.wave_step import WaveStep
 from hf_shampoo4.execution.waves import Rows, StateMap, Wave
@@ -164,11 +165,25 @@ def subgroups() -> dict[str, Any]:
     first = results[0].clone()
     dist.broadcast(first, dist.get_process_group_ranks(mine)[0], group=mine)
     return {
+        "saved": saved_by_a_group(mine),
         "ranks equal": torch.equal(first, results[0]), "copy equal": torch.equal(*results[:2]),
         "off": ((results[0] - results[2]).abs().max() / results[2].abs().max()).item(),
         "world": (o.world_size, copied.world_size), "pickled": said(lambda: pickle.dumps(o)),
         "outside": said(lambda: Shampoo4bit(model().parameters(), process_group=pair)),
     }  # fmt: skip
+
+
+def saved_by_a_group(group: Any) -> bool:
+    """What `save_optimizer` writes is what `state_dict()` on all ranks of the group gives, though both are spread."""
+    m = model()
+    o = Shampoo4bit(m.named_parameters(), **OPTIONS, process_group=group, shard_state=True)
+    for p in m.parameters():
+        p.grad = torch.ones_like(p)
+    o.step()
+    folder = Path(os.environ["FOLDER"]) / f"saved{rank() // 2}"
+    save_optimizer(o, folder)
+    there, here = read(folder)["state"], o.state_dict()["state"]
+    return all(torch.equal(t, there[o.names(0)[k]][key]) for k, entry in here.items() for key, t in entry.items())
 
 
 def meshes() -> dict[str, Any]:
