@@ -125,10 +125,11 @@ def follow(shapes: list[tuple[int, ...]], steps: int, channels_last: bool = Fals
     )  # fmt: skip
     parameters = [parameter(shape, channels_last) for shape in shapes]
     optimizer = Shampoo4bit(parameters, **base, **chosen)
-    optimizer.step()  # no gradients: builds the state, counts as no step
-    assert optimizer.param_groups[0]["step"] == 0
+    for p in parameters:
+        p.grad = gradient(p, 1)
+    optimizer.step()  # makes the state that the reference begins from
     checked = Checked({})
-    for t in range(1, steps + 1):
+    for t in range(2, steps + 2):
         before = [(array(p).copy(), snapshot(optimizer, p)) for p in parameters]
         for p in parameters:
             p.grad = gradient(p, t)
