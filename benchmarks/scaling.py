@@ -26,7 +26,7 @@ from hf_shampoo4.execution.waves import Wave, build
 from hf_shampoo4.options import Options
 from hf_shampoo4.sharding.exchange import Exchange, Ranks
 from hf_shampoo4.sharding.local_parameter import held_itself
-from hf_shampoo4.sharding.placement import sharded
+from hf_shampoo4.sharding.placement import Layout, Split, sharded
 
 # hidden, inner, layers, rows of keys and values, vocabulary
 MODELS = {
@@ -46,7 +46,8 @@ def shapes(hidden: int, inner: int, layers: int, key_values: int, vocabulary: in
 def parameter(shape: tuple[int, ...], mesh: DeviceMesh, placements: tuple[Any, ...], rank: int) -> torch.Tensor:
     """A DTensor without memory, as fully_shard leaves it on one rank."""
     ranks = tuple(mesh.mesh.flatten().tolist())
-    held = sharded(shape, ranks, tuple(mesh.mesh.shape), placements).share_of[rank].region.numel
+    splits = tuple(Split(0, 1) if placement.is_shard() else None for placement in placements)
+    held = sharded(shape, Layout((ranks,), tuple(mesh.mesh.shape), splits)).share_of[rank].region.numel
     rows = held // max(1, int(np.prod(shape[1:])))
     local = torch.empty((rows, *shape[1:]), device="meta")
     stride = torch.empty(shape, device="meta").stride()

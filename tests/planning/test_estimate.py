@@ -26,7 +26,7 @@ from hf_shampoo4.planning import estimate
 from hf_shampoo4.sharding.exchange import Ranks
 from hf_shampoo4.sharding.local_parameter import held_itself
 from hf_shampoo4.training.model import ModelArguments, build_model
-from tests.support.tiny import ROOT, llama, python
+from tests.support.tiny import ROOT, llama
 
 SMALL_GPT2 = {"model": "gpt2_124m", "model_overrides": "n_embd=96,n_layer=2,n_head=2,vocab_size=500"}
 
@@ -66,17 +66,6 @@ class Allocated(TorchDispatchMode):
                 weakref.finalize(tensor.untyped_storage(), self.alive.pop, storage_of(tensor), None)
         self.peak = max(self.peak, sum(self.alive.values()))
         return result
-
-
-def test_the_function_keeps_its_name_when_the_module_is_imported() -> None:
-    code = (
-        "import hf_shampoo4; before = hf_shampoo4.plan\n"
-        "import hf_shampoo4.plan, sys; from hf_shampoo4 import plan\n"
-        "assert plan is before is hf_shampoo4.plan and callable(plan)\n"
-        "assert sys.modules['hf_shampoo4.plan'].blocks_of"
-    )
-    done = python("-c", code)
-    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("optim", OPTIMS)
@@ -244,7 +233,7 @@ def test_a_large_model_takes_seconds() -> None:
     )  # fmt: skip
     made = s4.plan(config)
     assert made.parameters == 405_853_388_800
-    assert 1.6 < made.bytes_per_parameter(made.state) < 1.75
+    assert 0.8 < made.bytes_per_parameter(made.state) < 0.9
 
 
 def test_the_command_writes_table_json_and_picture(tmp_path, capsys) -> None:
