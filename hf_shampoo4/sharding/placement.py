@@ -16,14 +16,16 @@ import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cache, cached_property, lru_cache
 from itertools import accumulate
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from torch import Tensor
 
 from .geometry import MatrixView, Rect
+
+T = TypeVar("T")
 
 
 class Runs(NamedTuple):
@@ -161,9 +163,15 @@ def sharding_of(p: Tensor) -> Sharding | None:
         return None
     dtensor: Any = p
     return Sharding(
-        tuple(mesh.mesh.flatten().tolist()), tuple(mesh.mesh.shape), splits_of(tuple(dtensor.placements), p.dim()),
-        str(dtensor.placements), dtensor.to_local().numel(),
+        _one(tuple(mesh.mesh.flatten().tolist())), _one(tuple(mesh.mesh.shape)),
+        _one(splits_of(tuple(dtensor.placements), p.dim())), _one(str(dtensor.placements)), dtensor.to_local().numel(),
     )  # fmt: skip
+
+
+@lru_cache(maxsize=1 << 10)
+def _one(value: T) -> T:
+    """One object for all equal ones, which pickle then sends once."""
+    return value
 
 
 def splits_of(placements: tuple[Any, ...], dims: int) -> tuple[Split | None, ...] | None:

@@ -27,18 +27,17 @@ CASES = {
         "fsdp1_grad_op-soap", "zero3-shampoo"],
     4: ["hsdp-shampoo", "fsdp1_hybrid-shampoo", "tp_fsdp2-kl_shampoo"],
 }  # fmt: skip
-REPLANNED = {2: ["fsdp2-replanned", "tp_sharded-replanned", "zero2-replanned", "zero3_groups-replanned"],
-             4: ["hsdp-replanned"]}  # fmt: skip
+REPLANNED = {2: ["fsdp2-replanned", "tp_sharded-replanned", "zero2-replanned", "zero3_groups-replanned"]}
 STRANGERS = {4: ["tp_fsdp2-strangers"]}
 SAVED = {2: ["fsdp2-full", "fsdp2-sharded", "fsdp2-flat", "tp-flat", "ddp-plain", "ddp_sharded-plain",
              "ddp_sharded-full", "ddp_sharded-flat", "zero0-own", "zero0_bf16-own", "zero1-own", "zero2-own",
              "zero2-side", "fsdp1-full", "fsdp1-sharded"],
-         4: ["tp_fsdp2-full", "tp_fsdp2-flat"],
+         4: ["tp_fsdp2-full"],
          1: ["zero2_offload-own"]}  # fmt: skip
 LOADED = {3: ["fsdp2-fsdp2+sharded", "ddp-fsdp2+full", "fsdp2-ddp+plain", "ddp_sharded-ddp+plain", "zero3-zero2+own",
               "fsdp1-zero2+side", "fsdp2-fsdp1+full"],
           1: ["single-fsdp2+full", "single-ddp_sharded+plain", "single-zero2+own", "single-zero0+own",
-              "single-fsdp1+sharded", "single-tp_fsdp2+full", "single-tp_fsdp2+flat"]}  # fmt: skip
+              "single-fsdp1+sharded", "single-tp_fsdp2+full", "single-fsdp2+flat"]}  # fmt: skip
 FAILING = {2: ["fsdp2-failing", "ddp-failing", "zero2-failing", "fsdp1-failing"]}
 REFUSED = {2: ["zero3-refused"], 3: ["fsdp1-refused"]}
 TRAINER = {2: ["trainer-zero1", "trainer-zero2", "trainer-zero3", "trainer-fsdp1"]}
