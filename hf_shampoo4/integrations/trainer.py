@@ -194,7 +194,7 @@ def _extend_trainer(module: ModuleType) -> None:
     """Answer for our names in the public static method that every Trainer, old or new, asks for its optimizer.
 
     The table of handlers behind it is private, and reached only after transformers' own parser of optim_args, which
-    deletes spaces and says "not enough values to unpack" where options.py can say what is wrong.
+    deletes spaces and says "not enough values to unpack" where options/parsing.py can say what is wrong.
     """
     from .callback import Shampoo4bitCallback
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 PACKAGE = Path(__file__).resolve().parents[1]
-STEP = ("numerics", "sharding", "preconditioners", "execution", "options.py", "groups.py", "optimizer.py")
+STEP = ("numerics", "sharding", "preconditioners", "execution", "options", "groups.py", "optimizer.py")
 """What decides an update; the rest of the package prepares, reports and stores."""
 EVERYWHERE = ("torch", "transformers")
 

@@ -15,7 +15,7 @@ from transformers import HfArgumentParser, TrainingArguments
 
 from ..exceptions import ConfigError
 from ..integrations.trainer import check_args, register
-from ..options import read_yaml
+from ..utils.yaml import read_yaml
 
 DEFAULT_OPTIM = "shampoo4bit"
 

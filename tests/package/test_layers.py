@@ -38,7 +38,15 @@ MATHEMATICS = {"numerics", "preconditioners"}  # knows no ranks: sharding is wha
 # What the optimizer itself may need; everything else (transformers, datasets, ...) belongs to the top level.
 CORE_DEPENDENCIES = {"torch", "numpy", "yaml", "bitsandbytes", "triton"}
 PICTURES = ("plots.py",)  # in utils for planning and studies; the core draws nothing
-WITHOUT_TORCH = ("options", "exceptions", "numerics.codebooks", "sharding.geometry", "utils.files", "utils.extras")
+WITHOUT_TORCH = (
+    "options",
+    "exceptions",
+    "numerics.codebooks",
+    "sharding.geometry",
+    "utils.files",
+    "utils.extras",
+    "utils.yaml",
+)
 
 
 def _rooms() -> dict[str, list[Path]]:

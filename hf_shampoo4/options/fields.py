@@ -1,26 +1,15 @@
-"""Every option of the optimizer: its name, default, meaning and allowed values, in one place.
-
-The same names are used in Python (`Shampoo4bit(..., block_size=512)`), on the command line
-(`--optim_args "block_size=512"`) and in YAML.  Precedence: explicit option > YAML file (`config=`) > preset >
-default.  This module imports neither torch nor transformers, so a bad option is refused before anything is loaded.
-"""
+"""Every option of the optimizer: its name, default, meaning and allowed values, in one place; and the presets."""
 
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import math
-import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, get_type_hints
 
-from .exceptions import OptionError
-from .numerics.codebooks import ONLY_4_BITS
-
-CONFIG_ENV = "HF_SHAMPOO4_CONFIG"
-LARGEST_YAML = 1 << 20
+from ..exceptions import OptionError
+from ..numerics.codebooks import ONLY_4_BITS
 
 
 @dataclass(frozen=True)
@@ -135,20 +124,20 @@ class Options:
 
     def __post_init__(self) -> None:
         for name in ("block_size", "basis_order", "stats_every", "roots_every"):
-            _require(name, getattr(self, name), getattr(self, name) >= 1, "an integer >= 1")
+            require(name, getattr(self, name), getattr(self, name) >= 1, "an integer >= 1")
         for name in (
             "quant_block", "rectify_stats", "rectify_roots", "stochastic_from", "refresh_warmup", "diagnose_every",
             "seed",
         ):  # fmt: skip
-            _require(name, getattr(self, name), getattr(self, name) >= 0, "an integer >= 0")
+            require(name, getattr(self, name), getattr(self, name) >= 0, "an integer >= 0")
         for name in ("factor_beta", "vocabulary_beta"):
-            _require(name, getattr(self, name), 0.0 <= getattr(self, name) < 1.0, "a number in [0, 1)")
-        _require("oblong", self.oblong, 1.0 < self.oblong < math.inf, "a number above 1")
-        _require("damping", self.damping, 0.0 < self.damping < 1.0, "a number in (0, 1)")
-        _require("row_splits", self.row_splits, all(n >= 1 for n in self.row_splits), "positive sizes")
+            require(name, getattr(self, name), 0.0 <= getattr(self, name) < 1.0, "a number in [0, 1)")
+        require("oblong", self.oblong, 1.0 < self.oblong < math.inf, "a number above 1")
+        require("damping", self.damping, 0.0 < self.damping < 1.0, "a number in (0, 1)")
+        require("row_splits", self.row_splits, all(n >= 1 for n in self.row_splits), "positive sizes")
         if self.algorithm != "elementwise":  # which carries its neighbours' options along
             changed = [name for name in USED_BY if getattr(self, name) != getattr(Options, name)]
-            _refuse_unused(changed, self.algorithm, self.factor)
+            refuse_unused(changed, self.algorithm, self.factor)
         _check_factors_by_kind(self.rates)
         _check_factor(self)
         _check_moments(self)
@@ -206,7 +195,7 @@ USED_BY: dict[str, tuple[str, ...]] = {
 USED_BY_FACTOR = {"rectify_stats": ("eigen",), "rectify_roots": ("eigen",), "error_beta": ("cholesky_ef",)}
 
 
-def _what_uses(name: str, algorithm: str, factor: str) -> str:
+def what_uses(name: str, algorithm: str, factor: str) -> str:
     """Why an option has no effect with this algorithm, or with this factor of Shampoo, and what to add; "" if it has
     one."""
     users, factors = USED_BY.get(name, (algorithm,)), USED_BY_FACTOR.get(name, (factor,))
@@ -217,42 +206,43 @@ def _what_uses(name: str, algorithm: str, factor: str) -> str:
     return ""
 
 
-def _refuse_unused(names: Iterable[str], algorithm: str, factor: str) -> None:
+def refuse_unused(names: Iterable[str], algorithm: str, factor: str) -> None:
+    """Raises an OptionError for the first of the options that has no effect, with what to add."""
     for name in names:
-        if why := _what_uses(name, algorithm, factor):
+        if why := what_uses(name, algorithm, factor):
             raise OptionError(f"option {name} has no effect {why}")
 
 
 def _check_factors_by_kind(rates: tuple[tuple[str, float], ...]) -> None:
     rule = f"numbers > 0 by kind, such as embedding:6;head:2, of {', '.join(KINDS)}"
     strange = [kind for kind, rate in rates if kind not in KINDS or not 0 < rate < math.inf]
-    _require("rates", dict(rates), not strange and len(dict(rates)) == len(rates), rule)
+    require("rates", dict(rates), not strange and len(dict(rates)) == len(rates), rule)
 
 
 def _check_factor(o: Options) -> None:
     """Refuse a factor's constants and codebooks that cannot be."""
-    _require("error_beta", o.error_beta, 0.0 <= o.error_beta < 1.0, "a number in [0, 1)")
-    _require("codebook", o.codebook, o.codebook not in ONLY_4_BITS or o.bits != 8, "linear2 or dynamic with bits=8")
+    require("error_beta", o.error_beta, 0.0 <= o.error_beta < 1.0, "a number in [0, 1)")
+    require("codebook", o.codebook, o.codebook not in ONLY_4_BITS or o.bits != 8, "linear2 or dynamic with bits=8")
 
 
 def _check_moments(o: Options) -> None:
     """Refuse a base, recipe and codebooks that do not go together."""
     four_bit = o.moments.startswith("4bit")
-    _require("nesterov", o.nesterov, not o.nesterov or o.base == "sgdm", "false unless base=sgdm")
+    require("nesterov", o.nesterov, not o.nesterov or o.base == "sgdm", "false unless base=sgdm")
     plain = ("fp32", "bf16", "8bit", "4bit")
     one_moment = "one of " + ", ".join(plain) + " with base=sgdm: the others are ways to keep a second moment"
-    _require("moments", o.moments, o.base == "adamw" or o.moments in plain, one_moment)
+    require("moments", o.moments, o.base == "adamw" or o.moments in plain, one_moment)
     only = f"auto with moments={o.moments}: only 4-bit moments have a choice of levels"
-    _require("first_codebook", o.first_codebook, four_bit or o.first_codebook == "auto", only)
+    require("first_codebook", o.first_codebook, four_bit or o.first_codebook == "auto", only)
     second = SECOND_CODEBOOKS.get(o.moments, ()) if o.base == "adamw" else ()
     rule = f"one of {', '.join(('auto', *second))} with base={o.base} and moments={o.moments}"
     if o.second_codebook == "dynamic_unsigned":
         rule += ": a second moment that its zero level makes zero explodes 1/sqrt(v); only 4bit_zipsr may use it"
-    _require("second_codebook", o.second_codebook, o.second_codebook in ("auto", *second), rule)
+    require("second_codebook", o.second_codebook, o.second_codebook in ("auto", *second), rule)
     no_codes = f"0 with moments={o.moments}: only a 4-bit first moment is rounded stochastically"
-    _require("stochastic_from", o.stochastic_from, four_bit or not o.stochastic_from, no_codes)
-    _require("stochastic_last", o.stochastic_last, 0.0 <= o.stochastic_last <= 1.0, "a number in [0, 1]")
-    _require("stochastic_last", o.stochastic_last, four_bit or not o.stochastic_last, no_codes)
+    require("stochastic_from", o.stochastic_from, four_bit or not o.stochastic_from, no_codes)
+    require("stochastic_last", o.stochastic_last, 0.0 <= o.stochastic_last <= 1.0, "a number in [0, 1]")
+    require("stochastic_last", o.stochastic_last, four_bit or not o.stochastic_last, no_codes)
 
 
 # Recipes whose paper (2610.12444) has the output head's first moment rounded stochastically in the last part of
@@ -315,226 +305,6 @@ PRESETS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-def resolve(
-    given: Mapping[str, Any],
-    *,
-    preset: str | None = None,
-    config: str | None = None,
-    beneath: Mapping[str, Any] | None = None,
-) -> dict[str, Any]:
-    """Cast and check options, laid over a YAML file's, laid over a preset's.
-
-    Args:
-        given: option name -> value; text is cast to the option's type.  May hold `preset` and `config` too.
-        preset: a name of `PRESETS`.
-        config: path of a YAML file with options at its top level.
-        beneath: options that hold where none of these says otherwise; the result is checked together with them.
-
-    Returns:
-        The options that were set by any of the three, cast; nothing for those left at their default.
-
-    Raises:
-        OptionError: unknown name, wrong type, value out of range, unknown preset, missing or malformed file.
-    """
-    given = _without_adamws(given)
-    config = given.pop("config", config)
-    explicit_preset = given.pop("preset", preset)
-    named = config is not None and not (isinstance(config, str) and config == "")
-    from_file = _without_adamws(_read_config(config)) if named else {}
-    if "config" in from_file:
-        raise OptionError(f"{config}: an options file cannot name another one (key 'config')")
-    file_preset = from_file.pop("preset", None)
-    preset = explicit_preset if explicit_preset is not None else file_preset
-    if preset is not None and (not isinstance(preset, str) or preset not in PRESETS):
-        raise OptionError(f"unknown preset {_shown(preset)}; valid presets: {', '.join(sorted(PRESETS))}")
-    below: dict[str, Any] = dict(PRESETS[preset]) if preset is not None else {}
-    explicit = {name: _cast(name, value) for source in (from_file, given) for name, value in source.items()}
-    merged = _merged(beneath or {}, below, explicit)
-    Options(**{**(beneath or {}), **merged})  # range checks, before any training time is spent
-    return merged
-
-
-def saved_options(group: Mapping[str, Any]) -> dict[str, Any]:
-    """The options of a group that was saved, cast and checked; what it lacks, of an older version, it lacks still.
-
-    Raises:
-        OptionError: a value of the wrong type or out of range.
-    """
-    options = {name: _cast(name, group[name]) for name in NAMES if name in group}
-    Options(**options)
-    return options
-
-
-def _merged(beneath: Mapping[str, Any], preset: Mapping[str, Any], explicit: Mapping[str, Any]) -> dict[str, Any]:
-    """What is set above `beneath`, once the algorithm and the factor are known.
-
-    Of a preset only what these use is taken, and what `beneath` has set for others goes back to its default.
-
-    Raises:
-        OptionError: something explicit that they do not use, whatever its value; the message says what to add.
-    """
-    chosen = {"algorithm": Options.algorithm, "factor": Options.factor, **beneath, **preset, **explicit}
-    algorithm, factor = chosen["algorithm"], chosen["factor"]
-    if not set(NAMES) <= set(explicit):  # which is a whole group of another optimizer, not somebody's choice
-        _refuse_unused(explicit, algorithm, factor)
-    taken = {name: value for name, value in preset.items() if not _what_uses(name, algorithm, factor)}
-    if algorithm == "elementwise":  # carries its neighbours' options along
-        return {**taken, **explicit}
-    usual = {name: getattr(Options, name) for name in USED_BY if _what_uses(name, algorithm, factor)}
-    reset = {name: value for name, value in usual.items() if beneath.get(name, value) != value}
-    return {**reset, **_defaults_of(algorithm, beneath), **taken, **explicit}
-
-
-def _without_adamws(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Without AdamW's own arguments, which must be at their defaults; text comes from a command line."""
-    for name, (defaults, why) in OF_ADAMW.items():
-        allowed = {str(value) for value in defaults}
-        holds = name not in given or str(given[name]).capitalize() in allowed
-        _require(name, given.get(name), holds, f"{' or '.join(sorted(allowed))}, as {why}: leave it out")
-    return {name: value for name, value in given.items() if name not in OF_ADAMW}
-
-
-def _defaults_of(algorithm: str, beneath: Mapping[str, Any]) -> dict[str, Any]:
-    """What depends on the algorithm, unless `beneath` has something else than its own algorithm's default."""
-    usual = {name: getattr(Options, name) for name in SHAMPOO_DEFAULTS}
-    theirs = SHAMPOO_DEFAULTS if beneath.get("algorithm") == "shampoo" else usual
-    left_alone = [name for name in usual if beneath.get(name, theirs[name]) == theirs[name]]
-    mine = SHAMPOO_DEFAULTS if algorithm == "shampoo" else usual
-    return {name: mine[name] for name in left_alone if mine[name] != beneath.get(name, usual[name])}
-
-
-def parse_optim_args(text: str | Mapping[str, str] | None, beneath: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """Options of `--optim_args "key=value,key=value"`; `config=` and $HF_SHAMPOO4_CONFIG name a YAML file.
-
-    Lists are separated by `;`, for the comma separates options (`rates=embedding:6,head:2` may have either).
-    `beneath`: as in `resolve`.
-
-    Raises:
-        OptionError: an item that is not `key=value`, or anything `resolve` refuses.
-    """
-    items = _split_items(text) if isinstance(text, str) else dict(text or {})
-    items.setdefault("config", os.environ.get(CONFIG_ENV, ""))
-    return resolve({key: value for key, value in items.items() if value != "" or key != "config"}, beneath=beneath)
-
-
-def _split_items(text: str) -> dict[str, str]:
-    items: dict[str, str] = {}
-    key = ""
-    for item in filter(None, (part.strip() for part in text.split(","))):
-        if key == "rates" and "=" not in item and ":" in item:
-            items[key] += f";{item}"
-            continue
-        key, equals, value = (part.strip() for part in item.partition("="))
-        if not equals:
-            raise OptionError(f"optim_args item {item!r} is not key=value (lists use ';', e.g. row_splits=64;32;32)")
-        items[key] = value
-    return items
-
-
-def read_yaml(path: Path) -> Any:
-    """What a small YAML file of plain values says.
-
-    Raises:
-        ValueError: why it is not one, in words that follow its name.
-    """
-    import yaml
-
-    class Loader(yaml.SafeLoader):
-        """Plain values; without references, of which a small file can make a value that nobody can print."""
-
-        def compose_node(self, parent: Any, index: Any) -> Any:
-            if self.check_event(yaml.AliasEvent):
-                raise yaml.YAMLError(f"references (*{self.peek_event().anchor}) are not allowed")
-            return super().compose_node(parent, index)
-
-    try:
-        if path.is_dir() or (path.exists() and not path.is_file()):  # a device may have no end
-            raise ValueError(f"cannot be read: {'Is a directory' if path.is_dir() else 'not a file'}")
-        if path.stat().st_size > LARGEST_YAML:
-            raise ValueError(f"is larger than {LARGEST_YAML:,} bytes")
-        return yaml.load(path.read_text(encoding="utf-8"), Loader=Loader)
-    except OSError as error:
-        raise ValueError(f"cannot be read: {error.strerror}") from error
-    except RecursionError as error:
-        raise ValueError("is not valid YAML: nested too deeply") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"is not valid YAML: {' '.join(str(error).split())}") from error
-
-
-def _read_config(path: Any) -> dict[str, Any]:
-    if not isinstance(path, (str, os.PathLike)):
-        raise OptionError(f"option config={_shown(path)} is not allowed: it must be the path of a YAML file")
-    try:
-        content = read_yaml(Path(path).expanduser())
-    except (ValueError, RuntimeError) as error:  # RuntimeError: there is no such user's home
-        raise OptionError(f"options file {str(path)!r} {error}") from error
-    if content is None:
-        return {}
-    if not isinstance(content, dict):
-        raise OptionError(f"options file {str(path)!r} must map option names to values, not {type(content).__name__}")
-    return {str(key): value for key, value in content.items()}
-
-
-def _cast(name: str, value: Any) -> Any:
-    """`value` as option `name`'s type; text comes from a command line, other types from Python or YAML."""
-    if name not in TYPES:
-        close = difflib.get_close_matches(name, NAMES, n=1)
-        hint = f" (did you mean {close[0]!r}?)" if close else ""
-        raise OptionError(f"unknown option {name!r}{hint}; valid options: {', '.join((*NAMES, 'preset', 'config'))}")
-    kind = TYPES[name]
-    if get_origin(kind) is Literal:
-        for allowed in get_args(kind):
-            if isinstance(value, (str, int, float)) and value in (allowed, str(allowed)):
-                return allowed
-        _require(name, value, False, "one of " + ", ".join(str(a) for a in get_args(kind)))
-    caster = {bool: _as_bool, int: _as_int, float: _as_float, TYPES["rates"]: _as_rates}.get(kind, _as_sizes)
-    try:
-        return caster(value)
-    except (TypeError, ValueError, OverflowError):
-        expected = EXPECTED.get(name) or {bool: "true or false", int: "an integer", float: "a number"}[kind]
-        _require(name, value, False, expected)
-
-
-EXPECTED = {
-    "row_splits": "sizes such as 64;32;32",
-    "rates": f"numbers by kind, such as embedding:6;head:2, of {', '.join(KINDS)}",
-}
-
-
-def _as_bool(value: Any) -> bool:
-    table = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
-    if isinstance(value, bool):
-        return value
-    if str(value).lower() not in table:
-        raise ValueError
-    return table[str(value).lower()]
-
-
-def _as_int(value: Union[str, int, float]) -> int:
-    if isinstance(value, bool) or (isinstance(value, float) and not value.is_integer()):
-        raise ValueError
-    return int(value)
-
-
-def _as_float(value: Union[str, int, float]) -> float:
-    if isinstance(value, bool):
-        raise ValueError
-    return float(value)
-
-
-def _as_sizes(value: Any) -> tuple[int, ...]:
-    parts = [part for part in value.split(";") if part.strip()] if isinstance(value, str) else value
-    return tuple(_as_int(part) for part in parts)
-
-
-def _as_rates(value: Any) -> tuple[tuple[str, float], ...]:
-    """(kind, factor) pairs, in one order however they are given."""
-    if isinstance(value, str):
-        value = [part.split(":") for part in value.replace(",", ";").split(";") if part.strip()]
-    pairs = value.items() if isinstance(value, Mapping) else value
-    return tuple(sorted((str(kind).strip(), _as_float(rate)) for kind, rate in pairs))
-
-
 def check_rates(group: Mapping[str, Any]) -> None:
     """The numbers of a parameter group that are every optimizer's, as far as they are there.
 
@@ -543,11 +313,11 @@ def check_rates(group: Mapping[str, Any]) -> None:
     """
     for name in ("lr", "eps", "weight_decay"):
         if name in group and not (_is_number(group[name]) and 0 <= float(group[name]) < math.inf):
-            raise OptionError(f"{name}={_shown(group[name])} is not allowed: it must be a number >= 0")
+            raise OptionError(f"{name}={shown(group[name])} is not allowed: it must be a number >= 0")
     betas = group.get("betas", (0.0, 0.0))
     pair = isinstance(betas, (tuple, list)) and len(betas) == 2 and all(map(_is_number, betas))
     if not pair or not all(0 <= float(beta) < 1 for beta in betas):
-        raise OptionError(f"betas={_shown(betas)} is not allowed: it must be two numbers in [0, 1)")
+        raise OptionError(f"betas={shown(betas)} is not allowed: it must be two numbers in [0, 1)")
 
 
 def _is_number(value: Any) -> bool:
@@ -558,12 +328,13 @@ def _is_number(value: Any) -> bool:
         return False
 
 
-def _require(name: str, value: Any, holds: bool, allowed: str) -> None:
+def require(name: str, value: Any, holds: bool, allowed: str) -> None:
+    """Raises an OptionError that names the value and what is allowed, unless the condition holds."""
     if not holds:
-        raise OptionError(f"option {name}={_shown(value)} is not allowed: it must be {allowed}")
+        raise OptionError(f"option {name}={shown(value)} is not allowed: it must be {allowed}")
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
     """As Python writes it, of a length that a message can hold."""
     try:
         text = repr(value)

@@ -1,0 +1,45 @@
+"""The options of the optimizer.
+
+The same names are used in Python (`Shampoo4bit(..., block_size=512)`), on the command line
+(`--optim_args "block_size=512"`) and in YAML.  Precedence: explicit option > YAML file (`config=`) > preset >
+default.  Nothing here imports neither torch nor transformers, so a bad option is refused before anything is loaded.
+"""
+
+from .fields import (
+    EIGENBASIS,
+    KINDS,
+    NAMES,
+    OF_ADAMW,
+    OF_THE_RUN,
+    PRESETS,
+    SECOND_CODEBOOKS,
+    STOCHASTIC_HEAD,
+    STRUCTURAL,
+    TYPES,
+    USED_BY,
+    USED_BY_FACTOR,
+    Options,
+    check_rates,
+)
+from .parsing import CONFIG_ENV, parse_optim_args, resolve, saved_options
+
+__all__ = [
+    "CONFIG_ENV",
+    "EIGENBASIS",
+    "KINDS",
+    "NAMES",
+    "OF_ADAMW",
+    "OF_THE_RUN",
+    "Options",
+    "PRESETS",
+    "SECOND_CODEBOOKS",
+    "STOCHASTIC_HEAD",
+    "STRUCTURAL",
+    "TYPES",
+    "USED_BY",
+    "USED_BY_FACTOR",
+    "check_rates",
+    "parse_optim_args",
+    "resolve",
+    "saved_options",
+]
