@@ -76,7 +76,7 @@ class Shampoo4bit(torch.optim.Optimizer):
     (embeddings, positions, tokens) is preconditioned as any matrix; `report()` says so.
 
     Any parameters will do, a single bias too: without a matrix among them all are updated by the base alone, as
-    `state_report.table` says.  In the Trainer, where they are those of a whole model, that is an error.
+    `report()` says.  In the Trainer, where they are those of a whole model, that is an error.
 
     Args:
         params: parameters, (name, parameter) pairs or groups, as for any torch optimizer.  A group may set any option.
