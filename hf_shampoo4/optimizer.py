@@ -500,8 +500,6 @@ class Shampoo4bit(torch.optim.Optimizer):
         device = next((held.buffer.device for unit in units for held in unit.candidates), torch.device("cpu"))
         with nullcontext() if self._built else announced(self._ranks):
             agreed = agree(self._ranks, mine, self._explained, device)
-        if not self._built:
-            self._together = self._ranks.gather(uuid.uuid4().hex)[0]
         if agreed.stale and agreed.present:
             self._plan(units)
         if agreed.finite and agreed.present and self._ranks.world > 1:
@@ -535,13 +533,14 @@ class Shampoo4bit(torch.optim.Optimizer):
             self._described = hashlib.sha256(self._described.encode()).hexdigest()
         options = [[group[name] for name in (*NAMES, "step")] for group in self._groups]
         trained = [p.requires_grad for p in self._all_parameters()]
-        return repr((self._described, options, trained))
+        return repr((self._described, options, trained, sorted(self._built)))
 
     def _explained(self) -> list[dict[str, Any]]:
         """The same for people."""
         return [
             {
                 **{name: group[name] for name in (*NAMES, "step")},
+                "the state": "kept" if any(index == i for index, _ in self._built) else "new, or just loaded",
                 **{
                     f"parameter {n!r}": f"{'trained' if p.requires_grad else 'frozen'}, {full_shape(p)} {p.dtype}"
                     for n, p in zip(self.names(i), self.parameters(i), strict=True)
@@ -574,6 +573,8 @@ class Shampoo4bit(torch.optim.Optimizer):
             TypeError, ValueError: parameters or a checkpoint that these ranks cannot train.
         """
         before = [self._built.get(unit.key) for unit in units]
+        if not self._together:
+            self._together = self._ranks.gather(uuid.uuid4().hex)[0]
         units, dropped = self._surveyed(units)
         with self.together():
             for held in [held for unit in units for held in unit.members]:

@@ -67,7 +67,7 @@ def announced(ranks: Ranks) -> Iterator[None]:
     _meetings[ranks.members] = _meetings.get(ranks.members, 0) + 1
     key = f"hf_shampoo4/{hash(ranks.members)}/{_meetings[ranks.members]}"
     store: Any = dist.distributed_c10d._get_default_store()
-    store = store.clone()  # its own connection: the other one may be waiting
+    store = store.clone() if hasattr(store, "clone") else store  # its own connection: the other one may be waiting
     store.set(f"{key}/{ranks.rank}", "")
     timer = threading.Timer(LATE.total_seconds(), _tell_who_is_missing, (ranks, store, key))
     timer.daemon = True

@@ -130,6 +130,7 @@ def test_a_closure_raises_what_it_raises(results: list) -> None:
         ("wire", "wire in parameter group 0 is exact on rank 0, bf16 on rank 1"),
         ("betas", "betas[0] in parameter group 0 is 0.9 on rank 0, 0.5 on rank 1"),
         ("lr", "lr in parameter group 0 is 0.01 on rank 0, 0.5 on rank 1"),
+        ("loaded", "the state in parameter group 0 is kept on rank 0, new, or just loaded on rank 1"),
     ],
 )
 def test_what_is_other_on_one_rank_is_named(results: list, what: str, said: str) -> None:

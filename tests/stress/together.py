@@ -325,6 +325,13 @@ def frozen() -> dict[str, Any]:
             o.param_groups[0][name] = value
         backward(m, 1)
         found[name] = said(o.step)
+    m = model()
+    o = Shampoo4bit(m.named_parameters(), **OPTIONS)
+    for t in range(2):
+        backward(m, t)
+        found["loaded"] = said(o.step)
+        if rank() == 1:
+            o.load_state_dict(o.state_dict())
     return found
 
 
