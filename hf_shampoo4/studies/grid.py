@@ -167,7 +167,7 @@ def read_grid(name: str, quick: bool = False, changes: Mapping[str, Any] | None 
     )
     return Grid(
         name,
-        given["title"],
+        given["title"] + (" (--quick: a few steps of a smaller model, which say nothing)" if quick else ""),
         given["baseline"],
         given.get("target"),
         tuple(given["seeds"][: 1 if quick else None]),

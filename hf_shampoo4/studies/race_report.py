@@ -33,13 +33,15 @@ def report(grid: Grid, finished: Sequence[Settings], folder: Path) -> None:
     if not set(needed) <= {row.name for row in rows}:
         raise ConfigError(f"nothing to report yet: {' and '.join(needed)} need a finished run each, of this code")
     write_json(folder / f"{grid.name}.json", as_json(grid, rows))
-    write_markdown(folder / f"{grid.name}.md", as_markdown(grid, rows))
+    told = as_markdown(grid, rows)
+    write_markdown(folder / f"{grid.name}.md", told)
     drawn = folder / f"{grid.name}.png"
     if grid.target:
         draw_shares(grid.title, rows, drawn)
     else:
         draw_curves(grid, rows, drawn)
-    print((folder / f"{grid.name}.md").read_text(encoding="utf-8"))
+    print("\n".join(line for line in told.splitlines() if not line.startswith("![")))
+    print(f"{folder / grid.name}.md, .json and .png")
 
 
 def as_json(grid: Grid, rows: Sequence[Row]) -> Settings:
@@ -155,7 +157,7 @@ def _number(value: float | None) -> str:
 
 
 def draw_curves(grid: Grid, rows: Sequence[Row], path: Path) -> None:
-    """Mean validation loss against steps and against training time, as a PNG."""
+    """Mean validation loss against steps and against training time, as a PNG; the first of `curves` is thick."""
     names = grid.curves or [contestant.name for contestant in grid.contestants]
     shown = sorted((row for row in rows if row.name in names), key=lambda row: row.mean)
     with picture(path, (13, 6.4), (1, 2), sharey=True) as (figure, axes):
@@ -163,12 +165,13 @@ def draw_curves(grid: Grid, rows: Sequence[Row], path: Path) -> None:
         for row in shown:
             losses = [loss for _, loss in row.curve]
             label = f"{row.mean:.3f}  {row.label} ({row.bytes_per_parameter:.1f} B/param)"
-            look = {**style(names.index(row.name)), "linewidth": 3 if row.name == grid.baseline else 1.8}
+            look = {**style(names.index(row.name)), "linewidth": 3.2 if row.name == names[0] else 1.8}
+            look |= {"color": "black", "linestyle": "--"} if row.name == grid.baseline else {}
             by_step.plot([step for step, _ in row.curve], losses, label=label, **look)
             by_time.plot([seconds / 60 for seconds in row.seconds], losses, **look)
         if ends := [row.mean for row in shown if math.isfinite(row.mean)]:  # all may have diverged
             by_step.set_ylim(min(ends) - 0.05, max(ends) + 4 * (max(ends) - min(ends)) + 0.2)
-        by_step.set(title=f"{grid.title}: by steps", xlabel="step", ylabel="validation loss, mean over seeds")
+        by_step.set(title=f"{grid.title}: by steps", xlabel="step", ylabel="validation loss")
         by_time.set(title="by time", xlabel="training time, minutes of processor time")
         title = "final loss, best first down the columns"
         figure.legend(frameon=False, fontsize=9, title=title, loc="outside lower center", ncols=3, alignment="left")

@@ -12,8 +12,8 @@ from .files import write_figure
 COLOURS = ("#6b7280", "#d9480f", "#1971c2", "#2f9e44", "#862e9c")
 """Of few lines, the first the one that the others are measured against."""
 GRID = "#e5e7eb"
-# Okabe and Ito's, which the colour-blind can tell apart, without their yellow, which white paper swallows.
-PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
+# Okabe and Ito's, which the colour-blind can tell apart, without their yellow, which white paper swallows, and black.
+PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
 DASHES = ("-", "--", ":", "-.")
 
 
@@ -57,5 +57,5 @@ def picture(
 
 
 def style(index: int) -> dict[str, Any]:
-    """Colour and dashes of line number `index` among many: no two of 28 are alike."""
+    """Colour and dashes of line number `index` among many: no two of 24 are alike."""
     return {"color": PALETTE[index % len(PALETTE)], "linestyle": DASHES[index // len(PALETTE) % len(DASHES)]}

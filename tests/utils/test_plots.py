@@ -29,4 +29,4 @@ def test_a_block_that_fails_leaves_the_old_picture(tmp_path: Path) -> None:
 
 
 def test_lines_differ_in_colour_or_dashes() -> None:
-    assert len({tuple(style(i).values()) for i in range(28)}) == 28
+    assert len({tuple(style(i).values()) for i in range(24)}) == 24
