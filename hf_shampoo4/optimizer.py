@@ -136,7 +136,8 @@ class Shampoo4bit(torch.optim.Optimizer):
         """One update of every parameter that has a gradient; with several ranks, all of them must call it.
 
         State that was emptied on purpose, or of a parameter that took another's place, begins afresh with a warning.
-        A step on which any gradient is not finite, or its square (beyond 1.8e19), changes nothing but `skipped_steps`.
+        A step on which any gradient is not finite, or its square (beyond 1.8e19), changes nothing but `skipped_steps`;
+        the first in a row is warned of, and `max_skipped` in a row end the training.
 
         Raises:
             SparseGradient: a sparse gradient; a TypeError and a RuntimeError.
@@ -144,7 +145,7 @@ class Shampoo4bit(torch.optim.Optimizer):
             ValueError: parameters that are sharded in a way that is not supported.
             RuntimeError: ranks with different options or models, or gradients that were not averaged; state that only
                 some ranks have or that is there in part; or another rank that failed.  Parameters and state may then be
-                updated in part: go on from the last checkpoint.
+                updated in part: go on from the last checkpoint.  Or `max_skipped` steps in a row were skipped.
         """
         loss = None if closure is None else torch.enable_grad()(closure)()
         if not self._built:
@@ -156,12 +157,12 @@ class Shampoo4bit(torch.optim.Optimizer):
         agreed = self._agree(units, mine)
         self.has_seen_gradients |= bool(agreed.present)
         if agreed.finite:
+            self._in_a_row.clear()
             for unit in units if agreed.present else ():
                 self._update(unit, agreed)
             agreed.failures.raise_together()
         else:
-            for unit in units:
-                unit.group["skipped_steps"] += 1
+            self._skip(units)
         return loss
 
     def state_dict(self) -> dict[str, Any]:
@@ -392,7 +393,30 @@ class Shampoo4bit(torch.optim.Optimizer):
         """All ranks leave the block, or all raise; a rank must not fail in it before others wait for it."""
         return together(self._ranks)
 
+    def _skip(self, units: Sequence[_Unit]) -> None:
+        """Count a step that is not made, the same on every rank; the first one in a row is said.
+
+        Raises:
+            RuntimeError: too many in a row; weights that are not finite would make all that follow like this.
+        """
+        for unit in units:
+            unit.group["skipped_steps"] += 1
+            self._in_a_row[unit.key] += 1
+        in_a_row = max(self._in_a_row.values(), default=0)
+        most = max((unit.group["max_skipped"] for unit in units), default=0)
+        where = [held.name for unit in units for held in unit.members if _is_broken(held.gradient())]
+        said = f"gradients are not finite, or too large to square (on this rank of {where[:3] or 'no parameter'})"
+        if in_a_row == 1:
+            warnings.warn(f"{said}: nothing was updated, and this step is counted in skipped_steps", stacklevel=3)
+        if most and in_a_row >= most:
+            raise RuntimeError(
+                f"{in_a_row} steps in a row made no update, for {said}: go on from the last checkpoint, with a lower "
+                "learning rate or smaller max_grad_norm if it comes again, and look at the data of these steps "
+                f"(max_skipped={most}; 0 lets it go on for ever)"
+            )
+
     def _reset(self) -> None:
+        self._in_a_row: Counter[tuple[int, int]] = Counter()
         self._ranks = Ranks()
         self._built: dict[tuple[int, int], _Built] = {}
         self._described = ""
@@ -982,6 +1006,10 @@ def _width(gradient: Tensor | None) -> int:
     if gradient is None:
         return 0
     return 1 + WIDTHS.index(gradient.dtype if gradient.dtype in WIDTHS else torch.float32)
+
+
+def _is_broken(gradient: Tensor | None) -> bool:
+    return gradient is not None and gradient.numel() > 0 and not _finite([gradient])
 
 
 def _finite(gradients: list[Tensor]) -> bool:

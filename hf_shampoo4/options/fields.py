@@ -111,6 +111,8 @@ class Options:
     """Go up along the gradient: what is updated takes its negative for it."""
     stochastic_rounding: bool = False
     """Round bfloat16 parameters stochastically when they are written back."""
+    max_skipped: int = 50
+    """Steps in a row whose gradients are not finite after which `step` raises on every rank (0: never)."""
     diagnose_every: int = 0
     """Steps between two looks at the state's health, see diagnostics.py (0: none); one costs a copy of the state."""
     shard_state: bool = False
@@ -127,6 +129,7 @@ class Options:
             require(name, getattr(self, name), getattr(self, name) >= 1, "an integer >= 1")
         for name in (
             "quant_block", "rectify_stats", "rectify_roots", "stochastic_from", "refresh_warmup", "diagnose_every",
+            "max_skipped",
             "seed",
         ):  # fmt: skip
             require(name, getattr(self, name), getattr(self, name) >= 0, "an integer >= 0")
@@ -278,7 +281,7 @@ STRUCTURAL: tuple[str, ...] = (
 )  # fmt: skip
 
 # What belongs to a run, not to what it trains: a checkpoint does not change these.
-OF_THE_RUN: tuple[str, ...] = ("shard_state", "wire", "communicate", "kind")
+OF_THE_RUN: tuple[str, ...] = ("shard_state", "wire", "communicate", "kind", "max_skipped")
 
 PRESETS: dict[str, dict[str, Any]] = {
     # 2405.18144, LLM runs: T1 = T2 = 200, t1 = 1, t2 = 4, order <= 1200 (LLaMA-350M), first-order states in 16 bits.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 import warnings
 from collections import defaultdict
 from copy import deepcopy
@@ -497,3 +498,24 @@ def test_an_option_of_none_is_not_given() -> None:
     assert preset.param_groups[0]["stats_every"] == 200
     with pytest.raises(OptionError, match=r"unknown option 'block_sise' \(did you mean 'block_size'"):
         Shampoo4bit(parameters((4, 4)), block_sise=None)
+
+
+def test_a_gradient_that_is_not_finite_is_said_at_once_and_ends_the_training_if_it_stays() -> None:
+    p = torch.nn.Parameter(torch.ones(8, 8))
+    optimizer = Shampoo4bit([("w", p)], lr=0.1, max_skipped=3)
+
+    def step(value: float) -> None:
+        p.grad = torch.full((8, 8), value)
+        optimizer.step()
+
+    with pytest.warns(UserWarning, match=r"not finite, or too large to square \(on this rank of \['w'\]\)"):
+        step(math.nan)
+    step(math.inf)
+    step(1.0)  # the row is broken
+    with pytest.warns(UserWarning, match="nothing was updated"):
+        step(math.nan)
+    step(math.nan)
+    with pytest.raises(RuntimeError, match=r"3 steps in a row made no update.*max_skipped=3; 0 lets it go on"):
+        step(math.nan)
+    assert optimizer.param_groups[0]["skipped_steps"] == 5
+    assert torch.isfinite(p).all()
