@@ -2,9 +2,10 @@
 
 The same names are used in Python (`Shampoo4bit(..., block_size=512)`), on the command line
 (`--optim_args "block_size=512"`) and in YAML.  Precedence: explicit option > YAML file (`config=`) > preset >
-default.  Nothing here imports neither torch nor transformers, so a bad option is refused before anything is loaded.
+default.  Nothing here imports torch or transformers, so a bad option is refused before anything is loaded.
 """
 
+from ..exceptions import InputError, OptionError
 from .fields import (
     EIGENBASIS,
     KINDS,
@@ -26,10 +27,12 @@ from .parsing import CONFIG_ENV, parse_optim_args, resolve, saved_options
 __all__ = [
     "CONFIG_ENV",
     "EIGENBASIS",
+    "InputError",
     "KINDS",
     "NAMES",
     "OF_ADAMW",
     "OF_THE_RUN",
+    "OptionError",
     "Options",
     "PRESETS",
     "SECOND_CODEBOOKS",

@@ -111,6 +111,10 @@ def follow(shapes: list[tuple[int, ...]], steps: int, channels_last: bool = Fals
         "codebook": "linear2", "stats_every": 1, "roots_every": 1, "factor_beta": 0.9, "damping": 0.02,
         "rectify_stats": 1, "rectify_roots": 1, "graft": "norm", **options,
     }  # fmt: skip
+    if chosen["factor"] != "eigen":  # nothing is rectified
+        given = {name: value for name, value in chosen.items() if name not in ("rectify_stats", "rectify_roots")}
+    else:
+        given = chosen
     base = {"lr": 0.01, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.1}
     quantised = chosen["bits"] < 32
     reference = Shampoo4(
@@ -124,7 +128,7 @@ def follow(shapes: list[tuple[int, ...]], steps: int, channels_last: bool = Fals
         )
     )  # fmt: skip
     parameters = [parameter(shape, channels_last) for shape in shapes]
-    optimizer = Shampoo4bit(parameters, **base, **chosen)
+    optimizer = Shampoo4bit(parameters, **base, **given)
     for p in parameters:
         p.grad = gradient(p, 1)
     optimizer.step()  # makes the state that the reference begins from
