@@ -992,7 +992,7 @@ class Broken:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._algorithm, name)
 
-    def precondition(self, *arguments: Any) -> Any:
+    def update(self, *arguments: Any) -> Any:
         raise MemoryError("no memory left")
 
 
