@@ -1,4 +1,4 @@
-"""Problems of other people's suites: pytorch_optimizer's convergence problem, hard factors of the linear algebra ones."""
+"""Problems of other suites: a convergence problem beside pytorch_optimizer, hard factors for the linear algebra."""
 
 from __future__ import annotations
 
