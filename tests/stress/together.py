@@ -30,7 +30,7 @@ from hf_shampoo4.checkpointing.convert import read
 from hf_shampoo4.execution import wave_step, waves
 from hf_shampoo4.execution.wave_step import WaveStep
 from hf_shampoo4.execution.waves import Rows, StateMap, Wave
-from hf_shampoo4.preconditioners import algorithms
+from hf_shampoo4.preconditioners.protocols import Context
 from hf_shampoo4.sharding import rendezvous
 from hf_shampoo4.utils.files import write_json
 
@@ -249,7 +249,7 @@ def no_memory(*arguments: Any, **settings: Any) -> Any:
 # Where a rank fails -> what of its work is broken there, and in which modes.  "first" is the step that makes state.
 PLACES: dict[str, tuple[Any, str, tuple[str, ...]]] = {
     "collect": (wave_step, "packed", ("fsdp2",)),
-    "update": (algorithms, "through_base", ("fsdp2", "ddp_sharded")),
+    "update": (Context, "counted", ("fsdp2", "ddp_sharded")),
     "send": (WaveStep, "_results", ("ddp", "fsdp2")),
     "new weights": (WaveStep, "_descend", ("ddp",)),
     "apply": (WaveStep, "_write", ("fsdp2",)),
