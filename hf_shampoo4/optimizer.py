@@ -369,7 +369,10 @@ class Shampoo4bit(torch.optim.Optimizer):
 
         A name that two parameters have, of two models perhaps, says nothing.
         """
-        own, count = _own_names(self._groups[index]), len(self.parameters(index))
+        return self._names(index, len(self.parameters(index)))
+
+    def _names(self, index: int, count: int) -> list[str]:
+        own = _own_names(self._groups[index])
         own = own if len(own) == count else [""] * count
         return [name if name and name not in self._shared_names else f"{index}.{i}" for i, name in enumerate(own)]
 
@@ -437,8 +440,9 @@ class Shampoo4bit(torch.optim.Optimizer):
         for index, group in enumerate(self._groups):
             if not any(group is there for there in self.param_groups):
                 continue
-            named = list(zip(self.names(index), self.parameters(index), strict=True))
-            if any(in_deepspeed(p) for _, p in named):
+            parameters = self.parameters(index)
+            named = list(zip(self._names(index, len(parameters)), parameters, strict=True))
+            if parameters is not self._groups[index]["params"]:
                 found = [held_by_deepspeed(buffer, named) for buffer in group["params"]]
             else:
                 found = [[held_itself(name, p) for name, p in named]]
@@ -702,9 +706,11 @@ class Shampoo4bit(torch.optim.Optimizer):
 
     def _holds(self, built: _Built) -> bool:
         """Whether `state` still holds the very tensors that the plan works on (offloading replaces them)."""
-        return all(
-            self.state[p].get(key) is tensor for p, entry in built.state.items() for key, tensor in entry.items()
-        )
+        for p, entry in built.state.items():
+            there = self.state[p]
+            if any(there.get(key) is not tensor for key, tensor in entry.items()):
+                return False
+        return True
 
     @contextmanager
     def _as_made(self) -> Iterator[None]:

@@ -213,7 +213,7 @@ class WaveStep:
         found: dict[int, list[tuple[Piece, Tensor]]] = {}
         for piece, result in zip(pieces, results, strict=True):
             found.setdefault(piece.member, []).append((piece, result))
-        for together in self._in_turn(found):
+        for together, copied in self._in_turn(found):
             flats = {m: self.wave.members[m].held.weights() for m in together}
             changed, values = zip(*(change for m in together for change in found[m]), strict=True)
             targets = [p.of_flat(flats[p.member]) for p in changed]
@@ -221,13 +221,14 @@ class WaveStep:
                 torch._foreach_copy_(targets, values)
             else:
                 self._descend(changed, targets, values)
-            for m, flat in flats.items():
+            for m, flat in flats.items() if copied else ():
                 self.wave.members[m].held.write_back(flat)
 
-    def _in_turn(self, members: Iterable[int]) -> list[list[int]]:
-        """Parameters that are changed together: one of which `weights` is a copy may lie in another one's memory."""
+    def _in_turn(self, members: Iterable[int]) -> list[tuple[list[int], bool]]:
+        """Parameters that are changed together, and whether `weights` is a copy: it may lie in another one's memory."""
         flat = {m: self.wave.members[m].held.is_flat for m in members}
-        return [found for found in ([m for m in flat if flat[m]], *([m] for m in flat if not flat[m])) if found]
+        views = [m for m in flat if flat[m]]
+        return [*([(views, False)] if views else []), *(([m], True) for m in flat if not flat[m])]
 
     def _descend(self, pieces: Sequence[Piece], targets: list[Tensor], updates: Sequence[Tensor]) -> None:
         """p <- (1 - lr wd) p - lr u, in float32 or better, rounded to p's dtype (bfloat16 stochastically, if asked)."""

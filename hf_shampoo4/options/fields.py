@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -172,7 +173,11 @@ class Options:
     @classmethod
     def of(cls, group: Mapping[str, Any]) -> Options:
         """What the options stored in a parameter group ask for (other keys of the group are ignored)."""
-        return cls(**{name: group[name] for name in NAMES}).carried_out()
+        values = tuple(group[name] for name in NAMES)
+        try:
+            return _carried_out(values)  # a step asks for each group, whose options seldom change
+        except TypeError:  # a list where there should be a tuple
+            return cls(*values).carried_out()
 
     def carried_out(self) -> Options:
         """With the algorithm that `embeddings` and `vocabulary` mean."""
@@ -271,6 +276,14 @@ OF_ADAMW: dict[str, tuple[tuple[Any, ...], str]] = {
 }
 
 NAMES: tuple[str, ...] = tuple(f.name for f in dataclasses.fields(Options))
+
+
+@functools.lru_cache(maxsize=256)
+def _carried_out(values: tuple[Any, ...]) -> Options:
+    """Checked options from their values, in the order of `NAMES`."""
+    return Options(*values).carried_out()
+
+
 TYPES: dict[str, Any] = get_type_hints(Options)
 
 # What a checkpoint cannot change: the shapes and the meaning of the state depend on these.

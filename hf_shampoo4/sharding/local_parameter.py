@@ -67,7 +67,7 @@ class Held:
         if grad is None:
             return None
         mine: Any = self.buffer
-        if hasattr(grad, "placements") and grad.placements != mine.placements:
+        if type(grad) is not Tensor and hasattr(grad, "placements") and grad.placements != mine.placements:
             grad = grad.redistribute(placements=mine.placements)
         return self._part(_flat(grad))
 
@@ -90,7 +90,7 @@ class Held:
 def local_tensor(t: Tensor) -> Tensor:
     """What this rank holds of a parameter or gradient, detached."""
     held: Any = t.detach()
-    return held.to_local() if hasattr(held, "to_local") else held
+    return held.to_local() if type(held) is not Tensor and hasattr(held, "to_local") else held
 
 
 def _flat(t: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from hf_shampoo4 import Shampoo4bit
+from hf_shampoo4.exceptions import OptionError
 from hf_shampoo4.execution.blocking import blocks_of
 from hf_shampoo4.options import Options
 from hf_shampoo4.preconditioners.operations import amortised, product, qr_work, total
@@ -117,3 +118,19 @@ def test_the_closed_form_by_hand() -> None:
     assert found["turn"].factorised == qr_work(96).factorised + qr_work(128).factorised
     assert amortised(found, intervals(Options())).products == pytest.approx(step + turn / 10, abs=1)
     assert product(2, 3, 5).products == 60
+
+
+def test_options_are_checked_when_they_change_and_not_at_every_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    checked = []
+    check = Options.__post_init__
+    monkeypatch.setattr(Options, "__post_init__", lambda self: (checked.append(self), check(self)))
+    optimizer = stepped((32, 32), stats_every=7)
+    checked.clear()
+    optimizer.step()
+    assert not checked
+    optimizer.param_groups[0]["stats_every"] = 9
+    optimizer.step()
+    assert [options.stats_every for options in checked] == [9]
+    optimizer.param_groups[0]["stats_every"] = 0
+    with pytest.raises(OptionError, match="stats_every=0 is not allowed"):
+        optimizer.step()
