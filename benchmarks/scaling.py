@@ -22,7 +22,8 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from hf_shampoo4.execution.blocking import loads_of
-from hf_shampoo4.execution.waves import Wave, build
+from hf_shampoo4.execution.build import build
+from hf_shampoo4.execution.waves import Wave
 from hf_shampoo4.options import Options
 from hf_shampoo4.sharding.exchange import Exchange, Ranks
 from hf_shampoo4.sharding.local_parameter import held_itself

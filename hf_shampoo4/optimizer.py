@@ -23,9 +23,10 @@ from .checkpointing.checksums import verified
 from .checkpointing.formats import FORMAT, check_entry, clean_name, pack, unpack, well_formed
 from .exceptions import CheckpointError, OptionError, SparseGradient
 from .execution.blocking import blocks_of
+from .execution.build import build
 from .execution.state_layout import Entry, foreign, own, state_layout
 from .execution.wave_step import WaveStep, run
-from .execution.waves import Wave, build
+from .execution.waves import Wave
 from .groups import noted_purpose
 from .options import KINDS, NAMES, OF_ADAMW, OF_THE_RUN, STRUCTURAL, TYPES, Options, check_rates, resolve
 from .preconditioners.diagnostics import Probe

@@ -2,7 +2,7 @@
 
 A *stack* is all blocks of a wave that share an algorithm description (hence a shape), as one (B, m, n) tensor; its
 state buffers have B rows, and `optimizer.state[p]` holds the rows of parameter p as views, under
-"<shape>/<tensor>.<buffer>".  A *wave* is as many whole parameters as fit `plan.WAVE_ELEMENTS`; one that does not fit, a
+"<shape>/<tensor>.<buffer>".  A *wave* is as many whole parameters as fit `blocking.WAVE_ELEMENTS`; one that does not fit, a
 large embedding, is a wave of several *parts*, which are computed one after the other.  That bounds the memory that a
 step needs at a time, whatever the size of the model.
 
@@ -17,23 +17,23 @@ import zlib
 from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..exceptions import CheckpointError
-from ..numerics.storage import Index, allocate, index_of, put_back, taken
+from ..numerics.storage import Index, index_of, put_back, taken
 from ..options import Options
-from ..preconditioners.algorithms import Elementwise
 from ..preconditioners.protocols import Algorithm, State, rows_that_change
-from ..sharding.agreement import of_each, together
-from ..sharding.exchange import Cut, Exchange, Form, Piece, Ranks, Route, packed, route
+from ..sharding.agreement import together
+from ..sharding.exchange import Cut, Ranks, Route, route
 from ..sharding.geometry import MatrixView, Rect
-from ..sharding.local_parameter import Held, alike, sharing
-from ..sharding.placement import Placement, Sharding, assign, placed, ranges, sharded, sharding_of, whole
-from .blocking import Block, _in_parts, _in_waves, blocks_of, loads_of, places_of
+from ..sharding.local_parameter import Held
+from ..sharding.placement import Placement
+from .blocking import Block, _in_parts
 from .state_layout import Entry, blocks_key, state_key, state_layout
+from .state_map import Rows, StateMap
 
 
 @dataclass
@@ -112,24 +112,6 @@ class Stack:
         state, blocks, places = taken(self.state, index), [self.blocks[i] for i in rows], [self.places[i] for i in rows]
         part = Stack(self.algorithm, blocks, self.membership[:, index], self.salts[index], places, state)
         return part, lambda: put_back(self.state, index, state)
-
-
-class Rows(NamedTuple):
-    """State of some blocks: rows of a buffer."""
-
-    buffer: Tensor
-    at: Index
-    many: int
-
-    @property
-    def form(self) -> Form:
-        return Form((self.many, *self.buffer.shape[1:]), self.buffer.dtype)
-
-    def read(self) -> Tensor:
-        return self.buffer[self.at]
-
-    def write(self, values: Tensor) -> None:
-        self.buffer[self.at] = values
 
 
 @dataclass(frozen=True)
@@ -247,7 +229,9 @@ class Wave:
         found: dict[int, Entry] = {}
         for m, member in enumerate(self.members):
             layout = state_layout(member.blocks).items()
-            found[m] = {key: _empty((0, *shape[1:]), dtype, self.device) for key, (shape, dtype) in layout}
+            found[m] = {
+                key: torch.empty((0, *shape[1:]), dtype=dtype, device=self.device) for key, (shape, dtype) in layout
+            }
         for stack in self.stacks:
             start = 0
             for m in sorted({self.member_of[block] for block in stack.blocks}):
@@ -353,280 +337,13 @@ class Wave:
                 live.copy_(there if len(there) == len(live) else there[mine])
 
 
-class StateMap:
-    """The rows of a wave's state: live on their owners, saved where the parameters' placements say.
-
-    A row moves as an entry of a vector of rows would, so `exchange.route` knows the way: `collect` is loading,
-    `deliver` saving.
-    """
-
-    def __init__(self, wave: Wave) -> None:
-        self.wave = wave
-        self.groups = [
-            (m, algorithm)
-            for m, member in enumerate(wave.members)
-            for algorithm in dict.fromkeys(block.algorithm for block in member.blocks)
-        ]
-        self.cuts: list[Cut] = []
-        self.first = [0]
-        for m, algorithm in self.groups:
-            member = wave.members[m]
-            rows = member.rows(algorithm)
-            rects = [Rect(0, 0, 1, k, k + 1) for k in range(len(rows))]
-            placement = _saved_placement(member.placement, len(rows), wave.ranks.world)
-            self.cuts.append(Cut(placement, MatrixView(1, 1, len(rows)), rects, [member.owners[i] for i in rows]))
-            self.first.append(self.first[-1] + len(rows))
-        live = wave.live()
-        self.live = [{key: live[m][key] for key in self.layout(g)} for g, (m, _) in enumerate(self.groups)]
-
-    @cached_property
-    def route(self) -> Route:
-        """Of rows, as pieces of one entry."""
-        return route(self.wave.ranks.rank, self.wave.ranks.world, self.cuts)
-
-    def kept(self, group: int) -> list[int]:
-        """The blocks of a group whose state lives on this rank."""
-        owners = self.cuts[group].owners
-        return [k for k, owner in enumerate(owners) if self.wave.keeps(owner)]
-
-    def layout(self, group: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-        """State key -> shape of a row and dtype."""
-        algorithm = self.groups[group][1]
-        return {
-            state_key(algorithm, tensor, buffer): layout
-            for tensor, storage in algorithm.storages().items()
-            for buffer, layout in storage.layout().items()
-        }
-
-    def empty(self) -> list[Entry]:
-        """Room for the saved rows that this rank holds."""
-        rank, found = self.wave.ranks.rank, []
-        for g in range(len(self.groups)):
-            count, layout = self.cuts[g].placement.share_of[rank].region.numel, self.layout(g).items()
-            found.append({k: _empty((count, *shape), dtype, self.wave.device) for k, (shape, dtype) in layout})
-        return found
-
-    def spread(self, saved: Sequence[Mapping[str, Any]]) -> list[bool]:
-        """Whether each group's saved state is DTensors; the same on every rank."""
-        return [
-            any(hasattr(saved[m].get(key), "to_local") for key in self.layout(g))
-            for g, (m, _) in enumerate(self.groups)
-        ]
-
-    def rows(self, groups: Sequence[bool]) -> set[int]:
-        """The rows, as the route counts them, of some groups."""
-        return {row for g, of_group in enumerate(groups) if of_group for row in range(self.first[g], self.first[g + 1])}
-
-    def local(self, saved: Sequence[Mapping[str, Any]]) -> list[Entry]:
-        """The rows of saved DTensors that this rank holds."""
-        return [
-            {key: saved[m][key].to_local() for key in self.layout(g)} if is_spread else {}
-            for g, ((m, _), is_spread) in enumerate(zip(self.groups, self.spread(saved), strict=True))
-        ]
-
-    def entries(self, held: list[Entry]) -> dict[int, Entry]:
-        """Member -> its saved state, from the rows that this rank holds."""
-        found: dict[int, Entry] = {m: {} for m in range(len(self.wave.members))}
-        for g, (m, _) in enumerate(self.groups):
-            blocks = len(self.cuts[g].rects)
-            found[m].update({key: _as_saved(t, self.wave.members[m].parameter, blocks) for key, t in held[g].items()})
-        return found
-
-    def move(self, side: Exchange, purpose: str, source: list[Entry], target: list[Entry]) -> None:
-        """Copy rows from where they are to where the exchange says, all of them in one all-to-all."""
-        ranks, device = self.wave.ranks, self.wave.device
-        with together(ranks):
-            outgoing = {rank: self._rows(pieces, source) for rank, pieces in side.out.items()}
-            incoming = {rank: self._rows(pieces, target) for rank, pieces in side.into.items()}
-            for here, there in zip(incoming.get(ranks.rank, ()), outgoing.get(ranks.rank, ()), strict=True):
-                here.write(there.read())
-            out = {rank: packed([rows.read() for rows in found], device) for rank, found in outgoing.items()}
-        if side.local:
-            return
-        sizes = {rank: part.numel() for rank, part in out.items()}
-        into = {rank: [rows.form for rows in found] for rank, found in incoming.items()}
-        pending = ranks.all_to_all(purpose, out, sizes, into, device)
-        with together(ranks):
-            for rank, received in pending.wait().items():
-                for rows, values in zip(incoming.get(rank, ()), received, strict=True):
-                    rows.write(values)
-
-    def _rows(self, pieces: Sequence[Piece], tensors: list[Entry]) -> list[Rows]:
-        """The rows, of every tensor of the groups, that the pieces are of."""
-        found = []
-        by_group: dict[int, list[Piece]] = {}
-        for piece in pieces:
-            by_group.setdefault(piece.member, []).append(piece)
-        for g, members in by_group.items():
-            rows = [piece.offset for piece in members]
-            if tensors is self.live:
-                position = {k: i for i, k in enumerate(self.kept(g))}
-                rows = [position[piece.block - self.first[g]] for piece in members]
-            index = index_of(rows, self.wave.device)
-            found += [Rows(tensors[g][key], index, len(rows)) for key in self.layout(g)]
-        return found
-
-
-Shapes = Mapping[str, tuple[int, ...]]
-
-
-def build(groups: Sequence[tuple[Options, Sequence[Held], Shapes]], ranks: Ranks) -> list[list[Wave]]:
-    """Waves over the parameters of each group, with freshly initialised state; the same plan on every rank.
-
-    Args:
-        groups: options, the parameters in the same order on every rank, and the shapes of all that the group has: with
-            DeepSpeed, the parameters may be a part of these.
-
-    Raises:
-        ValueError: a parameter that lives in a way that is not known, or not completely on these ranks, or that shares
-            memory with another one where owners send new weights.
-    """
-    every = [held for _, of_group, _ in groups for held in of_group]
-    said = zip(*of_each(ranks, lambda: [_said(held, ranks) for held in every]), strict=True)
-    placements = iter([_placement(held, by_rank) for held, by_rank in zip(every, said, strict=True)])
-    members = []
-    for options, of_group, shapes in groups:
-        blocks = {name: blocks_of(shape, options) for name, shape in shapes.items()}
-        places = places_of({name: len(of_one) for name, of_one in blocks.items()})
-        members.append([_member(h, next(placements), blocks[h.name], places[h.name]) for h in of_group])
-    if ranks.world > 1:
-        _refuse_sharing([member.held for of_group in members for member in of_group if member.placement.whole])
-    _assign(members, [options for options, _, _ in groups], ranks.world)
-    return [_waves(found, options, ranks) for found, (options, _, _) in zip(members, groups, strict=True)]
-
-
-def _refuse_sharing(members: Sequence[Held]) -> None:
-    pair = sharing(members)
-    if pair is not None:
-        raise ValueError(
-            f"parameters {pair[0]!r} and {pair[1]!r} share memory, and with several ranks each one's owner would "
-            "overwrite what the other's has done: make them one parameter, used twice, or clone() one of them"
-        )
-
-
-class _Said(NamedTuple):
-    """What a rank says of a parameter; with neither a range nor a sharding, it has all of it."""
-
-    range: tuple[int, int] | None
-    sharding: Sharding | None
-    digest: list[tuple[float, ...]]
-    """Where its mesh has a part of the ranks."""
-
-
-def _said(held: Held, ranks: Ranks) -> _Said:
-    if held.range is not None:
-        return _Said((held.range.start, held.range.start + held.range.numel), None, [])
-    sharding = sharding_of(held.parameter)
-    if sharding is None:
-        return _Said(None, None, [])
-    if ranks.group is not None:
-        sharding = sharding._replace(mesh=ranks.of_members(sharding.mesh, held.name))
-    return _Said(None, sharding, held.digest() if len(sharding.mesh) < ranks.world else [])
-
-
-def _placement(held: Held, by_rank: Sequence[_Said]) -> Placement:
-    """Where all of a parameter is, from what each rank says."""
-    if held.range is None:
-        placement = placed(held.name, held.shape, [said.sharding for said in by_rank])
-        for _, ranks in placement.shares:
-            if not alike([by_rank[rank].digest for rank in ranks]):
-                raise ValueError(
-                    f"parameter {held.name!r} has other numbers on each of the meshes of ranks "
-                    f"{list(placement.layout.meshes[:4] if placement.layout else ())}, which should be replicas: "
-                    "parameters that only some ranks train (expert and pipeline parallelism) are not supported"
-                )
-        return placement
-    bounds = [said.range for said in by_rank if said.range]
-    placement = ranges(held.shape, bounds)
-    if sum(share.region.numel for share in placement.shares) != held.numel:
-        raise ValueError(
-            f"the {len(by_rank)} ranks that train together hold entries {bounds[:4]} of the {held.numel} of "
-            f"{held.name!r}: leave out communicate=false, and use FSDP or DeepSpeed over all ranks"
-        )
-    return placement
-
-
-def _member(held: Held, placement: Placement, blocks: list[Block], places: list[float]) -> Member:
-    return Member(held, placement, blocks, [0] * len(blocks), places)
-
-
-def _assign(groups: list[list[Member]], options: list[Options], world: int) -> None:
-    """Give every block its owner; an elementwise one stays where it is, if one rank has most of it."""
-    if world == 1:
-        return
-    loads, free, there = [], [], []
-    for members, of_group in zip(groups, options, strict=True):
-        for member in members:
-            for k, load in enumerate(loads_of(member.blocks, of_group)):
-                block = member.blocks[k]
-                if isinstance(block.algorithm, Elementwise) and not member.placement.whole:
-                    r, view = block.rect, block.view
-                    middle = (r.matrix * view.rows + (r.r0 + r.r1) // 2) * view.columns + (r.c0 + r.c1) // 2
-                    holders = member.placement.holders(middle)
-                    member.owners[k] = holders[k % len(holders)]
-                    there.append((member.owners[k], load))
-                else:
-                    loads.append(load)
-                    free.append((member, k))
-    for (member, k), owner in zip(free, assign(loads, world, there), strict=True):
-        member.owners[k] = owner
-
-
-def _waves(members: list[Member], options: Options, ranks: Ranks) -> list[Wave]:
-    waves = []
-    for batch in _in_waves(members):
-        replicated = ranks.world == 1 or (batch[0].placement.whole and not options.shard_state)
-        waves.append(_wave(batch, ranks, replicated))
-    return waves
-
-
-def _wave(members: list[Member], ranks: Ranks, replicated: bool) -> Wave:
-    rows: dict[Algorithm, list[tuple[int, int, int, float]]] = {}
-    first = 0
-    for m, member in enumerate(members):
-        for k, (block, owner) in enumerate(zip(member.blocks, member.owners, strict=True)):
-            if replicated or owner == ranks.rank:
-                rows.setdefault(block.algorithm, []).append((m, first + k, member.salts[k], member.places[k]))
-        first += len(member.blocks)
-    device = members[0].held.buffer.device
-    return Wave(members, [_stack(a, found, len(members), device) for a, found in rows.items()], ranks, replicated)
-
-
-def _stack(algorithm: Algorithm, rows: list[tuple[int, int, int, float]], members: int, device: torch.device) -> Stack:
-    membership = torch.zeros((members, len(rows)), dtype=torch.float32, device="cpu")
-    membership[[m for m, *_ in rows], list(range(len(rows)))] = 1.0
-    state = {name: allocate(storage, len(rows), device) for name, storage in algorithm.storages().items()}
-    algorithm.initialise(state)
-    salts = torch.tensor([salt for _, _, salt, _ in rows], dtype=torch.int32, device=device)
-    places = [place for *_, place in rows]
-    return Stack(algorithm, [block for _, block, *_ in rows], membership.to(device), salts, places, state)
-
-
 def _cut(member: Member, placement: Placement, owners: Sequence[int]) -> Cut:
     view = member.blocks[0].view if member.blocks else MatrixView(0, 0, 0)
     return Cut(placement, view, [block.rect for block in member.blocks], owners)
 
 
-def _saved_placement(placement: Placement, rows: int, world: int) -> Placement:
-    """Where the saved state of `rows` blocks lives: on a DTensor's mesh, cut where it is cut, else everywhere."""
-    return sharded((rows,), placement.layout.by_block()) if placement.layout else whole((rows,), world)
-
-
-def _by_block(p: Any) -> tuple[Any, ...]:
-    from torch.distributed.tensor import Replicate, Shard
-
-    return tuple(Replicate() if placement.is_replicate() else Shard(0) for placement in p.placements)
-
-
-def _as_saved(rows: Tensor, p: Any, blocks: int) -> Tensor:
-    """This rank's rows of all blocks, as a DTensor if the parameter is one."""
-    if not hasattr(p, "device_mesh"):
-        return rows
-    from torch.distributed.tensor import DTensor
-
-    shape = torch.Size((blocks, *rows.shape[1:]))
-    stride = torch.empty(shape, device="meta").stride()
-    return DTensor.from_local(rows, p.device_mesh, _by_block(p), run_check=False, shape=shape, stride=stride)
+def _few(numbers: list[int]) -> str:
+    return f"{numbers}" if len(numbers) <= 4 else f"{numbers[:4]} and {len(numbers) - 4} more"
 
 
 @lru_cache(maxsize=1 << 14)
@@ -636,11 +353,3 @@ def _spaced(rows: tuple[int, ...], device: torch.device) -> Index:
     if rows == tuple(range(rows[0], rows[-1] + 1, step)):
         return slice(rows[0], rows[-1] + 1, step)
     return torch.tensor(rows, device=device)
-
-
-def _empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    return torch.empty(shape, dtype=dtype, device=device)
-
-
-def _few(numbers: list[int]) -> str:
-    return f"{numbers}" if len(numbers) <= 4 else f"{numbers[:4]} and {len(numbers) - 4} more"

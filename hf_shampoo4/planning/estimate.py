@@ -21,7 +21,8 @@ from torch import nn
 
 from ..exceptions import OptionError
 from ..execution.blocking import Block, _in_parts, _in_waves, blocks_of, loads_of
-from ..execution.waves import Member, _assign
+from ..execution.build import _assign
+from ..execution.waves import Member
 from ..groups import is_of_matrices, options_of, param_groups
 from ..integrations.trainer import OPTIMS, head_options
 from ..numerics.storage import nbytes

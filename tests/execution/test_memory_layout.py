@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from torch import Tensor, nn
 
 from hf_shampoo4 import Shampoo4bit
-from hf_shampoo4.execution.waves import build
+from hf_shampoo4.execution.build import build
 from hf_shampoo4.options import Options
 from hf_shampoo4.sharding.exchange import Ranks
 from hf_shampoo4.sharding.local_parameter import held_itself, sharing

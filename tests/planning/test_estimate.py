@@ -16,8 +16,9 @@ from torch.utils._pytree import tree_leaves
 import hf_shampoo4 as s4
 from hf_shampoo4.cli import main
 from hf_shampoo4.exceptions import OptionError
-from hf_shampoo4.execution import waves
-from hf_shampoo4.execution.waves import Wave, build
+from hf_shampoo4.execution import build as building
+from hf_shampoo4.execution.build import build
+from hf_shampoo4.execution.waves import Wave
 from hf_shampoo4.groups import is_of_matrices
 from hf_shampoo4.integrations.trainer import OPTIMS
 from hf_shampoo4.numerics.storage import nbytes
@@ -153,7 +154,7 @@ def live_ranks(model: torch.nn.Module, world: int, layout: Any, options: dict[st
     }
     steps = [[group] for group in groups] if layout.in_deepspeed else [groups]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(waves, "_placement", lambda held, by_rank: where[id(held.parameter)])
+        patch.setattr(building, "_placement", lambda held, by_rank: where[id(held.parameter)])
         patch.setattr(Ranks, "gather", lambda self, value: [value] * self.world)
         built = [
             [

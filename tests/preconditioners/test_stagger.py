@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import hf_shampoo4
-from hf_shampoo4.execution import waves
+from hf_shampoo4.execution import build
 from hf_shampoo4.execution.blocking import places_of
 from hf_shampoo4.options import Options, resolve
 from hf_shampoo4.preconditioners.schedule import due
@@ -99,7 +99,7 @@ def test_a_parameter_is_refreshed_by_its_own_updates(options: dict[str, Any]) ->
 def test_a_block_does_not_depend_on_those_beside_it(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """Refreshed with some blocks of its stack, with others, or alone: as 1-block stacks, where there is no part."""
     places = {f"layer{i}": [i / COUNT] for i in range(COUNT)}
-    monkeypatch.setattr(waves, "places_of", lambda counts: {name: places[name] for name in counts})
+    monkeypatch.setattr(build, "places_of", lambda counts: {name: places[name] for name in counts})
     together, alone = optimizer(list(range(COUNT)), **options), [optimizer([i], **options) for i in range(COUNT)]
     for number in range(1, 2 * EVERY + 2):
         for opt in (together, *alone):
@@ -144,7 +144,7 @@ class Alike(Ranks):
 def test_replicas_are_sent_a_basis_when_it_has_turned_and_the_rest_at_every_step() -> None:
     options = Options(algorithm="kl_shampoo", stats_every=EVERY, refresh_warmup=0)
     held = [held_itself(f"layer{i}", torch.nn.Parameter(torch.randn(72, 80))) for i in range(COUNT)]
-    ((wave,),) = waves.build([(options, held, {one.name: one.shape for one in held})], Alike(0, 2))
+    ((wave,),) = build.build([(options, held, {one.name: one.shape for one in held})], Alike(0, 2))
     (stack,), everything = wave.stacks, range(COUNT)
     rows: dict[int, torch.Tensor] = {
         id(buffer): torch.arange(COUNT) for buffers in stack.state.values() for buffer in buffers.values()

@@ -27,9 +27,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 from hf_shampoo4 import Shampoo4bit, save_optimizer
 from hf_shampoo4.checkpointing.convert import read
-from hf_shampoo4.execution import wave_step, waves
+from hf_shampoo4.execution import build, wave_step
+from hf_shampoo4.execution.state_map import StateMap
 from hf_shampoo4.execution.wave_step import WaveStep
-from hf_shampoo4.execution.waves import Rows, StateMap, Wave
+from hf_shampoo4.execution.waves import Rows, Wave
 from hf_shampoo4.preconditioners.protocols import Context
 from hf_shampoo4.sharding import rendezvous
 from hf_shampoo4.utils.files import write_json
@@ -254,7 +255,7 @@ PLACES: dict[str, tuple[Any, str, tuple[str, ...]]] = {
     "new weights": (WaveStep, "_descend", ("ddp",)),
     "apply": (WaveStep, "_write", ("fsdp2",)),
     "received state": (Rows, "write", ("ddp",)),
-    "first plan": (waves, "_wave", ("ddp",)),
+    "first plan": (build, "_wave", ("ddp",)),
     "first state": (Wave, "_copy", ("ddp", "fsdp2")),
     "saving": (StateMap, "_rows", ("fsdp2",)),
     "loading": (StateMap, "local", ("fsdp2",)),
