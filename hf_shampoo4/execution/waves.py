@@ -2,9 +2,9 @@
 
 A *stack* is all blocks of a wave that share an algorithm description (hence a shape), as one (B, m, n) tensor; its
 state buffers have B rows, and `optimizer.state[p]` holds the rows of parameter p as views, under
-"<shape>/<tensor>.<buffer>".  A *wave* is as many whole parameters as fit `blocking.WAVE_ELEMENTS`; one that does not fit, a
-large embedding, is a wave of several *parts*, which are computed one after the other.  That bounds the memory that a
-step needs at a time, whatever the size of the model.
+"<shape>/<tensor>.<buffer>".  A *wave* is as many whole parameters as fit `WAVE_ELEMENTS` (blocking.py);
+one that does not fit, a large embedding, is a wave of several *parts*, which are computed one after the other.  That
+bounds the memory that a step needs at a time, whatever the size of the model.
 
 A block's owner updates it, and sends the result to all that hold it.  Where every rank holds all of a parameter (one
 process, DDP), every rank keeps all state too: owners send what a step has changed of it along.  Everywhere else a
