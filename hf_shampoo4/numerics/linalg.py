@@ -186,9 +186,11 @@ def transpose(a: Tensor | None) -> Tensor | None:
 def within(x: Tensor, most: float, rows: bool, columns: bool) -> Tensor:
     """x (B, m, n) with rows, columns or both scaled down where their root mean square is above `most`."""
     squares = x.square()  # of x as it was: with both, no row or column ends above `most` either
-    for dim, scaled in ((-1, rows), (-2, columns)):
-        if scaled:
-            x = x * (most / squares.mean(dim, keepdim=True).sqrt()).clamp_max(1.0)
+    of_dims = [squares.mean(dim, keepdim=True) for dim, scaled in ((-1, rows), (-2, columns)) if scaled]
+    del squares
+    x = x.clone()
+    for mean in of_dims:
+        x *= (most / mean.sqrt()).clamp_max(1.0)
     return x
 
 

@@ -120,19 +120,26 @@ class OpenSide:
         state = taken(self._state, rows)
         eigenvalues = state["eigenvalues"]["dense"]
         a = factor_in_basis(eigenvalues, sample, memory)
+        del sample
         # Q R = A', one orthogonal iteration from U.  LAPACK works by columns, and so are bases stored: in memory, row
         # by row, lie Q^T, R^T and U^T, and a pass over tensors of one layout is five times as fast
         good = finite_blocks(a)
-        q, r = (x.mT for x in safe_qr(or_identity(a, good)))
+        a = or_identity(a, good)
+        q, r = (x.mT for x in safe_qr(a))
+        del a
         signs = torch.where(r.diagonal(dim1=-2, dim2=-1) < 0, -1.0, 1.0).to(r.dtype)  # no vector changes its direction
-        q, r = q * signs.unsqueeze(-1), r * signs.unsqueeze(-2)
+        q.mul_(signs.unsqueeze(-1))
+        r.mul_(signs.unsqueeze(-2))
         good &= finite_blocks(q, r)
-        q, u = or_identity(q, good), self.vectors[rows].mT
-        # U <- U Q
-        write_good(basis, state["basis"], (q @ bjorck(u, self._side.rectify)).mT, good)
+        q = or_identity(q, good)
         # lambda <- diag(Q^T A' Q) = diag(R Q)
-        diagonal = (transposed(r) * q).sum(-1).clamp_min(0.0)
+        diagonal = transposed(r).mul_(q).sum(-1).clamp_min(0.0)
+        del r
         eigenvalues.copy_(torch.where(good[:, None], diagonal, eigenvalues))
+        # U <- U Q
+        u = bjorck(self.vectors[rows].mT, self._side.rectify)
+        write_good(basis, state["basis"], (q @ u).mT, good)
+        del u
         put_back(self._state, rows, state)
         new = basis.read(state["basis"])
         if covers(rows, len(self.vectors)):

@@ -94,6 +94,7 @@ class Eigenbasis:
         if kl_shampoo:
             u = m / bias(b1, at.steps, m.dim())
         write_first(self.moments.first, state, m, at)
+        del m, g  # a copy of the wave each
         # U_L u U_R^T
         return between(transpose(left.vectors), self._within_reason(u, o, context.betas[1]), transpose(right.vectors))
 
@@ -139,7 +140,7 @@ class Eigenbasis:
                     for side, other, x in ((left, right, some), (right, left, some.mT))
                     if side.rotates
                 }
-                turns = {side: side.turn(sample, memory, rows) for side, sample in samples.items()}
+                turns = {side: side.turn(samples.pop(side), memory, rows) for side in tuple(samples)}
                 stack.state["failures"]["dense"][rows] += torch.stack([failed for _, failed in turns.values()]).any(0)
             found.append(Turned(rows, *(turns[side][0] if side in turns else None for side in (left, right))))
         return found
