@@ -28,6 +28,7 @@ from ..integrations.trainer import OPTIMS, head_options
 from ..numerics.storage import nbytes
 from ..options import Options, parse_optim_args, resolve
 from ..preconditioners.algorithms import Elementwise
+from ..preconditioners.protocols import Algorithm
 from ..preconditioners.schedule import intervals
 from ..sharding.geometry import Rect
 from ..sharding.local_parameter import held_itself
@@ -339,6 +340,7 @@ class _Tally:
         counts: np.ndarray = np.zeros((4, self.world), np.int64)
         owned, kept, held, asked = counts
         state: np.ndarray = np.zeros(self.world, np.int64)
+        blocks: dict[Algorithm, np.ndarray] = {}
         for member in members:
             held += self._held(member.placement)
             asked += self._asked(member)
@@ -346,13 +348,13 @@ class _Tally:
                 member.blocks, member.owners, loads_of(member.blocks, group.options), strict=True
             ):
                 owned[owner] += math.prod(block.rect.shape)
+                blocks.setdefault(block.algorithm, np.zeros(self.world, np.int64))[owner] += 1
                 kept[owner] += _overlap(block, member.placement.share_of[owner].region)
                 state[owner] += load.bytes
                 self.work[owner] += load.flops
         self.state += state.sum() if group.replicated else state
         split = _parts(members)
-        at_once: np.ndarray = -(-owned // split)
-        self.working = np.maximum(self.working, 4 * _working_copies(group.options) * at_once)
+        self.working = np.maximum(self.working, 4 * _working(blocks, owned, split))
         if self.world > 1:
             self._add_traffic(members, group, split, *counts)
 
@@ -436,12 +438,20 @@ def _before(block: Block, position: int) -> int:
     return rows * (r.c1 - r.c0) + part
 
 
-def _working_copies(options: Options) -> int:
-    """float32 copies of a wave that a step holds at once: gradients, preconditioned, moments, update, rounding.
+def _working(blocks: Mapping[Algorithm, np.ndarray], owned: np.ndarray, split: int) -> np.ndarray:
+    """float32 numbers that each rank has at once beside the state: gradients, updates, and the largest stack's room.
 
-    tests/planning/test_estimate.py counts every tensor that a step allocates.
+    Args:
+        blocks: of a wave, how many each rank owns.
+        owned: their entries.
+        split: in how many parts the wave is computed.
     """
-    return (8 if options.algorithm == "elementwise" else 12) + (8 if options.moments == "4bit_zipsr" else 0)
+    room: np.ndarray = np.zeros_like(owned)
+    for algorithm, counts in blocks.items():
+        numbers, which = np.unique(-(-counts // split), return_inverse=True)
+        room = np.maximum(room, np.array([max(algorithm.room(int(n)).values()) for n in numbers])[which])
+    copies = 3 if any(algorithm.grafted for algorithm in blocks) else 2  # P of all stacks, before any has its update
+    return room + copies * -(-owned // split)
 
 
 def _is_factored(member: Member) -> bool:

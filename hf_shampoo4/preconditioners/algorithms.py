@@ -7,6 +7,7 @@ An algorithm is a frozen description of one block shape; equal descriptions are 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -42,6 +43,9 @@ class Elementwise:
 
     def work(self) -> dict[str, Work]:
         return {"step": Work()}
+
+    def room(self, blocks: int) -> dict[str, int]:
+        return {"step": self.moments.room(blocks * math.prod(self.shape))}
 
     def refreshes(self) -> dict[str, list[str]]:
         return {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
@@ -13,7 +14,7 @@ from ..numerics.storage import Dense, Index, Storage, covers
 from ..options import Options
 from .bases import SHORTEST_MEMORY, TINY, OpenSide, Side, statistic
 from .moments import Adam, Momentum, bias, write_first
-from .operations import Work, product, total
+from .operations import Work, coded, product, total
 from .protocols import Context, Stack, State, of_side
 
 FLOOR = 1e-7  # of a side's largest eigenvalue: the least that KL's whitening and stored moments are divided by
@@ -62,6 +63,20 @@ class Eigenbasis:
         # the statistics;  what is carried over: G' goes apart where the second moment needs it;  the bases themselves
         carried = turn if isinstance(self.moments, Momentum) else turn * 2
         return {"step": step, "turn": turn + carried + total(side.turn_work() for side in sides)}
+
+    def room(self, blocks: int) -> dict[str, int]:
+        entries = blocks * math.prod(self.shape)
+        sides = [side for side in (self.left, self.right) if side.basis]
+        squares = [blocks * side.order**2 for side in sides]
+        decoded = sum(k for k, side in zip(squares, sides, strict=True) if not isinstance(side.basis, Dense))
+        base = self.moments.room(entries)
+        # m', G' and its squares, or u;  SOAP: G', and m' unless the base has it decoded, beside the base
+        own = 2 if self.moments.first == Dense(self.shape) else 1
+        step = decoded + (3 * entries + base if isinstance(self.moments, Momentum) else own * entries + base)
+        # one side turns while the other one's statistic, or Q, is kept; the Qs until m' is carried over
+        coder = coded(max(squares)) if decoded else 0
+        turning = decoded + 2 * entries + 3 * max(squares) + sum(squares) + coder
+        return {"step": step, "turn": max(step + sum(squares), turning)}
 
     def refreshes(self) -> dict[str, list[str]]:
         return {"turn": [name for name in self.storages() if name.endswith(".basis")]}

@@ -20,10 +20,11 @@ from torch import Tensor
 from ..numerics.linalg import ROOTS, bjorck, finite_blocks, or_identity, power_qr, safe_cholesky, symmetric_power
 from ..numerics.storage import SMALL, Blockwise, Buffers, Dense, OffDiagonal, Storage, Triangles, roundtrip, write_good
 from ..options import Options
-from .operations import Work, bjorck_work, cholesky_work, product, qr_work, root_work
+from .operations import Work, bjorck_work, cholesky_work, coded, product, qr_work, root_work
 
 State = dict[str, Buffers]
 
+ROOT_ROOM = {"eigh": 4, "newton": 11, "newton_db": 14}  # matrices of a factor's order that a root takes at once
 EXPONENT = -0.25  # two sides, each to the -1/4 (Shampoo, 1802.09568)
 
 
@@ -51,6 +52,9 @@ class Factor(Protocol):
 
     def work(self) -> tuple[Work, Work]:
         """Operations of an `update`, without the statistic, and of a `refresh`."""
+
+    def room(self, square: int) -> tuple[int, int]:
+        """float32 numbers that both take, the statistic included, of blocks with so many entries of a factor."""
 
 
 @dataclass(frozen=True)
@@ -113,6 +117,9 @@ class Eigen:
         root = Work() if self.solver == "eigh" else root_work(k, self.solver)
         return update, bjorck_work(k, self.rectify_roots) + product(k, k, k) + root
 
+    def room(self, square: int) -> tuple[int, int]:
+        return max(8 * square, 5 * square + coded(square)), ROOT_ROOM[self.solver] * square + coded(square)
+
 
 @dataclass(frozen=True)
 class Direct:
@@ -149,6 +156,9 @@ class Direct:
 
     def work(self) -> tuple[Work, Work]:
         return Work(), root_work(self.order, self.solver)
+
+    def room(self, square: int) -> tuple[int, int]:
+        return 4 * square + coded(square), ROOT_ROOM[self.solver] * square + coded(square)
 
 
 @dataclass(frozen=True)
@@ -204,6 +214,9 @@ class Cholesky:
         k = self.order
         rebuilt = product(k, k, k)  # D(C) D(C)^T
         return rebuilt + cholesky_work(k), rebuilt + root_work(k, self.solver)
+
+    def room(self, square: int) -> tuple[int, int]:
+        return 9 * square + coded(square), ROOT_ROOM[self.solver] * square + coded(square)
 
 
 def make_factor(order: int, options: Options) -> Factor:

@@ -14,6 +14,7 @@ from ..numerics.quantize import has_kernels, kernels, padded
 from ..numerics.rounding import Noise, PreconditionerSpace, Stochastic, to_bfloat16
 from ..numerics.storage import Bitsandbytes, Blockwise, Buffers, Dense, Factored, RankOne, Storage
 from ..options import EIGENBASIS, SECOND_CODEBOOKS, Options
+from .operations import ZIP_CODER, coded
 
 State = dict[str, Buffers]
 
@@ -51,6 +52,9 @@ class Moments(Protocol):
     def storages(self) -> dict[str, Storage]:
         """Name -> storage of each moment."""
 
+    def room(self, entries: int) -> int:
+        """float32 numbers that a step takes at once for moments of so many entries, see operations.py."""
+
 
 class Base(Moments, Protocol):
     """A first-order optimizer; its direction is computed from the moments *before* they are stored."""
@@ -77,6 +81,15 @@ class Adam:
 
     def storages(self) -> dict[str, Storage]:
         return {"first": self.first, "second": self.second}
+
+    def room(self, entries: int) -> int:
+        if isinstance(self.second, Bitsandbytes):
+            return 17 * entries // 4
+        if isinstance(self.second, Dense):  # of bfloat16 the noise of stochastic rounding
+            return 2 * entries if self.second.dtype == torch.float32 else 13 * entries // 2
+        if self.zip_sr:
+            return 4 * entries + coded(entries, ZIP_CODER)
+        return max(4 * entries, 3 * entries + coded(entries))
 
     def direction(self, state: State, g: Tensor, at: MomentStep) -> Tensor:
         if self._fits_kernel(g.device) and not at.stochastic_first:
@@ -131,6 +144,9 @@ class Sgdm:
     def storages(self) -> dict[str, Storage]:
         return {"first": self.first}
 
+    def room(self, entries: int) -> int:
+        return 2 * entries + coded(entries)
+
     def direction(self, state: State, g: Tensor, at: MomentStep) -> Tensor:
         # m <- mu m + g;  u = m, or with Nesterov's momentum g + mu m
         m = self.first.read(state["first"]).mul_(at.betas[0]).add_(g)
@@ -146,6 +162,9 @@ class Momentum:
 
     def storages(self) -> dict[str, Storage]:
         return {"first": self.first}
+
+    def room(self, entries: int) -> int:
+        return 0 if isinstance(self.first, Dense) else coded(entries)
 
 
 def make_base(shape: tuple[int, ...], options: Options, quantise: bool) -> Base:

@@ -1,11 +1,17 @@
-"""What a step computes, in closed form: `plan`, `bench` and the balance over ranks count by it, and a test holds the
-code to it (tests/preconditioners/test_operations.py)."""
+"""What a step computes and what memory it takes for it, in closed form: `plan`, `bench` and the balance over ranks
+count by it, and a test holds the code to it (tests/preconditioners/test_operations.py).
+
+Room is counted in float32 numbers that are alive at once beside the state, the gradients and the updates, of all
+blocks of a stack.  It holds for plain PyTorch on a CPU; kernels need less.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
+
+from ..numerics.quantize import CPU_PIECE
 
 FACTORISED = 3  # a QR's operation takes as long as three of a product's: 49 and 158 GFLOP/s at order 1024 on an EPYC
 PER_ENTRY = 50  # operations of a product that take as long as one entry's way through the moments and their storage
@@ -30,6 +36,15 @@ class Work:
     def cost(self, entries: int) -> int:
         """In operations of a product that take as long, that of a block's entries included."""
         return self.products + FACTORISED * self.factorised + PER_ENTRY * entries
+
+
+CODER = 6.5  # float32 copies of a piece (`quantize.CPU_PIECE`) that its codes are made with
+ZIP_CODER = 14  # the same, rounding in preconditioner space
+
+
+def coded(entries: int, copies: float = CODER) -> int:
+    """float32 numbers that it takes to store some in few bits, beside themselves."""
+    return int(copies * min(entries, CPU_PIECE))
 
 
 def product(m: int, k: int, n: int) -> Work:

@@ -107,6 +107,9 @@ class Algorithm(Protocol):
     def work(self) -> dict[str, Work]:
         """A block's operations: of every "step", and of each refresh of `schedule.intervals` beyond these."""
 
+    def room(self, blocks: int) -> dict[str, int]:
+        """float32 numbers that a step of so many blocks takes at once ("step"), and one with a refresh, in all."""
+
     def refreshes(self) -> dict[str, list[str]]:
         """Tensors that only a refresh of `schedule.intervals` changes; all others change at every step."""
 

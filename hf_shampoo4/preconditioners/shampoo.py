@@ -13,7 +13,7 @@ from torch import Tensor
 from ..numerics.storage import Dense, Index, Storage, put_back, taken
 from .factors import Factor
 from .moments import Base
-from .operations import Work, product
+from .operations import Work, coded, product
 from .protocols import Context, Stack, State, of_side
 
 
@@ -47,6 +47,14 @@ class Shampoo:
         # L^-1/4 G R^-1/4;  G G^T and G^T G
         step = statistics = product(m, m, n) + product(m, n, n)
         return {"step": step, "stats": statistics + left_update + right_update, "roots": left_root + right_root}
+
+    def room(self, blocks: int) -> dict[str, int]:
+        m, n = self.shape
+        entries, square = blocks * m * n, blocks * max(m, n) ** 2
+        # P, grafted, and the base beside it;  a root is decoded while P is made
+        step = max(3 * entries, entries + self.moments.room(entries), entries + square + coded(square))
+        update, refresh = self.left.room(square)
+        return {"step": step, "stats": max(step, update), "roots": max(step, refresh)}
 
     def refreshes(self) -> dict[str, list[str]]:
         of_sides = [name for name in self.storages() if name.startswith(("left.", "right."))]

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import json
 import time
-import weakref
 from typing import Any
 
 import bitsandbytes
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 import hf_shampoo4 as s4
 from hf_shampoo4.cli import main
@@ -27,6 +24,7 @@ from hf_shampoo4.planning import estimate
 from hf_shampoo4.sharding.exchange import Ranks
 from hf_shampoo4.sharding.local_parameter import held_itself
 from hf_shampoo4.training.model import ModelArguments, build_model
+from tests.support.allocated import Allocated
 from tests.support.tiny import ROOT, llama
 
 SMALL_GPT2 = {"model": "gpt2_124m", "model_overrides": "n_embd=96,n_layer=2,n_head=2,vocab_size=500"}
@@ -44,29 +42,6 @@ def held(optimizer: torch.optim.Optimizer) -> int:
     """Bytes of tensors in the state, without the scalar step counts that torch's AdamW keeps."""
     tensors = [t for entry in optimizer.state.values() for t in entry.values() if isinstance(t, torch.Tensor)]
     return sum(t.numel() * t.element_size() for t in tensors if t.ndim)
-
-
-def storage_of(tensor: torch.Tensor) -> int:
-    return tensor.untyped_storage()._cdata
-
-
-class Allocated(TorchDispatchMode):
-    """The most bytes of new tensors that were alive at once (what an operation needs inside is not seen)."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.alive: dict[int, int] = {}
-        self.peak = 0
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        given = {storage_of(t) for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
-        result = function(*args, **(kwargs or {}))
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, torch.Tensor) and storage_of(tensor) not in given | self.alive.keys():
-                self.alive[storage_of(tensor)] = tensor.untyped_storage().nbytes()
-                weakref.finalize(tensor.untyped_storage(), self.alive.pop, storage_of(tensor), None)
-        self.peak = max(self.peak, sum(self.alive.values()))
-        return result
 
 
 @pytest.mark.parametrize("optim", OPTIMS)
@@ -117,7 +92,8 @@ def test_soap_on_one_matrix_is_counted_by_hand() -> None:
 @pytest.mark.parametrize(
     "options",
     [
-        {"algorithm": "shampoo"}, {"algorithm": "shampoo", "factor": "cholesky"}, {"algorithm": "elementwise"},
+        {}, {"algorithm": "soap"}, {"algorithm": "shampoo"}, {"algorithm": "shampoo", "factor": "cholesky"},
+        {"algorithm": "elementwise"},
         {"algorithm": "shampoo", "moments": "4bit_zipsr", "block_size": 128},
     ],
     ids=str,
@@ -126,7 +102,8 @@ def test_working_memory_is_what_a_step_allocates(options: dict[str, Any]) -> Non
     """The estimate is above what is measured, and not far."""
     model = torch.nn.Sequential(*[torch.nn.Linear(256, 256, bias=False) for _ in range(4)])
     model.append(torch.nn.Linear(256, 640, bias=False))
-    often = {"roots_every": 1} if options["algorithm"] == "shampoo" else {}
+    model.append(torch.nn.Linear(1000, 8, bias=False))  # an adapter: its long side's factor is far larger than it
+    often = {"roots_every": 1} if options.get("algorithm") == "shampoo" else {}
     optimizer = s4.Shampoo4bit(model.parameters(), stats_every=1, **often, **options)
     stepped(model, optimizer)
     for p in model.parameters():

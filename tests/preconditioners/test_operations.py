@@ -17,6 +17,7 @@ from hf_shampoo4.execution.blocking import blocks_of
 from hf_shampoo4.options import Options
 from hf_shampoo4.preconditioners.operations import amortised, product, qr_work, total
 from hf_shampoo4.preconditioners.schedule import intervals
+from tests.support.allocated import Allocated
 
 
 class Shapes(TorchDispatchMode):
@@ -34,14 +35,22 @@ class Shapes(TorchDispatchMode):
 
 def stepped(shape: tuple[int, ...], steps: int = 2, **options: Any) -> Shampoo4bit:
     """An optimizer of one parameter that has its state and a gradient for the next step."""
-    p = nn.Parameter(torch.zeros(shape))
-    if options.get("algorithm") != "shampoo":
-        options = {"refresh_warmup": 0, **options}
-    optimizer = Shampoo4bit([p], **options)
+    optimizer = optimizer_of([nn.Parameter(torch.zeros(shape))], **options)
     for _ in range(steps):
-        p.grad = torch.randn_like(p)
-        optimizer.step()
+        step(optimizer)
     return optimizer
+
+
+def optimizer_of(parameters: list[nn.Parameter], **options: Any) -> Shampoo4bit:
+    if options.get("algorithm") not in ("shampoo", "elementwise"):
+        options = {"refresh_warmup": 0, **options}
+    return Shampoo4bit(parameters, **options)
+
+
+def step(optimizer: Shampoo4bit) -> None:
+    for p in optimizer.param_groups[0]["params"]:
+        p.grad = torch.randn_like(p)
+    optimizer.step()
 
 
 @pytest.mark.parametrize("algorithm", ["soap", "kl_shampoo", "kl_soap"])
@@ -118,6 +127,41 @@ def test_the_closed_form_by_hand() -> None:
     assert found["turn"].factorised == qr_work(96).factorised + qr_work(128).factorised
     assert amortised(found, intervals(Options())).products == pytest.approx(step + turn / 10, abs=1)
     assert product(2, 3, 5).products == 60
+
+
+ROOMS = [
+    ("kl_shampoo", (512, 512)), ("kl_shampoo", (320, 960)), ("soap", (512, 512)), ("soap", (960, 320)),
+    ("kl_shampoo, 32 bits", (512, 512)), ("soap, 32 bits", (320, 960)), ("eigen", (512, 512)), ("direct", (320, 960)),
+    ("cholesky_ef", (512, 512)), ("adamw", (512, 512)), ("adamw, 32 bits", (512, 512)), ("adamw, zip", (512, 512)),
+    ("lora", (16, 20000)),
+]  # fmt: skip
+FLOAT32 = {"bits": 32, "moments": "fp32"}
+TREATED: dict[str, dict[str, Any]] = {
+    **ALGORITHMS,
+    "soap, 32 bits": {"algorithm": "soap", **FLOAT32},
+    "adamw": {"algorithm": "elementwise"},
+    "adamw, 32 bits": {"algorithm": "elementwise", "moments": "fp32"},
+    "adamw, zip": {"algorithm": "elementwise", "moments": "4bit_zipsr"},
+    "lora": {"algorithm": "soap"},
+}
+
+
+@pytest.mark.parametrize(("name", "shape"), ROOMS)
+def test_a_step_takes_the_memory_that_the_closed_form_says(name: str, shape: tuple[int, int]) -> None:
+    """Of two blocks, beside which lie copies of their gradients, in one stack."""
+    given = dict(TREATED[name])
+    if given["algorithm"] != "elementwise":
+        given |= {"stagger": False, "stats_every": 3}
+    parameters = [nn.Parameter(torch.zeros(shape)) for _ in range(2)]
+    optimizer = optimizer_of(parameters, **given)
+    step(optimizer)
+    options = Options.of(optimizer.param_groups[0])
+    room = blocks_of(shape, options)[0].algorithm.room(2)
+    for refreshes in ([], [*intervals(options)]):
+        with Allocated() as allocated:
+            optimizer.step()
+        found = allocated.peak / 4 - sum(p.numel() for p in parameters)
+        assert found == pytest.approx(max(room[part] for part in ("step", *refreshes)), rel=0.12)
 
 
 def test_options_are_checked_when_they_change_and_not_at_every_step(monkeypatch: pytest.MonkeyPatch) -> None:
