@@ -8,7 +8,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from hf_shampoo4.sharding.geometry import matrix_view, partition
+from hf_shampoo4.execution.blocking import blocks_of
+from hf_shampoo4.options import Options
 from hf_shampoo4.studies.bench_contestants import Settings
 from hf_shampoo4.studies.machine import machine
 from hf_shampoo4.utils.plots import COLOURS, picture
@@ -51,10 +52,9 @@ class Result:
 
 
 def apply_operations(shapes: Sequence[tuple[int, int]], block: int) -> int:
-    """2mn(m + n) for every block: what L^-1/4 G R^-1/4 takes, and twice in and out of an eigenbasis."""
-    views = [matrix_view(shape) for shape in shapes]
-    blocks = [rect.shape for view in views if view for rect in partition(view, block)]
-    return sum(2 * m * n * (m + n) for m, n in blocks)
+    """What L^-1/4 G R^-1/4 takes, by the closed form (preconditioners/operations.py): 2mn(m + n) for every block."""
+    options = Options(algorithm="shampoo", block_size=block)
+    return sum(b.algorithm.work()["step"].products for shape in shapes for b in blocks_of(shape, options))
 
 
 def summary(settings: Settings, results: Sequence[Result], ceilings: Mapping[str, float]) -> dict[str, Any]:
