@@ -28,7 +28,10 @@ from torch import nn  # noqa: E402
 from hf_shampoo4 import Shampoo4bit  # noqa: E402
 from hf_shampoo4.options import EIGENBASIS  # noqa: E402
 from hf_shampoo4.utils.files import write_json  # noqa: E402
-from tests.stress.soak import ALGORITHMS, WIDTHS, Problem  # noqa: E402
+from tests.stress import soak  # noqa: E402
+from tests.stress.soak import WIDTHS, Problem  # noqa: E402
+
+ALGORITHMS = {**soak.ALGORITHMS, "kl_shampoo_short": {"algorithm": "kl_shampoo", "sides": "short"}}
 
 RECORDED = ROOT / "docs" / "results" / "regressions.json"
 STEPS, POINTS = 80, 8
@@ -72,7 +75,7 @@ def ratios(rounds: int = 5, steps: int = 20) -> dict[str, float]:
     """CPU time of `steps` steps on four 256 x 256 matrices over AdamW's, in one process, the least of some rounds."""
     makers: dict[str, Callable[[list[nn.Parameter]], torch.optim.Optimizer]] = {
         name: lambda ps, options=options: Shampoo4bit(ps, **options, **_warm(options))
-        for name, options in ALGORITHMS.items()
+        for name, options in soak.ALGORITHMS.items()
     }
     makers["adamw"] = lambda ps: torch.optim.AdamW(ps, foreach=True)
     optimizers = {}
@@ -90,7 +93,7 @@ def ratios(rounds: int = 5, steps: int = 20) -> dict[str, float]:
             for _ in range(steps):
                 optimizer.step()
             least[name] = min(least[name], time.process_time() - began)
-    return {name: round(least[name] / least["adamw"], 1) for name in ALGORITHMS}
+    return {name: round(least[name] / least["adamw"], 1) for name in soak.ALGORITHMS}
 
 
 def main() -> None:
