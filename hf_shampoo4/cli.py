@@ -31,7 +31,7 @@ COMMANDS = {
         ".training.finetune",
         "fine-tune on conversations, fully or by LoRA: CONFIG [--key value ...]",
     ),
-    "plan": (".planning.estimate", "memory and traffic of a training, from geometry: MODEL --world-size N"),
+    "plan": (".planning.command", "memory and traffic of a training, from geometry: MODEL --world-size N"),
     "report": (".training.run_page", "training runs as one HTML page: RUN_DIR..."),
     "train": (".training.pretrain", "pretrain by a YAML configuration: CONFIG [--key value ...]"),
 }

@@ -20,7 +20,7 @@ from hf_shampoo4.groups import is_of_matrices
 from hf_shampoo4.integrations.trainer import OPTIMS
 from hf_shampoo4.numerics.storage import nbytes
 from hf_shampoo4.options import NAMES, Options
-from hf_shampoo4.planning import estimate
+from hf_shampoo4.planning import shardings
 from hf_shampoo4.sharding.exchange import Ranks
 from hf_shampoo4.sharding.local_parameter import held_itself
 from hf_shampoo4.training.model import ModelArguments, build_model
@@ -164,7 +164,7 @@ def test_every_rank_holds_and_sends_what_is_said(sharding: str, options: dict[st
     options = {**options, "block_size": 48}
     model = build_model(ModelArguments(**SMALL_GPT2), 500)
     made = s4.plan(model, world, sharding, 3 if sharding == "hsdp" else None, **options)
-    layout = estimate._layout(sharding, world, 3 if sharding == "hsdp" else None)
+    layout = shardings.sharding_of(sharding, world, 3 if sharding == "hsdp" else None)
     state, step, refresh = [], [], []
     for rank, found in enumerate(live_ranks(model, world, layout, options)):
         tensors = [[t for s in w.stacks for buffers in s.state.values() for t in buffers.values()] for w in found]

@@ -1,0 +1,121 @@
+"""The figures of a plan, and how they read as text."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from .shardings import SHARDINGS
+
+
+@dataclass(frozen=True)
+class Load:
+    """One quantity over the ranks."""
+
+    total: int
+    largest: int
+    """Of one rank."""
+
+    @classmethod
+    def of(cls, ranks: np.ndarray) -> Load:
+        return cls(int(ranks.sum()), int(ranks.max()))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What training a model takes; bytes, unless it says otherwise."""
+
+    model: str
+    world_size: int
+    sharding: str
+    shards: int
+    """Ranks that share one copy of the model's weights."""
+    copies: int
+    """Of the state: 1 where the ranks share it, else one a rank."""
+    options: dict[str, Any]
+    """Those that were set; the others are at their default."""
+    parameters: int
+    """Elements of the trainable parameters."""
+    preconditioned: int
+    """Of them, elements of parameters that have factors."""
+    tensors: int
+    preconditioned_tensors: int
+    blocks: int
+    """Rectangles with a pair of factors."""
+    largest_block: tuple[int, int]
+    state: Load
+    working: Load
+    """Gradient copies and other temporaries of the largest wave; an estimate."""
+    exchange: Load
+    """What is sent and received of the largest wave, in buffers."""
+    work: Load
+    """Operations of the blocks' owners, an average step: `preconditioners.operations.Work.cost`."""
+    wire_step: Load
+    """Sent by the optimizer in a late step, on average where refreshes are spread over the steps of a period; what the
+    data parallelism itself sends is not in it."""
+    wire_refresh: Load
+    """The same in a step that computes all factors, roots or bases."""
+    others: dict[str, Load]
+    """State of other optimizers of this model, cut evenly over the ranks where ours is."""
+
+    @property
+    def peak(self) -> int:
+        """Optimizer memory of the fullest rank at the worst moment of a step."""
+        return self.state.largest + self.working.largest + self.exchange.largest
+
+    def bytes_per_parameter(self, load: Load) -> float:
+        """Of one copy of the state."""
+        return load.total / self.parameters / self.copies
+
+    @property
+    def balance(self) -> float:
+        """Work of the busiest rank over the mean: 1 is perfect."""
+        return self.work.largest * self.world_size / max(self.work.total, 1)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as JSON holds it."""
+        return {**asdict(self), "peak": self.peak, "balance": self.balance}
+
+    def __str__(self) -> str:
+        return "\n".join(_lines(self))
+
+
+def _lines(p: Plan) -> list[str]:
+    """The plan as text."""
+    settings = ", ".join(f"{name}={value}" for name, value in p.options.items()) or "default options"
+    share = p.preconditioned / p.parameters
+    return [
+        f"{p.model}: {p.parameters:,} parameters in {p.tensors:,} tensors; {settings}",
+        f"{ranks_text(p)}: {SHARDINGS[p.sharding]}",
+        f"preconditioned: {p.preconditioned:,} parameters ({share:.1%}) of {p.preconditioned_tensors:,} tensors, "
+        f"in {p.blocks:,} blocks of up to {p.largest_block[0]} x {p.largest_block[1]}",
+        "",
+        f"{'optimizer state':<16}{'bytes/param':>12}{'a rank':>12}{'all ranks':>12}",
+        *(
+            f"{name:<16}{p.bytes_per_parameter(load):>12.2f}{bytes_text(load.largest):>12}{bytes_text(load.total):>12}"
+            for name, load in [("Shampoo4bit", p.state), *p.others.items()]
+        ),
+        "",
+        "Shampoo4bit, the fullest rank",
+        f"{'  state':<40}{bytes_text(p.state.largest):>12}",
+        f"{'  working memory of a step':<40}{bytes_text(p.working.largest):>12}",
+        f"{'  exchange buffers':<40}{bytes_text(p.exchange.largest):>12}",
+        f"{'  peak':<40}{bytes_text(p.peak):>12}",
+        f"{'  sent in a step':<40}{bytes_text(p.wire_step.largest):>12}",
+        f"{'  sent where every block is refreshed':<40}{bytes_text(p.wire_refresh.largest):>12}",
+        f"work of the busiest rank: {p.balance:.2f} times the mean",
+    ]
+
+
+def ranks_text(p: Plan) -> str:
+    """The ranks, as people write them."""
+    groups = f"{p.world_size // p.shards:,} x {p.shards:,}" if p.sharding == "hsdp" else f"{p.world_size:,}"
+    return f"{groups} x {p.sharding}"
+
+
+def bytes_text(size: int) -> str:
+    """Bytes for people: three significant digits or more, in powers of 1,000."""
+    unit = min(max(len(str(size)) - 1, 0) // 3, 4)
+    return f"{size / 1000**unit:.{2 if unit else 0}f} {('B', 'kB', 'MB', 'GB', 'TB')[unit]}"
