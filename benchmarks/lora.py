@@ -26,9 +26,10 @@ TEMPLATE = (
 RATES = [2e-3, 5e-3, 1.2e-2]
 GRID = {
     "AdamW": ("adamw_torch", "", RATES),
+    "KL-Shampoo, the rank side alone": ("shampoo4bit", "", [*RATES, 3e-2]),
+    "SOAP, the rank side alone": ("soap4bit", "", [*RATES, 3e-2]),
     "Shampoo, long side in blocks of 64": ("shampoo4bit", "algorithm=shampoo,block_size=64", RATES),
     "Shampoo, whole sides": ("shampoo4bit", "algorithm=shampoo", RATES),
-    "SOAP, the rank side alone": ("soap4bit", "", RATES),
 }
 COMMON = {
     "use_peft": True, "lora_r": 8, "lora_alpha": 16, "lora_target_modules": "all-linear", "max_length": 128,
