@@ -30,7 +30,8 @@ from .completeness import last_complete
 from .formats import check_metadata, join, unflattened, unpack, well_formed
 from .optimizer_folder import GROUPS, read_whole
 
-FILES = ("optimizer.pt", "optimizer.bin", "optimizer_0")
+WHOLE = "optimizer.pt"
+FILES = (WHOLE, "optimizer.bin", "optimizer_0")
 STAGE_0 = "mp_rank_00_model_states.pt"
 
 
@@ -56,9 +57,13 @@ def main(arguments: Sequence[str]) -> None:
         return
     import torch
 
-    output = given.output or given.folder / "optimizer.pt"
+    output = given.output or given.folder / WHOLE
     if output.exists():
-        raise FileExistsError(f"{output} exists: remove it, or choose another --output")
+        whole = given.folder / WHOLE
+        if whole.exists() and output.samefile(whole) and not _of_other_modes(given.folder):
+            print(f"{output} is the whole state already (read and checked): there is nothing to convert")
+            return
+        raise FileExistsError(f"{output} exists and is kept: choose another --output")
     with replacing(output) as temporary:
         torch.save(checksums.added(by_position(state_dict)), temporary)
     print(f"wrote {output}")
@@ -98,8 +103,7 @@ def read(folder: Path) -> dict[str, Any]:
         found = at / STAGE_0
         state_dict = _of_stage_0(found)
     elif found is None:
-        files = ", ".join([*FILES, "global_step*", GROUPS])
-        raise FileNotFoundError(f"{folder} holds none of {files}: not a checkpoint with an optimizer")
+        raise FileNotFoundError(_none_in(folder))
     elif found.is_dir():
         from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
@@ -113,6 +117,23 @@ def read(folder: Path) -> dict[str, Any]:
         return well_formed(unpack(checksums.verified(state_dict)))
     except CheckpointError as error:
         raise CheckpointError(f"{found}: {error}") from error
+
+
+def _none_in(folder: Path) -> str:
+    """Why there is no optimizer in what a user named, and where there may be one."""
+    if not folder.exists():
+        return f"{folder} does not exist"
+    if folder.is_file():
+        return f"{folder} is a file: give the folder that it lies in, {folder.parent}"
+    files = ", ".join([*FILES, "global_step*", GROUPS])
+    within = sorted(path.name for path in folder.glob("checkpoint-*") if path.is_dir())
+    hint = f"; it holds {', '.join(within)}: name one of them" if within else ""
+    return f"{folder} holds none of {files}: not a checkpoint with an optimizer{hint}"
+
+
+def _of_other_modes(folder: Path) -> bool:
+    """Whether a folder holds what is read before a file of `FILES`: save_optimizer's folder, or DeepSpeed's ranks."""
+    return (folder / GROUPS).exists() or bool(_of_ranks(_step_of_deepspeed(folder)))
 
 
 def _loaded(file: Path) -> Any:
@@ -227,10 +248,12 @@ def described(state_dict: dict[str, Any]) -> Iterator[str]:
     """Lines about the groups: step, what differs from the defaults, and the bytes of each kind of tensor."""
     for i, group in enumerate(state_dict["param_groups"]):
         chosen = {n: group[n] for n in NAMES if n in group and _plain(group[n]) != getattr(Options, n)}
+        chosen.pop("algorithm", None)
         entries = [state_dict["state"].get(key, {}) for key in group["params"]]
         yield f"group {i}: {len(entries)} parameters, step {group['step']}, {group['skipped_steps']} skipped"
         yield f"  lr {group['lr']}, weight decay {group['weight_decay']}, betas {tuple(group['betas'])}"
-        yield "  options: " + (", ".join(f"{name}={value}" for name, value in chosen.items()) or "the defaults")
+        others = ", ".join(f"{name}={value}" for name, value in chosen.items()) or "the other options at their defaults"
+        yield f"  algorithm={group.get('algorithm', Options.algorithm)}, {others}"
         sizes: dict[str, int] = {}
         for entry in entries:
             for key, tensor in own(entry).items():

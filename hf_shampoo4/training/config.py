@@ -44,24 +44,42 @@ def config_root() -> Path:
 def read_config(path: Union[str, Path], kind: str = "train") -> dict[str, Any]:
     """A YAML file's settings; a bare name is looked up among the shipped `configs/<kind>`.
 
+    `like: OTHER` in it lays the file over another one, which lies beside it or is shipped.
+
     Raises:
-        ConfigError: no such file, not YAML, or not a mapping.
+        ConfigError: no such file, not YAML, not a mapping, or a file that is like itself.
     """
+    files = [_find(path, Path(), kind)]
+    content = _mapping(path, files[0])
+    while other := content.pop("like", None):
+        found = _find(other, files[-1].parent, kind)
+        if found in files:
+            raise ConfigError(f"config {str(path)!r}: `like: {other}` leads back to {found.name!r}")
+        files.append(found)
+        content = {**_mapping(other, found), **content}
+    return content
+
+
+def _find(path: Union[str, Path], folder: Path, kind: str) -> Path:
     shipped = config_root() / kind
     try:
-        candidates = (Path(path).expanduser(), shipped / f"{path}.yaml", shipped / path)
+        candidates = (folder / Path(path).expanduser(), shipped / f"{path}.yaml", shipped / path)
         found = next((candidate for candidate in candidates if candidate.is_file()), None)
-    except (ValueError, RuntimeError) as error:  # no path can be called that, or there is no such user's home
+    except (TypeError, ValueError, RuntimeError) as error:  # no path can be called that, or no user has that home
         raise ConfigError(f"config {str(path)!r} does not exist: {error}") from error
     if found is None:
         names = ", ".join(sorted(file.stem for file in shipped.glob("*.yaml")))
         raise ConfigError(f"config {str(path)!r} does not exist; allowed: a YAML file, or one of {names}")
+    return found.resolve()
+
+
+def _mapping(name: Union[str, Path], file: Path) -> dict[str, Any]:
     try:
-        content = read_yaml(found)
+        content = read_yaml(file)
     except ValueError as error:
-        raise ConfigError(f"config {str(path)!r} {error}") from error
+        raise ConfigError(f"config {str(name)!r} {error}") from error
     if not isinstance(content, dict):
-        raise ConfigError(f"config {str(path)!r} must map settings to values, not {type(content).__name__}")
+        raise ConfigError(f"config {str(name)!r} must map settings to values, not {type(content).__name__}")
     return content
 
 

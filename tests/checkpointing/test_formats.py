@@ -264,6 +264,30 @@ def test_one_turned_bit_is_found_wherever_the_folder_is_read(side: Path, kind: s
     load_and_step(side)
 
 
+def test_convert_never_asks_for_the_only_state_to_be_deleted(side: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main(["convert", str(side)])
+    for _ in range(2):  # beside the folder's own state: another file's name is what helps
+        with pytest.raises(FileExistsError, match=r"optimizer.pt exists and is kept: choose another --output"):
+            main(["convert", str(side)])
+    capsys.readouterr()
+    alone = side.parent / "alone"
+    alone.mkdir()
+    (side / "optimizer.pt").rename(alone / "optimizer.pt")
+    before = (alone / "optimizer.pt").read_bytes()
+    main(["convert", str(alone)])
+    main(["convert", str(alone), "--output", str(alone / "optimizer.pt")])
+    assert "is the whole state already (read and checked): there is nothing to convert" in capsys.readouterr().out
+    assert (alone / "optimizer.pt").read_bytes() == before
+
+
+def test_a_folder_without_an_optimizer_is_told_from_its_checkpoints_and_from_a_file(tmp_path: Path) -> None:
+    for name, said in (("nowhere", "does not exist"), ("a.pt", "is a file: give the folder"), ("run", "checkpoint-5")):
+        (tmp_path / "run" / "checkpoint-5").mkdir(parents=True, exist_ok=True)
+        (tmp_path / "a.pt").touch()
+        with pytest.raises(FileNotFoundError, match=said):
+            main(["inspect", str(tmp_path / name)])
+
+
 def test_one_turned_bit_is_found_in_what_convert_has_written(side: Path) -> None:
     main(["convert", str(side)])
     file = side / "optimizer.pt"

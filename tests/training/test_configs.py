@@ -1,14 +1,19 @@
 """Every shipped configuration: it parses, its model builds, and its size is the one it is named for."""
 
+import json
+from dataclasses import replace
+
 import pytest
 import torch
 
+from hf_shampoo4.exceptions import ConfigError
 from hf_shampoo4.integrations.trainer import OPTIMS
-from hf_shampoo4.options import PRESETS, Options, parse_optim_args
+from hf_shampoo4.options import PRESETS, Options, parse_optim_args, resolve
 from hf_shampoo4.studies.grid import read_plan
 from hf_shampoo4.training.config import config_root, read_config
 from hf_shampoo4.training.model import ModelArguments, build_model, load_model_config
 from hf_shampoo4.training.pretrain import parse
+from tests.support.tiny import ROOT
 
 MODELS = sorted(path.stem for path in (config_root() / "models").glob("*.json"))
 OPTIMIZERS = sorted((config_root() / "optimizers").glob("*.yaml"), key=lambda path: path.stem)
@@ -53,16 +58,17 @@ def test_every_run_parses_and_its_model_is_long_enough(name):
     assert config.training.output_dir == f"runs/{name}"
 
 
-@pytest.mark.parametrize(
-    ("name", "steps", "batch", "weight_decay", "options"),
-    [
-        ("llama_130m_c4", 20_000, 512, 0.0, "preset=paper_eigen,block_size=10000"),
-        ("llama_350m_c4", 60_000, 512, 0.0, "preset=paper_eigen"),
-        ("llama_1b_c4", 100_000, 512, 0.0, "preset=paper_eigen"),
-        ("gpt2_124m_openwebtext", 60_000, 480, 0.1, "preset=paper_eigen"),
-    ],
-)
-def test_the_papers_settings(name, steps, batch, weight_decay, options):
+PAPERS = {
+    "llama_130m_c4_paper": (20_000, 512, 0.0, "preset=paper_eigen,block_size=10000"),
+    "llama_350m_c4_paper": (60_000, 512, 0.0, "preset=paper_eigen"),
+    "llama_1b_c4_paper": (100_000, 512, 0.0, "preset=paper_eigen"),
+    "gpt2_124m_openwebtext_paper": (60_000, 480, 0.1, "preset=paper_eigen"),
+}
+
+
+@pytest.mark.parametrize("name", PAPERS)
+def test_the_papers_settings(name):
+    steps, batch, weight_decay, options = PAPERS[name]
     training = parse(name).training
     assert training.max_steps == steps
     assert training.per_device_train_batch_size * training.gradient_accumulation_steps == batch
@@ -71,6 +77,43 @@ def test_the_papers_settings(name, steps, batch, weight_decay, options):
     assert training.get_warmup_steps(steps) == steps // 10
     assert training.bf16
     assert training.optim_args == options
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_the_papers_optimizer_is_named_so_and_every_other_run_has_the_default_one(name):
+    options = Options(**resolve(parse_optim_args(parse(name).training.optim_args or "")))
+    assert (options.algorithm == "shampoo") == name.endswith("_paper") == (name in PAPERS)
+    assert name in PAPERS or replace(options, rates=()) == Options()
+
+
+@pytest.mark.parametrize("name", PAPERS)
+def test_beside_a_papers_settings_is_the_same_run_with_twice_the_rate_that_it_gave_adamw(name):
+    paper, ours = parse(name).training, parse(name.removesuffix("_paper")).training
+    assert ours.learning_rate == 2 * paper.learning_rate
+    for same in ("max_steps", "per_device_train_batch_size", "lr_scheduler_type", "bf16", "seed"):
+        assert getattr(ours, same) == getattr(paper, same), same
+
+
+@pytest.mark.parametrize("name", ["stdlib_tiny", "gpt_stdlib_tiny"])
+def test_a_tiny_run_has_the_rates_that_the_race_found_best(name):
+    race = json.loads((ROOT / "docs" / "results" / "race" / "tiny_stdlib.json").read_text())
+    best = race["contestants"]["shampoo4bit"]["point"]
+    training = parse(name).training
+    assert training.learning_rate == best["learning_rate"]
+    assert dict(parse_optim_args(training.optim_args)["rates"]) == best["rates"]
+
+
+def test_a_file_is_laid_over_the_one_that_it_is_like(tmp_path):
+    (tmp_path / "mine.yaml").write_text("like: base.yaml\nseed: 1\n")
+    (tmp_path / "base.yaml").write_text("like: stdlib_tiny\nseed: 2\nmax_steps: 3\n")
+    expected = {**read_config("stdlib_tiny"), "seed": 1, "max_steps": 3}
+    assert read_config(tmp_path / "mine.yaml") == expected
+    (tmp_path / "base.yaml").write_text("like: mine.yaml")
+    with pytest.raises(ConfigError, match=r"`like: mine.yaml` leads back to 'mine.yaml'"):
+        read_config(tmp_path / "mine.yaml")
+    (tmp_path / "mine.yaml").write_text("like: nowhere")
+    with pytest.raises(ConfigError, match="config 'nowhere' does not exist; allowed: a YAML file, or one of "):
+        read_config(tmp_path / "mine.yaml")
 
 
 def test_the_demo_parses():

@@ -43,7 +43,7 @@ def settings(model: Path, data: Path, folder: Path, **changes: object) -> dict[s
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_every_configuration_parses(path: Path) -> None:
     config = parse(path.stem)
-    assert config.training.optim == ("shampoo4bit" if path.stem == "full" else "soap4bit")
+    assert config.training.optim == "shampoo4bit"
     assert config.training.output_dir == f"runs/finetune_{path.stem}"
     assert config.training.per_device_train_batch_size * config.training.gradient_accumulation_steps == 64
     assert config.model.use_peft == (path.stem != "full")
