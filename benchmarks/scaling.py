@@ -25,8 +25,8 @@ from hf_shampoo4.execution.blocking import loads_of
 from hf_shampoo4.execution.build import build
 from hf_shampoo4.execution.waves import Wave
 from hf_shampoo4.options import Options
-from hf_shampoo4.sharding.exchange import Exchange, Ranks
-from hf_shampoo4.sharding.local_parameter import held_itself
+from hf_shampoo4.sharding.exchange import Ranks, Transfer
+from hf_shampoo4.sharding.local_parameter import local_parameter
 from hf_shampoo4.sharding.placement import Layout, Split, sharded
 
 # hidden, inner, layers, rows of keys and values, vocabulary
@@ -48,16 +48,16 @@ def parameter(shape: tuple[int, ...], mesh: DeviceMesh, placements: tuple[Any, .
     """A DTensor without memory, as fully_shard leaves it on one rank."""
     ranks = tuple(mesh.mesh.flatten().tolist())
     splits = tuple(Split(0, 1) if placement.is_shard() else None for placement in placements)
-    held = sharded(shape, Layout((ranks,), tuple(mesh.mesh.shape), splits)).share_of[rank].region.numel
+    held = sharded(shape, Layout((ranks,), tuple(mesh.mesh.shape), splits)).shard_of[rank].region.numel
     rows = held // max(1, int(np.prod(shape[1:])))
     local = torch.empty((rows, *shape[1:]), device="meta")
     stride = torch.empty(shape, device="meta").stride()
     return DTensor.from_local(local, mesh, placements, run_check=False, shape=torch.Size(shape), stride=stride)
 
 
-def sent(side: Exchange, rank: int) -> int:
+def sent(transfer: Transfer, rank: int) -> int:
     """Entries that a rank sends to others."""
-    return sum(p.numel for to, pieces in side.out.items() if to != rank for p in pieces)
+    return sum(p.numel for to, pieces in transfer.out.items() if to != rank for p in pieces)
 
 
 def planned(model: str, world: int, sharding: str, options: Options) -> dict[str, Any]:
@@ -68,11 +68,11 @@ def planned(model: str, world: int, sharding: str, options: Options) -> dict[str
     mesh = init_device_mesh("cpu", size)
     matrices, rest = shapes(*MODELS[model])
     groups = [
-        (o, [held_itself(f"{i}.{k}", parameter(shape, mesh, placements, rank)) for k, shape in enumerate(of_group)])
+        (o, [local_parameter(f"{i}.{k}", parameter(shape, mesh, placements, rank)) for k, shape in enumerate(of_group)])
         for i, (o, of_group) in enumerate([(options, matrices), (Options(algorithm="elementwise"), rest)])
     ]
     start = time.perf_counter()
-    with_shapes = [(o, members, {held.name: held.shape for held in members}) for o, members in groups]
+    with_shapes = [(o, members, {p.name: p.shape for p in members}) for o, members in groups]
     waves: list[Wave] = [wave for of_group in build(with_shapes, Ranks(rank, world)) for wave in of_group]
     routes = [part.route for wave in waves for part in wave.parts]
     seconds = time.perf_counter() - start
@@ -88,7 +88,7 @@ def planned(model: str, world: int, sharding: str, options: Options) -> dict[str
         "blocks": sum(len(member.blocks) for wave in waves for member in wave.members),
         "imbalance": round(flops.max() / flops.mean(), 3), "state_mean": int(held.mean()), "state_max": int(held.max()),
         "sent_gradients": 4 * sum(sent(r.collect, rank) for r in routes),
-        "sent_updates": 4 * sum(sent(r.deliver, rank) for r in routes), "plan_seconds": round(seconds, 1),
+        "sent_updates": 4 * sum(sent(r.send, rank) for r in routes), "plan_seconds": round(seconds, 1),
     }  # fmt: skip
 
 

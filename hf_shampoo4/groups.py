@@ -37,7 +37,7 @@ from torch.nn.utils.parametrize import ParametrizationList
 from .execution.blocking import blocks_of
 from .options import NAMES, Options
 from .preconditioners.algorithms import Elementwise
-from .sharding.local_parameter import full_shape, remember
+from .sharding.local_parameter import full_shape, note_flat_ranges
 
 # The names that Trainer.get_decay_parameter_names leaves undecayed.
 _NO_DECAY_NAME = re.compile(r"bias|layernorm|rmsnorm|(?:^|\.)norm(?:$|\.)|_norm(?:$|\.)", re.IGNORECASE)
@@ -111,7 +111,7 @@ def param_groups(
         Groups `{"params": [(name, parameter), ...], "weight_decay": ..., "kind": ..., ...}`, each of one kind
         (`Options.kind`), none of them empty, in an order that depends on the model and the arguments alone.
     """
-    remember(model)
+    note_flat_ranges(model)
     places, heads, order = _places(model), _output_heads(model), list(_TREATMENTS)
     norms = {id(p) for module in model.modules() if isinstance(module, _NORMS) for p in module.parameters(False)}
     members: dict[tuple[int, str, bool, bool], list[tuple[str, nn.Parameter]]] = {}

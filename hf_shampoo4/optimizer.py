@@ -32,17 +32,17 @@ from .options import KINDS, NAMES, OF_ADAMW, OF_THE_RUN, STRUCTURAL, TYPES, Opti
 from .preconditioners.diagnostics import Probe
 from .preconditioners.moments import make_moments
 from .preconditioners.protocols import Context
-from .sharding.agreement import Failures, View, agree, of_each, together
+from .sharding.agreement import Failures, View, agree, all_or_none, gather_or_raise
 from .sharding.exchange import ProcessGroup, Ranks
 from .sharding.geometry import matrix_view
 from .sharding.local_parameter import (
-    Held,
-    check,
+    LocalParameter,
+    check_trainable,
+    deepspeed_parameters,
     full_shape,
-    held_by_deepspeed,
-    held_itself,
     in_deepspeed,
     in_fsdp1,
+    local_parameter,
     noted_name,
 )
 from .sharding.rendezvous import all_come, announced
@@ -153,7 +153,7 @@ class Shampoo4bit(torch.optim.Optimizer):
             self._ranks = self._find_ranks()
         self._ranks.require()
         units, mine = self._view()
-        if mine.failures.first is None and self._is_rehearsal(units):
+        if mine.failures.first is None and self._is_dry_run(units):
             return loss
         agreed = self._agree(units, mine)
         self.has_seen_gradients |= bool(agreed.present)
@@ -161,7 +161,7 @@ class Shampoo4bit(torch.optim.Optimizer):
             self._in_a_row.clear()
             for unit in units if agreed.present else ():
                 self._update(unit, agreed)
-            agreed.failures.raise_together()
+            agreed.failures.raise_on_all()
         else:
             self._skip(units)
         return loss
@@ -181,7 +181,7 @@ class Shampoo4bit(torch.optim.Optimizer):
         """
         for before in self._optimizer_state_dict_pre_hooks.values():
             before(self)
-        with self._as_made():
+        with self._with_model_parameters():
             saved = self._saved()
             members = [p for group in self.param_groups for p in group["params"]]
             number = {id(p): i for i, p in enumerate(members)}
@@ -207,8 +207,8 @@ class Shampoo4bit(torch.optim.Optimizer):
             return
         for wave in self._all_waves():
             if _only_consolidated(wave):
-                found = wave.saved()
-                with self.together():
+                found = wave.full_state()
+                with self.all_or_none():
                     for m, entry in found.items():
                         kept = {key: t.to("cpu", copy=True) for key, t in entry.items()}
                         self._consolidated[wave.members[m].parameter] = kept
@@ -267,7 +267,7 @@ class Shampoo4bit(torch.optim.Optimizer):
 
         Args:
             groups: as in a state dict, without "params".
-            read: fills the tensors that it is given, under the names of `Wave.rows`; it raises if one is missing.
+            read: fills the tensors that it is given, named as `Wave.named_blocks` does; it raises if one is missing.
             saved: the names of the parameters that it can read.
 
         Raises:
@@ -279,19 +279,19 @@ class Shampoo4bit(torch.optim.Optimizer):
         self._load({"state": {}, "param_groups": [*numbered, *groups[len(sizes) :]]}, saved)
         self._reader, self._unread, self._awaited = read, len(self._groups), saved
 
-    def rows(self) -> dict[str, Tensor]:
-        """The state of the blocks that this rank owns, as `Wave.rows` names it; views.
+    def named_blocks(self) -> dict[str, Tensor]:
+        """The state of the blocks that this rank owns, as `Wave.named_blocks` names it; views.
 
         Raises:
             RuntimeError: no step has been made that says which these are.
         """
         if not self._built:
             raise RuntimeError("which rank owns which block is known after the first step (also after loading)")
-        return {name: row for wave in self._all_waves() for name, row in wave.rows(owned=True).items()}
+        return {name: row for wave in self._all_waves() for name, row in wave.named_blocks(owned=True).items()}
 
     def _load(self, state_dict: dict[str, Any], elsewhere: Set[str] = frozenset()) -> None:
         """As torch loads, which would cast all state, codes too, to the parameters' dtype."""
-        with self._as_made():
+        with self._with_model_parameters():
             state_dict = self._numbered(well_formed(state_dict))
             stateless = [name for name in self._check_checkpoint(state_dict) if name not in elsewhere]
             parameter: dict[Any, Tensor] = {}
@@ -393,9 +393,9 @@ class Shampoo4bit(torch.optim.Optimizer):
         noted, count = self._purposes[index], len(self.parameters(index))
         return noted if len(noted) == count else [""] * count
 
-    def together(self) -> AbstractContextManager[None]:
+    def all_or_none(self) -> AbstractContextManager[None]:
         """All ranks leave the block, or all raise; a rank must not fail in it before others wait for it."""
-        return together(self._ranks)
+        return all_or_none(self._ranks)
 
     def _skip(self, units: Sequence[_Unit]) -> None:
         """Count a step that is not made, the same on every rank; the first one in a row is said.
@@ -408,7 +408,7 @@ class Shampoo4bit(torch.optim.Optimizer):
             self._in_a_row[unit.key] += 1
         in_a_row = max(self._in_a_row.values(), default=0)
         most = max((unit.group["max_skipped"] for unit in units), default=0)
-        where = [held.name for unit in units for held in unit.members if _is_broken(held.gradient())]
+        where = [local.name for unit in units for local in unit.members if _is_broken(local.gradient())]
         said = f"gradients are not finite, or too large to square (on this rank of {where[:3] or 'no parameter'})"
         if in_a_row == 1:
             warnings.warn(f"{said}: nothing was updated, and this step is counted in skipped_steps", stacklevel=3)
@@ -429,7 +429,7 @@ class Shampoo4bit(torch.optim.Optimizer):
         self._probes: dict[tuple[int, int], Probe] = {}
         self._consolidated: dict[Tensor, Entry] = {}
         self._reader, self._unread, self._awaited = None, 0, frozenset()
-        self._together, self._steps = "", 0
+        self._meeting, self._steps = "", 0
         self.has_seen_gradients = False
         self._stopwatch = Stopwatch()
 
@@ -444,9 +444,9 @@ class Shampoo4bit(torch.optim.Optimizer):
             parameters = self.parameters(index)
             named = list(zip(self._names(index, len(parameters)), parameters, strict=True))
             if parameters is not self._groups[index]["params"]:
-                found = [held_by_deepspeed(buffer, named) for buffer in group["params"]]
+                found = [deepspeed_parameters(buffer, named) for buffer in group["params"]]
             else:
-                found = [[held_itself(name, p) for name, p in named]]
+                found = [[local_parameter(name, p) for name, p in named]]
             first = {name: i for i, (name, _) in enumerate(named)}
             for candidates in found:
                 key = (index, first[candidates[0].name] if candidates else 0)
@@ -455,13 +455,13 @@ class Shampoo4bit(torch.optim.Optimizer):
                 units.append(_Unit(key, group, members, candidates))
         return units
 
-    def _needs(self, held: Held) -> bool:
+    def _needs(self, local: LocalParameter) -> bool:
         """Whether this rank has a part of a parameter's training: as torch's optimizers, it takes every gradient."""
-        p = held.parameter
-        stateful = bool(own(self.state.get(p, {}))) or held.name in self._awaited
-        return p.requires_grad or held.buffer.grad is not None or stateful
+        p = local.parameter
+        stateful = bool(own(self.state.get(p, {}))) or local.name in self._awaited
+        return p.requires_grad or local.buffer.grad is not None or stateful
 
-    def _is_rehearsal(self, units: Sequence[_Unit]) -> bool:
+    def _is_dry_run(self, units: Sequence[_Unit]) -> bool:
         """Whether an engine steps on zeros before training, so that optimizers make their state: nothing is to be done.
 
         DeepSpeed without ZeRO does, with copies of whole 16-bit parameters, which are alike on all ranks.
@@ -469,10 +469,10 @@ class Shampoo4bit(torch.optim.Optimizer):
         if any(group["step"] for group in self._groups):
             return False
         models = {id(ref()) for refs in self._models for ref in refs}
-        held = [held for unit in units for held in unit.members]
-        copies = [one.buffer for one in held if type(one.buffer) is Tensor and one.buffer is one.parameter]
+        local = [local for unit in units for local in unit.members]
+        copies = [one.buffer for one in local if type(one.buffer) is Tensor and one.buffer is one.parameter]
         gradients = [p.grad for p in copies if id(p) not in models and p.grad is not None]
-        return bool(held) and len(gradients) == len(held) and not any(g.any() for g in gradients)
+        return bool(local) and len(gradients) == len(local) and not any(g.any() for g in gradients)
 
     def _update(self, unit: _Unit, agreed: View) -> None:
         """One step of the parameters that have a gradient on some rank."""
@@ -510,12 +510,12 @@ class Shampoo4bit(torch.optim.Optimizer):
             self._ranks.require_same()
             refuse_join(self._wrappers)
             units = self._units()
-            live = [held for unit in units for held in unit.candidates]  # as many on every rank, whatever is frozen
+            live = [local for unit in units for local in unit.candidates]  # as many on every rank, whatever is frozen
             view.stale = any(self._stale(unit) for unit in units)
             view.finite = self._gradients_are_finite(live)
-            view.present = {held.name: width for held in live if (width := _width(held.buffer.grad))}
+            view.present = {local.name: width for local in live if (width := _width(local.buffer.grad))}
             if several:
-                view.names = [held.name for held in live]
+                view.names = [local.name for local in live]
                 view.settings, view.rates = self._settings(afresh=view.stale), _rates(self._groups)
                 view.fresh = has_gradient(self._replicas(units))
         return units, view
@@ -526,7 +526,7 @@ class Shampoo4bit(torch.optim.Optimizer):
         self._steps += 1
         if any(unit.key in self._built for unit in units):  # the second round: all that was to be read has been
             self._reader, self._awaited = None, frozenset()
-        device = next((held.buffer.device for unit in units for held in unit.candidates), torch.device("cpu"))
+        device = next((local.buffer.device for unit in units for local in unit.candidates), torch.device("cpu"))
         with nullcontext() if self._built else announced(self._ranks):
             agreed = agree(self._ranks, mine, self._explained, device)
         if agreed.stale and agreed.present:
@@ -539,20 +539,20 @@ class Shampoo4bit(torch.optim.Optimizer):
         """Compare what is taken for replicas: after planning, when first there are gradients, and ever more rarely."""
         again = [unit for unit in units if (unit.group["step"] + 1).bit_count() == 1]
         if again:
-            self._unchecked |= {id(held.parameter) for held in self._replicas(again, all_of_them=True)}
+            self._unchecked |= {id(local.parameter) for local in self._replicas(again, all_of_them=True)}
         if again or agreed.stale or agreed.fresh:
-            there = [held for held in self._replicas(units) if held.name in agreed.present]
+            there = [local for local in self._replicas(units) if local.name in agreed.present]
             tell = compare(self._ranks, there)
-            self._unchecked -= {id(held.parameter) for held, tells in zip(there, tell, strict=True) if tells}
+            self._unchecked -= {id(local.parameter) for local, tells in zip(there, tell, strict=True) if tells}
 
-    def _replicas(self, units: Sequence[_Unit], all_of_them: bool = False) -> list[Held]:
+    def _replicas(self, units: Sequence[_Unit], all_of_them: bool = False) -> list[LocalParameter]:
         """Plain tensors that every rank has; those that have not been compared yet."""
         waves = [wave for unit in units if unit.key in self._built for wave in self._built[unit.key].waves]
         plain = [
-            member.held for wave in waves for member in wave.members
+            member.local for wave in waves for member in wave.members
             if member.placement.whole and not hasattr(member.parameter, "device_mesh")
         ]  # fmt: skip
-        return plain if all_of_them else [held for held in plain if id(held.parameter) in self._unchecked]
+        return plain if all_of_them else [local for local in plain if id(local.parameter) in self._unchecked]
 
     def _settings(self, afresh: bool) -> str:
         """What must be the same on all ranks."""
@@ -602,51 +602,53 @@ class Shampoo4bit(torch.optim.Optimizer):
             TypeError, ValueError: parameters or a checkpoint that these ranks cannot train.
         """
         before = [self._built.get(unit.key) for unit in units]
-        if not self._together:
-            self._together = self._ranks.gather(uuid.uuid4().hex)[0]
+        if not self._meeting:
+            self._meeting = self._ranks.gather(uuid.uuid4().hex)[0]
         units, dropped = self._surveyed(units)
-        with self.together():
-            for held in [held for unit in units for held in unit.members]:
-                check(held.parameter)
+        with self.all_or_none():
+            for local in [local for unit in units for local in unit.members]:
+                check_trainable(local.parameter)
         if self._ranks.world > 1:  # owners may change
             for wave in [wave for built in before if built for wave in built.waves]:
-                wave.adopt(self._entries(wave))
-                self._put(wave, wave.saved())
+                wave.load_state(self._entries(wave))
+                self._put(wave, wave.full_state())
         for p in dropped:
             self.state[p] = foreign(self.state[p])
-        with self.together():
+        with self.all_or_none():
             shapes = [self._planned_shapes(unit) for unit in units]
             planned = build(
                 [(Options.of(u.group), u.members, of_group) for u, of_group in zip(units, shapes, strict=True)],
                 self._ranks,
             )
             for wave in [wave for waves in planned for wave in waves]:
-                wave.check(self._entries(wave))
+                wave.check_state(self._entries(wave))
         for wave in [wave for waves in planned for wave in waves]:
-            wave.adopt(self._entries(wave))
-            self._put(wave, wave.live())
+            wave.load_state(self._entries(wave))
+            self._put(wave, wave.local_state())
         if self._reader is not None:  # while there is no plan: a step that fails here has not been made
             fresh = [of_unit for unit, of_unit, old in zip(units, planned, before, strict=True)
                      if old is None and unit.key[0] < self._unread]  # fmt: skip
-            with self.together():
-                self._reader({name: row for waves in fresh for wave in waves for name, row in wave.rows().items()})
+            with self.all_or_none():
+                self._reader(
+                    {name: row for waves in fresh for wave in waves for name, row in wave.named_blocks().items()}
+                )
         self._count_updates([wave for waves in planned for wave in waves])
         for unit, waves, old in zip(units, planned, before, strict=True):
-            views = {held.parameter: own(self.state[held.parameter]) for held in unit.members}
+            views = {local.parameter: own(self.state[local.parameter]) for local in unit.members}
             others = (built.start for (index, _), built in self._built.items() if index == unit.key[0])
             start = old.step if old else next(others, unit.group["step"])
             everything = set(self.parameters(unit.key[0]))
             self._built[unit.key] = _Built(unit.identity(), everything, views, waves, start, start)
         if self._ranks.world > 1:
-            self._unchecked |= {id(held.parameter) for held in self._replicas(units, all_of_them=True)}
-            with self.together():
+            self._unchecked |= {id(local.parameter) for local in self._replicas(units, all_of_them=True)}
+            with self.all_or_none():
                 self._wrappers = wrappers(self._all_parameters())
                 refuse_join(self._wrappers)
 
     def _count_updates(self, waves: Sequence[Wave]) -> None:
         """Tell every rank how many updates each parameter has had, as the state says that is spread over them."""
         members = [member for wave in waves for member in wave.members]
-        counts = [torch.zeros(0, dtype=torch.float32, device="cpu"), *(wave.counted().cpu() for wave in waves)]
+        counts = [torch.zeros(0, dtype=torch.float32, device="cpu"), *(wave.update_counts().cpu() for wave in waves)]
         for member, count in zip(members, self._ranks.reduce(torch.cat(counts), largest=True).tolist(), strict=True):
             member.updates = int(count)
 
@@ -667,22 +669,22 @@ class Shampoo4bit(torch.optim.Optimizer):
         """
         before = {p: entry for built in self._built.values() for p, entry in built.state.items()}
         here = {p for index in range(len(self._groups)) for p in self.parameters(index)}
-        ranks = of_each(
-            self._ranks, lambda: [[self._standing(held, before) for held in unit.candidates] for unit in units]
+        ranks = gather_or_raise(
+            self._ranks, lambda: [[self._standing(local, before) for local in unit.candidates] for unit in units]
         )
         surveyed, dropped, fresh = [], [p for p in before if p not in here], list[str]()
         for i, unit in enumerate(units):
             built, members = self._built.get(unit.key), []
             known = built.everything if built and not here.issuperset(built.state) else here
-            for j, held in enumerate(unit.candidates):
+            for j, local in enumerate(unit.candidates):
                 standings = [of_rank[i][j] for of_rank in ranks]
-                lost = _is_lost(held.name, standings)
+                lost = _is_lost(local.name, standings)
                 if lost:
-                    dropped.append(held.parameter)
+                    dropped.append(local.parameter)
                 if any(standing.needed for standing in standings):
-                    members.append(held)
-                    if lost or held.parameter not in known:
-                        fresh.append(held.name)
+                    members.append(local)
+                    if lost or local.parameter not in known:
+                        fresh.append(local.name)
             surveyed.append(unit._replace(members=members))
         if fresh:
             _warn_of_fresh(
@@ -692,16 +694,16 @@ class Shampoo4bit(torch.optim.Optimizer):
             )
         return surveyed, dropped
 
-    def _standing(self, held: Held, before: Mapping[Tensor, Mapping[str, Any]]) -> _Standing:
-        p = held.parameter
+    def _standing(self, local: LocalParameter, before: Mapping[Tensor, Mapping[str, Any]]) -> _Standing:
+        p = local.parameter
         had, has = set(before.get(p, ())), set(own(self.state.get(p, {})))
         complete = had <= has
         torn = bool(had & has) and not complete
-        return _Standing(self._needs(held), p in before, bool(had), bool(has) and complete, torn)
+        return _Standing(self._needs(local), p in before, bool(had), bool(has) and complete, torn)
 
     def _planned_shapes(self, unit: _Unit) -> dict[str, tuple[int, ...]]:
         """Of all in the unit's group that is planned, the unit's own and, with DeepSpeed, that of its other parts."""
-        index, members = unit.key[0], {id(held.parameter) for held in unit.members}
+        index, members = unit.key[0], {id(local.parameter) for local in unit.members}
         named = zip(self.names(index), self.parameters(index), strict=True)
         return {name: full_shape(p) for name, p in named if p.requires_grad or id(p) in members}
 
@@ -714,7 +716,7 @@ class Shampoo4bit(torch.optim.Optimizer):
         return True
 
     @contextmanager
-    def _as_made(self) -> Iterator[None]:
+    def _with_model_parameters(self) -> Iterator[None]:
         """The groups with the model's parameters in them, where an engine has put its own tensors in their place."""
         theirs = [group["params"] for group in self._groups]
         for index, group in enumerate(self._groups):
@@ -741,9 +743,9 @@ class Shampoo4bit(torch.optim.Optimizer):
             if wave.replicated or first.parameter in saved:
                 continue
             if in_deepspeed(first.parameter):
-                saved.update({wave.members[m].parameter: entry for m, entry in wave.share().items()})
+                saved.update({wave.members[m].parameter: entry for m, entry in wave.partial_state().items()})
             else:
-                saved.update({wave.members[m].parameter: entry for m, entry in wave.saved().items()})
+                saved.update({wave.members[m].parameter: entry for m, entry in wave.full_state().items()})
         return saved
 
     def _meet(self) -> None:
@@ -757,17 +759,17 @@ class Shampoo4bit(torch.optim.Optimizer):
             "calls it alone, consolidate() on every rank (as the Trainer does after hf_shampoo4.register(), with "
             "trainer_kwargs() or with Shampoo4bitCallback)"
         )
-        if not all_come(f"{self._together}/{self._steps}", self._ranks, advice):
+        if not all_come(f"{self._meeting}/{self._steps}", self._ranks, advice):
             raise RuntimeError(f"other ranks have not called state_dict(); {advice}")
 
-    def _gradients_are_finite(self, live: Sequence[Held]) -> bool:
+    def _gradients_are_finite(self, live: Sequence[LocalParameter]) -> bool:
         by_device: dict[torch.device, list[Tensor]] = {}
-        for held in live:
-            if held.buffer.grad is not None:
-                check(held.parameter)  # which may have been frozen before
-                if held.buffer.grad.layout != torch.strided:
-                    _refuse_sparse(held.name)
-            gradient = held.gradient()
+        for local in live:
+            if local.buffer.grad is not None:
+                check_trainable(local.parameter)  # which may have been frozen before
+                if local.buffer.grad.layout != torch.strided:
+                    _refuse_sparse(local.name)
+            gradient = local.gradient()
             if gradient is not None and gradient.numel():
                 by_device.setdefault(gradient.device, []).append(gradient)
         return all(_finite(gradients) for gradients in by_device.values())
@@ -894,14 +896,14 @@ class _Unit(NamedTuple):
     key: tuple[int, int]
     """Position of the group, and in it of the first parameter, trained or not."""
     group: dict[str, Any]
-    members: list[Held]
+    members: list[LocalParameter]
     """What is planned: on this rank or, in `_plan`, on any."""
-    candidates: list[Held]
+    candidates: list[LocalParameter]
     """Everything that could be, the same on every rank."""
 
     def identity(self) -> Any:
         """What a plan depends on."""
-        live = [(id(held.buffer), held.buffer.device, held.buffer.dtype, held.shape) for held in self.members]
+        live = [(id(local.buffer), local.buffer.device, local.buffer.dtype, local.shape) for local in self.members]
         return [self.group[name] for name in NAMES], live
 
 
@@ -969,7 +971,7 @@ def _check_group(group: dict[str, Any]) -> None:
         raise ValueError("a parameter is in its group twice: it would be updated twice a step")
     for p in group["params"]:
         if p.requires_grad:  # frozen ones may be of any kind, such as quantised weights
-            check(p)
+            check_trainable(p)
 
 
 def _require_kind(group: Mapping[str, Any]) -> None:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ..exceptions import CheckpointError, OptionError
-from ..execution.state_layout import Entry, blocks_key, foreign, is_part, own
+from ..execution.state_layout import Entry, blocks_key, foreign, is_partial, own
 from ..options import NAMES, Options, check_rates, saved_options
 
 FORMAT = 5  # of the state; in every param group, so that a checkpoint says what wrote it
@@ -88,7 +88,7 @@ def join(name: str, parts: Sequence[Entry]) -> Entry:
     Raises:
         CheckpointError: a block is missing or there twice.
     """
-    if not is_part(parts[0]):  # every rank has everything: one alone, or all of what was frozen in mid-training
+    if not is_partial(parts[0]):  # every rank has everything: one alone, or all of what was frozen in mid-training
         return parts[0]
     found: Entry = foreign(parts[0])
     for key in dict.fromkeys(key for part in parts for key in own(part) if not key.endswith("/blocks")):
@@ -227,7 +227,7 @@ def check_entry(name: str, entry: dict[str, Any], layout: dict[str, tuple[tuple[
     Raises:
         CheckpointError: they differ.
     """
-    if is_part(entry):
+    if is_partial(entry):
         counts = {key: len(entry.get(blocks_key(key), ())) for key in layout}
         layout = {key: ((counts[key], *shape[1:]), dtype) for key, (shape, dtype) in layout.items() if counts[key]}
     known = {key for key in own(entry) if not key.endswith("/blocks")}

@@ -48,8 +48,8 @@ def save_optimizer(optimizer: Shampoo4bit, folder: str | Path) -> None:
         TypeError: a parameter group has a value that JSON cannot hold.
     """
     folder = Path(folder)
-    with optimizer.together():
-        rows = optimizer.rows()
+    with optimizer.all_or_none():
+        rows = optimizer.named_blocks()
         if (folder / GROUPS).exists():
             raise FileExistsError(f"{folder} holds an optimizer already: choose another folder")
         groups = [_described(optimizer, i) for i in range(len(optimizer.param_groups))]
@@ -57,7 +57,7 @@ def save_optimizer(optimizer: Shampoo4bit, folder: str | Path) -> None:
         mine = {name: checksums.of_tensor(row) for name, row in rows.items()}
     _write(rows, folder, optimizer)
     everybodys = {name: number for of_rank in optimizer.gather(mine) for name, number in of_rank.items()}
-    with optimizer.together():  # nobody goes on before it is complete
+    with optimizer.all_or_none():  # nobody goes on before it is complete
         if optimizer.rank == 0:
             _complete(folder, groups, everybodys)
 
@@ -142,7 +142,7 @@ def load_optimizer(optimizer: Shampoo4bit, folder: str | Path) -> None:
 
 
 def _parameter_of(row: str) -> str:
-    """The parameter of a row, as `Wave.rows` names it."""
+    """The parameter of a row, as `Wave.named_blocks` names it."""
     return row.rsplit("/", 3)[0]
 
 

@@ -122,7 +122,7 @@ def _load(block: Block, options: Options) -> Load:
     return Load(work.cost(block.numel), sum(nbytes(storage) for storage in block.algorithm.storages().values()))
 
 
-def places_of(counts: Mapping[str, int]) -> dict[str, list[float]]:
+def phases_of(counts: Mapping[str, int]) -> dict[str, list[float]]:
     """What share of a group's blocks comes before each: staggered, neighbours are refreshed in one step or the next.
 
     So the owners of a wave, among whom its blocks are dealt, have work in the same steps, and other waves in others.
@@ -130,11 +130,11 @@ def places_of(counts: Mapping[str, int]) -> dict[str, list[float]]:
     Args:
         counts: parameter's name -> its number of blocks, in the group's order.
     """
-    total, first, places = sum(counts.values()), 0, {}
+    total, first, phases = sum(counts.values()), 0, {}
     for name, count in counts.items():
-        places[name] = [(first + k) / total for k in range(count)]
+        phases[name] = [(first + k) / total for k in range(count)]
         first += count
-    return places
+    return phases
 
 
 class Planned(Protocol):
@@ -149,23 +149,23 @@ class Planned(Protocol):
         """Entries of all of it."""
 
     @property
-    def parts(self) -> int:
+    def shard_count(self) -> int:
         """Into how many the ranks have cut it; 1: it is whole on every rank."""
 
 
 P = TypeVar("P", bound=Planned)
 
 
-def _in_waves(parameters: Iterable[P]) -> Iterator[list[P]]:
+def in_waves(parameters: Iterable[P]) -> Iterator[list[P]]:
     """Parameters of one kind and number of parts, as many as fit `WAVE_ELEMENTS` a rank; at least one."""
     alike: dict[Hashable, list[P]] = {}
     for p in parameters:
-        alike.setdefault((p.kind, p.parts), []).append(p)
+        alike.setdefault((p.kind, p.shard_count), []).append(p)
     for candidates in alike.values():
         wave: list[P] = []
         elements = 0
         for p in candidates:
-            if wave and elements + p.numel > WAVE_ELEMENTS * p.parts:
+            if wave and elements + p.numel > WAVE_ELEMENTS * p.shard_count:
                 yield wave
                 wave, elements = [], 0
             wave.append(p)
@@ -173,7 +173,7 @@ def _in_waves(parameters: Iterable[P]) -> Iterator[list[P]]:
         yield wave
 
 
-def _in_parts(blocks: Sequence[Block], owners: Sequence[int], ranks: int) -> list[list[int]]:
+def in_parts(blocks: Sequence[Block], owners: Sequence[int], ranks: int) -> list[list[int]]:
     """Positions of the blocks of a wave, so that no rank computes many more than `WAVE_ELEMENTS` entries of a part.
 
     One part where the wave fits, and where norms go over whole parameters (Shampoo's graft).  Of several ranks each

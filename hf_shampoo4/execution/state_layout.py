@@ -51,6 +51,6 @@ def foreign(entry: Mapping[Any, Any]) -> dict[Any, Any]:
     return {key: value for key, value in entry.items() if not (isinstance(key, str) and "/" in key)}
 
 
-def is_part(entry: Entry) -> bool:
+def is_partial(entry: Entry) -> bool:
     """Whether an entry has a part of a parameter's blocks only."""
     return any(key.endswith("/blocks") for key in own(entry))

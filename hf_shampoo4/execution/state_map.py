@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from ..numerics.storage import Index, index_of
-from ..sharding.agreement import together
-from ..sharding.exchange import Cut, Exchange, Form, Piece, Route, packed, route
+from ..sharding.agreement import all_or_none
+from ..sharding.exchange import BlockedParameter, Form, Piece, Route, Transfer, packed, route
 from ..sharding.geometry import MatrixView, Rect
 from ..sharding.placement import Placement, sharded, whole
 from .state_layout import Entry, state_key
@@ -42,7 +42,7 @@ class StateMap:
     """The rows of a wave's state: live on their owners, saved where the parameters' placements say.
 
     A row moves as an entry of a vector of rows would, so `exchange.route` knows the way: `collect` is loading,
-    `deliver` saving.
+    `send` saving.
     """
 
     def __init__(self, wave: Wave) -> None:
@@ -52,27 +52,29 @@ class StateMap:
             for m, member in enumerate(wave.members)
             for algorithm in dict.fromkeys(block.algorithm for block in member.blocks)
         ]
-        self.cuts: list[Cut] = []
+        self.parameters: list[BlockedParameter] = []
         self.first = [0]
         for m, algorithm in self.groups:
             member = wave.members[m]
-            rows = member.rows(algorithm)
+            rows = member.positions_of(algorithm)
             rects = [Rect(0, 0, 1, k, k + 1) for k in range(len(rows))]
             placement = _saved_placement(member.placement, len(rows), wave.ranks.world)
-            self.cuts.append(Cut(placement, MatrixView(1, 1, len(rows)), rects, [member.owners[i] for i in rows]))
+            self.parameters.append(
+                BlockedParameter(placement, MatrixView(1, 1, len(rows)), rects, [member.owners[i] for i in rows])
+            )
             self.first.append(self.first[-1] + len(rows))
-        live = wave.live()
-        self.live = [{key: live[m][key] for key in self.layout(g)} for g, (m, _) in enumerate(self.groups)]
+        live = wave.local_state()
+        self.local_rows = [{key: live[m][key] for key in self.layout(g)} for g, (m, _) in enumerate(self.groups)]
 
     @cached_property
     def route(self) -> Route:
         """Of rows, as pieces of one entry."""
-        return route(self.wave.ranks.rank, self.wave.ranks.world, self.cuts)
+        return route(self.wave.ranks.rank, self.wave.ranks.world, self.parameters)
 
-    def kept(self, group: int) -> list[int]:
+    def kept_blocks(self, group: int) -> list[int]:
         """The blocks of a group whose state lives on this rank."""
-        owners = self.cuts[group].owners
-        return [k for k, owner in enumerate(owners) if self.wave.keeps(owner)]
+        owners = self.parameters[group].owners
+        return [k for k, owner in enumerate(owners) if self.wave.keeps_state_of(owner)]
 
     def layout(self, group: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         """State key -> shape of a row and dtype."""
@@ -83,55 +85,55 @@ class StateMap:
             for buffer, layout in storage.layout().items()
         }
 
-    def empty(self) -> list[Entry]:
+    def empty_rows(self) -> list[Entry]:
         """Room for the saved rows that this rank holds."""
         rank, found = self.wave.ranks.rank, []
         for g in range(len(self.groups)):
-            count, layout = self.cuts[g].placement.share_of[rank].region.numel, self.layout(g).items()
+            count, layout = self.parameters[g].placement.shard_of[rank].region.numel, self.layout(g).items()
             found.append({k: _empty((count, *shape), dtype, self.wave.device) for k, (shape, dtype) in layout})
         return found
 
-    def spread(self, saved: Sequence[Mapping[str, Any]]) -> list[bool]:
+    def are_dtensors(self, saved: Sequence[Mapping[str, Any]]) -> list[bool]:
         """Whether each group's saved state is DTensors; the same on every rank."""
         return [
             any(hasattr(saved[m].get(key), "to_local") for key in self.layout(g))
             for g, (m, _) in enumerate(self.groups)
         ]
 
-    def rows(self, groups: Sequence[bool]) -> set[int]:
+    def rows_of(self, groups: Sequence[bool]) -> set[int]:
         """The rows, as the route counts them, of some groups."""
         return {row for g, of_group in enumerate(groups) if of_group for row in range(self.first[g], self.first[g + 1])}
 
-    def local(self, saved: Sequence[Mapping[str, Any]]) -> list[Entry]:
+    def dtensor_rows(self, saved: Sequence[Mapping[str, Any]]) -> list[Entry]:
         """The rows of saved DTensors that this rank holds."""
         return [
             {key: saved[m][key].to_local() for key in self.layout(g)} if is_spread else {}
-            for g, ((m, _), is_spread) in enumerate(zip(self.groups, self.spread(saved), strict=True))
+            for g, ((m, _), is_spread) in enumerate(zip(self.groups, self.are_dtensors(saved), strict=True))
         ]
 
-    def entries(self, held: list[Entry]) -> dict[int, Entry]:
+    def entries(self, rows: list[Entry]) -> dict[int, Entry]:
         """Member -> its saved state, from the rows that this rank holds."""
         found: dict[int, Entry] = {m: {} for m in range(len(self.wave.members))}
         for g, (m, _) in enumerate(self.groups):
-            blocks = len(self.cuts[g].rects)
-            found[m].update({key: _as_saved(t, self.wave.members[m].parameter, blocks) for key, t in held[g].items()})
+            blocks = len(self.parameters[g].rects)
+            found[m].update({key: _as_saved(t, self.wave.members[m].parameter, blocks) for key, t in rows[g].items()})
         return found
 
-    def move(self, side: Exchange, purpose: str, source: list[Entry], target: list[Entry]) -> None:
+    def move(self, transfer: Transfer, purpose: str, source: list[Entry], target: list[Entry]) -> None:
         """Copy rows from where they are to where the exchange says, all of them in one all-to-all."""
         ranks, device = self.wave.ranks, self.wave.device
-        with together(ranks):
-            outgoing = {rank: self._rows(pieces, source) for rank, pieces in side.out.items()}
-            incoming = {rank: self._rows(pieces, target) for rank, pieces in side.into.items()}
+        with all_or_none(ranks):
+            outgoing = {rank: self._rows(pieces, source) for rank, pieces in transfer.out.items()}
+            incoming = {rank: self._rows(pieces, target) for rank, pieces in transfer.into.items()}
             for here, there in zip(incoming.get(ranks.rank, ()), outgoing.get(ranks.rank, ()), strict=True):
                 here.write(there.read())
             out = {rank: packed([rows.read() for rows in found], device) for rank, found in outgoing.items()}
-        if side.local:
+        if transfer.is_local:
             return
         sizes = {rank: part.numel() for rank, part in out.items()}
         into = {rank: [rows.form for rows in found] for rank, found in incoming.items()}
         pending = ranks.all_to_all(purpose, out, sizes, into, device)
-        with together(ranks):
+        with all_or_none(ranks):
             for rank, received in pending.wait().items():
                 for rows, values in zip(incoming.get(rank, ()), received, strict=True):
                     rows.write(values)
@@ -144,8 +146,8 @@ class StateMap:
             by_group.setdefault(piece.member, []).append(piece)
         for g, members in by_group.items():
             rows = [piece.offset for piece in members]
-            if tensors is self.live:
-                position = {k: i for i, k in enumerate(self.kept(g))}
+            if tensors is self.local_rows:
+                position = {k: i for i, k in enumerate(self.kept_blocks(g))}
                 rows = [position[piece.block - self.first[g]] for piece in members]
             index = index_of(rows, self.wave.device)
             found += [Rows(tensors[g][key], index, len(rows)) for key in self.layout(g)]

@@ -11,11 +11,11 @@ from torch import Tensor
 from ..numerics.linalg import exact_float32
 from ..numerics.rounding import noise_at, to_bfloat16
 from ..options import Options
-from ..preconditioners.algorithms import directions
+from ..preconditioners.algorithms import compute_updates
 from ..preconditioners.protocols import Context
 from ..sharding.agreement import Failures
 from ..sharding.exchange import Form, Pending, Piece, packed
-from .waves import Part, Rows, Stack, Wave
+from .waves import BlockStack, Part, Rows, Wave
 
 
 def run(steps: Sequence[WaveStep]) -> None:
@@ -30,7 +30,7 @@ def run(steps: Sequence[WaveStep]) -> None:
         step.send()
         if before is not None:
             before.apply()
-        before = None if step.route.deliver.local else step
+        before = None if step.route.send.is_local else step
         if before is None:  # nothing travels: do not keep the updates
             step.apply()
     if before is not None:
@@ -59,17 +59,17 @@ class WaveStep:
 
     def __post_init__(self) -> None:
         self.route, self.rank = self.part.route, self.wave.ranks.rank
-        dtype = self.wave.members[0].held.buffer.dtype
+        dtype = self.wave.members[0].local.buffer.dtype
         half = self.context.options.wire == "bf16"
         wanted = {self.wave.member_of[block] for block in self.part.blocks}
         self._source_dtypes = [{m: self.gradient_dtypes[m] for m in wanted}]
         if self.context.coupled_decay:
             self._source_dtypes.append(dict.fromkeys(wanted, dtype))
-        if half and not self.route.collect.local:
+        if half and not self.route.collect.is_local:
             self._source_dtypes = [dict.fromkeys(wanted, torch.bfloat16) for _ in self._source_dtypes]
-        self.update_dtype = torch.bfloat16 if half and not self.route.deliver.local else torch.float32
+        self.update_dtype = torch.bfloat16 if half and not self.route.send.is_local else torch.float32
         self.sends_weights = (
-            not self.route.deliver.local
+            not self.route.send.is_local
             and self.wave.whole
             and (not half or dtype.itemsize == self.update_dtype.itemsize)
         )
@@ -78,23 +78,23 @@ class WaveStep:
 
     def collect(self) -> None:
         """Send the gradients (and, where the step needs them, the weights) to the owners; nothing waits."""
-        side, device = self.route.collect, self.wave.device
+        transfer, device = self.route.collect, self.wave.device
         out: dict[int, Tensor] = {}
         with self.failures.kept():
-            self._sources = self._held()
-            for rank in self.wave.ranks.others if not side.local else ():
-                pieces = side.out.get(rank, [])
+            self._sources = self._sources_here()
+            for rank in self.wave.ranks.others if not transfer.is_local else ():
+                pieces = transfer.out.get(rank, [])
                 out[rank] = packed([p.of_flat(source[p.member]) for source in self._sources for p in pieces], device)
-        if not side.local:
-            sizes = {rank: _nbytes(self._source_forms(pieces)) for rank, pieces in side.out.items()}
-            into = {rank: self._source_forms(pieces) for rank, pieces in side.into.items()}
+        if not transfer.is_local:
+            sizes = {rank: _nbytes(self._source_forms(pieces)) for rank, pieces in transfer.out.items()}
+            into = {rank: self._source_forms(pieces) for rank, pieces in transfer.into.items()}
             self._collecting = self.wave.ranks.all_to_all("gradients", out, sizes, into, device)
 
     def update(self) -> None:
         """Bring the state of this rank's blocks up to date, and compute their updates."""
         sums = _Sums(self.wave, self.context.options)
         with self.failures.kept():
-            parts = [stack.part(rows) for stack in self.wave.stacks if (rows := self._rows(stack))]
+            parts = [stack.select(rows) for stack in self.wave.stacks if (rows := self._own_rows(stack))]
             stacks = [stack for stack, _ in parts]
             for stack in stacks:
                 stack.updates = self.wave.updates(stack)
@@ -102,9 +102,9 @@ class WaveStep:
             if self.context.options.maximize:
                 gradients = [-g for g in gradients]  # not in place: they may be the parameters' own
             with exact_float32(self.wave.device.type):
-                updates = directions(stacks, gradients, self.context, next(iter(weights), None), sums.total)
-            for _, put_back in parts:
-                put_back()
+                updates = compute_updates(stacks, gradients, self.context, next(iter(weights), None), sums.total)
+            for _, write_back in parts:
+                write_back()
             if not self.sends_weights:  # what stays here is rounded as what is sent: replicas must not differ
                 updates = [update.to(self.update_dtype) for update in updates]
             self._updates = self._by_block(stacks, updates)
@@ -116,12 +116,12 @@ class WaveStep:
 
         Where every rank keeps all state, what has changed of it goes along.
         """
-        wave, side = self.wave, self.route.deliver
-        if side.local:
+        wave, transfer = self.wave, self.route.send
+        if transfer.is_local:
             return
         if wave.replicated:
-            self._changes = wave.changes(self.part.blocks, self.context.options)
-        mine, out = side.into.get(self.rank, []), {}
+            self._changes = wave.changed_rows(self.part.blocks, self.context.options)
+        mine, out = transfer.into.get(self.rank, []), {}
         with self.failures.kept():
             if self.sends_weights:
                 self._write(*self._updated(mine), new_weights=False)
@@ -131,20 +131,20 @@ class WaveStep:
                 everything = packed([*self._results(mine), *state], wave.device)
                 out = dict.fromkeys(wave.ranks.others, everything)
             else:
-                pieces = {rank: side.out.get(rank, []) for rank in wave.ranks.others}
+                pieces = {rank: transfer.out.get(rank, []) for rank in wave.ranks.others}
                 out = {rank: packed(self._results(found), wave.device) for rank, found in pieces.items()}
-        sizes = {rank: _nbytes(self._forms_of(self.rank, side.out.get(rank, []))) for rank in wave.ranks.others}
-        into = {rank: self._forms_of(rank, side.into.get(rank, [])) for rank in wave.ranks.others}
+        sizes = {rank: _nbytes(self._forms_of(self.rank, transfer.out.get(rank, []))) for rank in wave.ranks.others}
+        into = {rank: self._forms_of(rank, transfer.into.get(rank, [])) for rank in wave.ranks.others}
         lost = 255 if self.sends_weights else 0  # weights of a rank without memory to send them: not a number
         self._sending = wave.ranks.all_to_all("updates", out, sizes, into, wave.device, lost)
 
     def apply(self) -> None:
         """p <- (1 - lr wd) p - lr u on what this rank holds, or the new p that came from its owner."""
-        side = self.route.deliver
+        transfer = self.route.send
         with self.failures.kept():
-            pieces, results = ([], []) if self.sends_weights else self._updated(side.into.get(self.rank, []))
+            pieces, results = ([], []) if self.sends_weights else self._updated(transfer.into.get(self.rank, []))
             for rank, received in self._sending.wait().items() if self._sending else ():
-                theirs = side.into.get(rank, [])
+                theirs = transfer.into.get(rank, [])
                 pieces += theirs
                 results += received[: len(theirs)]
                 for rows, values in zip(self._changes.get(rank, ()), received[len(theirs) :], strict=True):
@@ -152,12 +152,12 @@ class WaveStep:
             self._write(pieces, results, new_weights=self.sends_weights)
         self._updates, self._changes, self._sending = {}, {}, None
 
-    def _held(self) -> list[dict[int, Tensor]]:
+    def _sources_here(self) -> list[dict[int, Tensor]]:
         """Member -> its gradient and, where the step needs it, its weights, flat and as they are sent."""
         members = self.wave.members
         sources = [{m: members[m].gradient() for m in self._source_dtypes[0]}]
         if self.context.coupled_decay:
-            sources.append({m: members[m].held.weights() for m in self._source_dtypes[1]})
+            sources.append({m: members[m].local.weights() for m in self._source_dtypes[1]})
         return [
             {m: flat.to(dtypes[m]) for m, flat in source.items()}
             for source, dtypes in zip(sources, self._source_dtypes, strict=True)
@@ -166,14 +166,14 @@ class WaveStep:
     def _source_forms(self, pieces: Sequence[Piece]) -> list[Form]:
         return [Form((p.rows, p.columns), dtypes[p.member]) for dtypes in self._source_dtypes for p in pieces]
 
-    def _rows(self, stack: Stack) -> list[int]:
+    def _own_rows(self, stack: BlockStack) -> list[int]:
         """The rows of a stack whose blocks are this rank's."""
         return [i for i, b in enumerate(stack.blocks) if b in self.part.blocks and self.wave.owners[b] == self.rank]
 
-    def _collected(self, stacks: list[Stack]) -> list[list[Tensor]]:
+    def _collected(self, stacks: list[BlockStack]) -> list[list[Tensor]]:
         """For each source (gradients, weights) and stack: float32 (B, *shape)."""
-        mine, side = self.route.collect.into.get(self.rank, []), self.route.collect
-        if len(stacks) == len(mine) == len(self._sources) == 1 and side.local:  # one block, all here: look, do not copy
+        mine, transfer = self.route.collect.into.get(self.rank, []), self.route.collect
+        if transfer.is_local and len(stacks) == len(mine) == len(self._sources) == 1:  # one block: look, do not copy
             return [[mine[0].of_flat(self._sources[0][mine[0].member]).float().reshape(1, *stacks[0].algorithm.shape)]]
         filled = [
             [
@@ -186,7 +186,7 @@ class WaveStep:
         to = [p.of_block(view[p.block]) for view in views for p in mine]
         values = [p.of_flat(source[p.member]) for source in self._sources for p in mine]
         for rank, received in self._collecting.wait().items() if self._collecting else ():
-            to += [p.of_block(view[p.block]) for view in views for p in side.into.get(rank, ())]
+            to += [p.of_block(view[p.block]) for view in views for p in transfer.into.get(rank, ())]
             values += received
         if to:
             torch._foreach_copy_(to, values)
@@ -201,7 +201,7 @@ class WaveStep:
         """What is sent of pieces of this rank's blocks."""
         if not self.sends_weights:
             return [p.of_block(self._updates[p.block]) for p in pieces]
-        flats = {m: self.wave.members[m].held.weights() for m in {p.member for p in pieces}}
+        flats = {m: self.wave.members[m].local.weights() for m in {p.member for p in pieces}}
         return [p.of_flat(flats[p.member]) for p in pieces]
 
     def _forms_of(self, owner: int, pieces: Sequence[Piece]) -> list[Form]:
@@ -214,7 +214,7 @@ class WaveStep:
         for piece, result in zip(pieces, results, strict=True):
             found.setdefault(piece.member, []).append((piece, result))
         for together, copied in self._in_turn(found):
-            flats = {m: self.wave.members[m].held.weights() for m in together}
+            flats = {m: self.wave.members[m].local.weights() for m in together}
             changed, values = zip(*(change for m in together for change in found[m]), strict=True)
             targets = [p.of_flat(flats[p.member]) for p in changed]
             if new_weights:
@@ -222,11 +222,11 @@ class WaveStep:
             else:
                 self._descend(changed, targets, values)
             for m, flat in flats.items() if copied else ():
-                self.wave.members[m].held.write_back(flat)
+                self.wave.members[m].local.write_back(flat)
 
     def _in_turn(self, members: Iterable[int]) -> list[tuple[list[int], bool]]:
         """Parameters that are changed together, and whether `weights` is a copy: it may lie in another one's memory."""
-        flat = {m: self.wave.members[m].held.is_flat for m in members}
+        flat = {m: self.wave.members[m].local.is_flat for m in members}
         views = [m for m in flat if flat[m]]
         return [*([(views, False)] if views else []), *(([m], True) for m in flat if not flat[m])]
 
@@ -244,13 +244,15 @@ class WaveStep:
             exact = torch.stack([targets[i] for i in found]).float().mul_(keep)
             exact.add_(torch.stack([updates[i] for i in found]).float(), alpha=-self.lr)
             if options.stochastic_rounding and dtype == torch.bfloat16:
-                salts = torch.tensor([self.wave.salts[pieces[i].block] for i in found], dtype=torch.int32, device="cpu")
+                seed_offsets = torch.tensor(
+                    [self.wave.seed_offsets[pieces[i].block] for i in found], dtype=torch.int32, device="cpu"
+                )
                 at = _positions(row, column, rows, columns, width, self.wave.device)
-                noise = noise_at(salts.to(self.wave.device), self.context.step, options.seed, at)
+                noise = noise_at(seed_offsets.to(self.wave.device), self.context.step, options.seed, at)
                 exact = to_bfloat16(exact, noise.view_as(exact))
             torch._foreach_copy_([targets[i] for i in found], list(exact.unbind(0)))
 
-    def _by_block(self, stacks: list[Stack], tensors: list[Tensor]) -> dict[int, Tensor]:
+    def _by_block(self, stacks: list[BlockStack], tensors: list[Tensor]) -> dict[int, Tensor]:
         """Block -> its matrix in the tensor (B, *shape) of its stack."""
         return {
             block: matrix

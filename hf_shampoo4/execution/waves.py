@@ -23,95 +23,96 @@ import torch
 from torch import Tensor
 
 from ..exceptions import CheckpointError
-from ..numerics.storage import Index, index_of, put_back, taken
+from ..numerics.storage import Index, State, gather_rows, index_of, scatter_rows
 from ..options import Options
-from ..preconditioners.protocols import Algorithm, State, rows_that_change
-from ..sharding.agreement import together
-from ..sharding.exchange import Cut, Ranks, Route, route
+from ..preconditioners.protocols import Algorithm, rows_that_change
+from ..sharding.agreement import all_or_none
+from ..sharding.exchange import BlockedParameter, Ranks, Route, route
 from ..sharding.geometry import MatrixView, Rect
-from ..sharding.local_parameter import Held
+from ..sharding.local_parameter import LocalParameter
 from ..sharding.placement import Placement
-from .blocking import Block, _in_parts
+from .blocking import Block, in_parts
 from .state_layout import Entry, blocks_key, state_key, state_layout
 from .state_map import Rows, StateMap
 
 
 @dataclass
-class Member:
+class WaveParameter:
     """A parameter of a wave."""
 
-    held: Held
+    local: LocalParameter
     placement: Placement
     blocks: list[Block]
     owners: list[int]
     """Of the blocks, in canonical order."""
-    places: list[float] = field(default_factory=list)
-    """Of the blocks, see `plan.places_of`."""
+    phases: list[float] = field(default_factory=list)
+    """Of the blocks, see `blocking.phases_of`."""
     updates: int = 0
     """How many it has had, which all ranks count alike."""
 
     @property
     def name(self) -> str:
         """The same in every run and on every rank."""
-        return self.held.name
+        return self.local.name
 
     @property
     def parameter(self) -> Tensor:
         """The model's."""
-        return self.held.parameter
+        return self.local.parameter
 
     @property
     def kind(self) -> Hashable:
         """What the parameters of a wave have in common."""
-        return self.held.buffer.device, self.held.buffer.dtype
+        return self.local.buffer.device, self.local.buffer.dtype
 
     @property
     def numel(self) -> int:
         """Entries of all of it."""
-        return self.held.numel
+        return self.local.numel
 
     @property
-    def parts(self) -> int:
+    def shard_count(self) -> int:
         """Into how many the ranks have cut it."""
-        return len(self.placement.shares)
+        return len(self.placement.shards)
 
     def gradient(self) -> Tensor:
         """What this rank has of its gradient, flat; zeros if there is none."""
-        found = self.held.gradient()
-        return torch.zeros_like(self.held.weights()) if found is None else found
+        found = self.local.gradient()
+        return torch.zeros_like(self.local.weights()) if found is None else found
 
     @cached_property
-    def salts(self) -> list[int]:
+    def seed_offsets(self) -> list[int]:
         """One number a block, for stochastic rounding."""
         return [zlib.crc32(f"{self.name}:{k}".encode()) - (1 << 31) for k in range(len(self.blocks))]
 
-    def rows(self, algorithm: Algorithm) -> list[int]:
-        """Its blocks that run `algorithm`: block i is row `rows.index(i)` of the saved state."""
+    def positions_of(self, algorithm: Algorithm) -> list[int]:
+        """Its blocks that run `algorithm`: block i is row `positions_of(algorithm).index(i)` of the saved state."""
         return [i for i, block in enumerate(self.blocks) if block.algorithm == algorithm]
 
 
 @dataclass
-class Stack:
+class BlockStack:
     """Equal blocks of a wave, and their state."""
 
     algorithm: Algorithm
     blocks: list[int]
     """Their positions in the wave."""
     membership: Tensor
-    salts: Tensor
-    places: list[float]
+    seed_offsets: Tensor
+    phases: list[float]
     state: State = field(default_factory=dict)
     updates: list[int] = field(default_factory=list)
     """How many each block has had, while a step works on it: this one included."""
 
-    def part(self, rows: list[int]) -> tuple[Stack, Callable[[], None]]:
+    def select(self, rows: list[int]) -> tuple[BlockStack, Callable[[], None]]:
         """Some blocks of it, as a view where they follow each other, and what brings changed state back."""
         if len(rows) == len(self.blocks):
             return self, lambda: None
-        index = index_of(rows, self.salts.device)
-        state, blocks, places = taken(self.state, index), [self.blocks[i] for i in rows], [self.places[i] for i in rows]
-        part = Stack(self.algorithm, blocks, self.membership[:, index], self.salts[index], places, state)
-        return part, lambda: put_back(self.state, index, state)
+        index = index_of(rows, self.seed_offsets.device)
+        blocks, phases = [self.blocks[i] for i in rows], [self.phases[i] for i in rows]
+        state = gather_rows(self.state, index)
+        some = BlockStack(self.algorithm, blocks, self.membership[:, index], self.seed_offsets[index], phases, state)
+        return some, lambda: scatter_rows(self.state, index, state)
 
 
 @dataclass(frozen=True)
@@ -125,15 +126,15 @@ class Part:
         """The part of some of its blocks."""
         if len(blocks) == len(self.blocks):
             return self
-        return Part(blocks, Route(*(side.of_blocks(blocks) for side in self.route)))
+        return Part(blocks, Route(*(transfer.of_blocks(blocks) for transfer in self.route)))
 
 
 @dataclass
 class Wave:
     """Whole parameters: all that are computed together or, of a large one, in parts one after the other."""
 
-    members: list[Member]
-    stacks: list[Stack]
+    members: list[WaveParameter]
+    stacks: list[BlockStack]
     ranks: Ranks
     replicated: bool
     """Whether every rank keeps all state."""
@@ -141,7 +142,7 @@ class Wave:
     @property
     def device(self) -> torch.device:
         """Where all of it is computed."""
-        return self.members[0].held.buffer.device
+        return self.members[0].local.buffer.device
 
     @cached_property
     def owners(self) -> list[int]:
@@ -159,14 +160,14 @@ class Wave:
         return [block.rect for member in self.members for block in member.blocks]
 
     @cached_property
-    def salts(self) -> list[int]:
+    def seed_offsets(self) -> list[int]:
         """Of every block."""
-        return [salt for member in self.members for salt in member.salts]
+        return [seed_offset for member in self.members for seed_offset in member.seed_offsets]
 
     @cached_property
-    def places(self) -> list[float]:
+    def phases(self) -> list[float]:
         """Of every block."""
-        return [place for member in self.members for place in member.places]
+        return [phase for member in self.members for phase in member.phases]
 
     @property
     def whole(self) -> bool:
@@ -181,22 +182,22 @@ class Wave:
     @cached_property
     def parts(self) -> list[Part]:
         """What is computed one after the other."""
-        cuts = [_cut(member, member.placement, member.owners) for member in self.members]
+        parameters = [_blocked(member, member.placement, member.owners) for member in self.members]
         blocks = [block for member in self.members for block in member.blocks]
-        every = Part(frozenset(range(len(blocks))), route(self.ranks.rank, self.ranks.world, cuts))
-        return [every.of(frozenset(part)) for part in _in_parts(blocks, self.owners, self.members[0].parts)]
+        every = Part(frozenset(range(len(blocks))), route(self.ranks.rank, self.ranks.world, parameters))
+        return [every.of(frozenset(part)) for part in in_parts(blocks, self.owners, self.members[0].shard_count)]
 
-    def updates(self, stack: Stack) -> list[int]:
+    def updates(self, stack: BlockStack) -> list[int]:
         """How many each block of a stack has had."""
         return [self.members[self.member_of[block]].updates for block in stack.blocks]
 
-    def counted(self) -> Tensor:
+    def update_counts(self) -> Tensor:
         """float32 (members,): how many updates each has had, as the state on this rank says; 0 where there is none."""
         counts = [(s.membership * s.state["steps"]["dense"]).amax(1) for s in self.stacks]
         nothing = torch.zeros(len(self.members), dtype=torch.float32, device=self.device)
         return torch.stack([nothing, *counts]).amax(0)
 
-    def changes(self, blocks: Collection[int], options: Options) -> dict[int, list[Rows]]:
+    def changed_rows(self, blocks: Collection[int], options: Options) -> dict[int, list[Rows]]:
         """Owner -> the rows of the stacks' buffers that a step of some blocks changes, in the same order everywhere."""
         found: dict[int, list[Rows]] = {}
         for stack in self.stacks:
@@ -204,7 +205,7 @@ class Wave:
             for i, block in enumerate(stack.blocks):
                 if block in blocks:
                     rows.setdefault(self.owners[block], []).append(i)
-            rare = rows_that_change(stack.algorithm, options, self.updates(stack), stack.places)
+            rare = rows_that_change(stack.algorithm, options, self.updates(stack), stack.phases)
             for tensor, buffers in stack.state.items():
                 due = rare.get(tensor)
                 for owner, of_owner in rows.items():
@@ -220,7 +221,7 @@ class Wave:
             return part
         return part.of(frozenset(block for block in part.blocks if self.member_of[block] in wanted))
 
-    def live(self) -> dict[int, Entry]:
+    def local_state(self) -> dict[int, Entry]:
         """Member -> the rows of its state that this rank keeps, as views of the stacks.
 
         Every rank has every key, of kinds of blocks that it keeps none of with no row: torch asks a rank's own state
@@ -247,30 +248,31 @@ class Wave:
         """Between live and saved state."""
         return StateMap(self)
 
-    def saved(self) -> dict[int, Entry]:
+    def full_state(self) -> dict[int, Entry]:
         """Member -> its whole state in canonical block order, with no rank in it; every rank must call it.
 
         Plain tensors for a parameter that is whole on every rank, DTensors with the blocks sharded over the
         parameter's mesh for one that is a DTensor.
         """
         if self.replicated:
-            return self.live()
-        with together(self.ranks):
+            return self.local_state()
+        with all_or_none(self.ranks):
             state = self.state_map
-            held = state.empty()
-        state.move(state.route.deliver, "save", state.live, held)
-        return state.entries(held)
+            rows = state.empty_rows()
+        state.move(state.route.send, "save", state.local_rows, rows)
+        return state.entries(rows)
 
-    def share(self) -> dict[int, Entry]:
+    def partial_state(self) -> dict[int, Entry]:
         """Member -> the part of its state that this rank keeps (checkpointing/formats.py); plain tensors."""
-        found, state = {m: {k: t for k, t in e.items() if len(t)} for m, e in self.live().items()}, self.state_map
+        state = self.state_map
+        found = {m: {key: t for key, t in entry.items() if len(t)} for m, entry in self.local_state().items()}
         for g, (m, algorithm) in enumerate(state.groups):
             found[m][blocks_key(state_key(algorithm, "", ""))] = torch.tensor(
-                state.kept(g), dtype=torch.long, device="cpu"
+                state.kept_blocks(g), dtype=torch.long, device="cpu"
             )
         return found
 
-    def rows(self, owned: bool = False) -> dict[str, Tensor]:
+    def named_blocks(self, owned: bool = False) -> dict[str, Tensor]:
         """The state that this rank keeps, block by block: "<parameter>/<state key>/<row of the whole>" -> a view.
 
         Args:
@@ -280,45 +282,45 @@ class Wave:
         return {
             f"{self.members[m].name}/{key}/{k}": t[i]
             for g, (m, _) in enumerate(state.groups)
-            for key, t in state.live[g].items()
-            for i, k in enumerate(state.kept(g))
-            if not owned or state.cuts[g].owners[k] == self.ranks.rank
+            for key, t in state.local_rows[g].items()
+            for i, k in enumerate(state.kept_blocks(g))
+            if not owned or state.parameters[g].owners[k] == self.ranks.rank
         }
 
-    def check(self, saved: Sequence[Mapping[str, Any]]) -> None:
-        """Make sure that `adopt` can take the members' state over.
+    def check_state(self, saved: Sequence[Mapping[str, Any]]) -> None:
+        """Make sure that `load_state` can take the members' state over.
 
         Raises:
-            CheckpointError: a part of the state (`share`) of other blocks than are this rank's here.
+            CheckpointError: a part of the state (`partial_state`) of other blocks than are this rank's here.
         """
         state = self.state_map
         for g, (m, algorithm) in enumerate(state.groups):
             there = saved[m].get(blocks_key(state_key(algorithm, "", "")))
-            if there is not None and there.tolist() != state.kept(g):
+            if there is not None and there.tolist() != state.kept_blocks(g):
                 raise CheckpointError(
                     f"the checkpoint has blocks {_few(there.tolist())} of {self.members[m].name!r} for this rank, "
-                    f"which has {_few(state.kept(g))} here: another number of ranks, ZeRO stage or configuration of "
-                    "DeepSpeed.  Make one file of it that fits any: hf-shampoo4 checkpoint convert DIR, and give that "
-                    "to optimizer.load_state_dict"
+                    f"which has {_few(state.kept_blocks(g))} here: another number of ranks, ZeRO stage or "
+                    "configuration of DeepSpeed.  Make one file of it that fits any: hf-shampoo4 checkpoint convert "
+                    "DIR, and give that to optimizer.load_state_dict"
                 )
 
-    def keeps(self, owner: int) -> bool:
+    def keeps_state_of(self, owner: int) -> bool:
         """Whether this rank keeps the state of a block."""
         return self.replicated or owner == self.ranks.rank
 
-    def adopt(self, saved: Sequence[Mapping[str, Any]]) -> None:
-        """Take over what there is of the members' state from what `saved` or `live` gave; every rank must call it.
+    def load_state(self, saved: Sequence[Mapping[str, Any]]) -> None:
+        """Take over what there is of the members' state, as `full_state` gave it; every rank must call it.
 
         Raises:
             ValueError: a tensor with neither all blocks nor those of this rank.
         """
-        with together(self.ranks):
+        with all_or_none(self.ranks):
             state = self.state_map
-            spread = state.spread(saved)
-            local = state.local(saved) if any(spread) else []
+            spread = state.are_dtensors(saved)
+            local = state.dtensor_rows(saved) if any(spread) else []
             self._copy(saved, spread)
         if any(spread):
-            state.move(state.route.collect.of_blocks(state.rows(spread)), "load", local, state.live)
+            state.move(state.route.collect.of_blocks(state.rows_of(spread)), "load", local, state.local_rows)
 
     def _copy(self, saved: Sequence[Mapping[str, Any]], spread: Sequence[bool]) -> None:
         """Take over what this rank has all it needs of."""
@@ -326,20 +328,20 @@ class Wave:
         for g, (m, _) in enumerate(state.groups):
             if spread[g]:
                 continue
-            mine = state.kept(g)
-            for key, live in state.live[g].items():
+            mine = state.kept_blocks(g)
+            for key, live in state.local_rows[g].items():
                 there = saved[m].get(key)
                 if there is None:
                     continue
-                if len(there) not in (len(live), len(state.cuts[g].rects)):
-                    name, expected = self.members[m].name, len(state.cuts[g].rects)
+                if len(there) not in (len(live), len(state.parameters[g].rects)):
+                    name, expected = self.members[m].name, len(state.parameters[g].rects)
                     raise ValueError(f"state of {name!r}: {key} has {len(there)} blocks, expected {expected}")
                 live.copy_(there if len(there) == len(live) else there[mine])
 
 
-def _cut(member: Member, placement: Placement, owners: Sequence[int]) -> Cut:
+def _blocked(member: WaveParameter, placement: Placement, owners: Sequence[int]) -> BlockedParameter:
     view = member.blocks[0].view if member.blocks else MatrixView(0, 0, 0)
-    return Cut(placement, view, [block.rect for block in member.blocks], owners)
+    return BlockedParameter(placement, view, [block.rect for block in member.blocks], owners)
 
 
 def _few(numbers: list[int]) -> str:

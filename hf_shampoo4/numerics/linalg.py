@@ -172,7 +172,7 @@ def safe_cholesky(a: Tensor, jitter: float, attempts: int = 6) -> Tensor:
     return torch.where((info == 0)[:, None, None], c, torch.nan)
 
 
-def between(a: Tensor | None, x: Tensor, b: Tensor | None) -> Tensor:
+def rotate(a: Tensor | None, x: Tensor, b: Tensor | None) -> Tensor:
     """A^T X B for (B, m, m), (B, m, n) and (B, n, n); None is the identity."""
     x = x if a is None else a.mT @ x
     return x if b is None else x @ b
@@ -183,7 +183,7 @@ def transpose(a: Tensor | None) -> Tensor | None:
     return None if a is None else a.mT
 
 
-def within(x: Tensor, most: float, rows: bool, columns: bool) -> Tensor:
+def clamp_rms(x: Tensor, most: float, rows: bool, columns: bool) -> Tensor:
     """x (B, m, n) with rows, columns or both scaled down where their root mean square is above `most`."""
     squares = x.square()  # of x as it was: with both, no row or column ends above `most` either
     of_dims = [squares.mean(dim, keepdim=True) for dim, scaled in ((-1, rows), (-2, columns)) if scaled]
@@ -201,7 +201,7 @@ def finite_blocks(*tensors: Tensor) -> Tensor:
     return torch.isfinite(torch.stack(extremes)).all(0)
 
 
-def or_identity(a: Tensor, good: Tensor) -> Tensor:
+def replace_bad_blocks(a: Tensor, good: Tensor) -> Tensor:
     """`a`, with the identity in place of the blocks that are not `good`: LAPACK never sees a NaN."""
     eye = torch.eye(a.shape[-1], dtype=a.dtype, device=a.device)
     return torch.where(good[:, None, None], a, eye)

@@ -9,22 +9,24 @@ import torch
 from torch import Tensor
 
 
-def noise_bits(salts: Tensor, step: int, seed: int, count: int, stream: int = 0) -> Tensor:
+def noise_bits(seed_offsets: Tensor, step: int, seed: int, count: int, stream: int = 0) -> Tensor:
     """Uniform 32-bit noise.
 
     Args:
-        salts: int32 (B,), one number per block that is the same in every run.
+        seed_offsets: int32 (B,), one number per block that is the same in every run.
         stream: another one gives other noise (0: a parameter's write-back).
 
     Returns:
         int32 (B, count).
     """
-    return noise_at(salts, step, seed, torch.arange(count, dtype=torch.int32, device=salts.device), stream)
+    return noise_at(
+        seed_offsets, step, seed, torch.arange(count, dtype=torch.int32, device=seed_offsets.device), stream
+    )
 
 
-def noise_at(salts: Tensor, step: int, seed: int, position: Tensor, stream: int = 0) -> Tensor:
+def noise_at(seed_offsets: Tensor, step: int, seed: int, position: Tensor, stream: int = 0) -> Tensor:
     """`noise_bits` at some positions of each block only: int32 (count,) -> int32 (B, count)."""
-    start = _mix(salts.to(torch.int32) + _as_int32(seed * 0x9E3779B9))
+    start = _mix(seed_offsets.to(torch.int32) + _as_int32(seed * 0x9E3779B9))
     start = _mix(start + _as_int32(step * 0x85EBCA6B))
     start = _mix(start + _as_int32(stream * 0xC2B2AE35)) if stream else start
     return _mix(_mix(position) + start.unsqueeze(1))
@@ -34,14 +36,14 @@ def noise_at(salts: Tensor, step: int, seed: int, position: Tensor, stream: int 
 class Noise:
     """The noise of one step for a stack of blocks; each tensor of a block draws from a stream of its own."""
 
-    salts: Tensor
+    seed_offsets: Tensor
     """int32 (B,), as in `noise_bits`."""
     step: int
     seed: int
 
     def bits(self, stream: int, count: int) -> Tensor:
         """int32 (B, count), uniform."""
-        return noise_bits(self.salts, self.step, self.seed, count, stream)
+        return noise_bits(self.seed_offsets, self.step, self.seed, count, stream)
 
     def uniform(self, stream: int, count: int) -> Tensor:
         """float32 (B, count), uniform on 2^31 points inside (0, 1), which float32 tells apart near 0 (small odds)."""

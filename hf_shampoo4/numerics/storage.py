@@ -24,6 +24,8 @@ from .quantize import Fit, dequantize_block, dequantize_rank1, packed_length, qu
 from .rounding import Stochastic
 
 Buffers = dict[str, Tensor]
+State = dict[str, Buffers]
+"""Tensor name -> its buffers: the state of a stack."""
 Index = Union[slice, Tensor]
 Layout = dict[str, tuple[tuple[int, ...], torch.dtype]]
 
@@ -58,16 +60,16 @@ def covers(index: Index, blocks: int) -> bool:
     return isinstance(index, slice) and index == slice(0, blocks)
 
 
-def taken(state: dict[str, Buffers], index: Index) -> dict[str, Buffers]:
+def gather_rows(state: State, index: Index) -> State:
     """The state of some blocks of a stack: views for a slice, copies for a tensor of positions."""
     return {tensor: {name: buffer[index] for name, buffer in buffers.items()} for tensor, buffers in state.items()}
 
 
-def put_back(state: dict[str, Buffers], index: Index, part: dict[str, Buffers]) -> None:
-    """Copy what `taken` has copied back."""
+def scatter_rows(state: State, index: Index, some: State) -> None:
+    """Copy what `gather_rows` has copied back."""
     if isinstance(index, slice):
         return
-    for tensor, buffers in part.items():
+    for tensor, buffers in some.items():
         for name, buffer in buffers.items():
             state[tensor][name][index] = buffer
 

@@ -70,18 +70,18 @@ class Options:
     """Levels that a factor's entries are rounded to (auto: lloyd16 for the 4-bit bases of SOAP and KL-Shampoo, linear2
     for all else; nf4 and lloyd16 have 4 bits only, and lloyd16 is made for blocks of 16)."""
     stats_every: int = 10
-    """T1: steps between two updates of Shampoo's factors, or between two turns of SOAP's and KL-Shampoo's bases."""
+    """T1: steps between two updates of Shampoo's factors, or between two updates of SOAP's and KL-Shampoo's bases."""
     roots_every: int = 10
     """T2: steps between two computations of the inverse roots."""
     stagger: bool = True
     """Spread the refreshes of the blocks over the steps of a period, so that no step takes much longer than another
     (for shampoo false unless it is given: as in the papers).
 
-    When a block's turn comes depends on its place among the blocks of the parameter group, and on how many updates its
-    parameter has had: steps on which that has no gradient do not count."""
+    When a block is refreshed depends on its position among the blocks of the parameter group, and on how many updates
+    its parameter has had: steps on which that has no gradient do not count."""
     refresh_warmup: int = 100
-    """SOAP's and KL-Shampoo's bases turn at every step at first; their interval grows by one each time this many steps
-    have passed, up to `stats_every` (0: it is that from the start)."""
+    """SOAP's and KL-Shampoo's bases are updated at every step at first; their interval grows by one each time this many
+    steps have passed, up to `stats_every` (0: it is that from the start)."""
     factor_beta: float = 0.9
     """Decay of the factors' moving average, per step; for shampoo per update, and .95 unless it is given."""
     vocabulary_beta: float = 0.99
@@ -164,8 +164,8 @@ class Options:
         """What the learning rate is multiplied by: the factor of `rates` for this kind."""
         return dict(self.rates).get(self.kind, 1.0)
 
-    def turn_interval(self, updates: int) -> int:
-        """Steps between two turns of a basis after so many: bases change fast at first, and slowly later."""
+    def basis_interval(self, updates: int) -> int:
+        """Steps between two updates of a basis after so many: bases change fast at first, and slowly later."""
         if not self.refresh_warmup:
             return self.stats_every
         return min(self.stats_every, max(1, updates // self.refresh_warmup))

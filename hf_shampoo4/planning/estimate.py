@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from ..exceptions import OptionError
-from ..execution.waves import Member
+from ..execution.waves import WaveParameter
 from ..options import resolve
 from ..preconditioners.algorithms import Elementwise
 from ..utils.extras import named
@@ -102,5 +102,5 @@ def _named_model(given: Union[nn.Module, PreTrainedConfig, str]) -> tuple[str, n
     return str(given) if isinstance(given, str) else type(model).__name__, model
 
 
-def _is_factored(member: Member) -> bool:
+def _is_factored(member: WaveParameter) -> bool:
     return bool(member.blocks) and not isinstance(member.blocks[0].algorithm, Elementwise)

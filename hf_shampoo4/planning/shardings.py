@@ -12,12 +12,12 @@ from torch import nn
 
 from ..exceptions import OptionError
 from ..execution.blocking import blocks_of
-from ..execution.build import _assign
-from ..execution.waves import Member
+from ..execution.build import assign_owners
+from ..execution.waves import WaveParameter
 from ..groups import options_of, param_groups
 from ..integrations.trainer import head_options
 from ..options import Options
-from ..sharding.local_parameter import held_itself
+from ..sharding.local_parameter import local_parameter
 from ..sharding.placement import Layout, Placement, Split, ranges, sharded, whole
 
 SHARDINGS = {
@@ -119,7 +119,7 @@ class PlannedGroup:
     """A parameter group as the optimizer would treat it; the blocks have their owners."""
 
     options: Options
-    members: list[Member]
+    members: list[WaveParameter]
     replicated: bool
     """Whether every rank keeps all of the state."""
 
@@ -134,11 +134,11 @@ def planned_groups(model: nn.Module, chosen: Mapping[str, Any], layout: Sharding
         for unit in layout.units(group["params"]):
             placements = layout.placements([tuple(p.shape) for _, p in unit])
             members = [
-                Member(held_itself(name, p), placement, blocks, [0] * len(blocks))
+                WaveParameter(local_parameter(name, p), placement, blocks, [0] * len(blocks))
                 for (name, p), placement in zip(unit, placements, strict=True)
                 for blocks in [cut[tuple(p.shape)]]
             ]
             groups.append(PlannedGroup(options, members, replicated))
     for assigned in [[group] for group in groups] if layout.in_deepspeed else [groups]:
-        _assign([group.members for group in assigned], [group.options for group in assigned], layout.world)
+        assign_owners([group.members for group in assigned], [group.options for group in assigned], layout.world)
     return groups

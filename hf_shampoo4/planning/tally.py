@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from ..execution.blocking import Block, _in_parts, _in_waves, loads_of
-from ..execution.waves import Member
+from ..execution.blocking import Block, in_parts, in_waves, loads_of
+from ..execution.waves import WaveParameter
 from ..numerics.storage import nbytes
 from ..preconditioners.protocols import Algorithm
 from ..preconditioners.schedule import intervals
@@ -41,10 +41,10 @@ class Tally:
 
     def add(self, group: PlannedGroup) -> None:
         """Count a group, wave by wave."""
-        for batch in _in_waves(group.members):
+        for batch in in_waves(group.members):
             self._add_wave(batch, group)
 
-    def _add_wave(self, members: Sequence[Member], group: PlannedGroup) -> None:
+    def _add_wave(self, members: Sequence[WaveParameter], group: PlannedGroup) -> None:
         counts: np.ndarray = np.zeros((4, self.world), np.int64)
         owned, kept, held, asked = counts
         state: np.ndarray = np.zeros(self.world, np.int64)
@@ -57,7 +57,7 @@ class Tally:
             ):
                 owned[owner] += math.prod(block.rect.shape)
                 blocks.setdefault(block.algorithm, np.zeros(self.world, np.int64))[owner] += 1
-                kept[owner] += _overlap(block, member.placement.share_of[owner].region)
+                kept[owner] += _overlap(block, member.placement.shard_of[owner].region)
                 state[owner] += load.bytes
                 self.work[owner] += load.flops
         self.state += state.sum() if group.replicated else state
@@ -70,24 +70,31 @@ class Tally:
         """Entries of a parameter by rank; equal placements are one object."""
         if id(placement) not in self._held_of:
             found: np.ndarray = np.zeros(self.world, np.int64)
-            for region, ranks in placement.shares:
+            for region, ranks in placement.shards:
                 found[list(ranks)] += region.numel
             self._held_of[id(placement)] = found
         return self._held_of[id(placement)]
 
-    def _asked(self, member: Member) -> np.ndarray:
+    def _asked(self, member: WaveParameter) -> np.ndarray:
         """Entries of the gradient that each rank gives to owners: of replicas, the one in the owner's place does."""
-        replicas = next(len(ranks) for region, ranks in member.placement.shares if region.numel)
+        replicas = next(len(ranks) for region, ranks in member.placement.shards if region.numel)
         if member.placement.whole or replicas == 1:
             return self._held(member.placement)
         found: np.ndarray = np.zeros(self.world, np.int64)
         for block, owner in zip(member.blocks, member.owners, strict=True):
-            for region, ranks in member.placement.shares:
+            for region, ranks in member.placement.shards:
                 found[ranks[owner * len(ranks) // self.world]] += _overlap(block, region)
         return found
 
     def _add_traffic(
-        self, members: Sequence[Member], group: PlannedGroup, split: int, owned: Any, kept: Any, held: Any, asked: Any
+        self,
+        members: Sequence[WaveParameter],
+        group: PlannedGroup,
+        split: int,
+        owned: Any,
+        kept: Any,
+        held: Any,
+        asked: Any,
     ) -> None:
         """Entries that a rank gives and does not own travel to their owner, and back to all that hold them."""
         width, short = members[0].parameter.element_size(), group.options.wire == "bf16"
@@ -110,7 +117,9 @@ class Tally:
         self.exchange = np.maximum(self.exchange, -(-(refresh + arriving) // split))
 
 
-def _changed(members: Sequence[Member], group: PlannedGroup, world: int) -> tuple[np.ndarray, dict[int, np.ndarray]]:
+def _changed(
+    members: Sequence[WaveParameter], group: PlannedGroup, world: int
+) -> tuple[np.ndarray, dict[int, np.ndarray]]:
     """Bytes of state that every rank's blocks change for all to have: at each step, and once in so many steps."""
     often: np.ndarray = np.zeros(world, np.int64)
     seldom: dict[int, np.ndarray] = {}
@@ -125,10 +134,10 @@ def _changed(members: Sequence[Member], group: PlannedGroup, world: int) -> tupl
     return often, seldom
 
 
-def _parts(members: Sequence[Member]) -> int:
+def _parts(members: Sequence[WaveParameter]) -> int:
     """In how many parts a wave is computed."""
     blocks = [block for member in members for block in member.blocks]
-    return len(_in_parts(blocks, [owner for member in members for owner in member.owners], members[0].parts)) or 1
+    return len(in_parts(blocks, [owner for member in members for owner in member.owners], members[0].shard_count)) or 1
 
 
 def _overlap(block: Block, region: Region) -> int:
@@ -147,16 +156,16 @@ def _before(block: Block, position: int) -> int:
 
 
 def _working(blocks: Mapping[Algorithm, np.ndarray], owned: np.ndarray, split: int) -> np.ndarray:
-    """float32 numbers that each rank has at once beside the state: gradients, updates, and the largest stack's room.
+    """float32 numbers that each rank has at once beside the state: gradients, updates, and the largest stack's workspace.
 
     Args:
         blocks: of a wave, how many each rank owns.
         owned: their entries.
         split: in how many parts the wave is computed.
     """
-    room: np.ndarray = np.zeros_like(owned)
+    workspace: np.ndarray = np.zeros_like(owned)
     for algorithm, counts in blocks.items():
         numbers, which = np.unique(-(-counts // split), return_inverse=True)
-        room = np.maximum(room, np.array([max(algorithm.room(int(n)).values()) for n in numbers])[which])
+        workspace = np.maximum(workspace, np.array([max(algorithm.workspace(int(n)).values()) for n in numbers])[which])
     copies = 3 if any(algorithm.grafted for algorithm in blocks) else 2  # P of all stacks, before any has its update
-    return room + copies * -(-owned // split)
+    return workspace + copies * -(-owned // split)

@@ -2,7 +2,7 @@
 the factors' eigenbasis) or the base alone.
 
 An algorithm is a frozen description of one block shape; equal descriptions are computed as one stack.  Its state is
-{tensor name: buffers}; `directions` runs the stacks of a wave together, as the graft goes over whole parameters.
+{tensor name: buffers}; `compute_updates` runs the stacks of a wave together, as the graft goes over whole parameters.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..numerics.storage import Dense, Storage
+from ..numerics.storage import Dense, State, Storage
 from ..options import Options
 from .bases import make_sides
 from .eigenbasis import Eigenbasis
 from .factors import make_factor
 from .moments import Base, make_base, make_moments
 from .operations import Work
-from .protocols import Algorithm, Context, Stack, State
+from .protocols import Algorithm, Context, Stack
 from .shampoo import Shampoo
 
 
@@ -44,14 +44,14 @@ class Elementwise:
     def work(self) -> dict[str, Work]:
         return {"step": Work()}
 
-    def room(self, blocks: int) -> dict[str, int]:
-        return {"step": self.moments.room(blocks * math.prod(self.shape))}
+    def workspace(self, blocks: int) -> dict[str, int]:
+        return {"step": self.moments.workspace(blocks * math.prod(self.shape))}
 
     def refreshes(self) -> dict[str, list[str]]:
         return {}
 
     def update(self, stack: Stack, g: Tensor, context: Context) -> Tensor:
-        return self.moments.direction(stack.state, g, context.counted(stack))
+        return self.moments.direction(stack.state, g, context.moment_step(stack))
 
 
 def make_algorithm(
@@ -76,7 +76,7 @@ Total = Callable[[Tensor], Tensor]
 """Sums over the blocks of each parameter here, float64 (k, parameters) -> over its blocks on all ranks."""
 
 
-def directions(
+def compute_updates(
     stacks: Sequence[Stack],
     gradients: Sequence[Tensor],
     context: Context,

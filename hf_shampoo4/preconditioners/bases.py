@@ -4,8 +4,8 @@ A side keeps an orthogonal basis U (its columns quantised) and eigenvalues; the 
 
     G' = U_L^T G U_R
 
-where the factors are nearly diagonal.  Eigenvalues move at every step.  A *refresh*, every T1 steps, turns the bases
-towards the factors' eigenvectors; the first moment is carried over.
+where the factors are nearly diagonal.  Eigenvalues are updated at every step.  A *basis update*, every T1 steps, is
+one step of orthogonal iteration (a QR) towards the factors' eigenvectors; the first moment is rotated along.
 
 SOAP (2409.11321): Adam on G'.  KL-Shampoo (2509.03378): each factor is whitened by the other, and the step is
 m' / sqrt(lambda_L lambda_R^T), without a second moment.  KL-SOAP: KL-Shampoo's bases, SOAP's moments.
@@ -18,27 +18,25 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..numerics.linalg import bjorck, finite_blocks, or_identity, safe_qr
+from ..numerics.linalg import bjorck, finite_blocks, replace_bad_blocks, safe_qr
 from ..numerics.storage import (
     SMALL,
     Blockwise,
-    Buffers,
     Dense,
     DoubleQuantized,
     Index,
+    State,
     Storage,
     covers,
-    put_back,
-    taken,
+    gather_rows,
+    scatter_rows,
     transposed,
     write_good,
 )  # fmt: skip
 from ..options import Options
 from .operations import Work, bjorck_work, product, qr_work
 
-State = dict[str, Buffers]
-
-SHORTEST_MEMORY = 0.3  # least share of the old factor in a new one, however long ago the last refresh was
+MIN_DECAY = 0.3  # least weight of the old factor in a new one, however long ago the last refresh was
 TINY = torch.finfo(torch.float32).tiny
 
 
@@ -49,17 +47,17 @@ class Side:
     order: int
     basis: Storage | None
     """None: the side is not rotated, its factor is diagonal."""
-    rectify: int = 0
-    """Bjorck steps on the decoded basis before it turns, so that its rounding does not add up over the turns."""
+    bjorck_steps: int = 0
+    """On the decoded basis before its update, so that its rounding does not add up over the updates."""
 
     def storages(self) -> dict[str, Storage]:
         basis: dict[str, Storage] = {} if self.basis is None else {"basis": self.basis}
         return {**basis, "eigenvalues": Dense((self.order,))}
 
-    def turn_work(self) -> Work:
-        """Of `OpenSide.turn`, without the statistic: Bjorck steps, QR, U Q."""
+    def update_work(self) -> Work:
+        """Of `DecodedSide.update_basis`, without the statistic: Bjorck steps, QR, U Q."""
         k = self.order
-        return bjorck_work(k, self.rectify) + qr_work(k) + product(k, k, k) if self.basis else Work()
+        return bjorck_work(k, self.bjorck_steps) + qr_work(k) + product(k, k, k) if self.basis else Work()
 
     def initialise(self, state: State) -> None:
         """U = I; eigenvalues of 0 say that there was no gradient yet (buffers come zeroed)."""
@@ -69,7 +67,7 @@ class Side:
             self.basis.write(state["basis"], eye.expand(*like.shape, self.order))
 
 
-class OpenSide:
+class DecodedSide:
     """A stack's side while a step works on it: decoded once, written through."""
 
     def __init__(self, side: Side, state: State) -> None:
@@ -80,16 +78,16 @@ class OpenSide:
         """lambda, (B, k), the buffer itself."""
 
     @property
-    def rotates(self) -> bool:
+    def has_basis(self) -> bool:
         """Whether the side has a basis."""
         return self.vectors is not None
 
-    def start(self, level: Tensor) -> None:
+    def start_eigenvalues(self, level: Tensor) -> None:
         """Give eigenvalues to the blocks that had no gradient before: `level` (B,), all alike."""
         fresh = self.eigenvalues.amax(-1, keepdim=True) <= 0
         self.eigenvalues.copy_(torch.where(fresh, level.unsqueeze(-1), self.eigenvalues))
 
-    def follow(self, diagonal: Tensor, beta: float) -> None:
+    def update_eigenvalues(self, diagonal: Tensor, beta: float) -> None:
         """lambda <- beta lambda + (1 - beta) diagonal, but for blocks whose gradient is zero, or too large to square.
 
         Forgotten at beta a step on both sides, eigenvalues would go as fast as the first moment, and KL-Shampoo's
@@ -99,16 +97,16 @@ class OpenSide:
         tells = (largest > 0) & largest.isfinite()
         self.eigenvalues.lerp_(torch.where(tells, diagonal, self.eigenvalues), 1 - beta)
 
-    def turn(self, sample: Tensor, memory: float, rows: Index) -> tuple[Tensor, Tensor]:
-        """Turn the bases of some blocks towards the eigenvectors of their factors.
+    def update_basis(self, sample: Tensor, decay: float, rows: Index) -> tuple[Tensor, Tensor]:
+        """One step of orthogonal iteration of some blocks' bases towards the eigenvectors of their factors.
 
         Args:
             sample: (b, k, k), the factors' new statistic in the coordinates of U.
-            memory: the old factor's share in the new one.
+            decay: the old factor's weight in the new one.
             rows: which b of the B blocks.
 
         Returns:
-            q: (b, k, k), the bases after it in coordinates of those before.
+            rotation: (b, k, k), Q: the bases after it in coordinates of those before.
             failed: bool (b,), blocks that kept their basis.
 
         Raises:
@@ -116,31 +114,31 @@ class OpenSide:
         """
         basis = self._side.basis
         if self.vectors is None or basis is None:
-            raise ValueError("a side without a basis does not turn")
-        state = taken(self._state, rows)
+            raise ValueError("a side without a basis has none to update")
+        state = gather_rows(self._state, rows)
         eigenvalues = state["eigenvalues"]["dense"]
-        a = factor_in_basis(eigenvalues, sample, memory)
+        a = factor_in_basis(eigenvalues, sample, decay)
         del sample
         # Q R = A', one orthogonal iteration from U.  LAPACK works by columns, and so are bases stored: in memory, row
         # by row, lie Q^T, R^T and U^T, and a pass over tensors of one layout is five times as fast
         good = finite_blocks(a)
-        a = or_identity(a, good)
+        a = replace_bad_blocks(a, good)
         q, r = (x.mT for x in safe_qr(a))
         del a
         signs = torch.where(r.diagonal(dim1=-2, dim2=-1) < 0, -1.0, 1.0).to(r.dtype)  # no vector changes its direction
         q.mul_(signs.unsqueeze(-1))
         r.mul_(signs.unsqueeze(-2))
         good &= finite_blocks(q, r)
-        q = or_identity(q, good)
+        q = replace_bad_blocks(q, good)
         # lambda <- diag(Q^T A' Q) = diag(R Q)
         diagonal = transposed(r).mul_(q).sum(-1).clamp_min(0.0)
         del r
         eigenvalues.copy_(torch.where(good[:, None], diagonal, eigenvalues))
         # U <- U Q
-        u = bjorck(self.vectors[rows].mT, self._side.rectify)
+        u = bjorck(self.vectors[rows].mT, self._side.bjorck_steps)
         write_good(basis, state["basis"], (q @ u).mT, good)
         del u
-        put_back(self._state, rows, state)
+        scatter_rows(self._state, rows, state)
         new = basis.read(state["basis"])
         if covers(rows, len(self.vectors)):
             self.vectors = new
@@ -182,11 +180,11 @@ def _side(order: int, has_basis: bool, options: Options) -> Side:
     if not has_basis:
         return Side(order, None)
     if options.bits == 32 or order * order < SMALL:
-        return Side(order, Dense(shape), rectify=1)  # float32's rounding adds up too, to 3e-3 in 100,000 turns
+        return Side(order, Dense(shape), bjorck_steps=1)  # float32's rounding adds up too, to 3e-3 in 100,000 updates
     columns = Blockwise(
         shape, options.factor_codebook, options.bits, options.factor_block, columns=True, fit="least_squares"
     )
-    return Side(order, DoubleQuantized(columns), rectify=options.rectify_stats)
+    return Side(order, DoubleQuantized(columns), bjorck_steps=options.rectify_stats)
 
 
 def statistic(g: Tensor, whitening: Tensor) -> Tensor:
@@ -202,13 +200,13 @@ def statistic(g: Tensor, whitening: Tensor) -> Tensor:
     return (g / (g.shape[-1] * whitening.clamp_min(TINY)).unsqueeze(-2)) @ g.mT
 
 
-def factor_in_basis(eigenvalues: Tensor, sample: Tensor, memory: float) -> Tensor:
-    """U^T A U from its diagonal, which moved at every step, and the correlations of a sample, all there is of the rest.
+def factor_in_basis(eigenvalues: Tensor, sample: Tensor, decay: float) -> Tensor:
+    """U^T A U from its diagonal, updated at every step, and the correlations of a sample, all there is of the rest.
 
-    A' = D (memory I + (1 - memory) C) D, D = diag(lambda)^1/2, C the sample scaled to a unit diagonal: positive
+    A' = D (decay I + (1 - decay) C) D, D = diag(lambda)^1/2, C the sample scaled to a unit diagonal: positive
     semidefinite, and lambda remains its diagonal.
     """
     diagonal = sample.diagonal(dim1=-2, dim2=-1)
     scale = torch.where(diagonal > 0, (eigenvalues / diagonal).sqrt(), 0.0)
-    a = sample * ((1 - memory) * scale.unsqueeze(-1)) * scale.unsqueeze(-2)
+    a = sample * ((1 - decay) * scale.unsqueeze(-1)) * scale.unsqueeze(-2)
     return torch.diagonal_scatter(a, eigenvalues, dim1=-2, dim2=-1)

@@ -5,8 +5,8 @@ unmoved_first, unmoved_second
 radial_bias
     <Q(m) - m, m> / <m, m>: how much storing shrinks (< 0) or stretches the first moment (2610.12444).
 basis_turn
-    1 - the mean |cosine| between a basis's vectors before and after a step that turned it.  Near 0 all the time: turn
-    it less often; above .1 late in training: more often.
+    1 - the mean |cosine| between a basis's vectors before and after a step that updated it.  Near 0 all the time:
+    update it less often; above .1 late in training: more often.
 condition
     log10 of a factor's largest over its smallest eigenvalue, the worst block's.  Above 6, float32 and `damping` decide.
 """
@@ -62,8 +62,8 @@ class Probe:
                 new = stack.algorithm.storages()[name].read(stack.state[name])
                 moved = (new != kept[name]).flatten(1).any(1)
                 if moved.any():
-                    turn = 1 - _alignment(kept[name][moved], new[moved])
-                    self._add("basis_turn", turn, int(moved.sum()) * new.shape[-1])
+                    change = 1 - _alignment(kept[name][moved], new[moved])
+                    self._add("basis_turn", change, int(moved.sum()) * new.shape[-1])
             for name, buffers in stack.state.items():
                 if name.endswith("eigenvalues"):
                     self._add("condition", _log_condition(buffers["dense"]), 1)

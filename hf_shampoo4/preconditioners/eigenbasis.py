@@ -9,13 +9,13 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from ..numerics.linalg import between, transpose, within
-from ..numerics.storage import Dense, Index, Storage, covers
+from ..numerics.linalg import clamp_rms, rotate, transpose
+from ..numerics.storage import Dense, Index, State, Storage, covers
 from ..options import Options
-from .bases import SHORTEST_MEMORY, TINY, OpenSide, Side, statistic
+from .bases import MIN_DECAY, TINY, DecodedSide, Side, statistic
 from .moments import Adam, Momentum, bias, write_first
-from .operations import Work, coded, product, total
-from .protocols import Context, Stack, State, of_side
+from .operations import Work, coding_workspace, product, total
+from .protocols import Context, Stack, side_state
 
 FLOOR = 1e-7  # of a side's largest eigenvalue: the least that KL's whitening and stored moments are divided by
 LARGEST = 1e30  # of a whitened moment, which grows while no gradient comes and eigenvalues are forgotten faster
@@ -51,56 +51,59 @@ class Eigenbasis:
         }
 
     def initialise(self, state: State) -> None:
-        self.left.initialise(of_side(state, "left"))
-        self.right.initialise(of_side(state, "right"))
+        self.left.initialise(side_state(state, "left"))
+        self.right.initialise(side_state(state, "right"))
 
     def work(self) -> dict[str, Work]:
         m, n = self.shape
         sides = [side for side in (self.left, self.right) if side.basis]
-        turn = total(product(side.order, side.order, m * n // side.order) for side in sides)
+        rotation = total(product(side.order, side.order, m * n // side.order) for side in sides)
         # into the bases and back;  the squares' weighted means, of which two sides with bases share one
-        step = turn * 2 + product(1, m, n) * (1 if self.is_two_sided else 2)
+        step = rotation * 2 + product(1, m, n) * (1 if self.is_two_sided else 2)
         # the statistics;  what is carried over: G' goes apart where the second moment needs it;  the bases themselves
-        carried = turn if isinstance(self.moments, Momentum) else turn * 2
-        return {"step": step, "turn": turn + carried + total(side.turn_work() for side in sides)}
+        carried = rotation if isinstance(self.moments, Momentum) else rotation * 2
+        return {"step": step, "basis": rotation + carried + total(side.update_work() for side in sides)}
 
-    def room(self, blocks: int) -> dict[str, int]:
+    def workspace(self, blocks: int) -> dict[str, int]:
         entries = blocks * math.prod(self.shape)
         sides = [side for side in (self.left, self.right) if side.basis]
         squares = [blocks * side.order**2 for side in sides]
         decoded = sum(k for k, side in zip(squares, sides, strict=True) if not isinstance(side.basis, Dense))
-        base = self.moments.room(entries)
+        base = self.moments.workspace(entries)
         # m', G' and its squares, or u;  SOAP: G', and m' unless the base has it decoded, beside the base
         own = 2 if self.moments.first == Dense(self.shape) else 1
         step = decoded + (3 * entries + base if isinstance(self.moments, Momentum) else own * entries + base)
-        # one side turns while the other one's statistic, or Q, is kept; the Qs until m' is carried over
-        coder = coded(max(squares)) if decoded else 0
-        turning = decoded + 2 * entries + 3 * max(squares) + sum(squares) + coder
-        return {"step": step, "turn": max(step + sum(squares), turning)}
+        # one side is updated while the other one's statistic, or Q, is kept; the Qs until m' is carried over
+        coder = coding_workspace(max(squares)) if decoded else 0
+        updating = decoded + 2 * entries + 3 * max(squares) + sum(squares) + coder
+        return {"step": step, "basis": max(step + sum(squares), updating)}
 
     def refreshes(self) -> dict[str, list[str]]:
-        return {"turn": [name for name in self.storages() if name.endswith(".basis")]}
+        return {"basis": [name for name in self.storages() if name.endswith(".basis")]}
 
     def update(self, stack: Stack, g: Tensor, context: Context) -> Tensor:
         o, state, b1 = context.options, stack.state, context.betas[0]
         kl_shampoo = isinstance(self.moments, Momentum)
-        at = context.counted(stack)
-        left, right = (OpenSide(self.left, of_side(state, "left")), OpenSide(self.right, of_side(state, "right")))
+        at = context.moment_step(stack)
+        left, right = (
+            DecodedSide(self.left, side_state(state, "left")),
+            DecodedSide(self.right, side_state(state, "right")),
+        )
         # m', stored over sqrt(lambda_L lambda_R^T): few bits serve all directions alike
         rows, columns = _scales(left, right, o)
         m = (self.moments.first.read(state["first"]) * rows).mul_(columns)
         # G' = U_L^T G U_R
-        g = between(left.vectors, g, right.vectors)
+        g = rotate(left.vectors, g, right.vectors)
         # lambda_L <- beta lambda_L + (1 - beta) mean_j G'_ij^2 / lambda_Rj, lambda_R likewise (SOAP: / 1)
-        state["failures"]["dense"] += self._follow(left, right, g, o)
-        # m' <- b1 m' + (1 - b1) G', before the bases turn if nothing but m' sees the gradient: they turn as one sum
+        state["failures"]["dense"] += self._update_eigenvalues(left, right, g, o)
+        # m' <- b1 m' + (1 - b1) G', before the basis update if nothing but m' sees G': both are rotated as one sum
         if kl_shampoo:
             m.lerp_(g, 1 - b1)
         # every T1 steps: Q R = A', U <- U Q, lambda <- diag(Q^T A' Q), m' <- Q_L^T m' Q_R
-        turned = self._turn(stack, left, right, g, context)
-        m = _carried(m, turned)
+        updates = self._update_bases(stack, left, right, g, context)
+        m = _rotated(m, updates)
         if not kl_shampoo:
-            g = _carried(g, turned)
+            g = _rotated(g, updates)
             m.lerp_(g, 1 - b1)
         # SOAP: v' <- b2 v' + (1 - b2) G'^2, u = m' / (sqrt(v') + eps);  KL-Shampoo: u = m' / sqrt(lambda_L lambda_R^T)
         u = self.moments.over_second(state, m, g, at) if isinstance(self.moments, Adam) else m
@@ -111,9 +114,9 @@ class Eigenbasis:
         write_first(self.moments.first, state, m, at)
         del m, g  # a copy of the wave each
         # U_L u U_R^T
-        return between(transpose(left.vectors), self._within_reason(u, o, context.betas[1]), transpose(right.vectors))
+        return rotate(transpose(left.vectors), self._bounded(u, o, context.betas[1]), transpose(right.vectors))
 
-    def _follow(self, left: OpenSide, right: OpenSide, g: Tensor, o: Options) -> Tensor:
+    def _update_eigenvalues(self, left: DecodedSide, right: DecodedSide, g: Tensor, o: Options) -> Tensor:
         """Eigenvalues follow the squares of the rotated gradient at every step.
 
         Of a side without a basis first, then the other's, whitened by the new ones: both from the old ones, the two
@@ -128,58 +131,62 @@ class Eigenbasis:
         g.masked_fill_(~good[:, None, None], 0.0)
         level = level.where(good, 0.0)  # what eigenvalues start from
         level = level.sqrt() if self.whitened else level  # KL: lambda_L lambda_R^T is the mean square
-        left.start(level)
-        right.start(level)
+        left.start_eigenvalues(level)
+        right.start_eigenvalues(level)
         if self.is_two_sided:
             of_right = (self._whitening(left).reciprocal() / self.left.order).unsqueeze(-2) @ squares
             of_left = squares.div_(self._whitening(right).unsqueeze(-2)).mean(-1)
-            left.follow(of_left, o.factor_beta)
-            right.follow(of_right.squeeze(-2), o.factor_beta)
+            left.update_eigenvalues(of_left, o.factor_beta)
+            right.update_eigenvalues(of_right.squeeze(-2), o.factor_beta)
             return ~good
-        diagonal, rotated, squares = (left, right, squares) if right.rotates else (right, left, squares.mT)
+        diagonal, rotated, squares = (left, right, squares) if right.has_basis else (right, left, squares.mT)
         of_diagonal = squares @ (self._whitening(rotated).reciprocal() / squares.shape[-1]).unsqueeze(-1)
-        diagonal.follow(of_diagonal.squeeze(-1), o.vocabulary_beta if o.vocabulary else o.factor_beta)
+        diagonal.update_eigenvalues(of_diagonal.squeeze(-1), o.vocabulary_beta if o.vocabulary else o.factor_beta)
         of_rotated = (self._whitening(diagonal).reciprocal() / squares.shape[-2]).unsqueeze(-2) @ squares
-        rotated.follow(of_rotated.squeeze(-2), o.factor_beta)
+        rotated.update_eigenvalues(of_rotated.squeeze(-2), o.factor_beta)
         return ~good
 
-    def _turn(self, stack: Stack, left: OpenSide, right: OpenSide, g: Tensor, context: Context) -> list[Turned]:
-        """Turn the bases of the blocks whose turn it is towards the eigenvectors of their factors."""
+    def _update_bases(
+        self, stack: Stack, left: DecodedSide, right: DecodedSide, g: Tensor, context: Context
+    ) -> list[BasisUpdate]:
+        """Bring the bases of the blocks that are due closer to the eigenvectors of their factors."""
         found = []
-        for rows, every in context.due(stack, "turn"):
-            some, memory = g[rows], max(context.options.factor_beta**every, SHORTEST_MEMORY)
+        for rows, every in context.due(stack, "basis"):
+            some, decay = g[rows], max(context.options.factor_beta**every, MIN_DECAY)
             with context.stopwatch.on(g.device):
-                # both from the eigenvalues before either turns; a side without a basis needs no statistic, rows x rows
+                # both from the eigenvalues before either is updated; a side without a basis needs no statistic
                 samples = {
                     side: statistic(x, self._whitening(other)[rows])
                     for side, other, x in ((left, right, some), (right, left, some.mT))
-                    if side.rotates
+                    if side.has_basis
                 }
-                turns = {side: side.turn(samples.pop(side), memory, rows) for side in tuple(samples)}
-                stack.state["failures"]["dense"][rows] += torch.stack([failed for _, failed in turns.values()]).any(0)
-            found.append(Turned(rows, *(turns[side][0] if side in turns else None for side in (left, right))))
+                updated = {side: side.update_basis(samples.pop(side), decay, rows) for side in tuple(samples)}
+                failed = torch.stack([failed for _, failed in updated.values()]).any(0)
+                stack.state["failures"]["dense"][rows] += failed
+            rotations = (updated.get(side, (None,))[0] for side in (left, right))
+            found.append(BasisUpdate(rows, *rotations))
         return found
 
-    def _whitening(self, side: OpenSide) -> Tensor:
+    def _whitening(self, side: DecodedSide) -> Tensor:
         if not self.whitened:
             return torch.ones_like(side.eigenvalues)
         # directions without any gradient for long have decayed to 0: the first one there must not overflow
         return torch.maximum(side.eigenvalues, FLOOR * side.eigenvalues.amax(-1, keepdim=True)).clamp_min(TINY)
 
-    def _within_reason(self, u: Tensor, o: Options, beta2: float) -> Tensor:
+    def _bounded(self, u: Tensor, o: Options, beta2: float) -> Tensor:
         """No larger than gradients can make it as long as the bases rest; without a spike it seldom is.
 
-        A turn brings the first moment into entries whose second moment, or eigenvalue, has not seen the like of it.
+        After a basis update the first moment may be large where the second moment, or eigenvalue, is tiny as yet.
         """
         if isinstance(self.moments, Adam):
             limit = max(LIMIT, (1 - beta2) ** -0.5)
             return u.clamp(-limit, limit)
         # (1 - beta) mean_j G'_ij^2 / lambda_Rj is a part of lambda_Li: what bounds a gradient's rows bounds a mean's
         most = (1 - o.factor_beta) ** -0.5
-        return within(u, most, rows=self.left.basis is not None, columns=self.right.basis is not None)
+        return clamp_rms(u, most, rows=self.left.basis is not None, columns=self.right.basis is not None)
 
 
-def _scales(left: OpenSide, right: OpenSide, o: Options) -> tuple[Tensor, Tensor]:
+def _scales(left: DecodedSide, right: DecodedSide, o: Options) -> tuple[Tensor, Tensor]:
     """lambda_L^1/2 and lambda_R^1/2, damped: (B, m, 1) and (B, 1, n)."""
     damping = max(o.damping, FLOOR)
     of_left, of_right = (
@@ -189,8 +196,8 @@ def _scales(left: OpenSide, right: OpenSide, o: Options) -> tuple[Tensor, Tensor
     return of_left.unsqueeze(-1), of_right.unsqueeze(-2)
 
 
-class Turned(NamedTuple):
-    """Bases that have turned."""
+class BasisUpdate(NamedTuple):
+    """Bases that were updated."""
 
     rows: Index
     """Of the stack: b blocks."""
@@ -200,10 +207,10 @@ class Turned(NamedTuple):
     """Q_R, (b, n, n)."""
 
 
-def _carried(x: Tensor, turned: list[Turned]) -> Tensor:
-    """Q_L^T x Q_R of the blocks (B, m, n) whose bases turned, in place unless all of them did."""
-    for rows, left, right in turned:
-        some = between(left, x[rows], right)
+def _rotated(x: Tensor, updates: list[BasisUpdate]) -> Tensor:
+    """Q_L^T x Q_R of the blocks (B, m, n) whose bases were updated, in place unless all of them did."""
+    for rows, left, right in updates:
+        some = rotate(left, x[rows], right)
         if covers(rows, len(x)):
             return some
         x[rows] = some

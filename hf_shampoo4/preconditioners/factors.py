@@ -17,14 +17,23 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from ..numerics.linalg import ROOTS, bjorck, finite_blocks, or_identity, power_qr, safe_cholesky, symmetric_power
-from ..numerics.storage import SMALL, Blockwise, Buffers, Dense, OffDiagonal, Storage, Triangles, roundtrip, write_good
+from ..numerics.linalg import ROOTS, bjorck, finite_blocks, power_qr, replace_bad_blocks, safe_cholesky, symmetric_power
+from ..numerics.storage import (
+    SMALL,
+    Blockwise,
+    Buffers,
+    Dense,
+    OffDiagonal,
+    State,
+    Storage,
+    Triangles,
+    roundtrip,
+    write_good,
+)
 from ..options import Options
-from .operations import Work, bjorck_work, cholesky_work, coded, product, qr_work, root_work
+from .operations import Work, bjorck_work, cholesky_work, coding_workspace, product, qr_work, root_work
 
-State = dict[str, Buffers]
-
-ROOT_ROOM = {"eigh": 4, "newton": 11, "newton_db": 14}  # matrices of a factor's order that a root takes at once
+ROOT_WORKSPACE = {"eigh": 4, "newton": 11, "newton_db": 14}  # matrices of a factor's order that a root takes at once
 EXPONENT = -0.25  # two sides, each to the -1/4 (Shampoo, 1802.09568)
 
 
@@ -53,7 +62,7 @@ class Factor(Protocol):
     def work(self) -> tuple[Work, Work]:
         """Operations of an `update`, without the statistic, and of a `refresh`."""
 
-    def room(self, square: int) -> tuple[int, int]:
+    def workspace(self, square: int) -> tuple[int, int]:
         """float32 numbers that both take, the statistic included, of blocks with so many entries of a factor."""
 
 
@@ -85,7 +94,7 @@ class Eigen:
         a = torch.baddbmm(gram, v * old.unsqueeze(-2), v.mT, beta=1 - self.beta, alpha=self.beta)
         # U' = qr(A V).Q;  lambda' = diag(U'^T A U')
         good = finite_blocks(a)
-        u, new = power_qr(or_identity(a, good), v)
+        u, new = power_qr(replace_bad_blocks(a, good), v)
         good &= finite_blocks(u, new)
         write_good(self.basis, state["basis"], u, good)
         write_good(self.eigenvalues, state["eigenvalues"], new, good)
@@ -117,8 +126,9 @@ class Eigen:
         root = Work() if self.solver == "eigh" else root_work(k, self.solver)
         return update, bjorck_work(k, self.rectify_roots) + product(k, k, k) + root
 
-    def room(self, square: int) -> tuple[int, int]:
-        return max(8 * square, 5 * square + coded(square)), ROOT_ROOM[self.solver] * square + coded(square)
+    def workspace(self, square: int) -> tuple[int, int]:
+        coder = coding_workspace(square)
+        return max(8 * square, 5 * square + coder), ROOT_WORKSPACE[self.solver] * square + coder
 
 
 @dataclass(frozen=True)
@@ -157,8 +167,9 @@ class Direct:
     def work(self) -> tuple[Work, Work]:
         return Work(), root_work(self.order, self.solver)
 
-    def room(self, square: int) -> tuple[int, int]:
-        return 4 * square + coded(square), ROOT_ROOM[self.solver] * square + coded(square)
+    def workspace(self, square: int) -> tuple[int, int]:
+        coder = coding_workspace(square)
+        return 4 * square + coder, ROOT_WORKSPACE[self.solver] * square + coder
 
 
 @dataclass(frozen=True)
@@ -191,7 +202,7 @@ class Cholesky:
         a = torch.baddbmm(gram, old, old.mT, beta=1 - self.beta, alpha=self.beta)
         # C = chol(A + eps I)
         good = finite_blocks(a)
-        c = safe_cholesky(or_identity(a, good), self.damping)
+        c = safe_cholesky(replace_bad_blocks(a, good), self.damping)
         good &= finite_blocks(c)
         if self.error_beta is not None:
             # C' = Q(C + E);  E <- be E + (1 - be) (C + E - D(C'))
@@ -215,8 +226,9 @@ class Cholesky:
         rebuilt = product(k, k, k)  # D(C) D(C)^T
         return rebuilt + cholesky_work(k), rebuilt + root_work(k, self.solver)
 
-    def room(self, square: int) -> tuple[int, int]:
-        return 9 * square + coded(square), ROOT_ROOM[self.solver] * square + coded(square)
+    def workspace(self, square: int) -> tuple[int, int]:
+        coder = coding_workspace(square)
+        return 9 * square + coder, ROOT_WORKSPACE[self.solver] * square + coder
 
 
 def make_factor(order: int, options: Options) -> Factor:

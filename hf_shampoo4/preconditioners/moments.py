@@ -12,12 +12,9 @@ from torch import Tensor
 
 from ..numerics.quantize import has_kernels, kernels, padded
 from ..numerics.rounding import Noise, PreconditionerSpace, Stochastic, to_bfloat16
-from ..numerics.storage import Bitsandbytes, Blockwise, Buffers, Dense, Factored, RankOne, Storage
+from ..numerics.storage import Bitsandbytes, Blockwise, Dense, Factored, RankOne, State, Storage
 from ..options import EIGENBASIS, SECOND_CODEBOOKS, Options
-from .operations import ZIP_CODER, coded
-
-State = dict[str, Buffers]
-
+from .operations import ZIP_CODER, coding_workspace
 
 MOMENT_BLOCK = 128  # 2309.01507: smaller than 8-bit's 256, because outliers cost a 4-bit block more
 
@@ -52,7 +49,7 @@ class Moments(Protocol):
     def storages(self) -> dict[str, Storage]:
         """Name -> storage of each moment."""
 
-    def room(self, entries: int) -> int:
+    def workspace(self, entries: int) -> int:
         """float32 numbers that a step takes at once for moments of so many entries, see operations.py."""
 
 
@@ -82,14 +79,14 @@ class Adam:
     def storages(self) -> dict[str, Storage]:
         return {"first": self.first, "second": self.second}
 
-    def room(self, entries: int) -> int:
+    def workspace(self, entries: int) -> int:
         if isinstance(self.second, Bitsandbytes):
             return 17 * entries // 4
         if isinstance(self.second, Dense):  # of bfloat16 the noise of stochastic rounding
             return 2 * entries if self.second.dtype == torch.float32 else 13 * entries // 2
         if self.zip_sr:
-            return 4 * entries + coded(entries, ZIP_CODER)
-        return max(4 * entries, 3 * entries + coded(entries))
+            return 4 * entries + coding_workspace(entries, ZIP_CODER)
+        return max(4 * entries, 3 * entries + coding_workspace(entries))
 
     def direction(self, state: State, g: Tensor, at: MomentStep) -> Tensor:
         if self._fits_kernel(g.device) and not at.stochastic_first:
@@ -144,8 +141,8 @@ class Sgdm:
     def storages(self) -> dict[str, Storage]:
         return {"first": self.first}
 
-    def room(self, entries: int) -> int:
-        return 2 * entries + coded(entries)
+    def workspace(self, entries: int) -> int:
+        return 2 * entries + coding_workspace(entries)
 
     def direction(self, state: State, g: Tensor, at: MomentStep) -> Tensor:
         # m <- mu m + g;  u = m, or with Nesterov's momentum g + mu m
@@ -163,8 +160,8 @@ class Momentum:
     def storages(self) -> dict[str, Storage]:
         return {"first": self.first}
 
-    def room(self, entries: int) -> int:
-        return 0 if isinstance(self.first, Dense) else coded(entries)
+    def workspace(self, entries: int) -> int:
+        return 0 if isinstance(self.first, Dense) else coding_workspace(entries)
 
 
 def make_base(shape: tuple[int, ...], options: Options, quantise: bool) -> Base:

@@ -42,7 +42,7 @@ CODER = 6.5  # float32 copies of a piece (`quantize.CPU_PIECE`) that its codes a
 ZIP_CODER = 14  # the same, rounding in preconditioner space
 
 
-def coded(entries: int, copies: float = CODER) -> int:
+def coding_workspace(entries: int, copies: float = CODER) -> int:
     """float32 numbers that it takes to store some in few bits, beside themselves."""
     return int(copies * min(entries, CPU_PIECE))
 

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from torch import Tensor
 
 from ..numerics.rounding import Noise
-from ..numerics.storage import Buffers, Index, Storage, index_of
+from ..numerics.storage import Index, State, Storage, index_of
 from ..options import Options
 from ..utils.stopwatch import Stopwatch
 from .moments import Moments, MomentStep
 from .operations import Work
 from .schedule import due
 
-State = dict[str, Buffers]
+if TYPE_CHECKING:
+    from .diagnostics import Probe
 
 
 class Stack(Protocol):
@@ -26,25 +27,12 @@ class Stack(Protocol):
     state: State
     membership: Tensor
     """float32 (parameters of the wave, B): 1 where the block belongs to the parameter."""
-    salts: Tensor
+    seed_offsets: Tensor
     """int32 (B,): the same number for a block in every run and on every rank."""
-    places: list[float]
+    phases: list[float]
     """What share of the parameter group's blocks comes before each."""
     updates: list[int]
     """How many each block has had, this one included."""
-
-
-class Probe(Protocol):
-    """What a step tells a `diagnostics.Probe`."""
-
-    def before(self, stacks: Sequence[Stack]) -> None:
-        """The step begins."""
-
-    def moment(self, stack: Stack, exact: Tensor) -> None:
-        """The first moment as it was before it was stored, (B, *shape) float32."""
-
-    def after(self, stacks: Sequence[Stack]) -> None:
-        """The step is over."""
 
 
 @dataclass(frozen=True)
@@ -63,21 +51,21 @@ class Context:
     """Looks at the state before and after, if this is a step to look at."""
 
     def due(self, stack: Stack, refresh: str) -> list[tuple[Index, int]]:
-        """Rows of a stack whose turn it is, and how many steps lie between two of theirs.
+        """Rows of a stack that are due, and how many steps lie between two of theirs.
 
         All that are due at once have one interval, unless their parameters have had other numbers of updates.
         """
-        found = due(self.options, stack.updates, stack.places).get(refresh, {})
-        return [(index_of(rows, stack.salts.device), every) for every, rows in found.items()]
+        found = due(self.options, stack.updates, stack.phases).get(refresh, {})
+        return [(index_of(rows, stack.seed_offsets.device), every) for every, rows in found.items()]
 
-    def counted(self, stack: Stack) -> MomentStep:
+    def moment_step(self, stack: Stack) -> MomentStep:
         """One more step of a stack's blocks, as their moments see it."""
         o, probe = self.options, self.probe
         return MomentStep(
             betas=self.betas,
             eps=self.eps,
             steps=stack.state["steps"]["dense"].add_(1),
-            noise=Noise(stack.salts, self.step, o.seed),
+            noise=Noise(stack.seed_offsets, self.step, o.seed),
             stochastic_first=0 < o.stochastic_from <= self.step,
             watch=None if probe is None else lambda exact: probe.moment(stack, exact),
         )
@@ -107,7 +95,7 @@ class Algorithm(Protocol):
     def work(self) -> dict[str, Work]:
         """A block's operations: of every "step", and of each refresh of `schedule.intervals` beyond these."""
 
-    def room(self, blocks: int) -> dict[str, int]:
+    def workspace(self, blocks: int) -> dict[str, int]:
         """float32 numbers that a step of so many blocks takes at once ("step"), and one with a refresh, in all."""
 
     def refreshes(self) -> dict[str, list[str]]:
@@ -125,15 +113,15 @@ class Algorithm(Protocol):
         """
 
 
-def of_side(state: State, side: str) -> State:
+def side_state(state: State, side: str) -> State:
     """The state of one Kronecker side, "left" or "right", under its own names."""
     return {name.removeprefix(side + "."): buffers for name, buffers in state.items() if name.startswith(side + ".")}
 
 
 def rows_that_change(
-    algorithm: Algorithm, options: Options, updates: Sequence[int], places: Sequence[float]
+    algorithm: Algorithm, options: Options, updates: Sequence[int], phases: Sequence[float]
 ) -> dict[str, set[int]]:
     """Tensors that a step changes in some blocks only, and the positions of these; all other tensors change in all."""
-    turns = due(options, updates, places)
-    rows = {refresh: {i for some in of_refresh.values() for i in some} for refresh, of_refresh in turns.items()}
+    refreshed = due(options, updates, phases)
+    rows = {refresh: {i for some in of_refresh.values() for i in some} for refresh, of_refresh in refreshed.items()}
     return {name: rows.get(refresh, set()) for refresh, names in algorithm.refreshes().items() for name in names}

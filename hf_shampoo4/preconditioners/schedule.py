@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from ..options import Options
 
 Due = Mapping[str, Mapping[int, list[int]]]
-"""Refresh -> steps between two of a block's -> positions of the blocks whose turn it is."""
+"""Refresh -> steps between two of a block's -> positions of the blocks that are due."""
 
 
 def intervals(options: Options, updates: int | None = None) -> dict[str, int]:
@@ -16,22 +16,22 @@ def intervals(options: Options, updates: int | None = None) -> dict[str, int]:
         return {}
     if options.algorithm == "shampoo":
         return {"stats": options.stats_every, "roots": options.roots_every}
-    return {"turn": options.stats_every if updates is None else options.turn_interval(updates)}
+    return {"basis": options.stats_every if updates is None else options.basis_interval(updates)}
 
 
-def due(options: Options, updates: Sequence[int], places: Sequence[float]) -> Due:
-    """Whose turn it is: of every block once in a period, as its own updates are counted.
+def due(options: Options, updates: Sequence[int], phases: Sequence[float]) -> Due:
+    """Which blocks are due: of every block once in a period, as its own updates are counted.
 
-    A parameter may have no gradient on many steps, and on just those on which its turn by the optimizer's would fall.
+    A parameter may have no gradient on many steps, just those perhaps on which the optimizer's count would refresh it.
 
     Args:
         updates: how many each block has had, this one included.
-        places: in [0, 1), what share of a period earlier than all together each is refreshed, if they are staggered.
+        phases: in [0, 1), what share of a period earlier than all together each is refreshed, if they are staggered.
     """
     found: dict[str, dict[int, list[int]]] = {}
     periods = {n: intervals(options, n) for n in set(updates)}
-    for i, (n, place) in enumerate(zip(updates, places, strict=True)):
+    for i, (n, phase) in enumerate(zip(updates, phases, strict=True)):
         for refresh, every in periods[n].items():
-            if (n + int(place * every * options.stagger)) % every == 0:
+            if (n + int(phase * every * options.stagger)) % every == 0:
                 found.setdefault(refresh, {}).setdefault(every, []).append(i)
     return found

@@ -10,11 +10,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..numerics.storage import Dense, Index, Storage, put_back, taken
+from ..numerics.storage import Dense, Index, State, Storage, gather_rows, scatter_rows
 from .factors import Factor
 from .moments import Base
-from .operations import Work, coded, product
-from .protocols import Context, Stack, State, of_side
+from .operations import Work, coding_workspace, product
+from .protocols import Context, Stack, side_state
 
 
 @dataclass(frozen=True)
@@ -38,8 +38,8 @@ class Shampoo:
         }
 
     def initialise(self, state: State) -> None:
-        self.left.initialise(of_side(state, "left"))
-        self.right.initialise(of_side(state, "right"))
+        self.left.initialise(side_state(state, "left"))
+        self.right.initialise(side_state(state, "right"))
 
     def work(self) -> dict[str, Work]:
         m, n = self.shape
@@ -48,12 +48,12 @@ class Shampoo:
         step = statistics = product(m, m, n) + product(m, n, n)
         return {"step": step, "stats": statistics + left_update + right_update, "roots": left_root + right_root}
 
-    def room(self, blocks: int) -> dict[str, int]:
+    def workspace(self, blocks: int) -> dict[str, int]:
         m, n = self.shape
         entries, square = blocks * m * n, blocks * max(m, n) ** 2
         # P, grafted, and the base beside it;  a root is decoded while P is made
-        step = max(3 * entries, entries + self.moments.room(entries), entries + square + coded(square))
-        update, refresh = self.left.room(square)
+        step = max(3 * entries, entries + self.moments.workspace(entries), entries + square + coding_workspace(square))
+        update, refresh = self.left.workspace(square)
         return {"step": step, "stats": max(step, update), "roots": max(step, refresh)}
 
     def refreshes(self) -> dict[str, list[str]]:
@@ -73,16 +73,16 @@ class Shampoo:
             with self._some(stack, rows, context) as (some, left, right):
                 some["failures"]["dense"] += self.left.refresh(left).int() + self.right.refresh(right)
         # P = L^-1/4 G R^-1/4
-        return self.left.root(of_side(stack.state, "left")) @ g @ self.right.root(of_side(stack.state, "right"))
+        return self.left.root(side_state(stack.state, "left")) @ g @ self.right.root(side_state(stack.state, "right"))
 
     @contextmanager
     def _some(self, stack: Stack, rows: Index, context: Context) -> Iterator[tuple[State, State, State]]:
         """The state of some blocks and of their sides, to be changed in place; timed."""
-        with context.stopwatch.on(stack.salts.device):
-            some = taken(stack.state, rows)
-            yield some, of_side(some, "left"), of_side(some, "right")
-            put_back(stack.state, rows, some)
+        with context.stopwatch.on(stack.seed_offsets.device):
+            some = gather_rows(stack.state, rows)
+            yield some, side_state(some, "left"), side_state(some, "right")
+            scatter_rows(stack.state, rows, some)
 
     def update(self, stack: Stack, g: Tensor, context: Context) -> Tensor:
         # the base on P |G| / |P|: AdamW m <- b1 m + (1 - b1) P, v <- b2 v + (1 - b2) P^2, u = m / (sqrt(v) + eps)
-        return self.moments.direction(stack.state, g, context.counted(stack))
+        return self.moments.direction(stack.state, g, context.moment_step(stack))

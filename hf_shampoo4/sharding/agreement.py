@@ -41,7 +41,7 @@ class Failures:
             traceback.clear_frames(error.__traceback__)  # whose tensors may be what there is no memory for
             self.first = self.first or error
 
-    def raise_together(self) -> None:
+    def raise_on_all(self) -> None:
         """Raise if a rank has failed, as all must call it: each failed one its own error, the others what it was.
 
         Raises:
@@ -54,7 +54,7 @@ class Failures:
             self.exchange(None)
 
     def exchange(self, value: Any) -> list[Any]:
-        """What each rank gives, any small object; or all raise, as `raise_together` does."""
+        """What each rank gives, any small object; or all raise, as `raise_on_all` does."""
         messages = self.ranks.gather((f"{type(self.first).__name__}: {self.first}" if self.first else "", value))
         if self.first is not None:
             raise self.first
@@ -65,15 +65,15 @@ class Failures:
 
 
 @contextmanager
-def together(ranks: Ranks) -> Iterator[None]:
+def all_or_none(ranks: Ranks) -> Iterator[None]:
     """All ranks leave the block, or all raise; a rank must not fail in it before others wait for it."""
     failures = Failures(ranks)
     with failures.kept():
         yield
-    failures.raise_together()
+    failures.raise_on_all()
 
 
-def of_each(ranks: Ranks, make: Callable[[], Any]) -> list[Any]:
+def gather_or_raise(ranks: Ranks, make: Callable[[], Any]) -> list[Any]:
     """What `make` gives on each rank, any small object; or all ranks raise."""
     failures, mine = Failures(ranks), None
     with failures.kept():
@@ -118,7 +118,7 @@ def agree(ranks: Ranks, mine: View, explained: Callable[[], list[dict[str, Any]]
     seen = torch.tensor([*flags, *numbers, *(-x for x in numbers)], dtype=torch.float64, device=device)
     failed, infinite, stale, fresh, *bounds = ranks.reduce(seen, largest=True).tolist()
     if failed:
-        mine.failures.raise_together()
+        mine.failures.raise_on_all()
     largest, least = bounds[: len(numbers)], [-x for x in bounds[len(numbers) :]]
     same = [a == b for a, b in zip(largest, least, strict=True)]
     near = [math.isclose(a, b, rel_tol=TOLERANCE) for a, b in zip(largest[2:], least[2:], strict=True)]

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .geometry import MatrixView, Rect
-from .placement import Patch, Placement, Region, patches
+from .placement import LocalRect, Placement, Region, local_rects
 
 
 class Piece(NamedTuple):
@@ -50,7 +50,7 @@ class Piece(NamedTuple):
         return block[self.row : self.row + self.rows, self.column : self.column + self.columns]
 
 
-class Cut(NamedTuple):
+class BlockedParameter(NamedTuple):
     """A parameter of a wave: where it lives, and its blocks with their owners in canonical order."""
 
     placement: Placement
@@ -60,45 +60,45 @@ class Cut(NamedTuple):
 
 
 @dataclass
-class Exchange:
+class Transfer:
     """What this rank sends and receives in one direction, by the other rank (itself among them), in canonical order."""
 
     out: dict[int, list[Piece]] = field(default_factory=dict)
     into: dict[int, list[Piece]] = field(default_factory=dict)
-    local: bool = False
+    is_local: bool = False
     """Whether no rank sends anything to another one: then there is no collective."""
 
-    def of_blocks(self, wanted: Collection[int]) -> Exchange:
+    def of_blocks(self, wanted: Collection[int]) -> Transfer:
         """The part that concerns some blocks only."""
         out, into = (
-            {rank: [p for p in pieces if p.block in wanted] for rank, pieces in side.items()}
-            for side in (self.out, self.into)
+            {rank: [p for p in pieces if p.block in wanted] for rank, pieces in transfer.items()}
+            for transfer in (self.out, self.into)
         )
-        return Exchange(out, into, self.local)
+        return Transfer(out, into, self.is_local)
 
 
 class Route(NamedTuple):
     """Gradients to the owners, updates to the holders."""
 
-    collect: Exchange
-    deliver: Exchange
+    collect: Transfer
+    send: Transfer
 
 
-def route(rank: int, world: int, cuts: Sequence[Cut]) -> Route:
+def route(rank: int, world: int, parameters: Sequence[BlockedParameter]) -> Route:
     """The pieces that `rank` sends and receives.
 
     A replicated piece is collected from the owner itself where it has one, else from the replica in the owner's place
     (with HSDP: of the owner's own shard group); it is delivered to all of them.
     """
     found = Route(
-        Exchange(local=world == 1 or all(cut.placement.whole for cut in cuts)),
-        Exchange(local=world == 1),
+        Transfer(is_local=world == 1 or all(p.placement.whole for p in parameters)),
+        Transfer(is_local=world == 1),
     )
     first = 0
-    for member, (placement, view, rects, owners) in enumerate(cuts):
-        mine = placement.share_of[rank]
+    for member, (placement, view, rects, owners) in enumerate(parameters):
+        mine = placement.shard_of[rank]
         for k, (rect, owner) in enumerate(zip(rects, owners, strict=True)):
-            for region, ranks in placement.shares if owner == rank else (mine,):
+            for region, ranks in placement.shards if owner == rank else (mine,):
                 source = owner if owner in ranks else ranks[owner * len(ranks) // world]
                 for piece in _pieces(member, first + k, rect, region, view):
                     if source == rank:
@@ -106,15 +106,15 @@ def route(rank: int, world: int, cuts: Sequence[Cut]) -> Route:
                     if owner == rank:
                         found.collect.into.setdefault(source, []).append(piece)
                         for holder in ranks:
-                            found.deliver.out.setdefault(holder, []).append(piece)
+                            found.send.out.setdefault(holder, []).append(piece)
                     if rank in ranks:
-                        found.deliver.into.setdefault(owner, []).append(piece)
+                        found.send.into.setdefault(owner, []).append(piece)
         first += len(rects)
     return found
 
 
 def _pieces(member: int, block: int, rect: Rect, region: Region, view: MatrixView) -> Iterator[Piece]:
-    for held, offset, stride in _patches_by_matrix(region, view).get(rect.matrix, ()):
+    for held, offset, stride in _rects_by_matrix(region, view).get(rect.matrix, ()):
         r0, r1, c0, c1 = max(rect.r0, held.r0), min(rect.r1, held.r1), max(rect.c0, held.c0), min(rect.c1, held.c1)
         if r0 < r1 and c0 < c1:
             start = offset + (r0 - held.r0) * stride + c0 - held.c0
@@ -122,10 +122,10 @@ def _pieces(member: int, block: int, rect: Rect, region: Region, view: MatrixVie
 
 
 @lru_cache(maxsize=1 << 16)
-def _patches_by_matrix(region: Region, view: MatrixView) -> dict[int, list[Patch]]:
-    found: dict[int, list[Patch]] = {}
-    for patch in patches(region, view):
-        found.setdefault(patch.rect.matrix, []).append(patch)
+def _rects_by_matrix(region: Region, view: MatrixView) -> dict[int, list[LocalRect]]:
+    found: dict[int, list[LocalRect]] = {}
+    for rect in local_rects(region, view):
+        found.setdefault(rect.rect.matrix, []).append(rect)
     return found
 
 
@@ -194,22 +194,22 @@ class Ranks:
     """Their process group; None: the default one."""
 
     @cached_property
-    def members(self) -> tuple[int, ...]:
+    def global_ranks(self) -> tuple[int, ...]:
         """What torch calls each rank in the default group."""
         return tuple(dist.get_process_group_ranks(self.group or dist.group.WORLD)) if self.world > 1 else (0,)
 
-    def of_members(self, mesh: Sequence[int], name: str) -> tuple[int, ...]:
+    def from_global(self, mesh: Sequence[int], name: str) -> tuple[int, ...]:
         """A mesh of ranks of the default group as ranks of this one.
 
         Raises:
             ValueError: it has others too.
         """
-        if not set(mesh) <= set(self.members):
+        if not set(mesh) <= set(self.global_ranks):
             raise ValueError(
                 f"parameter {name!r} lives on a mesh of ranks {list(mesh)[:8]}, but process_group has ranks "
-                f"{list(self.members)[:8]}: leave process_group out, or give the group of all ranks of the meshes"
+                f"{list(self.global_ranks)[:8]}: leave process_group out, or give the group of all ranks of the meshes"
             )
-        return tuple(self.members.index(rank) for rank in mesh)
+        return tuple(self.global_ranks.index(rank) for rank in mesh)
 
     def require(self) -> None:
         """Make sure that the group is there.

@@ -5,8 +5,8 @@
     FSDP1 (use_orig_params)                     the parameter, which FSDP1 has made a 1-D range of the real one
     DeepSpeed ZeRO-1, ZeRO-2, ZeRO-3            a range of the float32 tensor that takes the parameters' place
 
-DeepSpeed says where a parameter is in attributes of the model's own parameters, FSDP1 in its modules only: `remember`
-notes it on the parameters.
+DeepSpeed says where a parameter is in attributes of the model's own parameters, FSDP1 in its modules only:
+`note_flat_ranges` notes it on the parameters.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Range(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Held:
+class LocalParameter:
     """A parameter that is trained, as this rank sees it."""
 
     name: str
@@ -54,7 +54,7 @@ class Held:
 
     def weights(self) -> Tensor:
         """What this rank holds, flat and row-major: a view if the memory `is_flat`, else a copy."""
-        return self._part(_flat(self.buffer))
+        return self._range_of(_flat(self.buffer))
 
     @property
     def is_flat(self) -> bool:
@@ -69,7 +69,7 @@ class Held:
         mine: Any = self.buffer
         if type(grad) is not Tensor and hasattr(grad, "placements") and grad.placements != mine.placements:
             grad = grad.redistribute(placements=mine.placements)
-        return self._part(_flat(grad))
+        return self._range_of(_flat(grad))
 
     def digest(self) -> list[tuple[float, ...]]:
         """A few numbers of the weights, and of the gradient if there is one, to tell apart what is no replica."""
@@ -80,17 +80,17 @@ class Held:
         """Copy changed weights back, if `weights` had to copy them."""
         if not self.is_flat:
             here = local_tensor(self.buffer)
-            here = here if self.range is None else self._part(here)
+            here = here if self.range is None else self._range_of(here)
             here.copy_(flat.view(here.shape))
 
-    def _part(self, flat: Tensor) -> Tensor:
+    def _range_of(self, flat: Tensor) -> Tensor:
         return flat if self.range is None else flat[self.range.offset : self.range.offset + self.range.numel]
 
 
 def local_tensor(t: Tensor) -> Tensor:
     """What this rank holds of a parameter or gradient, detached."""
-    held: Any = t.detach()
-    return held.to_local() if type(held) is not Tensor and hasattr(held, "to_local") else held
+    local: Any = t.detach()
+    return local.to_local() if type(local) is not Tensor and hasattr(local, "to_local") else local
 
 
 def _flat(t: Tensor) -> Tensor:
@@ -106,39 +106,39 @@ def _is_flat(local: Tensor) -> bool:
     return local.is_contiguous() and not local.is_neg()
 
 
-def sharing(members: Sequence[Held]) -> tuple[str, str] | None:
+def overlapping(members: Sequence[LocalParameter]) -> tuple[str, str] | None:
     """Two parameters with numbers of the same memory in both, such as a decoder's weight that is the encoder's, turned.
 
     Views that only lie between each other, as columns of one tensor do, are not meant.
     """
     by_storage: dict[int, list[tuple[int, int, str, Tensor]]] = {}
-    for held in members:
-        local = local_tensor(held.buffer)
-        if held.range is None and local.numel():
+    for one in members:
+        local = local_tensor(one.buffer)
+        if one.range is None and local.numel():
             first = int(local.storage_offset())
             last = first + sum((n - 1) * int(step) for n, step in zip(local.shape, local.stride(), strict=True))
             there = by_storage.setdefault(local.untyped_storage().data_ptr(), [])
-            there.append((first, last, held.name, local))
+            there.append((first, last, one.name, local))
     for there in by_storage.values():
-        there.sort(key=lambda one: one[:2])
+        there.sort(key=lambda found: found[:2])
         for i, (_, last, name, local) in enumerate(there):
             for first, _, other, beside in there[i + 1 :]:
                 if first > last:
                     break
-                if torch.isin(_places(local), _places(beside)).any():
+                if torch.isin(_addresses(local), _addresses(beside)).any():
                     return name, other
     return None
 
 
-def _places(local: Tensor) -> Tensor:
+def _addresses(local: Tensor) -> Tensor:
     """Where in its storage the entries are."""
-    places = torch.tensor([local.storage_offset()], device="cpu")
+    addresses = torch.tensor([local.storage_offset()], device="cpu")
     for n, step in zip(local.shape, local.stride(), strict=True):
-        places = (places.unsqueeze(-1) + torch.arange(n, device="cpu") * step).flatten()
-    return places
+        addresses = (addresses.unsqueeze(-1) + torch.arange(n, device="cpu") * step).flatten()
+    return addresses
 
 
-def alike(digests: Sequence[list[tuple[float, ...]]]) -> bool:
+def may_be_replicas(digests: Sequence[list[tuple[float, ...]]]) -> bool:
     """Whether the digests may be those of replicas, which processors may have made to differ a little."""
     for mine, other in ((a, b) for of_one in digests[1:] for a, b in zip(digests[0], of_one, strict=False)):
         norm = max(mine[-1], other[-1])
@@ -160,9 +160,9 @@ def full_shape(p: Tensor) -> tuple[int, ...]:
     return getattr(p, _NOTE)[0] if hasattr(p, _NOTE) else tuple(p.shape)
 
 
-def held_itself(name: str, p: Tensor) -> Held:
+def local_parameter(name: str, p: Tensor) -> LocalParameter:
     """A parameter that is in the optimizer's groups itself."""
-    return Held(name, p, full_shape(p), p, getattr(p, _NOTE)[1] if hasattr(p, _NOTE) else None)
+    return LocalParameter(name, p, full_shape(p), p, getattr(p, _NOTE)[1] if hasattr(p, _NOTE) else None)
 
 
 def in_fsdp1(p: Tensor) -> bool:
@@ -180,7 +180,7 @@ def noted_name(p: Tensor) -> str:
     return getattr(p, _NAME, "")
 
 
-def check(p: Tensor) -> None:
+def check_trainable(p: Tensor) -> None:
     """Refuse what cannot be trained.
 
     Raises:
@@ -206,7 +206,7 @@ def check(p: Tensor) -> None:
         )
 
 
-def remember(model: nn.Module) -> None:
+def note_flat_ranges(model: nn.Module) -> None:
     """Note on every parameter that FSDP1 has flattened which range of it this rank has.
 
     Raises:
@@ -240,7 +240,7 @@ def in_deepspeed(p: Tensor) -> bool:
     return hasattr(p, "_z3_optimizer") or hasattr(p, "_dp_group")
 
 
-def held_by_deepspeed(buffer: Tensor, named: Sequence[tuple[str, Tensor]]) -> list[Held]:
+def deepspeed_parameters(buffer: Tensor, named: Sequence[tuple[str, Tensor]]) -> list[LocalParameter]:
     """The parameters of a group that are in one of its flat float32 tensors.
 
     Args:
@@ -253,7 +253,7 @@ def held_by_deepspeed(buffer: Tensor, named: Sequence[tuple[str, Tensor]]) -> li
     """
     of_zero3 = next((p for _, p in named if hasattr(p, "_z3_optimizer")), None)
     found = _zero12(buffer, named) if of_zero3 is None else _zero3(buffer, named, of_zero3)
-    return [Held(name, p, full_shape(p), buffer, here) for name, p, here in found]
+    return [LocalParameter(name, p, full_shape(p), buffer, here) for name, p, here in found]
 
 
 def _zero12(buffer: Tensor, named: Sequence[tuple[str, Tensor]]) -> list[tuple[str, Tensor, Range]]:

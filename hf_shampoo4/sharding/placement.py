@@ -66,7 +66,7 @@ class Region(NamedTuple):
         return cls((Runs(start, 1, numel, numel, 0, numel),) if numel else ())
 
 
-class Patch(NamedTuple):
+class LocalRect(NamedTuple):
     """A rectangle of a parameter's matrix view that a rank holds, and where it lies in the rank's flat tensor."""
 
     rect: Rect
@@ -76,7 +76,7 @@ class Patch(NamedTuple):
     """From a row to the next."""
 
 
-class Share(NamedTuple):
+class Shard(NamedTuple):
     """A region, and the ranks that hold it."""
 
     region: Region
@@ -85,38 +85,38 @@ class Share(NamedTuple):
 
 @dataclass(frozen=True)
 class Placement:
-    """Where all of a parameter lives: every entry in one share."""
+    """Where all of a parameter lives: every entry in one shard."""
 
     shape: tuple[int, ...]
     """The parameter's global shape."""
-    shares: tuple[Share, ...]
+    shards: tuple[Shard, ...]
     layout: Layout | None = None
     """Of a DTensor."""
 
     @cached_property
-    def share_of(self) -> dict[int, Share]:
+    def shard_of(self) -> dict[int, Shard]:
         """By rank."""
-        return {rank: share for share in self.shares for rank in share.ranks}
+        return {rank: shard for shard in self.shards for rank in shard.ranks}
 
     def holders(self, entry: int) -> tuple[int, ...]:
         """The ranks that hold an entry, by its row-major position."""
-        last = bisect.bisect_right(self._starts, entry) if self._starts else len(self.shares)
-        for region, ranks in reversed(self.shares[:last]):
+        last = bisect.bisect_right(self._starts, entry) if self._starts else len(self.shards)
+        for region, ranks in reversed(self.shards[:last]):
             if any(runs.has(entry) for runs in region.runs):
                 return ranks
         raise ValueError(f"nobody holds entry {entry} of a parameter of shape {self.shape}")
 
     @cached_property
     def _starts(self) -> list[int]:
-        """Where the shares start, if they are in order."""
-        starts = [share.region.start for share in self.shares if share.region.numel]
-        filled = all(share.region.numel for share in self.shares[: len(starts)])
+        """Where the shards start, if they are in order."""
+        starts = [shard.region.start for shard in self.shards if shard.region.numel]
+        filled = all(shard.region.numel for shard in self.shards[: len(starts)])
         return starts if filled and starts == sorted(starts) else []
 
     @property
     def whole(self) -> bool:
         """Whether every rank holds all of it."""
-        return len(self.shares) == 1
+        return len(self.shards) == 1
 
 
 class Split(NamedTuple):
@@ -217,7 +217,7 @@ def placed(name: str, shape: tuple[int, ...], by_rank: Sequence[Sharding | None]
 def _that_fits(name: str, shape: tuple[int, ...], layout: Layout, held: list[int], placements: str) -> Placement:
     """The one of the two orders of cutting (see `sharded`) that gives each rank as many entries as it has."""
     orders = {sharded(shape, layout), sharded(shape, layout, left_to_right=True)}
-    fitting = [p for p in orders if [p.share_of[rank].region.numel for rank in range(len(held))] == held]
+    fitting = [p for p in orders if [p.shard_of[rank].region.numel for rank in range(len(held))] == held]
     if len(fitting) == 1:
         return fitting[0]
     wrong = "which entries these are cannot be told: shard another dimension" if fitting else "which do not fit"
@@ -230,7 +230,7 @@ def _that_fits(name: str, shape: tuple[int, ...], layout: Layout, held: list[int
 @cache
 def whole(shape: tuple[int, ...], world: int) -> Placement:
     """All of it on every rank."""
-    return Placement(shape, (Share(Region.range(0, math.prod(shape)), tuple(range(world))),))
+    return Placement(shape, (Shard(Region.range(0, math.prod(shape)), tuple(range(world))),))
 
 
 @cache
@@ -253,7 +253,7 @@ def sharded(shape: tuple[int, ...], layout: Layout, left_to_right: bool = False)
             for side, of_dim in zip(shape, cuts, strict=True)
         ]
         holders.setdefault(_product(shape, held), []).extend(mesh[position] for mesh in layout.meshes)
-    return Placement(shape, tuple(Share(region, tuple(ranks)) for region, ranks in holders.items()), layout)
+    return Placement(shape, tuple(Shard(region, tuple(ranks)) for region, ranks in holders.items()), layout)
 
 
 def ranges(shape: tuple[int, ...], bounds: Sequence[tuple[int, int]]) -> Placement:
@@ -261,25 +261,25 @@ def ranges(shape: tuple[int, ...], bounds: Sequence[tuple[int, int]]) -> Placeme
     holders: dict[tuple[int, int], list[int]] = {}
     for rank, bound in enumerate(bounds):
         holders.setdefault(bound, []).append(rank)
-    shares = [Share(Region.range(a, b - a), tuple(held_by)) for (a, b), held_by in holders.items()]
-    return Placement(shape, tuple(shares))
+    shards = [Shard(Region.range(a, b - a), tuple(held_by)) for (a, b), held_by in holders.items()]
+    return Placement(shape, tuple(shards))
 
 
-def patches(region: Region, view: MatrixView) -> list[Patch]:
+def local_rects(region: Region, view: MatrixView) -> list[LocalRect]:
     """The region as rectangles of the matrix view: for a range at most three a matrix, for a box one."""
-    return [patch for runs in region.runs for patch in _patches(runs, view)]
+    return [rect for runs in region.runs for rect in _local_rects(runs, view)]
 
 
-def _patches(runs: Runs, view: MatrixView) -> list[Patch]:
+def _local_rects(runs: Runs, view: MatrixView) -> list[LocalRect]:
     start, number, length, step, offset, stride = runs
     row, column = divmod(start, view.columns)
     if number > 1 and step == view.columns and column + length <= view.columns:  # one rectangle a matrix
         return [
-            Patch(Rect(r.matrix, r.r0, r.r1, column, column + length), offset + at // view.columns * stride, stride)
+            LocalRect(Rect(r.matrix, r.r0, r.r1, column, column + length), offset + at // view.columns * stride, stride)
             for r, at, _ in _rectangles(row * view.columns, (row + number) * view.columns, view)
         ]
     return [
-        Patch(rect, offset + i * stride + at, view.columns)
+        LocalRect(rect, offset + i * stride + at, view.columns)
         for i in range(number)
         for rect, at, _ in _rectangles(start + i * step, start + i * step + length, view)
     ]
@@ -415,7 +415,7 @@ def _repeated(runs: Runs, times: int, step: int, stride: int) -> list[Runs]:
     return [runs._replace(start=runs.start + i * step, offset=runs.offset + i * stride) for i in range(times)]
 
 
-def _rectangles(start: int, stop: int, view: MatrixView) -> list[Patch]:
+def _rectangles(start: int, stop: int, view: MatrixView) -> list[LocalRect]:
     """Entries [start, stop) of the view: part of a row, whole rows, part of a row, in each matrix."""
     found = []
     at = start
@@ -429,6 +429,6 @@ def _rectangles(start: int, stop: int, view: MatrixView) -> list[Patch]:
             rows = min((stop - at) // view.columns, view.rows - r)
             size = rows * view.columns
             rect = Rect(matrix, r, r + rows, 0, view.columns)
-        found.append(Patch(rect, at - start, view.columns))
+        found.append(LocalRect(rect, at - start, view.columns))
         at += size
     return found

@@ -48,8 +48,10 @@ def all_come(place: str, ranks: Ranks, advice: str) -> bool:
         else:
             if waited > REMINDER and not reminded:
                 reminded = True
-                missing = [ranks.members[rank] for rank, key in enumerate(arrived) if not store.check([key])]
-                warnings.warn(f"rank {ranks.members[ranks.rank]} waits for ranks {missing}: {advice}", stacklevel=2)
+                missing = [ranks.global_ranks[rank] for rank, key in enumerate(arrived) if not store.check([key])]
+                warnings.warn(
+                    f"rank {ranks.global_ranks[ranks.rank]} waits for ranks {missing}: {advice}", stacklevel=2
+                )
             time.sleep(0.01)
     return bool(store.get(verdict) == b"all")
 
@@ -64,8 +66,8 @@ def announced(ranks: Ranks) -> Iterator[None]:
     if ranks.world == 1:
         yield
         return
-    _meetings[ranks.members] = _meetings.get(ranks.members, 0) + 1
-    key = f"hf_shampoo4/{hash(ranks.members)}/{_meetings[ranks.members]}"
+    _meetings[ranks.global_ranks] = _meetings.get(ranks.global_ranks, 0) + 1
+    key = f"hf_shampoo4/{hash(ranks.global_ranks)}/{_meetings[ranks.global_ranks]}"
     store: Any = dist.distributed_c10d._get_default_store()
     store = store.clone() if hasattr(store, "clone") else store  # its own connection: the other one may be waiting
     store.set(f"{key}/{ranks.rank}", "")
@@ -79,7 +81,7 @@ def announced(ranks: Ranks) -> Iterator[None]:
 
 
 def _tell_who_is_missing(ranks: Ranks, store: Any, key: str) -> None:
-    missing = [member for rank, member in enumerate(ranks.members) if not store.check([f"{key}/{rank}"])]
+    missing = [member for rank, member in enumerate(ranks.global_ranks) if not store.check([f"{key}/{rank}"])]
     if missing:
         warnings.warn(
             f"Shampoo4bit has waited for {LATE.seconds} seconds in its first step for ranks {missing[:8]} of "

@@ -16,12 +16,12 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from .exchange import Ranks
-from .local_parameter import Held
+from .local_parameter import LocalParameter
 
 TOLERANCE = 0.02  # of a norm.  A clip factor with another last bit may round a bfloat16 number to its neighbour (.008)
 
 
-def compare(ranks: Ranks, held: Sequence[Held]) -> list[bool]:
+def compare(ranks: Ranks, local: Sequence[LocalParameter]) -> list[bool]:
     """Make sure that parameters and gradients are replicas; every rank must call it with the same parameters.
 
     Returns:
@@ -30,9 +30,9 @@ def compare(ranks: Ranks, held: Sequence[Held]) -> list[bool]:
     Raises:
         RuntimeError: they are no replicas; the message says which and on which ranks.
     """
-    if not held:
+    if not local:
         return []
-    sums = torch.stack([_sums(one) for one in held])  # (n, 2, 2): of weights and gradient; sum and norm
+    sums = torch.stack([_sums(one) for one in local])  # (n, 2, 2): of weights and gradient; sum and norm
     bounds = ranks.reduce(torch.stack([sums, -sums]), largest=True)
     largest, least = bounds[0], -bounds[1]
     scale = torch.maximum(largest.abs(), least.abs()).amax(-1, keepdim=True)
@@ -40,13 +40,13 @@ def compare(ranks: Ranks, held: Sequence[Held]) -> list[bool]:
     if differs.any():
         first = int(differs.any(-1).nonzero()[0])
         which = 0 if differs[first, 0] else 1
-        _refuse(held[first].name, ("values", "gradients")[which], ranks.gather(sums[first, which].tolist()), ranks)
+        _refuse(local[first].name, ("values", "gradients")[which], ranks.gather(sums[first, which].tolist()), ranks)
     return (largest[:, 1, 1] > 0).tolist()
 
 
-def _sums(held: Held) -> Tensor:
+def _sums(local: LocalParameter) -> Tensor:
     """float64 (2, 2): sum and norm of the weights and of the gradient.  The sum is that of what differs too."""
-    weights, gradient = held.weights(), held.gradient()
+    weights, gradient = local.weights(), local.gradient()
     both = [weights, torch.zeros_like(weights) if gradient is None else gradient]
     return torch.stack([torch.stack([x.sum(dtype=torch.float64), torch.linalg.vector_norm(x.double())]) for x in both])
 
@@ -71,9 +71,9 @@ def _refuse(name: str, what: str, by_rank: list[list[float]], ranks: Ranks) -> N
     )
 
 
-def has_gradient(held: Sequence[Held]) -> bool:
+def has_gradient(local: Sequence[LocalParameter]) -> bool:
     """Whether any gradient here is not zero."""
-    found = [gradient for one in held if (gradient := one.gradient()) is not None and gradient.numel()]
+    found = [gradient for one in local if (gradient := one.gradient()) is not None and gradient.numel()]
     return any(bool(gradient.any()) for gradient in found)
 
 

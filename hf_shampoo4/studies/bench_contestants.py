@@ -56,7 +56,7 @@ def _ours(label: str, **options: Any) -> Contestant:
     intervals = {"elementwise": (), "shampoo": ("stats_every", "roots_every")}
     every: tuple[str, ...] = intervals.get(options["algorithm"], ("stats_every",))
     if every == ("stats_every",):
-        options["refresh_warmup"] = 0  # the others' bases do not turn at every step to begin with
+        options["refresh_warmup"] = 0  # the others' bases are not updated at every step to begin with
     return Contestant(label, "hf_shampoo4:Shampoo4bit", "", options, every, "block_size" if every else "")
 
 

@@ -22,7 +22,7 @@ GROUPS: tuple[tuple[dict[str, Any], tuple[tuple[int, ...], ...]], ...] = (
     ({"kind": "vector", "algorithm": "elementwise"}, ((64,),)),
 )
 STEPS, FASTER = 32, 50
-"""Bases turn ever more rarely; in so many steps at so many times the pace they come to their slowest."""
+"""Bases are updated ever more rarely; in so many steps at so many times the pace they come to their slowest."""
 
 
 def fingerprint(settings: Mapping[str, Any]) -> str:

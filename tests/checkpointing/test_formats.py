@@ -24,8 +24,8 @@ from hf_shampoo4.checkpointing.convert import by_position, described, main, read
 from hf_shampoo4.checkpointing.formats import PACKED, join, pack, unflattened, unpack
 from hf_shampoo4.checkpointing.optimizer_folder import sealed
 from hf_shampoo4.exceptions import CheckpointError
-from hf_shampoo4.execution.state_layout import is_part
-from hf_shampoo4.sharding.local_parameter import Range, check, held_by_deepspeed
+from hf_shampoo4.execution.state_layout import is_partial
+from hf_shampoo4.sharding.local_parameter import Range, check_trainable, deepspeed_parameters
 
 SHAPES = {"weight": (70, 40), "bias": (9,), "experts": (3, 20, 30)}
 OPTIONS = {"algorithm": "shampoo", "stats_every": 2, "roots_every": 2, "block_size": 32, "lr": 1e-2}
@@ -103,9 +103,9 @@ def test_parts_are_joined_in_order_and_a_missing_block_is_told() -> None:
     }
     second = {"4x4/left": torch.tensor([[1.0]]), "4x4/blocks": torch.tensor([1]), "4x2/blocks": torch.tensor([0]),
               "4x2/left": torch.tensor([[7.0]])}  # fmt: skip
-    assert is_part(first)
+    assert is_partial(first)
     whole = join("p", [first, second])
-    assert not is_part(whole)
+    assert not is_partial(whole)
     assert whole["4x4/left"].flatten().tolist() == [0, 1, 2]
     assert whole["4x2/left"].flatten().tolist() == [7]
     with pytest.raises(CheckpointError, match=r"state of 'p': 4x4/left has blocks \[0, 2\], some are missing"):
@@ -119,23 +119,23 @@ def test_what_fsdp1_hides_is_refused_with_what_to_do() -> None:
         Shampoo4bit([p], algorithm="elementwise")
     p._is_flat_param = True
     with pytest.raises(ValueError, match="use_orig_params=True"):
-        check(p)
+        check_trainable(p)
 
 
 def test_what_deepspeed_spreads_in_ways_that_cannot_be_followed_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     p, flat = nn.Parameter(torch.zeros(4, 3)), torch.zeros(12)
     p._z3_optimizer = SimpleNamespace(swap_optimizer=True)
     with pytest.raises(ValueError, match=r"offloaded to NVMe.*set .*\"cpu\""):
-        held_by_deepspeed(flat, [("p", p)])
+        deepspeed_parameters(flat, [("p", p)])
     p._z3_optimizer = SimpleNamespace(swap_optimizer=False, fp32_partitioned_groups_flat=[torch.zeros(12)])
     with pytest.raises(ValueError, match="none of DeepSpeed's sub-groups"):
-        held_by_deepspeed(flat, [("p", p)])
+        deepspeed_parameters(flat, [("p", p)])
     monkeypatch.setattr(dist, "get_rank", lambda group=None: 0)
     monkeypatch.setattr(dist, "get_world_size", lambda group=None: 8 if group is None else 2)
     expert = nn.Parameter(torch.zeros(4, 3))
     expert._dp_group = "experts"
     with pytest.raises(ValueError, match=r"over 2 of 8 ranks .*use ZeRO over all ranks, or FSDP2"):
-        held_by_deepspeed(flat, [("expert", expert)])
+        deepspeed_parameters(flat, [("expert", expert)])
 
 
 @pytest.fixture
@@ -253,7 +253,9 @@ def test_one_turned_bit_is_found_wherever_the_folder_is_read(side: Path, kind: s
     (file,) = side.glob(kind)
     whole, start = file.read_bytes(), 0
     if kind == "*.distcp":  # not the zip archives' own words around the tensors, which nothing depends on
-        start = whole.index(next(row.numpy().tobytes() for row in stepped().rows().values() if row.nbytes > 1000))
+        start = whole.index(
+            next(row.numpy().tobytes() for row in stepped().named_blocks().values() if row.nbytes > 1000)
+        )
     for at in range(3):
         flip(file, (start + at * 300) / len(whole))
         with pytest.raises(CheckpointError, match=f"{file.name}|cannot be read"):

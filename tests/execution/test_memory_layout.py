@@ -15,7 +15,7 @@ from hf_shampoo4 import Shampoo4bit
 from hf_shampoo4.execution.build import build
 from hf_shampoo4.options import Options
 from hf_shampoo4.sharding.exchange import Ranks
-from hf_shampoo4.sharding.local_parameter import held_itself, sharing
+from hf_shampoo4.sharding.local_parameter import local_parameter, overlapping
 from tests.stress.soak import ALGORITHMS, WIDTHS
 from tests.support.reference import PROPERTY
 
@@ -150,7 +150,7 @@ def test_an_expanded_parameter_is_refused() -> None:
 
 def test_parameters_in_the_same_memory_are_found() -> None:
     def found(*views: Tensor) -> tuple[str, str] | None:
-        return sharing([held_itself(str(i), nn.Parameter(view)) for i, view in enumerate(views)])
+        return overlapping([local_parameter(str(i), nn.Parameter(view)) for i, view in enumerate(views)])
 
     w = torch.zeros(8, 6)
     assert found(w, w.t()) == ("0", "1")
@@ -167,7 +167,7 @@ def test_owners_refuse_parameters_in_the_same_memory() -> None:
             return [value] * self.world
 
     w = torch.zeros(8, 6)
-    held = [held_itself("encoder", nn.Parameter(w)), held_itself("decoder", nn.Parameter(w.t()))]
-    shapes = {one.name: one.shape for one in held}
+    local = [local_parameter("encoder", nn.Parameter(w)), local_parameter("decoder", nn.Parameter(w.t()))]
+    shapes = {one.name: one.shape for one in local}
     with pytest.raises(ValueError, match="parameters 'encoder' and 'decoder' share memory"):
-        build([(Options(), held, shapes)], Alike(0, 2))
+        build([(Options(), local, shapes)], Alike(0, 2))

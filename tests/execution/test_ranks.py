@@ -14,7 +14,7 @@ import torch
 
 from hf_shampoo4.checkpointing.convert import by_position, described, main, read
 from hf_shampoo4.exceptions import CheckpointError
-from hf_shampoo4.execution.state_layout import is_part
+from hf_shampoo4.execution.state_layout import is_partial
 from tests.stress.ranks import SHAPES, launch
 
 STEPS = "8"
@@ -202,7 +202,7 @@ def test_files_of_deepspeed_are_converted_or_refused(results: dict, folder: Path
     state_dict = torch.load(tmp_path / "optimizer.pt", weights_only=True)
     trained = [name for shapes in SHAPES for name in shapes if name != "frozen"]
     assert len(state_dict["state"]) == len(trained)
-    assert not any(map(is_part, state_dict["state"].values()))
+    assert not any(map(is_partial, state_dict["state"].values()))
     shutil.copytree(folder / "zero2-own", tmp_path / "lacking")
     next((tmp_path / "lacking").glob("global_step*/*_pp_rank_1_*_optim_states.pt")).unlink()
     with pytest.raises(CheckpointError, match="was written by 2 ranks, but has 1 of their files"):

@@ -9,14 +9,14 @@ import torch
 from hf_shampoo4.numerics import linalg as matrix
 from hf_shampoo4.numerics.linalg import (
     bjorck,
+    clamp_rms,
     exact_float32,
     finite_blocks,
-    or_identity,
     power_qr,
+    replace_bad_blocks,
     root_by_eigh,
     safe_qr,
     symmetric_power,
-    within,
 )
 from tests.support import reference
 
@@ -157,9 +157,9 @@ def test_negative_eigenvalues_count_as_zero() -> None:
         lambda a: power_qr(a, a),
         lambda a: root_by_eigh(a, -0.25, 1e-6),
         lambda a: symmetric_power(a, a.diagonal(dim1=1, dim2=2), -0.25, 1e-6),
-        lambda a: or_identity(a, torch.tensor([True, False])),
+        lambda a: replace_bad_blocks(a, torch.tensor([True, False])),
     ],
-    ids=["bjorck", "power_qr", "root_by_eigh", "symmetric_power", "or_identity"],
+    ids=["bjorck", "power_qr", "root_by_eigh", "symmetric_power", "replace_bad_blocks"],
 )
 def test_input_is_never_changed(call) -> None:
     a = symmetric(orthogonal(2, 6), spectrum(2, 6, 10.0)).float()
@@ -175,9 +175,9 @@ def test_within_scales_what_is_too_large_and_nothing_else() -> None:
     x = torch.tensor([[[3.0, 4.0, 0.0, 0.0], [0.3, 0.4, 0.0, 0.0], [0.0, 0.0, 0.0, 0.0], [2.0, 2.0, 2.0, -2.0]]])
     expected = x.clone()
     expected[0, 0] *= 2 / 2.5
-    assert torch.equal(within(x, 2.0, rows=True, columns=False), expected)
-    assert torch.equal(within(x.mT, 2.0, rows=False, columns=True), expected.mT)
-    both = within(x, 1.5, rows=True, columns=True).square()
+    assert torch.equal(clamp_rms(x, 2.0, rows=True, columns=False), expected)
+    assert torch.equal(clamp_rms(x.mT, 2.0, rows=False, columns=True), expected.mT)
+    both = clamp_rms(x, 1.5, rows=True, columns=True).square()
     assert both.mean(-1).max() <= 1.5**2
     assert both.mean(-2).max() <= 1.5**2
 
@@ -201,7 +201,7 @@ def test_finite_blocks_and_or_identity() -> None:
     good = finite_blocks(a, torch.ones(3, 4))
     assert good.tolist() == [False, True, False]
     assert finite_blocks(torch.tensor([[1.0], [torch.nan], [-torch.inf]])).tolist() == [True, False, False]
-    filled = or_identity(a, good)
+    filled = replace_bad_blocks(a, good)
     assert torch.equal(filled[1], a[1])
     assert torch.equal(filled[0], torch.eye(4))
     assert torch.equal(filled[2], torch.eye(4))

@@ -176,7 +176,7 @@ def test_double_quantised_scales_are_squares_of_255ths(fit: Fit) -> None:
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("rest", [0.5, 0.1, 0.02])
 def test_what_a_column_holds_beside_one_large_entry_is_kept(bits: int, rest: float) -> None:
-    """A basis begins as the identity and turns little by little: no less is kept than with float32 scales of 64."""
+    """A basis begins as the identity and changes little by little: no less is kept than with float32 scales of 64."""
     x = rest * torch.nn.functional.normalize(torch.randn(1, 1024, 64), dim=1)
     x[0, torch.arange(64), torch.arange(64)] += (1 - rest**2) ** 0.5
     name = "lloyd16" if bits == 4 else "linear2"

@@ -512,7 +512,7 @@ def test_parameters_of_two_models_with_equal_names() -> None:
         optimizer.step()
         for p, old in zip(trained, before, strict=True):
             assert (p != old).all()
-        rows = optimizer.rows()
+        rows = optimizer.named_blocks()
         assert sum(row.numel() for row in rows.values()) == sum(
             t.numel() for entry in optimizer.state.values() for t in entry.values()
         )

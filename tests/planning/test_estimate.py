@@ -22,7 +22,7 @@ from hf_shampoo4.numerics.storage import nbytes
 from hf_shampoo4.options import NAMES, Options
 from hf_shampoo4.planning import shardings
 from hf_shampoo4.sharding.exchange import Ranks
-from hf_shampoo4.sharding.local_parameter import held_itself
+from hf_shampoo4.sharding.local_parameter import local_parameter
 from hf_shampoo4.training.model import ModelArguments, build_model
 from tests.support.allocated import Allocated
 from tests.support.tiny import ROOT, llama
@@ -131,7 +131,7 @@ def live_ranks(model: torch.nn.Module, world: int, layout: Any, options: dict[st
     }
     steps = [[group] for group in groups] if layout.in_deepspeed else [groups]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(building, "_placement", lambda held, by_rank: where[id(held.parameter)])
+        patch.setattr(building, "_placement", lambda local, by_rank: where[id(local.parameter)])
         patch.setattr(Ranks, "gather", lambda self, value: [value] * self.world)
         built = [
             [
@@ -139,7 +139,7 @@ def live_ranks(model: torch.nn.Module, world: int, layout: Any, options: dict[st
                 for step in steps
                 for of_group in build(
                     [
-                        (o, [held_itself(n, p) for n, p in named], {n: tuple(p.shape) for n, p in named})
+                        (o, [local_parameter(n, p) for n, p in named], {n: tuple(p.shape) for n, p in named})
                         for o, named in step
                     ],
                     Ranks(r, world),
@@ -172,9 +172,9 @@ def test_every_rank_holds_and_sends_what_is_said(sharding: str, options: dict[st
         average = most = 0
         for wave in found if world > 1 else ():
             gradient, update = (2, 2) if options.get("wire") == "bf16" else (4, 4)
-            ((collect, deliver),) = [part.route for part in wave.parts]
+            ((collect, send),) = [part.route for part in wave.parts]
             sent = sum(gradient * p.numel for r, ps in collect.out.items() if r != rank for p in ps)
-            sent += sum(update * p.numel for r, ps in deliver.out.items() if r != rank for p in ps)
+            sent += sum(update * p.numel for r, ps in send.out.items() if r != rank for p in ps)
             average, most = average + sent, most + sent
             bases = 0
             for stack in wave.stacks if wave.replicated else ():
@@ -184,7 +184,7 @@ def test_every_rank_holds_and_sends_what_is_said(sharding: str, options: dict[st
                     most += size
                     average += 0 if "basis" in name else size
                     bases += size if "basis" in name else 0
-            average += bases // 10  # a tenth of the bases turns in each step
+            average += bases // 10  # a tenth of the bases is updated in each step
         step.append(average)
         refresh.append(most)
     for load, ranks in ((made.state, state), (made.wire_step, step), (made.wire_refresh, refresh)):

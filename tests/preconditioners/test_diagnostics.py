@@ -61,7 +61,7 @@ def test_float32_state_has_no_codes_to_look_at() -> None:
     assert optimizer.diagnostics() == [{}]
 
 
-def test_a_basis_that_stays_has_no_turn() -> None:
+def test_a_basis_that_stays_has_not_changed() -> None:
     optimizer = optimizer_of(algorithm="soap", stats_every=100, refresh_warmup=0)
     advance(optimizer, 2)
     assert "optim/basis_turn" not in optimizer.diagnostics()[0]

@@ -16,13 +16,13 @@ from hf_shampoo4 import state_report as report
 from hf_shampoo4.exceptions import CheckpointError, OptionError
 from hf_shampoo4.execution.blocking import blocks_of
 from hf_shampoo4.integrations.trainer import OPTIMS
-from hf_shampoo4.numerics.linalg import between, bjorck, transpose
+from hf_shampoo4.numerics.linalg import bjorck, rotate, transpose
 from hf_shampoo4.numerics.storage import Index, allocate
 from hf_shampoo4.options import Options, parse_optim_args
 from hf_shampoo4.preconditioners import eigenbasis
 from hf_shampoo4.preconditioners.algorithms import Elementwise
-from hf_shampoo4.preconditioners.bases import OpenSide, factor_in_basis, make_sides, rotated_sides, statistic
-from hf_shampoo4.preconditioners.protocols import of_side
+from hf_shampoo4.preconditioners.bases import DecodedSide, factor_in_basis, make_sides, rotated_sides, statistic
+from hf_shampoo4.preconditioners.protocols import side_state
 
 FAMILY = ("soap", "kl_shampoo", "kl_soap")
 Array = np.ndarray
@@ -100,7 +100,7 @@ class Literal:
         beta = self.beta[side]
         self.eigenvalues[side] = beta * self.eigenvalues[side] + (1 - beta) * new
 
-    def refresh(self, g: Array, memory: float, kl: bool) -> None:
+    def refresh(self, g: Array, decay: float, kl: bool) -> None:
         before = [x.copy() for x in self.eigenvalues]
         bases = [u.copy() for u in self.u]
         for side in (0, 1):
@@ -111,7 +111,7 @@ class Literal:
             x = x if side == 0 else x.T
             sample = x @ np.diag(1 / other) @ x.T / x.shape[1]
             correlations = sample / np.sqrt(np.outer(np.diag(sample), np.diag(sample)))
-            mixed = memory * np.eye(len(sample)) + (1 - memory) * correlations
+            mixed = decay * np.eye(len(sample)) + (1 - decay) * correlations
             root = np.diag(np.sqrt(before[side]))
             a = root @ mixed @ root
             q, r = np.linalg.qr(a)
@@ -135,20 +135,20 @@ def test_32_bit_whole_run_agrees_with_the_literal_one(
     literal = Literal(torch.randn(shape).double().numpy(), algorithm, 0.9, 1e-4, vocabulary)
     for t in range(8):
         interval = min(every, max(1, (t + 1) // warmup)) if warmup else every
-        memory = 0.9**interval if (t + 1) % interval == 0 else None
-        literal.step(gradient(shape, t).double().numpy(), 0.05, 0.1, memory)
+        decay = 0.9**interval if (t + 1) % interval == 0 else None
+        literal.step(gradient(shape, t).double().numpy(), 0.05, 0.1, decay)
     p, _ = train(
         shape, 8, algorithm=algorithm, bits=32, moments="fp32", stats_every=every, refresh_warmup=warmup, **options
     )
     np.testing.assert_allclose(p.detach().numpy(), literal.w, rtol=0, atol=3e-4)
 
 
-def test_turns_are_rarer_and_rarer() -> None:
+def test_basis_updates_are_rarer_and_rarer() -> None:
     options = Options(stats_every=10, refresh_warmup=100)
-    turns = [step for step in range(1, 2001) if step % options.turn_interval(step) == 0]
-    assert turns[:200] == [*range(1, 200), 200]
-    assert [sum(a < step <= a + 100 for step in turns) for a in (100, 200, 300, 900, 1500)] == [100, 50, 34, 12, 10]
-    assert {Options(stats_every=10, refresh_warmup=0).turn_interval(step) for step in (1, 50, 10**6)} == {10}
+    updates = [step for step in range(1, 2001) if step % options.basis_interval(step) == 0]
+    assert updates[:200] == [*range(1, 200), 200]
+    assert [sum(a < step <= a + 100 for step in updates) for a in (100, 200, 300, 900, 1500)] == [100, 50, 34, 12, 10]
+    assert {Options(stats_every=10, refresh_warmup=0).basis_interval(step) for step in (1, 50, 10**6)} == {10}
 
 
 def test_soap_in_the_first_basis_is_adamw() -> None:
@@ -193,11 +193,11 @@ def test_kl_shampoo_whitens_a_kronecker_gradient() -> None:
 def momentum_in_the_parameters_coordinates(optimizer: Shampoo4bit, p: Tensor) -> Tensor:
     stack = optimizer._waves(0)[0].stacks[0]
     a, state = stack.algorithm, stack.state
-    sides = [OpenSide(side, of_side(state, name)) for side, name in ((a.left, "left"), (a.right, "right"))]
+    sides = [DecodedSide(side, side_state(state, name)) for side, name in ((a.left, "left"), (a.right, "right"))]
     m = a.moments.first.read(state["first"])
     of_left, of_right = eigenbasis._scales(*sides, Options.of(optimizer.param_groups[0]))
     m = m * of_left * of_right
-    return between(transpose(sides[0].vectors), m, transpose(sides[1].vectors))[0]
+    return rotate(transpose(sides[0].vectors), m, transpose(sides[1].vectors))[0]
 
 
 def moment_error(shape: tuple[int, int], **options: object) -> float:
@@ -210,22 +210,22 @@ def moment_error(shape: tuple[int, int], **options: object) -> float:
 
 @pytest.mark.parametrize("algorithm", FAMILY)
 @pytest.mark.parametrize(("bits", "moments", "bound"), [(32, "fp32", 1e-5), (8, "bf16", 0.02), (4, "fp32", 0.3)])
-def test_the_momentum_is_carried_over_at_every_turn(algorithm: str, bits: int, moments: str, bound: float) -> None:
+def test_the_momentum_is_rotated_at_every_basis_update(algorithm: str, bits: int, moments: str, bound: float) -> None:
     assert moment_error((96, 80), algorithm=algorithm, bits=bits, moments=moments) < bound
 
 
 @pytest.mark.parametrize("algorithm", ["soap", "kl_shampoo"])
-@pytest.mark.parametrize("wrong", [lambda turned: None, transpose])
+@pytest.mark.parametrize("wrong", [lambda q: None, transpose])
 def test_a_wrong_carry_over_is_found(
     wrong: Callable[[Tensor], Tensor | None], algorithm: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    right = OpenSide.turn
+    right = DecodedSide.update_basis
 
-    def turn(self: OpenSide, sample: Tensor, memory: float, rows: Index) -> tuple[Tensor | None, Tensor]:
-        q, failed = right(self, sample, memory, rows)
+    def update_basis(self: DecodedSide, sample: Tensor, decay: float, rows: Index) -> tuple[Tensor | None, Tensor]:
+        q, failed = right(self, sample, decay, rows)
         return wrong(q), failed
 
-    monkeypatch.setattr(OpenSide, "turn", turn)
+    monkeypatch.setattr(DecodedSide, "update_basis", update_basis)
     assert moment_error((96, 80), algorithm=algorithm, bits=32, moments="fp32") > 0.3
 
 
@@ -262,27 +262,27 @@ def test_factor_in_basis_is_semidefinite_and_keeps_its_diagonal() -> None:
 
 
 @pytest.mark.parametrize("algorithm", FAMILY)
-def test_rounding_does_not_add_up_over_the_turns(algorithm: str) -> None:
-    """After 35 turns; rounding once gives .15, of which a Bjorck step, with which a turn begins, leaves a tenth."""
+def test_rounding_does_not_add_up_over_basis_updates(algorithm: str) -> None:
+    """After 35 updates; rounding once gives .15, of which a Bjorck step, done before each update, leaves a tenth."""
     _, optimizer = train((128, 96), 60, algorithm=algorithm, stats_every=2, refresh_warmup=10)
     stack = optimizer._waves(0)[0].stacks[0]
     for name, side in (("left", stack.algorithm.left), ("right", stack.algorithm.right)):
-        u = OpenSide(side, of_side(stack.state, name)).vectors
+        u = DecodedSide(side, side_state(stack.state, name)).vectors
         assert defect(u) < 0.2, name
         assert defect(bjorck(u, 1)) < 0.1, name
 
 
-def test_float32_bases_stay_orthogonal_over_thousands_of_turns() -> None:
-    """Without a Bjorck step before each turn the defect is 3e-5 by then, and grows in proportion to the turns."""
+def test_float32_bases_stay_orthogonal_over_thousands_of_basis_updates() -> None:
+    """Without a Bjorck step before each update the defect is 3e-5 by then, and grows in proportion to them."""
     side, _ = make_sides((8, 8), Options(algorithm="soap"), (True, True))
     state = {name: allocate(storage, 4, "cpu") for name, storage in side.storages().items()}
     side.initialise(state)
     state["eigenvalues"]["dense"].fill_(1.0)
     generator, scales = torch.Generator().manual_seed(0), torch.logspace(0, -2, 8).unsqueeze(-1)
     for _ in range(2000):
-        opened = OpenSide(side, state)
-        g = opened.vectors.mT @ (scales * torch.randn(4, 8, 16, generator=generator))
-        opened.turn(statistic(g, torch.ones(4, 1)), 0.9, slice(0, 4))
+        decoded = DecodedSide(side, state)
+        g = decoded.vectors.mT @ (scales * torch.randn(4, 8, 16, generator=generator))
+        decoded.update_basis(statistic(g, torch.ones(4, 1)), 0.9, slice(0, 4))
     assert max(map(defect, state["basis"]["dense"])) < 1e-6
 
 
@@ -348,7 +348,7 @@ def test_silence_ends_in_rest_and_is_not_remembered(algorithm: str) -> None:
     assert all(moved[19] / 5 < there < 8 * moved[19] for there in moved[920:])
 
 
-def test_a_failed_turn_keeps_the_basis_and_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_basis_update_keeps_the_basis_and_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     from hf_shampoo4.preconditioners import bases
 
     p, optimizer = train((80, 72), 4, algorithm="kl_shampoo", stats_every=1)

@@ -34,7 +34,7 @@ def test_directions_that_were_silent_for_long_may_speak_again(algorithm: str, na
 @pytest.mark.parametrize("name", ["spikes", "spikes_down"])
 @pytest.mark.parametrize("algorithm", ["kl_soap", "soap"])
 def test_a_spike_that_nobody_clips_is_followed_by_steps_of_the_usual_size(algorithm: str, name: str) -> None:
-    """The last step of the stream is two after a spike, and turns the bases: the direction was 10,000 and more."""
+    """The last step of the stream is two after a spike, and updates the bases: the direction was 10,000 and more."""
     assert faults.stream(algorithm, "fp32", name, 6) == []
 
 

@@ -172,8 +172,8 @@ def test_each_step_as_a_float64_reference(base: str, recipe: str, shape: tuple[i
         x = p.detach().double().numpy().copy()
         p.grad = torch.randn(shape) * 10 ** (torch.rand(shape) * 4 - 4)
         ours.step()
-        salts = ours._waves(0)[0].stacks[0].salts
-        uniforms = [Noise(salts, t, 7).uniform(k, p.numel())[0].numpy() for k in (FIRST_STREAM, SECOND_STREAM)]
+        seed_offsets = ours._waves(0)[0].stacks[0].seed_offsets
+        uniforms = [Noise(seed_offsets, t, 7).uniform(k, p.numel())[0].numpy() for k in (FIRST_STREAM, SECOND_STREAM)]
         after = {key.removeprefix(prefix): value.numpy().copy() for key, value in ours.state[p].items()}
         reference = Reference(recipe, base, shape, late and t >= 4)
         expected, m, v = reference.step(x, p.grad.double().numpy(), t, before or zeros_like(after))
@@ -375,13 +375,14 @@ def test_no_stored_second_moment_is_zero_where_it_was_not(recipe: str, seed: int
 
 
 def test_noise_of_tensors_steps_blocks_and_seeds_is_independent() -> None:
-    salts = torch.tensor([1, 2], dtype=torch.int32)
-    draws = [Noise(salts, t, s).uniform(k, 1 << 12) for t, s, k in [(1, 0, 1), (1, 0, 2), (2, 0, 1), (1, 1, 1)]]
+    seed_offsets = torch.tensor([1, 2], dtype=torch.int32)
+    draws = [Noise(seed_offsets, t, s).uniform(k, 1 << 12) for t, s, k in [(1, 0, 1), (1, 0, 2), (2, 0, 1), (1, 1, 1)]]
     rows = torch.stack([row for draw in draws for row in draw]).double() - 0.5
     assert rows.abs().max() < 0.5
     correlation = rows @ rows.T / rows.shape[1] * 12 - torch.eye(len(rows))
     assert correlation.abs().max() < 5 / math.sqrt(1 << 12)
-    assert not torch.equal(noise_bits(salts, 1, 0, 9, 1), noise_bits(salts, 1, 0, 9))  # nor the parameter's write-back
+    # nor the parameter's write-back
+    assert not torch.equal(noise_bits(seed_offsets, 1, 0, 9, 1), noise_bits(seed_offsets, 1, 0, 9))
 
 
 # --------------------------------------------------------------------------------------- through the whole optimizer

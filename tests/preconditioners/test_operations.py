@@ -121,11 +121,11 @@ def test_the_closed_form_by_hand() -> None:
     (block,) = blocks_of((96, 128), Options())
     m, n = 96, 128
     step = 2 * (2 * m * m * n + 2 * m * n * n) + 2 * m * n
-    turn = 2 * (2 * m * m * n + 2 * m * n * n) + 3 * 2 * (m**3 + n**3)
+    update = 2 * (2 * m * m * n + 2 * m * n * n) + 3 * 2 * (m**3 + n**3)
     found = block.algorithm.work()
-    assert (found["step"].products, found["turn"].products) == (step, turn)
-    assert found["turn"].factorised == qr_work(96).factorised + qr_work(128).factorised
-    assert amortised(found, intervals(Options())).products == pytest.approx(step + turn / 10, abs=1)
+    assert (found["step"].products, found["basis"].products) == (step, update)
+    assert found["basis"].factorised == qr_work(96).factorised + qr_work(128).factorised
+    assert amortised(found, intervals(Options())).products == pytest.approx(step + update / 10, abs=1)
     assert product(2, 3, 5).products == 60
 
 
@@ -156,12 +156,12 @@ def test_a_step_takes_the_memory_that_the_closed_form_says(name: str, shape: tup
     optimizer = optimizer_of(parameters, **given)
     step(optimizer)
     options = Options.of(optimizer.param_groups[0])
-    room = blocks_of(shape, options)[0].algorithm.room(2)
+    workspace = blocks_of(shape, options)[0].algorithm.workspace(2)
     for refreshes in ([], [*intervals(options)]):
         with Allocated() as allocated:
             optimizer.step()
         found = allocated.peak / 4 - sum(p.numel() for p in parameters)
-        assert found == pytest.approx(max(room[part] for part in ("step", *refreshes)), rel=0.12)
+        assert found == pytest.approx(max(workspace[part] for part in ("step", *refreshes)), rel=0.12)
 
 
 def test_options_are_checked_when_they_change_and_not_at_every_step(monkeypatch: pytest.MonkeyPatch) -> None:

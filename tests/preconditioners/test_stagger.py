@@ -9,11 +9,11 @@ import torch
 
 import hf_shampoo4
 from hf_shampoo4.execution import build
-from hf_shampoo4.execution.blocking import places_of
+from hf_shampoo4.execution.blocking import phases_of
 from hf_shampoo4.options import Options, resolve
 from hf_shampoo4.preconditioners.schedule import due
 from hf_shampoo4.sharding.exchange import Ranks
-from hf_shampoo4.sharding.local_parameter import held_itself
+from hf_shampoo4.sharding.local_parameter import local_parameter
 
 ALGORITHMS: list[dict[str, Any]] = [
     {"algorithm": "shampoo"},
@@ -45,31 +45,31 @@ def result(opt: hf_shampoo4.Shampoo4bit) -> dict[str, torch.Tensor]:
     return {name: p.detach() for name, p in zip(group["param_names"], group["params"], strict=True)}
 
 
-def turns(options: Options, step: int, places: list[float]) -> list[int]:
+def updated(options: Options, step: int, phases: list[float]) -> list[int]:
     """Blocks that are refreshed at a step, if all have a gradient at every one."""
-    return sorted(i for rows in due(options, [step] * len(places), places).get("turn", {}).values() for i in rows)
+    return sorted(i for rows in due(options, [step] * len(phases), phases).get("basis", {}).values() for i in rows)
 
 
 def test_every_block_once_in_a_period_and_not_later_than_all_together() -> None:
-    places, options = [0.0, 0.25, 0.99, 0.3], Options(refresh_warmup=0)
-    staggered = [turns(options, step, places) for step in range(1, 21)]
+    phases, options = [0.0, 0.25, 0.99, 0.3], Options(refresh_warmup=0)
+    staggered = [updated(options, step, phases) for step in range(1, 21)]
     assert sorted(row for rows in staggered[:10] for row in rows) == [0, 1, 2, 3]
     assert staggered[:10] == staggered[10:]
     together = Options(refresh_warmup=0, stagger=False)
-    assert turns(together, 10, places) == [0, 1, 2, 3]
-    assert not turns(together, 3, places)
+    assert updated(together, 10, phases) == [0, 1, 2, 3]
+    assert not updated(together, 3, phases)
 
 
-def test_blocks_of_other_numbers_of_updates_have_turns_of_their_own() -> None:
+def test_blocks_of_other_numbers_of_updates_are_due_in_other_steps() -> None:
     options = Options(refresh_warmup=2, stagger=False, stats_every=3)
-    assert due(options, [1, 2, 3, 5, 6, 7, 300], [0.0] * 7) == {"turn": {1: [0, 1, 2], 3: [4, 6]}}
+    assert due(options, [1, 2, 3, 5, 6, 7, 300], [0.0] * 7) == {"basis": {1: [0, 1, 2], 3: [4, 6]}}
 
 
 @each
 def test_a_parameter_is_refreshed_by_its_own_updates(options: dict[str, Any]) -> None:
     """One with a gradient on every fourth step, never on one that 4 divides, is trained as if it were alone.
 
-    Another one has a gradient at every step: blocks of one stack have turns at other intervals.  Saved in between.
+    Another one has a gradient at every step: blocks of one stack are updated at other intervals.  Saved in between.
     """
 
     def made(names: list[int]) -> hf_shampoo4.Shampoo4bit:
@@ -98,8 +98,8 @@ def test_a_parameter_is_refreshed_by_its_own_updates(options: dict[str, Any]) ->
 @each
 def test_a_block_does_not_depend_on_those_beside_it(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """Refreshed with some blocks of its stack, with others, or alone: as 1-block stacks, where there is no part."""
-    places = {f"layer{i}": [i / COUNT] for i in range(COUNT)}
-    monkeypatch.setattr(build, "places_of", lambda counts: {name: places[name] for name in counts})
+    phases = {f"layer{i}": [i / COUNT] for i in range(COUNT)}
+    monkeypatch.setattr(build, "phases_of", lambda counts: {name: phases[name] for name in counts})
     together, alone = optimizer(list(range(COUNT)), **options), [optimizer([i], **options) for i in range(COUNT)]
     for number in range(1, 2 * EVERY + 2):
         for opt in (together, *alone):
@@ -141,10 +141,10 @@ class Alike(Ranks):
         return [value] * self.world
 
 
-def test_replicas_are_sent_a_basis_when_it_has_turned_and_the_rest_at_every_step() -> None:
+def test_replicas_are_sent_a_basis_when_it_was_updated_and_the_rest_at_every_step() -> None:
     options = Options(algorithm="kl_shampoo", stats_every=EVERY, refresh_warmup=0)
-    held = [held_itself(f"layer{i}", torch.nn.Parameter(torch.randn(72, 80))) for i in range(COUNT)]
-    ((wave,),) = build.build([(options, held, {one.name: one.shape for one in held})], Alike(0, 2))
+    local = [local_parameter(f"layer{i}", torch.nn.Parameter(torch.randn(72, 80))) for i in range(COUNT)]
+    ((wave,),) = build.build([(options, local, {one.name: one.shape for one in local})], Alike(0, 2))
     (stack,), everything = wave.stacks, range(COUNT)
     rows: dict[int, torch.Tensor] = {
         id(buffer): torch.arange(COUNT) for buffers in stack.state.values() for buffer in buffers.values()
@@ -153,7 +153,7 @@ def test_replicas_are_sent_a_basis_when_it_has_turned_and_the_rest_at_every_step
     for number in range(1, EVERY + 1):
         for member in wave.members:
             member.updates = number
-        changes, turned = wave.changes(everything, options), set(turns(options, number, stack.places))
+        changes, expected = wave.changed_rows(everything, options), set(updated(options, number, stack.phases))
         assert set(changes) == set(wave.owners) == {0, 1}
         names = {id(buffer): name for name, buffers in stack.state.items() for buffer in buffers.values()}
         changed: dict[str, set[int]] = {}
@@ -162,9 +162,9 @@ def test_replicas_are_sent_a_basis_when_it_has_turned_and_the_rest_at_every_step
                 found = set(rows[id(buffer)][index].tolist())
                 assert {wave.owners[stack.blocks[row]] for row in found} == {owner}
                 changed.setdefault(names[id(buffer)], set()).update(found)
-        assert changed.pop("left.basis", set()) == changed.pop("right.basis", set()) == turned
+        assert changed.pop("left.basis", set()) == changed.pop("right.basis", set()) == expected
         assert changed == {name: set(everything) for name in stack.state if "basis" not in name}
-        seen += turned
+        seen += expected
     assert sorted(seen) == sorted(everything)  # once a period
 
 
@@ -189,7 +189,7 @@ def test_nothing_changes_but_what_is_said_to(options: dict[str, Any]) -> None:
         before = {name: {n: buffer.clone() for n, buffer in buffers.items()} for name, buffers in tensors.items()}
         step(opt, number)
         said = {id(b): torch.zeros(COUNT, dtype=torch.bool) for buffers in tensors.values() for b in buffers.values()}
-        for buffer, index, _ in wave.changes(range(COUNT), Options.of(opt.param_groups[0]))[0]:
+        for buffer, index, _ in wave.changed_rows(range(COUNT), Options.of(opt.param_groups[0]))[0]:
             said[id(buffer)][index] = True
         for name, buffers in tensors.items():
             for n, buffer in buffers.items():
@@ -204,8 +204,8 @@ def test_bases_are_staggered_and_the_papers_shampoo_is_not() -> None:
 
 
 def test_neighbours_are_refreshed_together_as_many_in_each_step() -> None:
-    places = [place for of_one in places_of({"a": 3, "b": 0, "c": 37}).values() for place in of_one]
-    rows_of = [turns(Options(refresh_warmup=0), step, places) for step in range(1, 11)]
+    phases = [phase for of_one in phases_of({"a": 3, "b": 0, "c": 37}).values() for phase in of_one]
+    rows_of = [updated(Options(refresh_warmup=0), step, phases) for step in range(1, 11)]
     assert sorted(len(rows) for rows in rows_of) == [4] * 10
     assert all(rows == list(range(rows[0], rows[-1] + 1)) for rows in rows_of)
     assert rows_of[9] == [0, 1, 2, 3]

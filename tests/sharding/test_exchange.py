@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from hypothesis import given
 
-from hf_shampoo4.sharding.exchange import Cut, Exchange, route
+from hf_shampoo4.sharding.exchange import BlockedParameter, Transfer, route
 from hf_shampoo4.sharding.geometry import MatrixView, matrix_view, partition
 from hf_shampoo4.sharding.placement import Layout, Placement, Split, ranges, sharded, whole
 from tests.support.reference import PROPERTY
@@ -42,7 +42,7 @@ def placements(draw: st.DrawFn, world: int) -> Placement:
 
 
 @st.composite
-def waves(draw: st.DrawFn) -> tuple[int, list[Cut]]:
+def waves(draw: st.DrawFn) -> tuple[int, list[BlockedParameter]]:
     world = draw(st.integers(1, 6))
     cuts = []
     for _ in range(draw(st.integers(1, 3))):
@@ -51,33 +51,33 @@ def waves(draw: st.DrawFn) -> tuple[int, list[Cut]]:
         view = matrix_view(placement.shape) or MatrixView(1, rows, int(np.prod(placement.shape)) // rows)
         rects = partition(view, draw(st.integers(2, 9)))
         owners = draw(st.lists(st.integers(0, world - 1), min_size=len(rects), max_size=len(rects)))
-        cuts.append(Cut(placement, view, rects, owners))
+        cuts.append(BlockedParameter(placement, view, rects, owners))
     return world, cuts
 
 
-def flat_of(cut: Cut, full: torch.Tensor, rank: int) -> torch.Tensor:
+def flat_of(cut: BlockedParameter, full: torch.Tensor, rank: int) -> torch.Tensor:
     """The entries of the full parameter that a rank holds, by the region's definition."""
-    return full.flatten()[torch.from_numpy(entries(cut.placement.share_of[rank].region))]
+    return full.flatten()[torch.from_numpy(entries(cut.placement.shard_of[rank].region))]
 
 
-def exchanged(sides: list[Exchange], read, write) -> None:
+def exchanged(transfers: list[Transfer], read, write) -> None:
     """What the all-to-all does, rank by rank; both ends must name the same pieces in the same order."""
-    for receiver, side in enumerate(sides):
+    for receiver, side in enumerate(transfers):
         for sender, pieces in side.into.items():
-            sent = sides[sender].out.get(receiver, [])
+            sent = transfers[sender].out.get(receiver, [])
             assert [(p.member, p.block, p.rows, p.columns) for p in sent] == [
                 (p.member, p.block, p.rows, p.columns) for p in pieces
             ]
             for a, b in zip(sent, pieces, strict=True):
                 write(receiver, b, read(sender, a))
-        for sender, other in enumerate(sides):
+        for sender, other in enumerate(transfers):
             assert bool(other.out.get(receiver)) == bool(side.into.get(sender))
-            assert not side.local or sender == receiver or not other.out.get(receiver)
+            assert not side.is_local or sender == receiver or not other.out.get(receiver)
 
 
 @PROPERTY
 @given(waves())
-def test_owners_get_whole_blocks_and_holders_get_them_back(wave: tuple[int, list[Cut]]) -> None:
+def test_owners_get_whole_blocks_and_holders_get_them_back(wave: tuple[int, list[BlockedParameter]]) -> None:
     world, cuts = wave
     routes = [route(rank, world, cuts) for rank in range(world)]
     full = [torch.arange(1.0, 1 + int(np.prod(cut.placement.shape))) for cut in cuts]
@@ -99,7 +99,7 @@ def test_owners_get_whole_blocks_and_holders_get_them_back(wave: tuple[int, list
 
     returned = [[torch.zeros_like(flat) for flat in held] for held in flats]
     exchanged(
-        [r.deliver for r in routes],
+        [r.send for r in routes],
         lambda rank, piece: piece.of_block(collected[piece.block]),
         lambda rank, piece, value: piece.of_flat(returned[rank][piece.member]).copy_(value),
     )
@@ -109,7 +109,7 @@ def test_owners_get_whole_blocks_and_holders_get_them_back(wave: tuple[int, list
 
 @PROPERTY
 @given(waves(), st.data())
-def test_traffic_is_what_the_owner_does_not_hold(wave: tuple[int, list[Cut]], data: st.DataObject) -> None:
+def test_traffic_is_what_the_owner_does_not_hold(wave: tuple[int, list[BlockedParameter]], data: st.DataObject) -> None:
     world, cuts = wave
     blocks = [(cut, rect, owner) for cut in cuts for rect, owner in zip(cut.rects, cut.owners, strict=True)]
     wanted = data.draw(st.sets(st.integers(0, len(blocks) - 1)) if blocks else st.just(set()))
@@ -130,6 +130,6 @@ def test_traffic_is_what_the_owner_does_not_hold(wave: tuple[int, list[Cut]], da
 
 def test_hybrid_sharding_collects_within_the_owner_s_shard_group() -> None:
     placement = sharded((8, 8), Layout(((0, 1, 2, 3),), (2, 2), (None, Split(0, 1))))
-    cut = Cut(placement, MatrixView(1, 8, 8), partition(MatrixView(1, 8, 8), 4), [3, 3, 3, 3])
+    cut = BlockedParameter(placement, MatrixView(1, 8, 8), partition(MatrixView(1, 8, 8), 4), [3, 3, 3, 3])
     assert set(route(3, 4, [cut]).collect.into) == {2, 3}
-    assert set(route(3, 4, [cut]).deliver.out) == {0, 1, 2, 3}
+    assert set(route(3, 4, [cut]).send.out) == {0, 1, 2, 3}

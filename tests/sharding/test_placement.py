@@ -27,7 +27,7 @@ from hf_shampoo4.sharding.placement import (
     Sharding,
     Split,
     assign,
-    patches,
+    local_rects,
     placed,
     ranges,
     sharded,
@@ -50,10 +50,10 @@ def view_of(shape: tuple[int, ...]) -> MatrixView:
 
 
 def scattered(placement: Placement, rank: int, local: np.ndarray) -> np.ndarray:
-    """A rank's flat tensor where it belongs in the parameter, NaN elsewhere; through the patches."""
+    """A rank's flat tensor where it belongs in the parameter, NaN elsewhere; through its rectangles."""
     view = view_of(placement.shape)
     out = np.full((view.count, view.rows, view.columns), np.nan)
-    for rect, offset, stride in patches(placement.share_of[rank].region, view):
+    for rect, offset, stride in local_rects(placement.shard_of[rank].region, view):
         for i in range(rect.r0, rect.r1):
             start = offset + (i - rect.r0) * stride
             assert np.isnan(out[rect.matrix, i, rect.c0 : rect.c1]).all()
@@ -75,7 +75,7 @@ def test_ranges_cover_the_parameter(shape: tuple[int, ...], world: int, data: st
         there = ~np.isnan(found)
         assert (found[there] == full[there]).all()
         seen += there
-        assert len(patches(placement.share_of[rank].region, view_of(shape))) <= 3 * view_of(shape).count
+        assert len(local_rects(placement.shard_of[rank].region, view_of(shape))) <= 3 * view_of(shape).count
     assert (seen == 1).all()
 
 
@@ -113,7 +113,7 @@ def test_a_rank_holds_what_torch_gives_it(shape: tuple[int, ...], mesh: tuple[in
     for placements in product(kinds, repeat=len(mesh)):
         placement = sharded(shape, layout_of(mesh, placements, len(shape)), left_to_right=True)
         for rank, held in enumerate(torch_holds(shape, mesh, placements)):
-            region = placement.share_of[rank].region
+            region = placement.shard_of[rank].region
             np.testing.assert_array_equal(entries(region), held.flatten().numpy(), err_msg=str(placements))
 
 
@@ -145,7 +145,7 @@ def test_fsdp2_over_tensor_parallelism_cuts_what_that_has_left(mesh: tuple[int, 
             by_rank = [Sharding(layout.meshes[0], mesh, layout.splits, "", t.numel()) for t in truth]
             placement = placed("weight", (rows, 3), by_rank)
             for rank in range(world):
-                np.testing.assert_array_equal(entries(placement.share_of[rank].region), truth[rank].flatten().numpy())
+                np.testing.assert_array_equal(entries(placement.shard_of[rank].region), truth[rank].flatten().numpy())
         differ += any(not torch.equal(a, b) for a, b in zip(fsdp2, distributed, strict=True))
     assert mesh[0] == 2 or differ
 
@@ -154,17 +154,17 @@ def test_whole_is_one_share_of_all_ranks() -> None:
     placement = placed("weight", (3, 4), [None] * 3)
     assert placement == whole((3, 4), 3)
     assert placement.whole
-    assert placement.shares[0].ranks == (0, 1, 2)
+    assert placement.shards[0].ranks == (0, 1, 2)
 
 
 def test_meshes_that_are_alike_are_replicas() -> None:
     by_rank = [Sharding((rank % 2, rank % 2 + 2), (2,), (Split(0, 1),), "(Shard(0),)", 8) for rank in range(4)]
     placement = placed("norm", (16,), by_rank)
-    assert [share.ranks for share in placement.shares] == [(0, 1), (2, 3)]
-    assert [share.region.start for share in placement.shares] == [0, 8]
+    assert [shard.ranks for shard in placement.shards] == [(0, 1), (2, 3)]
+    assert [shard.region.start for shard in placement.shards] == [0, 8]
     layout = placement.layout
     assert layout is not None
-    assert sharded((3,), layout.by_block()).share_of[3].region == Region.range(2, 1)
+    assert sharded((3,), layout.by_block()).shard_of[3].region == Region.range(2, 1)
 
 
 ROWS = (Split(0, 1),)
@@ -230,7 +230,7 @@ def test_parts_of_a_large_wave_keep_all_its_owners_at_work(found: list[tuple[int
     ]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "WAVE_ELEMENTS", largest)
-        parts = module._in_parts(blocks, owners, ranks=1)
+        parts = module.in_parts(blocks, owners, ranks=1)
     assert sorted(i for part in parts for i in part) == list(range(len(blocks)))
     for owner in set(owners):
         numbers = [sum(owners[i] == owner for i in part) for part in parts]

@@ -147,7 +147,7 @@ def _farthest(optimizer: Shampoo4bit) -> float:
     if options["base"] == "sgdm":  # its steps are as large as what the momentum remembers
         return float("inf")
     if options["algorithm"] in ("soap", "kl_soap"):
-        # entries may be at the limit after a turn, and some of them may meet in one of the parameter's coordinates
+        # entries may be at the limit after a basis update, and some may meet in one of the parameter's coordinates
         return 12 * 1e-3 * 2 * LIMIT
     return 0.1
 

@@ -41,7 +41,7 @@ from hf_shampoo4.checkpointing.convert import by_position, read  # noqa: E402
 from hf_shampoo4.execution.blocking import blocks_of, loads_of  # noqa: E402
 from hf_shampoo4.optimizer import clean_name  # noqa: E402
 from hf_shampoo4.options import Options  # noqa: E402
-from hf_shampoo4.sharding.local_parameter import full_shape, remember  # noqa: E402
+from hf_shampoo4.sharding.local_parameter import full_shape, note_flat_ranges  # noqa: E402
 from hf_shampoo4.utils.files import write_json  # noqa: E402
 from tests.support.regions import entries  # noqa: E402
 
@@ -273,7 +273,7 @@ def fsdp1(options: dict[str, Any], dtype: torch.dtype = torch.float32, kind: str
     for i, layer in enumerate(inner.layers):
         inner.layers[i] = FullyShardedDataParallel(layer, **settings)
     model = FullyShardedDataParallel(inner, **settings)
-    remember(model)
+    note_flat_ranges(model)
 
     run = _run(model, model, optimizer_of(model, options))
     return dataclasses.replace(run, parameters=lambda: bare(whole(model)), missing=missing_of(kind))
@@ -578,7 +578,7 @@ def theory(run: Run, steps: int) -> dict[str, int]:
                 owner[rect.matrix, rect.r0 : rect.r1, rect.c0 : rect.c1] = of_block
             rare = member.name.endswith(RARELY) and run.missing == "none"
             times = sum(1 for t in range(steps) if not (rare and t % 3 == 1))
-            for region, ranks in member.placement.shares:
+            for region, ranks in member.placement.shards:
                 of_share = owner.flatten()[entries(region)]
                 if ranks == (rank,):
                     sent["gradients"] += 4 * times * int((of_share != rank).sum())

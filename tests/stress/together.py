@@ -250,7 +250,7 @@ def no_memory(*arguments: Any, **settings: Any) -> Any:
 # Where a rank fails -> what of its work is broken there, and in which modes.  "first" is the step that makes state.
 PLACES: dict[str, tuple[Any, str, tuple[str, ...]]] = {
     "collect": (wave_step, "packed", ("fsdp2",)),
-    "update": (Context, "counted", ("fsdp2", "ddp_sharded")),
+    "update": (Context, "moment_step", ("fsdp2", "ddp_sharded")),
     "send": (WaveStep, "_results", ("ddp", "fsdp2")),
     "new weights": (WaveStep, "_descend", ("ddp",)),
     "apply": (WaveStep, "_write", ("fsdp2",)),
@@ -258,7 +258,7 @@ PLACES: dict[str, tuple[Any, str, tuple[str, ...]]] = {
     "first plan": (build, "_wave", ("ddp",)),
     "first state": (Wave, "_copy", ("ddp", "fsdp2")),
     "saving": (StateMap, "_rows", ("fsdp2",)),
-    "loading": (StateMap, "local", ("fsdp2",)),
+    "loading": (StateMap, "dtensor_rows", ("fsdp2",)),
 }
 MODES: dict[str, dict[str, Any]] = {"ddp": OPTIONS, "fsdp2": OPTIONS, "ddp_sharded": {**SHAMPOO, "shard_state": True}}
 
