@@ -156,7 +156,7 @@ def _before(block: Block, position: int) -> int:
 
 
 def _working(blocks: Mapping[Algorithm, np.ndarray], owned: np.ndarray, split: int) -> np.ndarray:
-    """float32 numbers that each rank has at once beside the state: gradients, updates, and the largest stack's workspace.
+    """float32 numbers that each rank has at once beside the state: gradients, updates, the largest stack's workspace.
 
     Args:
         blocks: of a wave, how many each rank owns.
