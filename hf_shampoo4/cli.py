@@ -14,26 +14,26 @@ from collections.abc import Sequence
 from hf_shampoo4.exceptions import InputError, MissingPackage
 from hf_shampoo4.utils.extras import named
 
-# name -> (module whose `main(arguments)` does it, what it does)
+# name -> (module and function of the command line's other words, what it does)
 COMMANDS = {
-    "bench": (".studies.bench", "what an optimizer step costs in time and memory, beside other optimizers"),
+    "bench": (".studies.commands:bench", "what an optimizer step costs in time and memory, beside other optimizers"),
     "checkpoint": (
-        ".checkpointing.convert",
+        ".checkpointing.command:main",
         "inspect a checkpoint's optimizer, or convert it for another mode",
     ),
-    "demo": (".studies.demo", "pretrain a small LLaMA with AdamW and with shampoo4bit, and compare them"),
+    "demo": (".studies.commands:demo", "pretrain a small LLaMA with AdamW and with shampoo4bit, and compare them"),
     "errors": (
-        ".studies.quantization_error",
+        ".studies.commands:errors",
         "what quantising preconditioners costs, beside the papers' tables",
     ),
-    "race": (".studies.race", "optimizers side by side, each at its best learning rate, over seeds"),
+    "race": (".studies.commands:race", "optimizers side by side, each at its best learning rate, over seeds"),
     "finetune": (
-        ".training.finetune",
+        ".training.commands:finetune",
         "fine-tune on conversations, fully or by LoRA: CONFIG [--key value ...]",
     ),
-    "plan": (".planning.command", "memory and traffic of a training, from geometry: MODEL --world-size N"),
-    "report": (".training.run_page", "training runs as one HTML page: RUN_DIR..."),
-    "train": (".training.pretrain", "pretrain by a YAML configuration: CONFIG [--key value ...]"),
+    "plan": (".planning.command:main", "memory and traffic of a training, from geometry: MODEL --world-size N"),
+    "report": (".training.run_page:main", "training runs as one HTML page: RUN_DIR..."),
+    "train": (".training.commands:train", "pretrain by a YAML configuration: CONFIG [--key value ...]"),
 }
 
 
@@ -51,7 +51,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     chosen = _overview().parse_args(items[:1] or ["--help"])
     try:
         with named():
-            importlib.import_module(COMMANDS[chosen.command][0], __package__).main(items[1:])
+            module, _, function = COMMANDS[chosen.command][0].partition(":")
+            getattr(importlib.import_module(module, __package__), function)(items[1:])
     except (InputError, MissingPackage, OSError, KeyboardInterrupt) as error:
         if os.environ.get("HF_SHAMPOO4_DEBUG"):
             raise

@@ -13,18 +13,16 @@ of a Trainer's output folder that is complete (completeness.py): for `--resume_f
 
 from __future__ import annotations
 
-import argparse
 import re
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from ..exceptions import CheckpointError, OptionError
 from ..execution.state_layout import own
 from ..options import NAMES, Options
-from ..utils.files import replacing
 from . import checksums
 from .completeness import last_complete
 from .formats import check_metadata, join, unflattened, unpack, well_formed
@@ -33,40 +31,6 @@ from .optimizer_folder import GROUPS, read_whole
 WHOLE = "optimizer.pt"
 FILES = (WHOLE, "optimizer.bin", "optimizer_0")
 STAGE_0 = "mp_rank_00_model_states.pt"
-
-
-def main(arguments: Sequence[str]) -> None:
-    """The command line.
-
-    Raises:
-        FileNotFoundError: a folder without an optimizer, or without a complete checkpoint.
-        FileExistsError: `convert` would replace a file.
-        CheckpointError: the optimizer in it is damaged, or not ours.
-    """
-    parser = argparse.ArgumentParser(prog="hf-shampoo4 checkpoint", description=__doc__.split("\n")[0])
-    parser.add_argument("action", choices=["inspect", "convert", "last"])
-    parser.add_argument("folder", type=Path, help="a checkpoint of the Trainer or accelerate (last: their folder)")
-    parser.add_argument("--output", type=Path, help="convert: the file to write (default: DIR/optimizer.pt)")
-    given = parser.parse_args(arguments)
-    if given.action == "last":
-        print(newest(given.folder))
-        return
-    state_dict = read(given.folder)
-    if given.action == "inspect":
-        print("\n".join(described(state_dict)))
-        return
-    import torch
-
-    output = given.output or given.folder / WHOLE
-    if output.exists():
-        whole = given.folder / WHOLE
-        if whole.exists() and output.samefile(whole) and not _of_other_modes(given.folder):
-            print(f"{output} is the whole state already (read and checked): there is nothing to convert")
-            return
-        raise FileExistsError(f"{output} exists and is kept: choose another --output")
-    with replacing(output) as temporary:
-        torch.save(checksums.added(by_position(state_dict)), temporary)
-    print(f"wrote {output}")
 
 
 def newest(output_dir: Path) -> Path:
@@ -131,7 +95,7 @@ def _none_in(folder: Path) -> str:
     return f"{folder} holds none of {files}: not a checkpoint with an optimizer{hint}"
 
 
-def _of_other_modes(folder: Path) -> bool:
+def is_of_other_modes(folder: Path) -> bool:
     """Whether a folder holds what is read before a file of `FILES`: save_optimizer's folder, or DeepSpeed's ranks."""
     return (folder / GROUPS).exists() or bool(_of_ranks(_step_of_deepspeed(folder)))
 

@@ -19,7 +19,8 @@ from ..preconditioners.algorithms import Elementwise
 from ..utils.extras import named
 from .figures import Load, Plan
 from .other_optimizers import bytes_of_others
-from .shardings import SHARDINGS, planned_groups, sharding_of
+from .sharding_names import SHARDINGS
+from .shardings import planned_groups, sharding_of
 from .tally import RANK_FIGURES, Tally
 
 if TYPE_CHECKING:
@@ -91,7 +92,8 @@ def _named_model(given: Union[nn.Module, PreTrainedConfig, str]) -> tuple[str, n
     with named():
         import transformers
 
-        from ..training.model import ModelArguments, load_model_config
+        from ..training.arguments import ModelArguments
+        from ..training.model import load_model_config
 
     config = load_model_config(ModelArguments(model=given)) if isinstance(given, str) else given
     architecture = getattr(transformers, (config.architectures or [""])[0], None)

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from .shardings import SHARDINGS
+from .sharding_names import SHARDINGS
 
 
 @dataclass(frozen=True)

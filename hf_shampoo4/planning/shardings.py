@@ -20,15 +20,6 @@ from ..options import Options
 from ..sharding.local_parameter import local_parameter
 from ..sharding.placement import Layout, Placement, Split, ranges, sharded, whole
 
-SHARDINGS = {
-    "ddp": "every rank holds the whole model",
-    "fsdp2": "every rank holds some rows of every parameter, and the state of the blocks it owns",
-    "hsdp": "the ranks of a group share the rows of every parameter, and all ranks the state of the blocks they own",
-    "zero1": "every rank holds a range of all float32 weights (DeepSpeed), and the state of the blocks it owns",
-    "zero2": "every rank holds a range of all float32 weights (DeepSpeed), and the state of the blocks it owns",
-    "zero3": "every rank holds a range of every parameter (DeepSpeed), and the state of the blocks it owns",
-}
-
 NODE = 8  # ranks that share a copy of the model under HSDP, unless said otherwise: the GPUs of a machine
 SUB_GROUP = 1_000_000_000  # entries of a rank that ZeRO-3 updates together: DeepSpeed's default sub_group_size
 

@@ -7,26 +7,21 @@ not timed.  Gradients are random: the cost does not depend on their values.
 
 from __future__ import annotations
 
-import argparse
 import importlib
 import itertools
-import json
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from importlib.util import find_spec
-from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from hf_shampoo4.exceptions import OptionError
-from hf_shampoo4.studies.bench_contestants import CLOCKS, CONTESTANTS, MODELS, Contestant, Settings
-from hf_shampoo4.studies.bench_report import Result, apply_operations, as_markdown, draw, summary
+from hf_shampoo4.studies.bench_contestants import CLOCKS, CONTESTANTS, Contestant, Settings
+from hf_shampoo4.studies.bench_report import Result, apply_operations
 from hf_shampoo4.studies.machine import tensors_of
-from hf_shampoo4.utils.files import write_json, write_text
 
 
 class Racer:
@@ -194,50 +189,3 @@ def sweep(settings: Settings, names: Sequence[str]) -> list[dict[str, Any]]:
                     "amortised_ms": {every: steady + refresh / every for every in SWEEP_EVERY},
                 })  # fmt: skip
     return rows
-
-
-def main(arguments: Sequence[str]) -> None:
-    """`hf-shampoo4 bench`."""
-    chosen = _parser().parse_args(arguments)
-    settings = _settings(chosen)
-    names = [name for name in chosen.contestants.split(",") if name] or list(CONTESTANTS)
-    unknown = [name for name in names if name not in CONTESTANTS]
-    if unknown:
-        raise OptionError(f"unknown contestants {', '.join(unknown)}; known: {', '.join(CONTESTANTS)}")
-    torch.set_num_threads(settings.threads)
-    folder = Path(chosen.output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    told = summary(settings, race(names, settings), rates(settings))
-    if chosen.sweep:
-        told["sweep"] = sweep(settings, [name for name in names if name.startswith("ours")])
-        print(json.dumps(told["sweep"], indent=1))
-    write_json(folder / "bench.json", told)
-    write_text(folder / "bench.md", as_markdown(told))
-    draw(told, folder / "bench.png")
-    print(as_markdown(told) + f"\n{folder}/bench.json, bench.md, bench.png")
-
-
-def _settings(chosen: argparse.Namespace) -> Settings:
-    names = get_type_hints(Settings)
-    given = {name: found for name in names if (found := getattr(chosen, name, None)) is not None}
-    quick = {"model": "tiny", "layers": 1, "block": 64, "every": 2, "warmup": 4, "steps": 4} if chosen.quick else {}
-    return Settings(**{**quick, **given})
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="hf-shampoo4 bench", description=__doc__)
-    add, default = parser.add_argument, Settings()
-    add("--model", help=f"{', '.join(MODELS)}; default {default.model}")
-    add("--layers", type=int, help=f"how many of its layers; default {default.layers}")
-    add("--block", type=int, help=f"largest order of a factor; default {default.block}")
-    add("--every", type=int, help=f"steps between two refreshes; default {default.every}")
-    add("--warmup", type=int, help=f"steps before the clock runs; default {default.warmup}")
-    add("--steps", type=int, help=f"steps that are timed; default {default.steps}")
-    add("--threads", type=int, help=f"default {default.threads}")
-    add("--clock", help=f"wall, or cpu: the process's own time, on a busy machine; default {default.clock}")
-    add("--device", help=f"default {default.device}")
-    add("--contestants", default="", help=f"comma-separated; default all: {','.join(CONTESTANTS)}")
-    add("--sweep", action="store_true", help="ours again over block orders and sizes")
-    add("--output_dir", default="runs/bench", help="default: runs/bench")
-    add("--quick", action="store_true", help="a tiny model: does it work here?")
-    return parser

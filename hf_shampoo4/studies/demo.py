@@ -6,14 +6,12 @@ Prints a table and writes `demo.json` and `demo.png`.  The settings are in `conf
 
 from __future__ import annotations
 
-import argparse
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from hf_shampoo4.exceptions import ConfigError
 from hf_shampoo4.studies.grid import read_plan
 from hf_shampoo4.studies.machine import machine, peak_memory_bytes
 from hf_shampoo4.studies.measured_run import Outcome, Settings, run_one
@@ -43,9 +41,9 @@ def demo(
     plan = read_plan()
     shared = {**plan["common"], **(plan["quick"] if quick else {}), **(common or {})}
     fallback = {"learning_rate": next(iter(plan["optims"].values()))["learning_rate"]}
-    outcomes = [
-        _run(name, {**shared, **plan["optims"].get(name, fallback)}, folder / name) for name in optims or plan["optims"]
-    ]
+    names = list(optims or plan["optims"])
+    print(f"{len(names)} trainings of {shared['max_steps']} steps: {', '.join(names)}", flush=True)
+    outcomes = [_run(name, {**shared, **plan["optims"].get(name, fallback)}, folder / name) for name in names]
     write_json(folder / "demo.json", summary(outcomes, shared))
     draw(outcomes, folder / "demo.png")
     print_table(outcomes)
@@ -157,32 +155,3 @@ def _loss_range(outcomes: Sequence[Outcome]) -> tuple[float, float]:
     highest = max(o.loss_at(0.1 * o.validation[-1][0]) for o in outcomes)
     margin = 0.05 * max(highest - lowest, 1e-3)
     return lowest - margin, highest + margin
-
-
-def main(arguments: Sequence[str]) -> None:
-    """`hf-shampoo4 demo`."""
-    chosen = _parser().parse_args(arguments)
-    common = {"seed": chosen.seed, **({} if chosen.steps is None else {"max_steps": chosen.steps})}
-    optims = chosen.optims.split(",") if chosen.optims else ()
-    folder = Path(chosen.output_dir)
-    if folder.is_dir() and any(folder.iterdir()) and not chosen.overwrite_output_dir:
-        raise ConfigError(f"output_dir {str(folder)!r} is not empty: choose another, or --overwrite_output_dir")
-    demo(folder, optims, {**common, "overwrite_output_dir": chosen.overwrite_output_dir}, chosen.quick)
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="hf-shampoo4 demo", description=__doc__)
-    add = parser.add_argument
-    add("--output_dir", default="runs/demo", help="default: runs/demo")
-    add("--overwrite_output_dir", action="store_true", help="replace what is in the folder")
-    add("--steps", type=_steps, help="steps of each run")
-    add("--optims", help="names of --optim, comma-separated; the first is the reference")
-    add("--seed", type=int, default=0, help="of the weights and of the order of the data")
-    add("--quick", action="store_true", help="a few steps of a tiny model: does it work here?")
-    return parser
-
-
-def _steps(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of steps, 1 or more")
-    return int(text)

@@ -11,7 +11,6 @@ values.  Everything but the quantisers runs in float64.
 
 from __future__ import annotations
 
-import argparse
 import math
 import tempfile
 import time
@@ -23,7 +22,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hf_shampoo4.exceptions import ConfigError
 from hf_shampoo4.numerics.linalg import ROOTS, bjorck
 from hf_shampoo4.numerics.storage import Blockwise, Dense, OffDiagonal, Triangles, allocate, roundtrip
 from hf_shampoo4.preconditioners.factors import EXPONENT, Cholesky
@@ -38,7 +36,7 @@ from hf_shampoo4.studies.quantization_matrices import (
     with_spectrum,
 )
 from hf_shampoo4.studies.quantization_report import Found, draw, print_table, summary
-from hf_shampoo4.training.data import DataArguments
+from hf_shampoo4.training.arguments import DataArguments
 from hf_shampoo4.utils.files import write_json
 
 STORES = 60  # times that error feedback stores the same matrix; the mean is over the last half
@@ -173,30 +171,30 @@ def _cpu_seconds(solve: Any, a: Tensor) -> float:
     return min(took)
 
 
-def main(arguments: Sequence[str]) -> None:
-    """`errors [--output_dir DIR] [--order N] [--matrix FILE ...] [--collect] [--solvers]`."""
-    parser = argparse.ArgumentParser(prog="hf-shampoo4 errors", description=__doc__.split("\n\n")[0])
-    parser.add_argument("--output_dir", type=Path, default=Path("runs/errors"), help="default: %(default)s")
-    parser.add_argument("--order", type=int, default=REAL_ORDER, help="of the synthetic matrices; default: %(default)s")
-    parser.add_argument("--matrix", type=Path, nargs="*", help=".npy files; default: those that --collect left")
-    parser.add_argument("--collect", action="store_true", help="first train and save real preconditioners (5 minutes)")
-    parser.add_argument("--solvers", action="store_true", help="time the inverse-root solvers instead")
-    args = parser.parse_args(arguments)
-    if args.order < 2:
-        raise ConfigError(f"--order {args.order} is not allowed: it must be at least 2")
-    if args.solvers:
-        rows = time_solvers()
-        print("\n".join("  ".join(f"{key} {value}" for key, value in row.items()) for row in rows))
-        write_json(args.output_dir / "errors_solvers.json", rows)
-        return
-    if args.collect:
+def time_all(folder: Path) -> None:
+    """The solvers' times, printed and in `errors_solvers.json`."""
+    rows = time_solvers()
+    print("\n".join("  ".join(f"{key} {value}" for key, value in row.items()) for row in rows))
+    write_json(folder / "errors_solvers.json", rows)
+
+
+def measure_all(folder: Path, order: int, files: Sequence[Path] | None, first_collect: bool) -> None:
+    """Every scheme on every matrix: tables on the way, `errors.json` and `errors.png` at the end.
+
+    Args:
+        folder: for the two files.
+        order: of the synthetic matrices.
+        files: matrices in .npy; None: those that were collected.
+        first_collect: train, and collect them.
+    """
+    if first_collect:
         collect()
-    files = sorted(collected_folder().glob("*.npy")) if args.matrix is None else args.matrix
-    matrices = [two_valued(args.order), geometric(args.order), *(load(file) for file in files)]
+    files = sorted(collected_folder().glob("*.npy")) if files is None else files
+    matrices = [two_valued(order), geometric(order), *(load(file) for file in files)]
     found: Found = {}
     for matrix in matrices:
         found[matrix.name] = measure(matrix)
         print_table(matrix, found[matrix.name])
-    write_json(args.output_dir / "errors.json", summary(matrices, found))
-    draw(matrices, found, args.output_dir / "errors.png")
-    print(f"Numbers: {args.output_dir / 'errors.json'}   picture: {args.output_dir / 'errors.png'}")
+    write_json(folder / "errors.json", summary(matrices, found))
+    draw(matrices, found, folder / "errors.png")
+    print(f"Numbers: {folder / 'errors.json'}   picture: {folder / 'errors.png'}")

@@ -13,17 +13,14 @@ shares.
 
 from __future__ import annotations
 
-import argparse
 import tempfile
-from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from itertools import accumulate
 from pathlib import Path
 
-from hf_shampoo4.studies.grid import Contestant, Grid, Point, Settings, read_grid, some_of
+from hf_shampoo4.studies.grid import Contestant, Grid, Point, Settings
 from hf_shampoo4.studies.measured_run import run_one
 from hf_shampoo4.studies.peers import code_of, optimizer_of
-from hf_shampoo4.studies.race_report import report
 from hf_shampoo4.studies.runner import Runs
 
 
@@ -79,40 +76,3 @@ def train(label: str, settings: Settings) -> Settings:
         "final_loss": outcome.final_loss,
         "validation_seconds": [round(elapsed[step], 2) for step, _ in outcome.validation],
     }
-
-
-def main(arguments: Sequence[str]) -> None:
-    """`hf-shampoo4 race`."""
-    chosen = _parser().parse_args(arguments)
-    changes = {} if chosen.steps is None else {"max_steps": chosen.steps}
-    grid = read_grid(chosen.grid, chosen.quick, changes)
-    grid = replace(grid, seeds=grid.seeds[: chosen.seeds])
-    folder = Path(chosen.output_dir)
-    runs = Runs(folder / "runs")
-    if not chosen.report_only:
-        carry_out(some_of(grid, chosen.contestants.split(",")), runs, chosen.shard, chosen.sweep)
-    if chosen.shard[1] == 1:
-        report(grid, runs.of(None if chosen.any_code else code_of), folder)
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="hf-shampoo4 race", description=__doc__)
-    add = parser.add_argument
-    add("grid", help="a grid of configs/race.yaml")
-    add("--output_dir", default="runs/race", help="default: runs/race")
-    add("--sweep", action="store_true", help="go on from the best point until it is at no edge")
-    add("--seeds", type=int, metavar="N", help="the first N seeds of the grid alone")
-    add("--shard", type=_shard, default=(0, 1), metavar="I/N", help="take every N-th contestant from the I-th")
-    add("--contestants", default="", help="run these alone, comma-separated; the report is of all that have finished")
-    add("--steps", type=int, help="steps of each run")
-    add("--report_only", action="store_true", help="no runs: put together what is finished, of all processes")
-    add("--any_code", action="store_true", help="report runs of other versions of the code too, the last first")
-    add("--quick", action="store_true", help="a few steps of a tiny model: does it work here?")
-    return parser
-
-
-def _shard(text: str) -> tuple[int, int]:
-    index, _, processes = text.partition("/")
-    if not (index.isdecimal() and processes.isdecimal() and int(index) < int(processes)):
-        raise argparse.ArgumentTypeError(f"{text!r} is not I/N with I < N, such as 0/2")
-    return int(index), int(processes)

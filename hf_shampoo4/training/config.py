@@ -5,33 +5,19 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Union
-
-import torch
-from transformers import HfArgumentParser, TrainingArguments
+from typing import TYPE_CHECKING, Any, Union
 
 from ..exceptions import ConfigError
-from ..integrations.trainer import check_args, register
 from ..utils.yaml import read_yaml
 
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
+
+    from .arguments import RunArguments
+
 DEFAULT_OPTIM = "shampoo4bit"
-
-
-@dataclass
-class RunArguments:
-    """What `TrainingArguments` does not say."""
-
-    overwrite_output_dir: bool = field(
-        default=False,
-        metadata={"help": "Train into a folder that is not empty; the old run's checkpoints and results are deleted."},
-    )
-    total_batch_size: int | None = field(
-        default=None,
-        metadata={"help": "Sequences of an optimizer step over all processes; sets gradient_accumulation_steps."},
-    )
 
 
 def config_root() -> Path:
@@ -58,6 +44,11 @@ def read_config(path: Union[str, Path], kind: str = "train") -> dict[str, Any]:
         files.append(found)
         content = {**_mapping(other, found), **content}
     return content
+
+
+def is_config(word: str, kind: str) -> bool:
+    """Whether a word of the command line looks like a configuration's name."""
+    return word.endswith((".yaml", ".yml")) or (config_root() / kind / f"{word}.yaml").is_file()
 
 
 def _find(path: Union[str, Path], folder: Path, kind: str) -> Path:
@@ -94,10 +85,16 @@ def parse_as(types: Sequence[type], settings: Mapping[str, Any], overrides: Sequ
     Raises:
         ConfigError: unknown setting, wrong type.
     """
+    import torch
+    from transformers import HfArgumentParser
+
+    from ..integrations.trainer import register
+
     register()
     lists = {key: value for key, value in settings.items() if isinstance(value, list)}  # argparse may want one word
     arguments = [*_as_arguments({key: value for key, value in settings.items() if key not in lists}), *overrides]
-    given = _check_names([*(f"--{key}" for key in lists), *arguments], types)
+    given = names_in([*(f"--{key}" for key in lists), *arguments])
+    check_names(given, types[:-1], field_names(types[-1]), documented(types[-1]))
     if not torch.accelerator.is_available():
         arguments += [] if "use_cpu" in given else ["--use_cpu", "true"]
     parser = HfArgumentParser(types, allow_abbrev=False, add_help=False)
@@ -117,6 +114,8 @@ def check_run(run: RunArguments, training: TrainingArguments) -> None:
         ConfigError: a batch size that does not fit, or a sharding that the optimizer does not do.
         OptionError: an `optim_args` item that the optimizer refuses.
     """
+    from ..integrations.trainer import check_args
+
     _set_accumulation(run, training)
     try:
         check_args(training)
@@ -151,21 +150,32 @@ def _as_arguments(settings: Mapping[str, Any]) -> list[str]:
     return items
 
 
-def _check_names(arguments: Sequence[str], types: Sequence[type]) -> set[str]:
-    """The names given; an unknown one is answered with the closest known ones."""
-    known = [f.name for kind in types for f in dataclasses.fields(kind) if f.init]
-    given = [item[2:].partition("=")[0].replace("-", "_") for item in arguments if item.startswith("--")]
+def names_in(arguments: Sequence[str]) -> set[str]:
+    """The settings that `--key value` and `--key=value` items name."""
+    return {item[2:].partition("=")[0].replace("-", "_") for item in arguments if item.startswith("--")}
+
+
+def field_names(kind: type) -> set[str]:
+    """The settings that a dataclass takes."""
+    return {f.name for f in dataclasses.fields(kind) if f.init}
+
+
+def check_names(given: Iterable[str], ours: Sequence[type], library: set[str], library_name: str) -> None:
+    """Answer an unknown setting with the closest known ones.
+
+    Raises:
+        ConfigError: a name that neither our dataclasses nor the library's has.
+    """
+    own = [f.name for kind in ours for f in dataclasses.fields(kind)]
+    known = library | set(own)
     for name in given:
         if name not in known and name.removeprefix("no_") not in known:
-            close = difflib.get_close_matches(name, known, n=3)
-            own = [f.name for kind in types[:-1] for f in dataclasses.fields(kind)]
+            close = difflib.get_close_matches(name, sorted(known), n=3)
             hint = f"did you mean {' or '.join(close)}?" if close else f"ours are {', '.join(own)};"
-            raise ConfigError(f"unknown setting {name!r}: {hint} (every field of {_documented(types[-1])} "
-                              "is allowed too)")  # fmt: skip
-    return set(given)
+            raise ConfigError(f"unknown setting {name!r}: {hint} (every field of {library_name} is allowed too)")
 
 
-def _documented(arguments: type) -> str:
+def documented(arguments: type) -> str:
     """`transformers.TrainingArguments` or `trl.SFTConfig`."""
     return f"{arguments.__module__.partition('.')[0]}.{arguments.__name__}"
 
@@ -186,12 +196,12 @@ def _set_accumulation(run: RunArguments, training: TrainingArguments) -> None:
     training.gradient_accumulation_steps = total // at_once
 
 
-def settings_help(types: Sequence[type]) -> str:
-    """The settings of this project with their defaults; the last type's are documented by the library it is from."""
+def settings_help(ours: Sequence[type], library_name: str) -> str:
+    """The settings of this project with their defaults; the others are documented by the library that they are from."""
     lines = []
-    for kind in types[:-1]:
+    for kind in ours:
         lines.append(f"{kind.__doc__}")
         for option in dataclasses.fields(kind):
             default = "required" if option.default is dataclasses.MISSING else repr(option.default)
             lines.append(f"  --{option.name} ({default}): {option.metadata.get('help', '')}")
-    return "\n".join([*lines, f"and every field of {_documented(types[-1])}."])
+    return "\n".join([*lines, f"and every field of {library_name}."])

@@ -8,13 +8,13 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..exceptions import ConfigError, reason
+from .arguments import DataArguments
 from .documents import load_documents
-from .sources import ALLOWED
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
@@ -23,54 +23,9 @@ if TYPE_CHECKING:
 
     from .sources import Documents
 
-CACHE_ENV = "HF_SHAMPOO4_CACHE"
 END_OF_TEXT = "<|endoftext|>"
 TOKENIZER_SAMPLE = 50_000_000  # characters of training text that a BPE is trained on: more hardly changes its merges
 STREAM_SHUFFLE = 10_000  # documents that a stream is shuffled within
-
-
-@dataclass
-class DataArguments:
-    """Which text, which tokenizer, which length."""
-
-    dataset: str = field(default="stdlib", metadata={"help": f"Training text; {ALLOWED}."})
-    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a hub dataset."})
-    train_split: str = field(default="train", metadata={"help": "Split of a hub dataset to train on."})
-    validation_split: str | None = field(
-        default=None, metadata={"help": "Split to validate on; default: documents held out of the training split."}
-    )
-    validation_dataset: str | None = field(
-        default=None, metadata={"help": "Another source of validation text, named like `dataset`."}
-    )
-    validation_fraction: float = field(default=0.05, metadata={"help": "Share of the documents held out."})
-    text_column: str = field(default="text", metadata={"help": "Column of the text in JSON, parquet and hub datasets."})
-    streaming: bool = field(default=False, metadata={"help": "Read while training instead of before it."})
-    max_train_documents: int | None = field(default=None, metadata={"help": "Use the first N documents only."})
-    max_validation_sequences: int | None = field(
-        default=None, metadata={"help": "Validate on N sequences drawn once from the held-out ones (streams: 1024)."}
-    )
-    tokenizer: str = field(
-        default="bpe", metadata={"help": "'bpe': byte-level BPE trained on the training text; or a name or a folder."}
-    )
-    vocab_size: int = field(default=4096, metadata={"help": "Size of the vocabulary of the trained BPE."})
-    seq_len: int = field(default=256, metadata={"help": "Tokens of a sequence."})
-    preprocessing_workers: int | None = field(default=None, metadata={"help": "Processes that tokenize."})
-    cache_dir: str | None = field(
-        default=None, metadata={"help": f"Folder of tokenizers and packed text; default ${CACHE_ENV} or ~/.cache."}
-    )
-
-    def __post_init__(self) -> None:
-        _require(0.0 < self.validation_fraction < 1.0, "validation_fraction", self.validation_fraction, "in (0, 1)")
-        _require(self.seq_len >= 2, "seq_len", self.seq_len, ">= 2")
-        _require(self.vocab_size >= 257, "vocab_size", self.vocab_size, ">= 257 (256 bytes and the end of a text)")
-
-    @property
-    def cache(self) -> Path:
-        """The cache folder (created)."""
-        chosen = self.cache_dir or os.environ.get(CACHE_ENV) or Path.home() / ".cache" / "hf_shampoo4"
-        folder = Path(chosen).expanduser()
-        folder.mkdir(parents=True, exist_ok=True)
-        return folder
 
 
 @dataclass(frozen=True)
@@ -243,8 +198,3 @@ def collate(sequences: list[dict[str, Any]]) -> dict[str, Tensor]:
 
     tokens = torch.from_numpy(np.asarray([row["input_ids"] for row in sequences], dtype=np.int64))
     return {"input_ids": tokens, "labels": tokens.clone()}
-
-
-def _require(holds: bool, name: str, value: Any, allowed: str) -> None:
-    if not holds:
-        raise ConfigError(f"{name}={value!r} is not allowed: it must be {allowed}")

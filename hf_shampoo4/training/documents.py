@@ -15,7 +15,7 @@ from .sources import PACKAGED, check_split, has_splits, open_dataset
 if TYPE_CHECKING:
     from datasets import Dataset
 
-    from .data import DataArguments
+    from .arguments import DataArguments
     from .sources import Documents
 
 

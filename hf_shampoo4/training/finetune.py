@@ -7,18 +7,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Union
 
 from ..exceptions import ConfigError, reason
-from .config import RunArguments, check_run, parse_as, settings_help, settings_of
+from .arguments import ChatArguments, RunArguments
+from .config import check_run, parse_as, settings_of
 from .documents import validation_source
 from .output_dir import prepare_output
 from .pretrain import Result
 from .pretrain import train_and_evaluate as finish
-from .sources import ELSEWHERE, open_dataset
+from .sources import open_dataset
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -29,25 +30,6 @@ if TYPE_CHECKING:
 KINDS: tuple[tuple[str, ...], ...] = (("messages",), ("prompt", "completion"), ("text",))
 BESIDE = ("tools", "chat_template_kwargs")
 PICTURES = ("image", "images")
-
-
-@dataclass
-class ChatArguments:
-    """Which conversations."""
-
-    dataset: str = field(metadata={"help": f"Examples to learn, e.g. JSONL with a column `messages`: {ELSEWHERE}."})
-    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a hub dataset."})
-    train_split: str = field(default="train", metadata={"help": "Split of a hub dataset to train on."})
-    validation_dataset: str | None = field(default=None, metadata={"help": "Examples to validate on."})
-    validation_split: str | None = field(default=None, metadata={"help": "Split of a hub dataset to validate on."})
-    validation_fraction: float = field(
-        default=0.05, metadata={"help": "Without those two: share of the examples held out (0: none)."}
-    )
-    max_train_examples: int | None = field(default=None, metadata={"help": "Use the first N examples only."})
-
-    def __post_init__(self) -> None:
-        if not 0.0 <= self.validation_fraction < 1.0:
-            raise ConfigError(f"validation_fraction={self.validation_fraction!r} is not allowed: it must be in [0, 1)")
 
 
 @dataclass
@@ -188,14 +170,3 @@ def _explained(error: Exception, config: FinetuneConfig) -> Exception:
             "set assistant_only_loss=false, or give one with chat_template_path"
         )
     return error
-
-
-def main(arguments: Sequence[str]) -> None:
-    """`finetune CONFIG [--key value ...]`."""
-    if not arguments or {"-h", "--help"} & set(arguments):
-        print("usage: hf-shampoo4 finetune CONFIG.yaml [--key value ...]   (CONFIG: or a name in configs/finetune)\n")
-        print(settings_help(argument_types()))
-        return
-    named = not arguments[0].startswith("--")
-    result = run(parse(arguments[0] if named else None, arguments[1:] if named else arguments))
-    result.trainer.log_metrics("all", result.metrics)

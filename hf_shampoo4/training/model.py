@@ -5,7 +5,6 @@ from __future__ import annotations
 import difflib
 import json
 import re
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Union
 
@@ -13,35 +12,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from ..exceptions import ConfigError, reason
+from .arguments import ModelArguments
 from .config import config_root
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-@dataclass
-class ModelArguments:
-    """Which model, and how it differs from its configuration file."""
-
-    model: str = field(
-        default="llama_tiny",
-        metadata={"help": "A preset of configs/models, a config.json, a folder or a hub name; '' with `model_type`."},
-    )
-    model_type: str | None = field(
-        default=None, metadata={"help": "With model='': a transformers model type at its defaults, e.g. gpt2."}
-    )
-    model_overrides: str = field(
-        default="", metadata={"help": "Changes of the configuration: 'hidden_size=128,num_hidden_layers=4'."}
-    )
-    init_from_pretrained: bool = field(
-        default=False, metadata={"help": "Load the weights of `model` (a folder or hub name) instead of drawing them."}
-    )
-    dtype: str = field(default="float32", metadata={"help": f"Type of the parameters: {', '.join(DTYPES)}."})
-    attn_implementation: str | None = field(default=None, metadata={"help": "eager, sdpa, flash_attention_2, ..."})
-    tie_word_embeddings: bool | None = field(default=None, metadata={"help": "One matrix for embedding and head."})
-
-    def __post_init__(self) -> None:
-        if self.dtype not in DTYPES:
-            raise ConfigError(f"dtype={self.dtype!r} is not allowed: it must be one of {', '.join(DTYPES)}")
 
 
 def load_model_config(arguments: ModelArguments) -> PreTrainedConfig:
@@ -114,7 +86,7 @@ def build_model(arguments: ModelArguments, vocab_size: int, eos_token_id: int | 
     config.eos_token_id = eos_token_id
     if not arguments.init_from_pretrained:  # they are of the tokenizer that the configuration was written for
         config.bos_token_id = config.pad_token_id = None
-    options = {"dtype": DTYPES[arguments.dtype], "attn_implementation": arguments.attn_implementation}
+    options = {"dtype": getattr(torch, arguments.dtype), "attn_implementation": arguments.attn_implementation}
     if arguments.init_from_pretrained:
         return AutoModelForCausalLM.from_pretrained(arguments.model, config=config, **options)
     return AutoModelForCausalLM.from_config(config, **options)

@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 from ..checkpointing.completeness import incomplete, last_complete
 from ..exceptions import ConfigError
+from ..utils.files import check_writable
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
 
-    from .config import RunArguments
+    from .arguments import RunArguments
 
 FINISHED = ("all_results.json", "model.safetensors", "adapter_model.safetensors")  # what a training leaves at its end
 LEFT = (*FINISHED, "train_results.json", "eval_results.json", "trainer_state.json", "training_args.bin",
@@ -24,6 +25,8 @@ def prepare_output(run: RunArguments, training: TrainingArguments) -> str | None
     """The checkpoint to resume from, if any; refuses a folder with other content unless told to overwrite it."""
     folder = Path(training.output_dir)
     checkpoint = _checkpoint(training)
+    if training.process_index == 0:
+        check_writable(folder)
     if checkpoint or training.process_index != 0 or not folder.is_dir() or not any(folder.iterdir()):
         return checkpoint
     began = _is(training.resume_from_checkpoint, "auto") and not any((folder / name).exists() for name in FINISHED)

@@ -16,12 +16,11 @@ from typing import Any, Union
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments, set_seed
 from transformers.trainer_callback import ProgressCallback
 
-from .config import RunArguments, check_run, parse_as, settings_help, settings_of
-from .data import DataArguments, TextData, collate, load_text
-from .model import ModelArguments, build_model, load_model_config
+from .arguments import DataArguments, ModelArguments, RunArguments
+from .config import check_run, parse_as, settings_of
+from .data import TextData, collate, load_text
+from .model import build_model, load_model_config
 from .output_dir import prepare_output
-
-DEFAULT_CONFIG = "stdlib_tiny"
 
 
 @dataclass
@@ -101,6 +100,8 @@ def run(
 
 def train_and_evaluate(trainer: Trainer, checkpoint: str | None, progress: TrainerCallback | None = None) -> Result:
     """Train, evaluate where there is something to evaluate on, write model, state and metrics."""
+    if trainer.is_world_process_zero():
+        print(planned(trainer), flush=True)
     if progress is not None:
         trainer.remove_callback(ProgressCallback)
         trainer.add_callback(progress)
@@ -114,6 +115,16 @@ def train_and_evaluate(trainer: Trainer, checkpoint: str | None, progress: Train
         trainer.save_metrics("eval", evaluated)
         metrics = {**metrics, **evaluated}
     return Result(metrics, trainer)
+
+
+def planned(trainer: Trainer) -> str:
+    """What will be trained, how long, and into which folder: a line to read before time is spent."""
+    args, model = trainer.args, trainer.model
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    length = f"{args.max_steps:,} steps" if args.max_steps > 0 else f"{args.num_train_epochs:g} epochs"
+    sequences = args.train_batch_size * args.world_size * args.gradient_accumulation_steps
+    what = f"{trained:,} parameters by {args.optim}, {length} of {sequences:,} sequences"
+    return f"training: {what}, into {args.output_dir}"
 
 
 def _trainer(
@@ -133,15 +144,3 @@ def _trainer(
 
 def _perplexity(loss: float) -> float:
     return math.exp(loss) if loss < 700 else math.inf
-
-
-def main(arguments: Sequence[str]) -> None:
-    """`train [CONFIG] [--key value ...]`; without a CONFIG the CPU-sized default."""
-    if {"-h", "--help"} & set(arguments):
-        print(f"usage: hf-shampoo4 train [CONFIG.yaml] [--key value ...]   (CONFIG: default {DEFAULT_CONFIG})\n")
-        print(settings_help(ARGUMENT_TYPES))
-        return
-    named = bool(arguments) and not arguments[0].startswith("--")
-    config, overrides = (arguments[0], arguments[1:]) if named else (DEFAULT_CONFIG, arguments)
-    result = run(parse(config, overrides))
-    result.trainer.log_metrics("all", result.metrics)

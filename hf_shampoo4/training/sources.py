@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     Documents = Union[Dataset, IterableDataset]
 
 BUILDERS = {
-    ".txt": "text", ".md": "text", ".py": "text", ".json": "json", ".jsonl": "json", ".parquet": "parquet",
+    ".txt": "text", ".md": "text", ".py": "text", ".json": "json", ".jsonl": "json", ".csv": "csv",
+    ".parquet": "parquet",
 }  # fmt: skip
 COMPRESSED = (".gz", ".zst", ".bz2", ".xz")
 CHAPTER = 4000  # characters of a document of the Bible

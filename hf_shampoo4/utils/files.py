@@ -29,6 +29,17 @@ def replacing(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def check_writable(folder: Path) -> None:
+    """Make a folder and write to it, before the work whose results it shall take.
+
+    Raises:
+        OSError: no permission, a full disk, or a file of that name.
+    """
+    with replacing(folder / ".writable") as probe:
+        probe.write_bytes(b" ")
+    (folder / ".writable").unlink(missing_ok=True)
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a text file, UTF-8."""
     with replacing(path) as temporary:

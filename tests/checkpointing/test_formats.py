@@ -20,7 +20,8 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimi
 import hf_shampoo4 as s4
 from hf_shampoo4 import Shampoo4bit
 from hf_shampoo4.checkpointing import optimizer_folder
-from hf_shampoo4.checkpointing.convert import by_position, described, main, read
+from hf_shampoo4.checkpointing.command import main
+from hf_shampoo4.checkpointing.convert import by_position, described, read
 from hf_shampoo4.checkpointing.formats import PACKED, join, pack, unflattened, unpack
 from hf_shampoo4.checkpointing.optimizer_folder import sealed
 from hf_shampoo4.exceptions import CheckpointError

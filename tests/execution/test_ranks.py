@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 import torch
 
-from hf_shampoo4.checkpointing.convert import by_position, described, main, read
+from hf_shampoo4.checkpointing.command import main
+from hf_shampoo4.checkpointing.convert import by_position, described, read
 from hf_shampoo4.exceptions import CheckpointError
 from hf_shampoo4.execution.state_layout import is_partial
 from tests.stress.ranks import SHAPES, launch

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from hf_shampoo4 import Shampoo4bit, metrics
-from hf_shampoo4.checkpointing.convert import main
+from hf_shampoo4.checkpointing.command import main
 from hf_shampoo4.exceptions import CheckpointError, OptionError
 from hf_shampoo4.options import NAMES
 from hf_shampoo4.state_report import rows, table

@@ -9,15 +9,97 @@ from pathlib import Path
 import pytest
 
 from hf_shampoo4 import cli
+from hf_shampoo4.planning.sharding_names import SHARDINGS
+from hf_shampoo4.training.config import field_names
+from hf_shampoo4.training.library_fields import SFT, TRAINER, library_fields
+from hf_shampoo4.utils import hub
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def test_help_lists_every_command_and_imports_nothing_heavy():
-    code = "import sys; from hf_shampoo4.cli import main\ntry: main(['--help'])\nfinally: print('torch' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
-    assert done.stdout.endswith("False\n")
-    assert all(f"\n    {name}" in done.stdout for name in cli.COMMANDS)
+IMPORTED = """
+import sys
+sys.modules["torch"] = sys.modules["numpy"] = None  # whoever imports them would fail
+from hf_shampoo4.cli import main
+try:
+    status = main(sys.argv[1:])
+except SystemExit as error:
+    status = error.code
+print(f"status {status}, {len(sys.modules)} modules")
+"""
+
+
+@pytest.mark.parametrize(
+    ("words", "status", "said"),
+    [
+        (["--help"], 0, "\n    train "),
+        *(([name, "--help"], 0, f"hf-shampoo4 {name}") for name in cli.COMMANDS),
+        (["drive"], 2, "invalid choice: 'drive' (choose from"),
+        (["train", "--max_step", "1"], 2, "unknown setting 'max_step': did you mean max_steps"),
+        (["train", "--max_steps", "2", "stdlib_tiny"], 2, "CONFIG comes first"),
+        (["train", "my"], 2, "config 'my' does not exist"),
+        (["train", "stdlib_tiny", "gpt_stdlib_tiny"], 2, "CONFIG comes first, and there is one"),
+        (["finetune", "lora", "--lora_rank", "3"], 2, "unknown setting 'lora_rank': did you mean local_rank or lora_r"),
+        (["plan", "llama_1b", "--sharding", "fsdp3"], 2, "invalid choice: 'fsdp3' (choose from"),
+        (["race", "tiny", "--shard", "3/2"], 2, "'3/2' is not I/N with I < N"),
+        (["checkpoint", "look", "."], 2, "invalid choice: 'look'"),
+        (["bench", "--contestants", "adam"], 2, "unknown contestants adam; known: "),
+    ],
+    ids=str,
+)
+def test_help_and_a_typo_are_answered_before_anything_heavy_is_imported(words, status, said):
+    """300 modules take a tenth of a second; torch alone has 1,000 and takes one."""
+    done = subprocess.run([sys.executable, "-c", IMPORTED, *words], capture_output=True, text=True, cwd=ROOT)
+    last = done.stdout.splitlines()[-1]
+    assert last.startswith(f"status {status}, "), done.stderr
+    assert int(last.split()[2]) < 300
+    assert said in done.stdout + done.stderr
+
+
+def test_help_lists_every_command(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["--help"])
+    said = capsys.readouterr().out
+    assert all(f"\n    {name}" in said for name in cli.COMMANDS)
+
+
+def test_settings_read_from_the_libraries_source_are_those_of_their_dataclasses():
+    from transformers import TrainingArguments
+    from trl import ModelConfig, SFTConfig
+
+    assert library_fields(TRAINER) == field_names(TrainingArguments)
+    assert library_fields(SFT) == field_names(SFTConfig) | field_names(ModelConfig)
+    assert library_fields(("transformers/training_args.py:Nothing",)) is None
+    assert library_fields(("no_such_package/x.py:X",)) is None
+    assert library_fields(("trl/trainer/sft_config.py:SFTConfig",)) is None  # made from a class that is not named
+
+
+def test_shardings_are_those_that_plan_takes():
+    from hf_shampoo4.planning.shardings import sharding_of
+
+    assert all(sharding_of(name, 8, None).name == name for name in SHARDINGS)
+
+
+@pytest.mark.parametrize("command", ["train", "demo", "bench", "errors", "plan", "race"])
+def test_a_folder_that_cannot_be_written_is_refused_before_any_work(command, tmp_path, capsys, monkeypatch):
+    file = tmp_path / "file"
+    file.touch()
+    first = {"plan": ["llama_tiny"], "race": ["seeds"]}.get(command, [])
+    monkeypatch.setattr("hf_shampoo4.training.pretrain.load_text", lambda *_: pytest.fail("worked"))
+    assert cli.main([command, *first, "--output_dir", str(file / "x")]) == 1
+    assert capsys.readouterr().err.strip().splitlines()[-1] == f"error: {file}/x: Not a directory"
+
+
+def test_without_a_network_the_hub_is_not_asked_again_and_again(monkeypatch, capsys):
+    for name in ("HF_HUB_OFFLINE", "http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY", "all_proxy", "ALL_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HF_ENDPOINT", "https://hub.invalid")
+    hub.offline_without_network()
+    assert os.environ.pop("HF_HUB_OFFLINE") == "1"
+    assert capsys.readouterr().err == "hub.invalid cannot be reached: looking for models and data on this disk alone\n"
+    monkeypatch.setenv("HF_ENDPOINT", "http://localhost:1")
+    hub.offline_without_network()
+    assert "HF_HUB_OFFLINE" not in os.environ
 
 
 def test_an_unknown_command_is_refused(capsys):

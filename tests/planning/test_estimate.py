@@ -23,7 +23,8 @@ from hf_shampoo4.options import NAMES, Options
 from hf_shampoo4.planning import shardings
 from hf_shampoo4.sharding.exchange import Ranks
 from hf_shampoo4.sharding.local_parameter import local_parameter
-from hf_shampoo4.training.model import ModelArguments, build_model
+from hf_shampoo4.training.arguments import ModelArguments
+from hf_shampoo4.training.model import build_model
 from tests.support.allocated import Allocated
 from tests.support.tiny import ROOT, llama
 

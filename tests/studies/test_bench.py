@@ -11,7 +11,7 @@ import torch
 
 import hf_shampoo4
 from hf_shampoo4.exceptions import OptionError
-from hf_shampoo4.studies import bench
+from hf_shampoo4.studies import bench, commands
 from hf_shampoo4.studies.bench import CONTESTANTS, Racer, Result, Settings, apply_operations, counted
 from hf_shampoo4.studies.bench_contestants import ALGORITHMS
 
@@ -90,7 +90,7 @@ def test_run(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: py
     monkeypatch.setitem(CONTESTANTS, "broken", bench.Contestant("Broken", "torch.optim:Adam", keywords={"colour": 1}))
     names = "adamw_fused,ours_shampoo,absent,broken"
     quick = ["--quick", "--every", "1", "--warmup", "1", "--steps", "2", "--threads", str(torch.get_num_threads())]
-    bench.main([*quick, "--contestants", names, "--output_dir", str(tmp_path)])
+    commands.bench([*quick, "--contestants", names, "--output_dir", str(tmp_path)])
     told = json.loads((tmp_path / "bench.json").read_text())
     adamw, shampoo, absent, broken = told["results"]
     assert len(adamw["milliseconds"]) == len(shampoo["milliseconds"]) == 2
@@ -119,4 +119,4 @@ def test_every_algorithm_of_ours_is_a_contestant() -> None:
 )
 def test_bad_arguments_are_told(arguments: list[str], message: str) -> None:
     with pytest.raises(OptionError, match=message):
-        bench.main(arguments)
+        commands.bench(arguments)

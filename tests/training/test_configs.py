@@ -10,8 +10,9 @@ from hf_shampoo4.exceptions import ConfigError
 from hf_shampoo4.integrations.trainer import OPTIMS
 from hf_shampoo4.options import PRESETS, Options, parse_optim_args, resolve
 from hf_shampoo4.studies.grid import read_plan
+from hf_shampoo4.training.arguments import ModelArguments
 from hf_shampoo4.training.config import config_root, read_config
-from hf_shampoo4.training.model import ModelArguments, build_model, load_model_config
+from hf_shampoo4.training.model import build_model, load_model_config
 from hf_shampoo4.training.pretrain import parse
 from tests.support.tiny import ROOT
 

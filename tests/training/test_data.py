@@ -8,7 +8,8 @@ import pytest
 from datasets import Dataset, IterableDataset
 
 from hf_shampoo4.exceptions import ConfigError
-from hf_shampoo4.training.data import DataArguments, collate, load_text, load_tokenizer, pack_texts, train_bpe
+from hf_shampoo4.training.arguments import DataArguments
+from hf_shampoo4.training.data import collate, load_text, load_tokenizer, pack_texts, train_bpe
 from hf_shampoo4.training.documents import load_documents
 from hf_shampoo4.training.sources import stdlib_files, stdlib_version
 
@@ -50,13 +51,15 @@ def test_stdlib_split_is_by_file_and_disjoint(cache):
     assert list(same["path"]) == list(validation["path"])
 
 
-@pytest.mark.parametrize("kind", ["jsonl", "json.gz", "parquet", "txt", "texts", "folder", "glob"])
+@pytest.mark.parametrize("kind", ["jsonl", "json.gz", "csv", "parquet", "txt", "texts", "folder", "glob"])
 def test_local_sources_give_the_same_documents(kind, tmp_path, cache):
     source = tmp_path / "source"
     source.mkdir()
     rows = Dataset.from_dict({"text": TEXTS})
     if kind == "parquet":
         rows.to_parquet(source / "a.parquet")
+    elif kind == "csv":
+        rows.to_csv(source / "a.csv")
     elif kind in ("txt", "texts"):
         for i, text in enumerate(TEXTS):
             (source / f"{i:02d}.txt").write_text(text)

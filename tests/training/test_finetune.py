@@ -11,8 +11,9 @@ import pytest
 import hf_shampoo4 as s4
 from hf_shampoo4.cli import main
 from hf_shampoo4.exceptions import ConfigError
+from hf_shampoo4.training.arguments import ChatArguments
 from hf_shampoo4.training.config import config_root
-from hf_shampoo4.training.finetune import ChatArguments, load_examples, parse, run
+from hf_shampoo4.training.finetune import load_examples, parse, run
 from tests.support.tiny import chat_model, conversations, often
 
 CONFIGS = sorted((config_root() / "finetune").glob("*.yaml"), key=lambda path: path.stem)

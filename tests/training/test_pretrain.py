@@ -11,10 +11,12 @@ import yaml
 from transformers import LlamaForCausalLM
 
 from hf_shampoo4.exceptions import ConfigError, OptionError
+from hf_shampoo4.training.arguments import ModelArguments
+from hf_shampoo4.training.commands import train as main
 from hf_shampoo4.training.config import read_config
-from hf_shampoo4.training.model import ModelArguments, build_model, load_model_config
+from hf_shampoo4.training.model import build_model, load_model_config
 from hf_shampoo4.training.output_dir import prepare_output
-from hf_shampoo4.training.pretrain import main, parse, run
+from hf_shampoo4.training.pretrain import parse, run
 
 
 @pytest.fixture
@@ -61,6 +63,13 @@ def test_a_run_writes_model_checkpoints_and_metrics(optim, settings, tmp_path):
     assert {"train_loss", "train_runtime"} <= set(written)
     assert (tmp_path / "out" / "checkpoint-4").is_dir()
     assert len(weights(tmp_path / "out")["model.embed_tokens.weight"]) == len(result.trainer.processing_class)
+
+
+def test_what_will_be_trained_and_how_long_is_said_before(settings, capsys):
+    run(parse({**settings, "max_steps": 1, "gradient_accumulation_steps": 3}))
+    said = capsys.readouterr().out
+    assert "parameters by adamw_torch, 1 steps of 6 sequences, into " in said
+    assert said.index("text: ") < said.index("training: ") < said.index("train_runtime")
 
 
 def test_optimizers_start_from_the_same_weights_and_batches(settings, tmp_path):

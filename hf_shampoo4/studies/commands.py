@@ -1,0 +1,191 @@
+"""The command lines of the studies: `hf-shampoo4 bench`, `demo`, `errors` and `race`.
+
+What they take is checked before anything heavy is imported, so that `--help` and a mistake are answered at once, and a
+folder that cannot be written before any work is done.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import get_type_hints
+
+from hf_shampoo4.exceptions import ConfigError, OptionError
+from hf_shampoo4.studies.bench_contestants import CONTESTANTS, MODELS, Settings
+from hf_shampoo4.utils.files import check_writable, write_json, write_text
+
+
+def bench(arguments: Sequence[str]) -> None:
+    """`hf-shampoo4 bench`: what an optimizer step costs, in time, memory and operations, beside other optimizers.
+
+    All contestants live in one process and take their steps in turn, so that whatever else the machine does falls on
+    all of them.  Gradients are random: the cost does not depend on their values.
+    """
+    chosen = _bench_parser().parse_args(arguments)
+    settings = _bench_settings(chosen)
+    names = [name for name in chosen.contestants.split(",") if name] or list(CONTESTANTS)
+    unknown = [name for name in names if name not in CONTESTANTS]
+    if unknown:
+        raise OptionError(f"unknown contestants {', '.join(unknown)}; known: {', '.join(CONTESTANTS)}")
+    check_writable(chosen.output_dir)
+    import torch
+
+    from hf_shampoo4.studies.bench import race, rates, sweep
+    from hf_shampoo4.studies.bench_report import as_markdown, draw, summary
+
+    torch.set_num_threads(settings.threads)
+    folder = chosen.output_dir
+    steps = f"{settings.warmup} steps of warm-up and {settings.steps} on the clock"
+    print(f"{len(names)} optimizers of {settings.model} on {settings.device}, {steps}", flush=True)
+    told = summary(settings, race(names, settings), rates(settings))
+    if chosen.sweep:
+        told["sweep"] = sweep(settings, [name for name in names if name.startswith("ours")])
+        print(json.dumps(told["sweep"], indent=1))
+    write_json(folder / "bench.json", told)
+    write_text(folder / "bench.md", as_markdown(told))
+    draw(told, folder / "bench.png")
+    print(as_markdown(told) + f"\n{folder}/bench.json, bench.md, bench.png")
+
+
+def _bench_settings(chosen: argparse.Namespace) -> Settings:
+    names = get_type_hints(Settings)
+    given = {name: found for name in names if (found := getattr(chosen, name, None)) is not None}
+    quick = {"model": "tiny", "layers": 1, "block": 64, "every": 2, "warmup": 4, "steps": 4} if chosen.quick else {}
+    return Settings(**{**quick, **given})
+
+
+def _bench_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="hf-shampoo4 bench", description=bench.__doc__)
+    add, default = parser.add_argument, Settings()
+    add("--model", help=f"{', '.join(MODELS)}; default {default.model}")
+    add("--layers", type=int, help=f"how many of its layers; default {default.layers}")
+    add("--block", type=int, help=f"largest order of a factor; default {default.block}")
+    add("--every", type=int, help=f"steps between two refreshes; default {default.every}")
+    add("--warmup", type=int, help=f"steps before the clock runs; default {default.warmup}")
+    add("--steps", type=int, help=f"steps that are timed; default {default.steps}")
+    add("--threads", type=int, help=f"default {default.threads}")
+    add("--clock", help=f"wall, or cpu: the process's own time, on a busy machine; default {default.clock}")
+    add("--device", help=f"default {default.device}")
+    add("--contestants", default="", help=f"comma-separated; default all: {','.join(CONTESTANTS)}")
+    add("--sweep", action="store_true", help="ours again over block orders and sizes")
+    add("--output_dir", type=Path, default=Path("runs/bench"), help="default: runs/bench")
+    add("--quick", action="store_true", help="a tiny model: does it work here?")
+    return parser
+
+
+def demo(arguments: Sequence[str]) -> None:
+    """`hf-shampoo4 demo`: one small LLaMA, pretrained with each optimizer from the same weights on the same batches.
+
+    Prints a table and writes `demo.json` and `demo.png`.  The settings are in `configs/demo.yaml`; every run is the one
+    that `hf-shampoo4 train` makes.  Learning rates are swept by `hf-shampoo4 race`.
+    """
+    chosen = _demo_parser().parse_args(arguments)
+    common = {"seed": chosen.seed, **({} if chosen.steps is None else {"max_steps": chosen.steps})}
+    optims = chosen.optims.split(",") if chosen.optims else ()
+    folder = chosen.output_dir
+    if folder.is_dir() and any(folder.iterdir()) and not chosen.overwrite_output_dir:
+        raise ConfigError(f"output_dir {str(folder)!r} is not empty: choose another, or --overwrite_output_dir")
+    check_writable(folder)
+    from hf_shampoo4.studies.demo import demo as run
+
+    run(folder, optims, {**common, "overwrite_output_dir": chosen.overwrite_output_dir}, chosen.quick)
+
+
+def _demo_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="hf-shampoo4 demo", description=demo.__doc__)
+    add = parser.add_argument
+    add("--output_dir", type=Path, default=Path("runs/demo"), help="default: runs/demo")
+    add("--overwrite_output_dir", action="store_true", help="replace what is in the folder")
+    add("--steps", type=_steps, help="steps of each run")
+    add("--optims", help="names of --optim, comma-separated; the first is the reference")
+    add("--seed", type=int, default=0, help="of the weights and of the order of the data")
+    add("--quick", action="store_true", help="a few steps of a tiny model: does it work here?")
+    return parser
+
+
+def _steps(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of steps, 1 or more")
+    return int(text)
+
+
+def race(arguments: Sequence[str]) -> None:
+    """`hf-shampoo4 race GRID`: every contestant of a grid at its own best learning rates, from several seeds.
+
+    Grids are in `configs/race.yaml`.  A run trains a small model from the seed's weights on the seed's order of the
+    data, the same for all contestants.  The first seed runs a contestant's points and, with `--sweep`, goes on from the
+    best of them, a factor at a time on the rate of all parameters or of one kind (embedding, head, matrix, vector),
+    until the best is worse off in either direction of every coordinate; the best point then serves the other seeds.
+
+    A finished run is kept at once, in a file of its own in DIR/runs, and never run again by the same code; a race can
+    be stopped at any time and shared by processes (`--shard I/N`).  The report is a table, a JSON with everything and
+    a picture.
+    """
+    chosen = _race_parser().parse_args(arguments)
+    folder = chosen.output_dir
+    check_writable(folder)
+    from hf_shampoo4.studies.grid import read_grid, some_of
+    from hf_shampoo4.studies.peers import code_of
+    from hf_shampoo4.studies.race import carry_out
+    from hf_shampoo4.studies.race_report import report
+    from hf_shampoo4.studies.runner import Runs
+
+    changes = {} if chosen.steps is None else {"max_steps": chosen.steps}
+    grid = read_grid(chosen.grid, chosen.quick, changes)
+    grid = replace(grid, seeds=grid.seeds[: chosen.seeds])
+    runs = Runs(folder / "runs")
+    if not chosen.report_only:
+        carry_out(some_of(grid, chosen.contestants.split(",")), runs, chosen.shard, chosen.sweep)
+    if chosen.shard[1] == 1:
+        report(grid, runs.of(None if chosen.any_code else code_of), folder)
+
+
+def _race_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="hf-shampoo4 race", description=race.__doc__)
+    add = parser.add_argument
+    add("grid", help="a grid of configs/race.yaml")
+    add("--output_dir", type=Path, default=Path("runs/race"), help="default: runs/race")
+    add("--sweep", action="store_true", help="go on from the best point until it is at no edge")
+    add("--seeds", type=int, metavar="N", help="the first N seeds of the grid alone")
+    add("--shard", type=_shard, default=(0, 1), metavar="I/N", help="take every N-th contestant from the I-th")
+    add("--contestants", default="", help="run these alone, comma-separated; the report is of all that have finished")
+    add("--steps", type=int, help="steps of each run")
+    add("--report_only", action="store_true", help="no runs: put together what is finished, of all processes")
+    add("--any_code", action="store_true", help="report runs of other versions of the code too, the last first")
+    add("--quick", action="store_true", help="a few steps of a tiny model: does it work here?")
+    return parser
+
+
+def _shard(text: str) -> tuple[int, int]:
+    index, _, processes = text.partition("/")
+    if not (index.isdecimal() and processes.isdecimal() and int(index) < int(processes)):
+        raise argparse.ArgumentTypeError(f"{text!r} is not I/N with I < N, such as 0/2")
+    return int(index), int(processes)
+
+
+def errors(arguments: Sequence[str]) -> None:
+    """`hf-shampoo4 errors`: what quantising a preconditioner costs its inverse root, beside the papers' figures."""
+    chosen = _errors_parser().parse_args(arguments)
+    if chosen.order < 2:
+        raise ConfigError(f"--order {chosen.order} is not allowed: it must be at least 2")
+    check_writable(chosen.output_dir)
+    from hf_shampoo4.studies.quantization_error import measure_all, time_all
+
+    if chosen.solvers:
+        time_all(chosen.output_dir)
+    else:
+        measure_all(chosen.output_dir, chosen.order, chosen.matrix, chosen.collect)
+
+
+def _errors_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="hf-shampoo4 errors", description=errors.__doc__)
+    add = parser.add_argument
+    add("--output_dir", type=Path, default=Path("runs/errors"), help="default: %(default)s")
+    add("--order", type=int, default=1200, help="of the synthetic matrices; default: %(default)s")
+    add("--matrix", type=Path, nargs="*", help=".npy files; default: those that --collect left")
+    add("--collect", action="store_true", help="first train and save real preconditioners (5 minutes)")
+    add("--solvers", action="store_true", help="time the inverse-root solvers instead")
+    return parser

@@ -1,0 +1,80 @@
+"""`hf-shampoo4 train` and `finetune`: a CONFIG, and `--key value` settings over it.
+
+Names and the folder are checked before anything heavy is imported, so that a mistake is answered at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib.util import find_spec
+
+from ..exceptions import ConfigError, MissingPackage
+from ..utils.hub import offline_without_network
+from .arguments import ChatArguments, DataArguments, ModelArguments, RunArguments
+from .config import check_names, is_config, names_in, read_config, settings_help
+from .library_fields import SFT, TRAINER, library_fields
+
+DEFAULT_CONFIG = "stdlib_tiny"
+
+
+def train(arguments: Sequence[str]) -> None:
+    """`train [CONFIG] [--key value ...]`; without a CONFIG the CPU-sized default."""
+    ours, library = (ModelArguments, DataArguments, RunArguments), "transformers.TrainingArguments"
+    if {"-h", "--help"} & set(arguments):
+        print(f"usage: hf-shampoo4 train [CONFIG.yaml] [--key value ...]   (CONFIG: default {DEFAULT_CONFIG})\n")
+        print(settings_help(ours, library))
+        return
+    config, overrides = _split(arguments)
+    _check(config or DEFAULT_CONFIG, overrides, "train", ours, library_fields(TRAINER), library)
+    from .pretrain import parse, run
+
+    result = run(parse(config or DEFAULT_CONFIG, overrides))
+    result.trainer.log_metrics("all", result.metrics)
+
+
+def finetune(arguments: Sequence[str]) -> None:
+    """`finetune CONFIG [--key value ...]`."""
+    ours, library = (ChatArguments, RunArguments), "trl.SFTConfig and trl.ModelConfig"
+    if not arguments or {"-h", "--help"} & set(arguments):
+        print("usage: hf-shampoo4 finetune CONFIG.yaml [--key value ...]   (CONFIG: or a name in configs/finetune)\n")
+        print(settings_help(ours, library))
+        return
+    config, overrides = _split(arguments)
+    _check(config, overrides, "finetune", ours, library_fields(SFT), library)
+    if missing := [name for name in ("transformers", "trl", "peft") if find_spec(name) is None]:
+        extra = "train,trl" if "transformers" in missing else "trl"
+        raise MissingPackage(f"fine-tuning needs {' and '.join(missing)}: pip install 'hf-shampoo4[{extra}]'")
+    from .finetune import parse, run
+
+    result = run(parse(config, overrides))
+    result.trainer.log_metrics("all", result.metrics)
+
+
+def _split(arguments: Sequence[str]) -> tuple[str | None, Sequence[str]]:
+    """CONFIG, which comes first, and the settings."""
+    if arguments and not arguments[0].startswith("-"):
+        return arguments[0], arguments[1:]
+    return None, arguments
+
+
+def _check(
+    config: str | None,
+    overrides: Sequence[str],
+    kind: str,
+    ours: Sequence[type],
+    library: set[str] | None,
+    library_name: str,
+) -> None:
+    """What can be said of a command line without the libraries.
+
+    Raises:
+        ConfigError: a CONFIG that is not there, or an unknown setting in it or on the command line.
+    """
+    for before, item in zip(["=", *overrides], overrides, strict=False):  # a list's values may follow each other
+        stands_alone = not item.startswith("-") and ("=" in before or not before.startswith("--"))
+        if stands_alone and (item is overrides[0] or is_config(item, kind)):
+            raise ConfigError(f"{item!r} is no --key value: CONFIG comes first, and there is one")
+    settings = {} if config is None else read_config(config, kind)
+    if library is not None:
+        check_names([*settings, *names_in(overrides)], ours, library, library_name)
+    offline_without_network()
