@@ -123,7 +123,7 @@ def planned(trainer: Trainer) -> str:
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     length = f"{args.max_steps:,} steps" if args.max_steps > 0 else f"{args.num_train_epochs:g} epochs"
     sequences = args.train_batch_size * args.world_size * args.gradient_accumulation_steps
-    what = f"{trained:,} parameters by {args.optim}, {length} of {sequences:,} sequences"
+    what = f"{trained:,} parameters by {getattr(args.optim, 'value', args.optim)}, {length} of {sequences:,} sequences"
     return f"training: {what}, into {args.output_dir}"
 
 

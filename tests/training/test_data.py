@@ -73,6 +73,7 @@ def test_local_sources_give_the_same_documents(kind, tmp_path, cache):
         "jsonl": "?.jsonl",
         "json.gz": "a.json.gz",
         "parquet": "a.parquet",
+        "csv": "a.csv",
         "txt": "*.txt",
         "glob": "**/*.jsonl",
     }
