@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -28,13 +29,18 @@ class Shampoo4bitCallback(TrainerCallback, ExportableState):
 
     def __init__(self) -> None:
         self.world_size = self.local_world_size = 1
+        self.optimizer = ""
+        """What trains, by its `--optim` and options: `hf-shampoo4 report` names it."""
+        self.seconds: list[list[float]] = []
+        """[step, seconds since training began, evaluations included] of every log with a loss."""
+        self._began = 0.0
         self.steps_without_gradients = 0
         follow_saves()
 
     def state(self) -> dict[str, Any]:
         """For `trainer_state.json`: who comes back must know how many ranks had to finish (completeness.py)."""
         sizes = {"world_size": self.world_size, "local_world_size": self.local_world_size}
-        return {"args": {}, "attributes": sizes}
+        return {"args": {}, "attributes": {**sizes, "optimizer": self.optimizer, "seconds": self.seconds}}
 
     def on_init_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Refuse a bad option when the Trainer is made, not after the data were prepared."""
@@ -49,6 +55,9 @@ class Shampoo4bitCallback(TrainerCallback, ExportableState):
         self.world_size = args.world_size
         self.local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", self.world_size))
         self.steps_without_gradients = 0
+        self.optimizer = " ".join(filter(None, (str(getattr(args.optim, "value", args.optim)), args.optim_args)))
+        self.seconds = [[step, spent] for step, spent in self.seconds if step <= state.global_step]
+        self._began = time.perf_counter() - (self.seconds[-1][1] if self.seconds else 0.0)
         state.stateful_callbacks.setdefault(CALLBACK, self.state())  # a checkpoint from before may lack it
         ours = shampoo_in(optimizer)
         if ours is None:
@@ -87,6 +96,10 @@ class Shampoo4bitCallback(TrainerCallback, ExportableState):
         self, args: Any, state: Any, control: Any, logs: Any = None, optimizer: Any = None, **kwargs: Any
     ) -> None:
         """Add bytes, skipped steps, failed refreshes and refresh time to what the Trainer logs."""
+        if logs is not None and _are_of_training(logs):
+            self.seconds.append([state.global_step, round(time.perf_counter() - self._began, 3)])
+            if isinstance(state.stateful_callbacks.get(CALLBACK), dict):
+                state.stateful_callbacks[CALLBACK] = self.state()
         ours = shampoo_in(optimizer)
         if ours is None or logs is None:
             return

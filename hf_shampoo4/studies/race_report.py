@@ -12,8 +12,9 @@ from hf_shampoo4.studies.grid import Grid, Point, Settings
 from hf_shampoo4.studies.machine import machine
 from hf_shampoo4.studies.race_results import Row, gain_and_noise, rows_of
 from hf_shampoo4.utils.files import write_json, write_text
-from hf_shampoo4.utils.plots import COLOURS, picture, style
+from hf_shampoo4.utils.plots import COLOURS, label_ends, picture, style
 
+LINES = 6  # of a picture: more cannot be followed
 REMARKS = "<!-- below this line: written by hand, kept when the table is written again -->"
 
 
@@ -157,21 +158,30 @@ def _number(value: float | None) -> str:
 
 
 def draw_curves(grid: Grid, rows: Sequence[Row], path: Path) -> None:
-    """Mean validation loss against steps and against training time, as a PNG; the first of `curves` is thick."""
+    """Mean validation loss against steps and against training time, as a PNG; the first of `curves` is thick.
+
+    At most `LINES` of them: without `curves` the baseline and the best of the others.
+    """
     names = grid.curves or [contestant.name for contestant in grid.contestants]
-    shown = sorted((row for row in rows if row.name in names), key=lambda row: row.mean)
+    named = [row for row in rows if row.name in names]
+    kept = sorted(named, key=lambda row: (row.name != grid.baseline, row.mean))[:LINES]
+    shown, labels = sorted(kept, key=lambda row: row.mean), []
     with picture(path, (13, 6.4), (1, 2), sharey=True) as (figure, axes):
         by_step, by_time = axes[0]
         for row in shown:
             losses = [loss for _, loss in row.curve]
             label = f"{row.mean:.3f}  {row.label} ({row.bytes_per_parameter:.1f} B/param)"
-            look = {**style(names.index(row.name)), "linewidth": 3.2 if row.name == names[0] else 1.8}
+            look = {**style(shown.index(row)), "linewidth": 3.2 if row.name == names[0] else 1.8, "markersize": 5}
             look |= {"color": "black", "linestyle": "--"} if row.name == grid.baseline else {}
+            if row.curve:
+                labels.append((*row.curve[-1], row.label.partition(" (")[0], look["color"]))
             by_step.plot([step for step, _ in row.curve], losses, label=label, **look)
             by_time.plot([seconds / 60 for seconds in row.seconds], losses, **look)
         if ends := [row.mean for row in shown if math.isfinite(row.mean)]:  # all may have diverged
             by_step.set_ylim(min(ends) - 0.05, max(ends) + 4 * (max(ends) - min(ends)) + 0.2)
-        by_step.set(title=f"{grid.title}: by steps", xlabel="step", ylabel="validation loss")
+        by_step.set(title=f"{grid.title}: by steps", xlabel="step", ylabel="validation loss, nats a token")
+        by_step.set_xlim(right=1.3 * by_step.get_xlim()[1])  # room for the names
+        label_ends(by_step, labels)
         by_time.set(title="by time", xlabel="training time, minutes of processor time")
         title = "final loss, best first down the columns"
         figure.legend(frameon=False, fontsize=9, title=title, loc="outside lower center", ncols=3, alignment="left")

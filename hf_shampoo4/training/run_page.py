@@ -11,26 +11,33 @@ import html
 import io
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from ..checkpointing.completeness import CALLBACK
 from ..exceptions import ConfigError
-from ..utils.files import write_text
+from ..utils.files import check_writable, write_text
+from ..utils.plots import GRID, label_ends, style
 
-COLOURS = ("#d9480f", "#1971c2", "#2f9e44", "#862e9c", "#e8590c", "#495057", "#0b7285", "#c2255c")
-
-# what a run may have logged -> the title of its curve
+# what a run may have logged -> the title of its curve, and what its values are
 CURVES = {
-    "eval_loss": "Validation loss",
-    "loss": "Training loss",
-    "learning_rate": "Learning rate",
-    "grad_norm": "Gradient norm",
-    "optim/refresh_seconds": "Seconds spent on factors and bases so far",
-    "optim/skipped_steps": "Steps skipped for a gradient that was not finite",
-    "optim/failed_refreshes": "Blocks whose refresh failed and kept the last good one",
+    "eval_loss": ("Validation loss", "nats a token"),
+    "loss": ("Training loss", "nats a token"),
+    "learning_rate": ("Learning rate", "factor on the update"),
+    "grad_norm": ("Gradient norm, before clipping", "2-norm"),
+    "optim/refresh_seconds": ("Time spent on factors and bases so far", "seconds"),
+    "optim/skipped_steps": ("Steps skipped for a gradient that was not finite", "steps so far"),
+    "optim/failed_refreshes": ("Blocks whose refresh failed and kept the last good one", "blocks so far"),
+    "optim/unmoved_first": ("First moment: codes that a step left as they were", "share"),
+    "optim/unmoved_second": ("Second moment: codes that a step left as they were", "share"),
+    "optim/radial_bias": ("First moment: how much storing stretches it", "share; below 0 it shrinks"),
+    "optim/basis_turn": ("How far an update turned the bases", "1 - mean |cosine|"),
+    "optim/condition": ("Condition of the worst factor", "log10 of largest over smallest eigenvalue"),
 }
 COUNTS = ("optim/skipped_steps", "optim/failed_refreshes")  # of things that should not happen: drawn if they did
+AGAINST_TIME = ("eval_loss", "loss")
+LABELLED = 6  # lines that are named at their ends; more of them are told by the marks of the table
 
 
 LARGEST = 1e15
@@ -46,10 +53,23 @@ class Run:
     """What was logged, by step."""
     results: dict[str, Any]
     """`all_results.json`, if there."""
+    optimizer: str = ""
+    """Name and options, if the run says them."""
+    seconds: dict[float, float] = field(default_factory=dict)
+    """Step -> seconds since the run began, of the steps that were logged."""
 
     def curve(self, key: str) -> list[tuple[float, float]]:
         """(step, value), in order of steps."""
         return sorted({entry["step"]: entry[key] for entry in self.log if key in entry and "step" in entry}.items())
+
+    def curve_in_time(self, key: str) -> list[tuple[float, float]]:
+        """(minutes, value); of an evaluation, the time of the last log before it."""
+        times = sorted(self.seconds.items())
+        found = []
+        for step, value in self.curve(key):
+            before = [spent for at, spent in times if at <= step]
+            found += [(before[-1] / 60, value)] if before else []
+        return found
 
     def last(self, key: str) -> float | None:
         """The last value logged."""
@@ -68,16 +88,45 @@ def read_run(folder: Path) -> Run:
     lines, results = folder / "metrics.jsonl", folder / "all_results.json"
     try:
         if states:
-            log = json.loads(states[0].read_text(encoding="utf-8"))["log_history"]
+            state = json.loads(states[0].read_text(encoding="utf-8"))
+            log, (optimizer, seconds) = state["log_history"], _noted(state)
         elif lines.is_file():
-            log = [json.loads(line) for line in lines.read_text(encoding="utf-8").splitlines() if line.strip()]
+            log = _lines(lines)
+            optimizer = next((str(entry["optimizer"]) for entry in log if "optimizer" in entry), "")
+            seconds = {entry["step"]: entry["seconds"] for entry in log if {"step", "seconds"} <= set(entry)}
         else:
             raise ConfigError("it has neither trainer_state.json nor metrics.jsonl")
         found = json.loads(results.read_text(encoding="utf-8")) if results.is_file() else {}
-        _check([*log, found])
+        _check([*log, found, *({"step": step, "seconds": spent} for step, spent in seconds.items())])
     except (ValueError, TypeError, KeyError, RecursionError) as error:  # ConfigError is a ValueError too
         raise ConfigError(f"run {str(folder)!r} cannot be read: {error}") from error
-    return Run(folder.resolve().name, log, found)
+    return Run(folder.resolve().name, log, found, optimizer, seconds)
+
+
+def _noted(state: dict[str, Any]) -> tuple[str, dict[float, float]]:
+    """What our callback has noted in the Trainer's state: the optimizer, and the seconds at each log."""
+    noted = state.get("stateful_callbacks", {}).get(CALLBACK, {})
+    attributes = noted.get("attributes", {}) if isinstance(noted, dict) else {}
+    return str(attributes.get("optimizer", "")), dict(attributes.get("seconds", ()))
+
+
+def _lines(file: Path) -> list[dict[str, Any]]:
+    """The lines of a log; the last one may be cut, as its run is at work or was killed.
+
+    Raises:
+        ValueError: another line is no JSON, or there is none.
+    """
+    found, texts = [], [(i, t) for i, t in enumerate(file.read_text(encoding="utf-8").splitlines(), 1) if t.strip()]
+    for number, text in texts:
+        try:
+            found.append(json.loads(text))
+        except ValueError as error:
+            if number == texts[-1][0]:
+                break
+            raise ValueError(f"{file.name}, line {number}: {error}") from error
+    if not found:
+        raise ValueError(f"{file.name} has no line yet")
+    return found
 
 
 def _told_apart(runs: Sequence[Run], folders: Sequence[Path]) -> list[Run]:
@@ -94,7 +143,7 @@ def _check(entries: list[Any]) -> None:
     for entry in entries:
         if not isinstance(entry, dict):
             raise ValueError(f"a line of the log is {type(entry).__name__}, not names and numbers")
-        for name in (*FIGURES, *CURVES):
+        for name in (*FIGURES, *CURVES, "seconds"):
             value = entry.get(name, 0)
             finite_if_exact = isinstance(value, float) or (type(value) is int and abs(value) < LARGEST)
             if not finite_if_exact or (name == "step" and not abs(value) < LARGEST):
@@ -103,7 +152,9 @@ def _check(entries: list[Any]) -> None:
 
 def page(runs: Sequence[Run]) -> str:
     """The runs as an HTML page without any other file: a table, and a picture for every curve that one of them has."""
-    pictures = [_picture(title, key, runs) for key, title in CURVES.items() if any(_is_drawn(run, key) for run in runs)]
+    drawn = [key for key in CURVES if any(_is_drawn(run, key) for run in runs)]
+    timed = [key for key in drawn if key in AGAINST_TIME and any(len(run.curve_in_time(key)) > 1 for run in runs)]
+    pictures = [text for key in drawn for text in _pictures(key, runs, key in timed)]
     names = ", ".join(html.escape(run.name) for run in runs)
     return f"""<!doctype html>
 <html lang="en">
@@ -118,7 +169,8 @@ table {{ border-collapse: collapse; margin: 1rem 0 2rem }}
 th, td {{ padding: .35rem .7rem; border-bottom: 1px solid #dee2e6; text-align: right; vertical-align: bottom }}
 th {{ font-weight: 600; color: #495057 }}
 th:first-child, td:first-child {{ text-align: left; white-space: nowrap }}
-.swatch {{ display: inline-block; width: .8rem; height: .8rem; margin-right: .5rem; border-radius: .15rem }}
+td.text {{ text-align: left; min-width: 12rem }}
+.mark {{ width: 2.2rem; height: .8rem; margin-right: .5rem }}
 .curves {{ display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 30rem), 1fr)); gap: 1rem }}
 svg {{ width: 100%; height: auto }}
 </style>
@@ -137,18 +189,31 @@ def _is_drawn(run: Run, key: str) -> bool:
 
 
 def _table(runs: Sequence[Run]) -> str:
-    """Final figures, one row a run in the colour of its curves; the best validation loss is bold."""
+    """Final figures, one row a run beside the line of its curves; the best validation loss is bold."""
     rows = [_figures(run) for run in runs]
     columns = [name for name in rows[0] if any(row[name] for row in rows)]
     head = "".join(f"<th>{name}</th>" for name in ("run", *columns))
     best = min((row[BEST] for row in rows if row[BEST]), default="")
     body = ""
     for i, (run, row) in enumerate(zip(runs, rows, strict=True)):
-        swatch = f'<span class="swatch" style="background:{COLOURS[i % len(COLOURS)]}"></span>'
         bold = {BEST: f"<b>{best}</b>"} if len(runs) > 1 and best and row[BEST] == best else {}
-        cells = "".join(f"<td>{value}</td>" for value in ({**row, **bold}[name] for name in columns))
-        body += f"<tr><td>{swatch}{html.escape(run.name)}</td>{cells}</tr>\n"
+        cells = "".join(_cell(name, value) for name, value in ({**row, **bold}).items() if name in columns)
+        body += f"<tr><td>{_mark(i)}{html.escape(run.name)}</td>{cells}</tr>\n"
     return f"<table>\n<tr>{head}</tr>\n{body}</table>"
+
+
+def _cell(column: str, value: str) -> str:
+    return f'<td class="text">{html.escape(value)}</td>' if column == "optimizer" else f"<td>{value}</td>"
+
+
+def _mark(i: int) -> str:
+    """A piece of run number `i`'s line, with its marker."""
+    look = style(i)
+    dashes = {"-": "", "--": "6 3", ":": "1.5 2.5", "-.": "7 2 1.5 2"}[look["linestyle"]]
+    line = (
+        f'<line x1="0" y1="6" x2="34" y2="6" stroke="{look["color"]}" stroke-width="2.5" stroke-dasharray="{dashes}"/>'
+    )
+    return f'<svg class="mark" viewBox="0 0 34 12" aria-hidden="true">{line}</svg>'
 
 
 BEST = "lowest validation loss"
@@ -158,12 +223,13 @@ def _figures(run: Run) -> dict[str, str]:
     evaluated, rates = run.curve("eval_loss"), run.curve("learning_rate")
     size = run.last("optim/state_bytes")
     return {
+        "optimizer": run.optimizer,
         "steps": _number(max((entry["step"] for entry in run.log if "step" in entry), default=None), ".0f"),
         "training loss": _number(run.last("loss"), ".4f"),
         "validation loss": _number(run.last("eval_loss"), ".4f"),
         BEST: _number(min((value for _, value in evaluated), default=None), ".4f"),
         "optimizer state, MB": _number(size / 1e6 if size else run.last("train_optimizer_state_mb"), ".2f"),
-        "time, s": _number(run.last("train_runtime"), ".1f"),
+        "time, s": _number(run.last("train_runtime") or max(run.seconds.values(), default=None), ".1f"),
         "of it on factors and bases, s": _number(run.last("optim/refresh_seconds"), ".1f"),
         "samples/s": _number(run.last("train_samples_per_second"), ".1f"),
         "peak learning rate": _number(max((value for _, value in rates), default=None), ".3g"),
@@ -176,28 +242,40 @@ def _number(value: float | None, form: str) -> str:
     return "" if value is None else format(value, form)
 
 
-def _picture(title: str, key: str, runs: Sequence[Run]) -> str:
+def _pictures(key: str, runs: Sequence[Run], timed: bool) -> list[str]:
+    """A curve of every run against steps and, where the runs say it, against time."""
+    title, unit = CURVES[key]
+    found = [_picture(title, unit, "steps", key, [run.curve(key) for run in runs], runs)]
+    if timed:
+        against = [run.curve_in_time(key) for run in runs]
+        found.append(_picture(f"{title}, against time", unit, "minutes", key, against, runs))
+    return found
+
+
+def _picture(
+    title: str, unit: str, across: str, key: str, curves: Sequence[Sequence[tuple[float, float]]], runs: Sequence[Run]
+) -> str:
     """One curve of every run, as SVG without its XML header."""
     import matplotlib
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
-    style = {"font.size": 11, "axes.spines.top": False, "axes.spines.right": False, "svg.hashsalt": key}
-    with matplotlib.rc_context(style):
+    look = {"font.size": 11, "axes.spines.top": False, "axes.spines.right": False, "svg.hashsalt": key + across}
+    with matplotlib.rc_context(look):
         figure = Figure(figsize=(6, 3.6), layout="constrained")
-        axes = figure.subplots()
-        for i, run in enumerate(runs):
-            if curve := run.curve(key):
-                width = 1.6 + 1.4 * (len(runs) - 1 - i)  # equal curves lie under each other and are all seen
-                colour = COLOURS[i % len(COLOURS)]
-                axes.plot(*zip(*curve, strict=True), color=colour, linewidth=min(width, 6.0), label=run.name)
-        axes.set(title=title, xlabel="step")
+        axes, ends = figure.subplots(), []
+        for i, (run, curve) in enumerate(zip(runs, curves, strict=True)):
+            if curve:
+                xs, ys = zip(*curve, strict=True)
+                axes.plot(xs, ys, linewidth=1.8, markersize=5, markevery=max(1, len(xs) // 8), **style(i))
+                ends.append((xs[-1], ys[-1], run.name[:24], style(i)["color"]))
+        axes.set(title=title, xlabel=across, ylabel=unit)
         if key in COUNTS:
             axes.yaxis.set_major_locator(MaxNLocator(integer=True))
-        axes.grid(color="#e5e7eb", linewidth=0.8)
+        if 1 < len(ends) <= LABELLED:
+            label_ends(axes, ends)
+        axes.grid(color=GRID, linewidth=0.8)
         axes.set_axisbelow(True)
-        if len(runs) > 1:
-            axes.legend(frameon=False)
         written = io.StringIO()
         figure.savefig(written, format="svg", metadata={"Date": None})
     svg = written.getvalue()
@@ -211,5 +289,6 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--output", type=Path, help="the page (default: report.html in the first folder)")
     chosen = parser.parse_args(arguments)
     output = chosen.output or chosen.runs[0] / "report.html"
+    check_writable(output.parent)
     write_text(output, page(_told_apart([read_run(folder) for folder in chosen.runs], chosen.runs)))
     print(output)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ GRID = "#e5e7eb"
 # Okabe and Ito's, which the colour-blind can tell apart, without their yellow, which white paper swallows, and black.
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
 DASHES = ("-", "--", ":", "-.")
+MARKERS = ("o", "s", "^", "D", "v", "P")
 
 
 @contextmanager
@@ -57,5 +58,38 @@ def picture(
 
 
 def style(index: int) -> dict[str, Any]:
-    """Colour and dashes of line number `index` among many: no two of 24 are alike."""
-    return {"color": PALETTE[index % len(PALETTE)], "linestyle": DASHES[index // len(PALETTE) % len(DASHES)]}
+    """Colour, marker and dashes of line number `index` among many: no two of 24 are alike.
+
+    The first six differ in colour, marker and dashes, so that they are told apart in grey too.
+    """
+    turn, place = divmod(index, len(PALETTE))
+    return {"color": PALETTE[place], "marker": MARKERS[place], "linestyle": DASHES[(place + turn) % len(DASHES)]}
+
+
+def label_ends(axes: Any, labels: Sequence[tuple[float, float, str, Any]], size: float = 9) -> None:
+    """Name lines at their right ends, moved apart up and down where they would lie over each other.
+
+    Args:
+        axes: their limits must be set.
+        labels: x and y of a line's end, its name and its colour.
+        size: points of the letters.
+    """
+    points = axes.get_position().height * axes.figure.get_figheight() * 72  # the height of the panel
+    gap = 1.25 * size
+    low, high = axes.get_ylim()
+    ends = sorted(labels, key=lambda label: label[1])
+    wanted = [(y - low) / (high - low) * points for _, y, _, _ in ends]
+    placed = _apart(wanted, gap, points)
+    for (x, y, text, colour), at, place in zip(ends, wanted, placed, strict=True):
+        offset = {"xytext": (6, place - at), "textcoords": "offset points", "annotation_clip": False}
+        axes.annotate(text, (x, y), color=colour, fontsize=size, va="center", **offset)
+
+
+def _apart(wanted: Sequence[float], gap: float, top: float) -> list[float]:
+    """Sorted places, moved until each is `gap` above the one before and, where there is room, none above `top`."""
+    placed: list[float] = []
+    for place in wanted:
+        placed.append(max(place, placed[-1] + gap) if placed else place)
+    for i in reversed(range(len(placed))):
+        placed[i] = min(placed[i], top if i + 1 == len(placed) else placed[i + 1] - gap)
+    return placed

@@ -205,7 +205,7 @@ def test_quick_race(tmp_path: Path, monkeypatch, capsys):
     """Real runs, three of them, their report, and a second call that runs nothing."""
     grid = read_grid("seeds", quick=True)
     kept = tuple(c for c in grid.contestants if c.name in ("adamw", "shampoo32", "eigen_moments4"))
-    monkeypatch.setattr(race, "read_grid", lambda *_: replace(grid, contestants=kept))
+    monkeypatch.setattr("hf_shampoo4.studies.grid.read_grid", lambda *_: replace(grid, contestants=kept))
     arguments = ["race", "seeds", "--quick", "--output_dir", str(tmp_path)]
     assert cli.main(arguments) == 0
     contestants = json.loads((tmp_path / "seeds.json").read_text())["contestants"]

@@ -9,11 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import Trainer
 
 import hf_shampoo4 as s4
 from hf_shampoo4.cli import main
 from hf_shampoo4.exceptions import ConfigError
 from hf_shampoo4.training.run_page import page, read_run
+from tests.support.tiny import Tokens, arguments, llama
 
 
 def trainer_run(folder: Path, inside: str = "") -> Path:
@@ -68,7 +70,7 @@ def test_two_runs_on_one_page(tmp_path, capsys):
     parser.feed(text)
     assert parser.open == []
     assert "Training runs: adam & eve, mine" in parser.text
-    assert text.count("<svg") == 5  # every curve that one of them logged; nothing was skipped and nothing failed
+    assert text.count("<figure") == 5  # every curve that one of them logged; nothing was skipped and nothing failed
     assert "optimizer state, MB" in text
 
 
@@ -99,6 +101,55 @@ def test_figures_are_the_runs(tmp_path):
     loop = read_run(own_loop(tmp_path / "mine"))
     assert loop.last("optim/state_bytes") > 0
     assert loop.last("optim/skipped_steps") == 0
+
+
+def test_the_optimizer_its_options_and_time_are_on_the_page(tmp_path):
+    s4.register()
+    args = arguments(tmp_path / "run", optim="adamw_torch", optim_args=None, max_steps=4)
+    trainer = Trainer(llama(), args, train_dataset=Tokens())
+    trainer.train()
+    trainer.save_state()
+    run = read_run(tmp_path / "run")
+    assert run.optimizer == "adamw_torch"
+    assert [step for step, _ in run.curve("loss")] == list(run.seconds) == [1, 2, 3, 4]
+    assert list(run.seconds.values()) == sorted(run.seconds.values())
+    minutes = [at for at, _ in run.curve_in_time("loss")]
+    assert minutes == [spent / 60 for spent in run.seconds.values()]
+    text = page([run])
+    assert '<td class="text">adamw_torch</td>' in text
+    assert "Training loss, against time" in text
+    assert "nats a token" in text
+
+
+def test_diagnostics_are_drawn(tmp_path):
+    (tmp_path / "a").mkdir()
+    lines = [{"step": i, "loss": 1.0, "optim/basis_turn": 0.1, "optim/condition": 3.0, "seconds": i} for i in (1, 2)]
+    lines[0]["optimizer"] = "shampoo4bit bits=8, <b>"
+    (tmp_path / "a" / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    text = page([read_run(tmp_path / "a")])
+    assert "How far an update turned the bases" in text
+    assert "Condition of the worst factor" in text
+    assert "shampoo4bit bits=8, &lt;b&gt;" in text
+    assert "Training loss, against time" in text
+
+
+def test_ten_runs_have_ten_marks(tmp_path):
+    text = page([read_run(trainer_run(tmp_path / f"run{i}")) for i in range(10)])
+    marks = re.findall(r'<svg class="mark".*?</svg>', text)
+    assert len(marks) == len(set(marks)) == 10
+
+
+def test_a_cut_last_line_is_no_obstacle_and_another_one_is_named(tmp_path):
+    (tmp_path / "a").mkdir()
+    file = tmp_path / "a" / "metrics.jsonl"
+    file.write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "loss": 1.0}\n{"step": 3, "lo')
+    assert read_run(tmp_path / "a").curve("loss") == [(1, 2.0), (2, 1.0)]
+    file.write_text('{"step": 1, "lo\n{"step": 2, "loss": 1.0}\n')
+    with pytest.raises(ConfigError, match=r"metrics.jsonl, line 1: Unterminated string"):
+        read_run(tmp_path / "a")
+    file.write_text("")
+    with pytest.raises(ConfigError, match="has no line yet"):
+        read_run(tmp_path / "a")
 
 
 def test_default_output_and_errors(tmp_path, capsys):
