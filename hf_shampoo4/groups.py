@@ -37,7 +37,7 @@ from torch.nn.utils.parametrize import ParametrizationList
 from .execution.blocking import blocks_of
 from .options import NAMES, Options
 from .preconditioners.algorithms import Elementwise
-from .sharding.local_parameter import full_shape, note_flat_ranges
+from .sharding.local_parameter import full_shape, note_flat_ranges, note_purpose, noted_purpose
 
 # The names that Trainer.get_decay_parameter_names leaves undecayed.
 _NO_DECAY_NAME = re.compile(r"bias|layernorm|rmsnorm|(?:^|\.)norm(?:$|\.)|_norm(?:$|\.)", re.IGNORECASE)
@@ -59,8 +59,6 @@ _TREATMENTS: dict[str, dict[str, Any]] = {
     "vocabulary": {"vocabulary": True},
     "elementwise": {"algorithm": "elementwise"},
 }
-
-_NOTE = "_hf_shampoo4_purpose"
 
 
 class Purpose(NamedTuple):
@@ -122,7 +120,7 @@ def param_groups(
         treatment, kind, why = _purpose(places[key], shape, key in heads)
         if treatment != "elementwise" and is_target and not any(is_target(p.path, p.module) for p in places[key]):
             treatment, why = "elementwise", f"{why}, not a target"
-        setattr(parameter, _NOTE, why)
+        note_purpose(parameter, why)
         undecayed = len(shape) < 2 or key in norms or bool(_NO_DECAY_NAME.search(name))
         of_head = bool(head) and key in heads
         members.setdefault((order.index(treatment), kind, of_head, undecayed), []).append((name, parameter))
@@ -168,11 +166,6 @@ def require_preconditioned(groups: Iterable[Mapping[str, Any]], chosen: Mapping[
         + (" beside algorithm='shampoo'" if chosen.get("algorithm") == "shampoo" else "")
         + ".  For that use --optim adamw4bit (algorithm='elementwise')."
     )
-
-
-def noted_purpose(parameter: Tensor) -> str:
-    """Why `param_groups` treats a parameter as it does; empty for one that it never saw."""
-    return getattr(parameter, _NOTE, "")
 
 
 def _preconditions(shape: tuple[int, ...], options: Options) -> bool:

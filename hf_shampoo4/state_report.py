@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from .execution.blocking import Block, blocks_of
+from .execution.state_layout import StateKey
 from .numerics.storage import SMALL, Blockwise, nbytes
 from .options import Options
 from .preconditioners.algorithms import Elementwise
@@ -94,7 +95,7 @@ def metrics(optimizer: Shampoo4bit) -> dict[str, float]:
     """
     entries = [entry for p, entry in optimizer.state.items() if isinstance(p, Tensor)]
     tensors = [t for entry in entries for t in entry.values() if isinstance(t, Tensor)]
-    failures = [entry[key] for entry in entries for key in entry if key.endswith("/failures.dense")]
+    failures = [entry[key] for entry in entries for key in entry if StateKey.parse(key).tensor == "failures"]
     return {
         "optim/state_bytes": sum(t.numel() * t.element_size() for t in tensors),
         "optim/skipped_steps": max((group["skipped_steps"] for group in optimizer.param_groups), default=0),

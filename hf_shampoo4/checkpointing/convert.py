@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from ..exceptions import CheckpointError, OptionError
-from ..execution.state_layout import own
+from ..execution.state_layout import StateKey, own_state
 from ..options import NAMES, Options
 from . import checksums
 from .completeness import last_complete
@@ -220,8 +220,8 @@ def described(state_dict: dict[str, Any]) -> Iterator[str]:
         yield f"  algorithm={group.get('algorithm', Options.algorithm)}, {others}"
         sizes: dict[str, int] = {}
         for entry in entries:
-            for key, tensor in own(entry).items():
-                kind = key.split("/")[-1].split(".")[-2]
+            for key, tensor in own_state(entry).items():
+                kind = StateKey.parse(key).kind
                 sizes[kind] = sizes.get(kind, 0) + tensor.nbytes
         yield "  bytes: " + ", ".join(f"{kind} {size:,}" for kind, size in sorted(sizes.items()))
 

@@ -19,8 +19,9 @@ import torch
 from torch import Tensor
 
 from ..exceptions import CheckpointError, OptionError
-from ..execution.state_layout import Entry, blocks_key, foreign, is_partial, own
+from ..execution.state_layout import Entry, StateKey, foreign_state, is_partial, names_blocks, own_state
 from ..options import NAMES, Options, check_rates, saved_options
+from ..sharding.local_parameter import clean_name
 
 FORMAT = 5  # of the state; in every param group, so that a checkpoint says what wrote it
 PACKED = "packed_state"  # in the first group
@@ -90,10 +91,10 @@ def join(name: str, parts: Sequence[Entry]) -> Entry:
     """
     if not is_partial(parts[0]):  # every rank has everything: one alone, or all of what was frozen in mid-training
         return parts[0]
-    found: Entry = foreign(parts[0])
-    for key in dict.fromkeys(key for part in parts for key in own(part) if not key.endswith("/blocks")):
+    found: Entry = foreign_state(parts[0])
+    for key in dict.fromkeys(key for part in parts for key in own_state(part) if not names_blocks(key)):
         having = [part for part in parts if key in part]
-        order = torch.cat([part[blocks_key(key)] for part in having])
+        order = torch.cat([part[StateKey.parse(key).blocks] for part in having])
         if sorted(order.tolist()) != list(range(len(order))):
             raise CheckpointError(f"state of {name!r}: {key} has blocks {sorted(order.tolist())[:6]}, some are missing")
         found[key] = torch.cat([part[key] for part in having])[order.argsort()]
@@ -145,7 +146,7 @@ def _has_tensors(entry: Any) -> bool:
     def is_one(t: Any) -> bool:
         return isinstance(t, Tensor) and t.layout == torch.strided and t.device.type != "meta"
 
-    return isinstance(entry, dict) and all(is_one(t) for t in own(entry).values())
+    return isinstance(entry, dict) and all(is_one(t) for t in own_state(entry).values())
 
 
 def _well_formed_group(index: int, group: dict[str, Any]) -> dict[str, Any]:
@@ -214,13 +215,6 @@ HARMLESS = {
 }  # fmt: skip
 
 
-def clean_name(name: str) -> str:
-    """A parameter's name without what wrappers (DDP, torch.compile, FSDP) put before it."""
-    for wrapper in ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module."):
-        name = name.replace(wrapper, "")
-    return name.removeprefix("module.")
-
-
 def check_entry(name: str, entry: dict[str, Any], layout: dict[str, tuple[tuple[int, ...], torch.dtype]]) -> None:
     """Compare what is saved of a parameter with `layout`, shape and dtype of each tensor of the whole.
 
@@ -228,9 +222,9 @@ def check_entry(name: str, entry: dict[str, Any], layout: dict[str, tuple[tuple[
         CheckpointError: they differ.
     """
     if is_partial(entry):
-        counts = {key: len(entry.get(blocks_key(key), ())) for key in layout}
+        counts = {key: len(entry.get(StateKey.parse(key).blocks, ())) for key in layout}
         layout = {key: ((counts[key], *shape[1:]), dtype) for key, (shape, dtype) in layout.items() if counts[key]}
-    known = {key for key in own(entry) if not key.endswith("/blocks")}
+    known = {key for key in own_state(entry) if not names_blocks(key)}
     missing, strange = sorted(layout.keys() - known), sorted(known - layout.keys())
     if missing or strange:
         raise CheckpointError(f"state of {name!r} does not fit: missing {missing[:3]}, not known {strange[:3]}")

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from ..exceptions import CheckpointError
 from ..execution.state_layout import Entry
+from ..execution.wave_state import parse_row_name
 from ..sharding.local_parameter import full_shape
 from ..utils.files import write_json
 from . import checksums
@@ -128,22 +129,17 @@ def load_optimizer(optimizer: Shampoo4bit, folder: str | Path) -> None:
                 found = f"parameter {name!r} is {there.get(name)} there and {here.get(name)} here"
                 raise CheckpointError(f"{folder} is of another model: {found}")
     bare = [{key: value for key, value in group.items() if key != "parameters"} for group in groups]
-    saved = {_parameter_of(name) for name in sums}
+    saved = {parse_row_name(name)[0] for name in sums}
 
     def read(rows: dict[str, Tensor]) -> None:
         check_metadata(folder)
-        rows = {name: row for name, row in rows.items() if _parameter_of(name) in saved}
+        rows = {name: row for name, row in rows.items() if parse_row_name(name)[0] in saved}
         missing = sorted(rows.keys() - sums.keys())
         if missing:
             raise CheckpointError(f"{folder} lacks {len(missing)} blocks' tensors that are this rank's: {missing[:3]}")
         _load(rows, folder, sums)
 
     optimizer.load_blocks(bare, read, saved)
-
-
-def _parameter_of(row: str) -> str:
-    """The parameter of a row, as `Wave.named_blocks` names it."""
-    return row.rsplit("/", 3)[0]
 
 
 def read_groups(folder: Path) -> tuple[list[dict[str, Any]], dict[str, int]]:
@@ -187,8 +183,8 @@ def read_whole(folder: Path) -> dict[str, Any]:
     _load(rows, folder, sums)
     of: dict[str, dict[str, dict[int, Tensor]]] = {}
     for path, row in rows.items():
-        name, shape, kind, k = path.rsplit("/", 3)
-        of.setdefault(name, {}).setdefault(f"{shape}/{kind}", {})[int(k)] = row
+        name, key, block = parse_row_name(path)
+        of.setdefault(name, {}).setdefault(key, {})[block] = row
     state: dict[str, Entry] = {}
     for name, entry in of.items():
         for key, found in entry.items():

@@ -127,11 +127,18 @@ def _waves(members: list[WaveParameter], options: Options, ranks: Ranks) -> list
     waves = []
     for batch in in_waves(members):
         replicated = ranks.world == 1 or (batch[0].placement.whole and not options.shard_state)
-        waves.append(_wave(batch, ranks, replicated))
+        waves.append(make_wave(batch, ranks, replicated))
     return waves
 
 
-def _wave(members: list[WaveParameter], ranks: Ranks, replicated: bool) -> Wave:
+def make_wave(members: list[WaveParameter], ranks: Ranks, replicated: bool) -> Wave:
+    """One wave with freshly initialised state.
+
+    Args:
+        members: with the owners of their blocks.
+        ranks: that train together.
+        replicated: whether every rank keeps the state of all blocks, or owners alone.
+    """
     rows: dict[Algorithm, list[tuple[int, int, int, float]]] = {}
     first = 0
     for m, member in enumerate(members):

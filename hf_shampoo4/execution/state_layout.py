@@ -1,23 +1,72 @@
-"""The form of a parameter's state: which tensors there are, of which shapes, under which keys.
+"""The form of a parameter's state: which tensors there are, of which shapes, under which keys (`StateKey`).
 
-A key is "<block shape>/<tensor>.<buffer>", such as "64x64/left.basis.codes"; dim 0 of every tensor is the block.
-Keys without a slash are not this optimizer's: they are carried along.
+Dim 0 of every tensor is the block.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
-
-from ..preconditioners.protocols import Algorithm
 
 if TYPE_CHECKING:
     from .blocking import Block
 
 Entry = dict[str, Tensor]
+"""State key -> tensor, of one parameter."""
+
+BLOCKS = "blocks"
+
+
+class StateKey(NamedTuple):
+    """Where `optimizer.state[p]` keeps one buffer: "<block shape>/<tensor>.<buffer>", "64x64/left.basis.codes".
+
+    Keys without a slash are not this optimizer's: they are kept as they are.
+    """
+
+    shape: str
+    """Of a block, as its algorithm sees it: "64x64"."""
+    tensor: str
+    """What is kept, such as "left.basis"."""
+    buffer: str
+    """What its storage makes of it, such as "codes"."""
+
+    @staticmethod
+    def of(shape: tuple[int, ...], tensor: str = "", buffer: str = "") -> StateKey:
+        """The key of a buffer of blocks of `shape`."""
+        return StateKey("x".join(map(str, shape)), tensor, buffer)
+
+    @staticmethod
+    def parse(key: str) -> StateKey:
+        """The inverse of `str`."""
+        shape, _, rest = key.partition("/")
+        tensor, _, buffer = rest.rpartition(".")
+        return StateKey(shape, tensor, buffer)
+
+    def __str__(self) -> str:
+        return f"{self.shape}/{self.tensor}.{self.buffer}"
+
+    @property
+    def kind(self) -> str:
+        """The tensor without its side: "basis"."""
+        return self.tensor.rpartition(".")[2]
+
+    @property
+    def blocks(self) -> str:
+        """The key under which partial state says which blocks of this shape it has."""
+        return f"{self.shape}/{BLOCKS}"
+
+
+def is_own(key: Any) -> bool:
+    """Whether a key of a parameter's state is this optimizer's."""
+    return isinstance(key, str) and "/" in key
+
+
+def names_blocks(key: str) -> bool:
+    """Whether what is under a key says which blocks there are."""
+    return key.endswith(f"/{BLOCKS}")
 
 
 def state_layout(blocks: Sequence[Block]) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
@@ -27,30 +76,20 @@ def state_layout(blocks: Sequence[Block]) -> dict[str, tuple[tuple[int, ...], to
         count = sum(block.algorithm == algorithm for block in blocks)
         for tensor, storage in algorithm.storages().items():
             for buffer, (shape, dtype) in storage.layout().items():
-                layout[state_key(algorithm, tensor, buffer)] = ((count, *shape), dtype)
+                layout[str(StateKey.of(algorithm.shape, tensor, buffer))] = ((count, *shape), dtype)
     return layout
 
 
-def state_key(algorithm: Algorithm, tensor: str, buffer: str) -> str:
-    """Where `optimizer.state[p]` keeps one buffer of the blocks that run `algorithm`."""
-    return f"{'x'.join(map(str, algorithm.shape))}/{tensor}.{buffer}"
-
-
-def blocks_key(state_key: str) -> str:
-    """Where a part says of which blocks it has a kind of tensor."""
-    return state_key.split("/")[0] + "/blocks"
-
-
-def own(entry: Mapping[Any, Any]) -> Entry:
+def own_state(entry: Mapping[Any, Any]) -> Entry:
     """What of a parameter's state is this optimizer's."""
-    return {key: t for key, t in entry.items() if isinstance(key, str) and "/" in key}
+    return {key: t for key, t in entry.items() if is_own(key)}
 
 
-def foreign(entry: Mapping[Any, Any]) -> dict[Any, Any]:
+def foreign_state(entry: Mapping[Any, Any]) -> dict[Any, Any]:
     """What wrappers such as Lookahead keep in it."""
-    return {key: value for key, value in entry.items() if not (isinstance(key, str) and "/" in key)}
+    return {key: value for key, value in entry.items() if not is_own(key)}
 
 
-def is_partial(entry: Entry) -> bool:
+def is_partial(entry: Mapping[Any, Any]) -> bool:
     """Whether an entry has a part of a parameter's blocks only."""
-    return any(key.endswith("/blocks") for key in own(entry))
+    return any(names_blocks(key) for key in own_state(entry))

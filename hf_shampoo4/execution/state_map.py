@@ -14,7 +14,7 @@ from ..sharding.agreement import all_or_none
 from ..sharding.exchange import BlockedParameter, Form, Piece, Route, Transfer, packed, route
 from ..sharding.geometry import MatrixView, Rect
 from ..sharding.placement import Placement, sharded, whole
-from .state_layout import Entry, state_key
+from .state_layout import Entry, StateKey
 
 if TYPE_CHECKING:
     from .waves import Wave
@@ -45,7 +45,7 @@ class StateMap:
     `send` saving.
     """
 
-    def __init__(self, wave: Wave) -> None:
+    def __init__(self, wave: Wave, local: Mapping[int, Entry]) -> None:
         self.wave = wave
         self.groups = [
             (m, algorithm)
@@ -63,8 +63,7 @@ class StateMap:
                 BlockedParameter(placement, MatrixView(1, 1, len(rows)), rects, [member.owners[i] for i in rows])
             )
             self.first.append(self.first[-1] + len(rows))
-        live = wave.local_state()
-        self.local_rows = [{key: live[m][key] for key in self.layout(g)} for g, (m, _) in enumerate(self.groups)]
+        self.local_rows = [{key: local[m][key] for key in self.layout(g)} for g, (m, _) in enumerate(self.groups)]
 
     @cached_property
     def route(self) -> Route:
@@ -80,7 +79,7 @@ class StateMap:
         """State key -> shape of a row and dtype."""
         algorithm = self.groups[group][1]
         return {
-            state_key(algorithm, tensor, buffer): layout
+            str(StateKey.of(algorithm.shape, tensor, buffer)): layout
             for tensor, storage in algorithm.storages().items()
             for buffer, layout in storage.layout().items()
         }
@@ -123,8 +122,8 @@ class StateMap:
         """Copy rows from where they are to where the exchange says, all of them in one all-to-all."""
         ranks, device = self.wave.ranks, self.wave.device
         with all_or_none(ranks):
-            outgoing = {rank: self._rows(pieces, source) for rank, pieces in transfer.out.items()}
-            incoming = {rank: self._rows(pieces, target) for rank, pieces in transfer.into.items()}
+            outgoing = {rank: self.rows_at(pieces, source) for rank, pieces in transfer.out.items()}
+            incoming = {rank: self.rows_at(pieces, target) for rank, pieces in transfer.into.items()}
             for here, there in zip(incoming.get(ranks.rank, ()), outgoing.get(ranks.rank, ()), strict=True):
                 here.write(there.read())
             out = {rank: packed([rows.read() for rows in found], device) for rank, found in outgoing.items()}
@@ -138,7 +137,7 @@ class StateMap:
                 for rows, values in zip(incoming.get(rank, ()), received, strict=True):
                     rows.write(values)
 
-    def _rows(self, pieces: Sequence[Piece], tensors: list[Entry]) -> list[Rows]:
+    def rows_at(self, pieces: Sequence[Piece], tensors: list[Entry]) -> list[Rows]:
         """The rows, of every tensor of the groups, that the pieces are of."""
         found = []
         by_group: dict[int, list[Piece]] = {}

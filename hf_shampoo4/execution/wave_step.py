@@ -2,20 +2,44 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from ..numerics.linalg import exact_float32
-from ..numerics.rounding import noise_at, to_bfloat16
 from ..options import Options
 from ..preconditioners.algorithms import compute_updates
 from ..preconditioners.protocols import Context
-from ..sharding.agreement import Failures
+from ..sharding.agreement import Failures, View
 from ..sharding.exchange import Form, Pending, Piece, packed
-from .waves import BlockStack, Part, Rows, Wave
+from .descent import Descent
+from .gradients import dtype_of
+from .state_map import Rows
+from .waves import BlockStack, Part, Wave
+
+
+def wave_steps(waves: Sequence[Wave], agreed: View, context: Context, lr: float, weight_decay: float) -> list[WaveStep]:
+    """A step of each part of some waves that has a gradient on some rank; it counts the parameters' updates.
+
+    Args:
+        waves: of one unit.
+        agreed: which parameters have a gradient, of which dtype.
+        context: of the step.
+        lr: the group's, its kind's factor included.
+        weight_decay: decoupled.
+    """
+    steps = []
+    for wave in waves:
+        names = {m: member.name for m, member in enumerate(wave.members)}
+        dtypes = {m: dtype_of(agreed.present[name]) for m, name in names.items() if name in agreed.present}
+        for m in dtypes:
+            wave.members[m].updates += 1
+        for part in (wave.of_members(part, dtypes) for part in wave.parts):
+            if part.blocks:
+                steps.append(WaveStep(wave, part, dtypes, context, lr, weight_decay, agreed.failures))
+    return steps
 
 
 def run(steps: Sequence[WaveStep]) -> None:
@@ -59,6 +83,7 @@ class WaveStep:
 
     def __post_init__(self) -> None:
         self.route, self.rank = self.part.route, self.wave.ranks.rank
+        self.descent = Descent(self.wave, self.context.options, self.context.step, self.lr, self.weight_decay)
         dtype = self.wave.members[0].local.buffer.dtype
         half = self.context.options.wire == "bf16"
         wanted = {self.wave.member_of[block] for block in self.part.blocks}
@@ -124,15 +149,15 @@ class WaveStep:
         mine, out = transfer.into.get(self.rank, []), {}
         with self.failures.kept():
             if self.sends_weights:
-                self._write(*self._updated(mine), new_weights=False)
+                self.descent.write(*self._updated(mine), new_weights=False)
         with self.failures.kept():
             if wave.whole:  # all others get the same
                 state = [rows.read() for rows in self._changes.get(self.rank, ())]
-                everything = packed([*self._results(mine), *state], wave.device)
+                everything = packed([*self.results(mine), *state], wave.device)
                 out = dict.fromkeys(wave.ranks.others, everything)
             else:
                 pieces = {rank: transfer.out.get(rank, []) for rank in wave.ranks.others}
-                out = {rank: packed(self._results(found), wave.device) for rank, found in pieces.items()}
+                out = {rank: packed(self.results(found), wave.device) for rank, found in pieces.items()}
         sizes = {rank: _nbytes(self._forms_of(self.rank, transfer.out.get(rank, []))) for rank in wave.ranks.others}
         into = {rank: self._forms_of(rank, transfer.into.get(rank, [])) for rank in wave.ranks.others}
         lost = 255 if self.sends_weights else 0  # weights of a rank without memory to send them: not a number
@@ -149,7 +174,7 @@ class WaveStep:
                 results += received[: len(theirs)]
                 for rows, values in zip(self._changes.get(rank, ()), received[len(theirs) :], strict=True):
                     rows.write(values)
-            self._write(pieces, results, new_weights=self.sends_weights)
+            self.descent.write(pieces, results, new_weights=self.sends_weights)
         self._updates, self._changes, self._sending = {}, {}, None
 
     def _sources_here(self) -> list[dict[int, Tensor]]:
@@ -197,7 +222,7 @@ class WaveStep:
         there = [p for p in pieces if p.block in self._updates]
         return there, [p.of_block(self._updates[p.block]) for p in there]
 
-    def _results(self, pieces: Sequence[Piece]) -> list[Tensor]:
+    def results(self, pieces: Sequence[Piece]) -> list[Tensor]:
         """What is sent of pieces of this rank's blocks."""
         if not self.sends_weights:
             return [p.of_block(self._updates[p.block]) for p in pieces]
@@ -207,50 +232,6 @@ class WaveStep:
     def _forms_of(self, owner: int, pieces: Sequence[Piece]) -> list[Form]:
         """What is sent of some pieces of a rank's blocks, and of the state that it has changed."""
         return _forms(pieces, self.result_dtype) + [rows.form for rows in self._changes.get(owner, ())]
-
-    def _write(self, pieces: list[Piece], results: list[Tensor], new_weights: bool) -> None:
-        """Change pieces of the weights."""
-        found: dict[int, list[tuple[Piece, Tensor]]] = {}
-        for piece, result in zip(pieces, results, strict=True):
-            found.setdefault(piece.member, []).append((piece, result))
-        for together, copied in self._in_turn(found):
-            flats = {m: self.wave.members[m].local.weights() for m in together}
-            changed, values = zip(*(change for m in together for change in found[m]), strict=True)
-            targets = [p.of_flat(flats[p.member]) for p in changed]
-            if new_weights:
-                torch._foreach_copy_(targets, values)
-            else:
-                self._descend(changed, targets, values)
-            for m, flat in flats.items() if copied else ():
-                self.wave.members[m].local.write_back(flat)
-
-    def _in_turn(self, members: Iterable[int]) -> list[tuple[list[int], bool]]:
-        """Parameters that are changed together, and whether `weights` is a copy: it may lie in another one's memory."""
-        flat = {m: self.wave.members[m].local.is_flat for m in members}
-        views = [m for m in flat if flat[m]]
-        return [*([(views, False)] if views else []), *(([m], True) for m in flat if not flat[m])]
-
-    def _descend(self, pieces: Sequence[Piece], targets: list[Tensor], updates: Sequence[Tensor]) -> None:
-        """p <- (1 - lr wd) p - lr u, in float32 or better, rounded to p's dtype (bfloat16 stochastically, if asked)."""
-        dtype, options, keep = targets[0].dtype, self.context.options, 1 - self.lr * self.weight_decay
-        if dtype in (torch.float32, torch.float64):
-            torch._foreach_mul_(targets, keep)
-            torch._foreach_add_(targets, [update.to(dtype) for update in updates], alpha=-self.lr)
-            return
-        alike: dict[tuple[int, ...], list[int]] = {}
-        for i, p in enumerate(pieces):
-            alike.setdefault((p.row, p.column, p.rows, p.columns, self.wave.rects[p.block].shape[1]), []).append(i)
-        for (row, column, rows, columns, width), found in alike.items():
-            exact = torch.stack([targets[i] for i in found]).float().mul_(keep)
-            exact.add_(torch.stack([updates[i] for i in found]).float(), alpha=-self.lr)
-            if options.stochastic_rounding and dtype == torch.bfloat16:
-                seed_offsets = torch.tensor(
-                    [self.wave.seed_offsets[pieces[i].block] for i in found], dtype=torch.int32, device="cpu"
-                )
-                at = _positions(row, column, rows, columns, width, self.wave.device)
-                noise = noise_at(seed_offsets.to(self.wave.device), self.context.step, options.seed, at)
-                exact = to_bfloat16(exact, noise.view_as(exact))
-            torch._foreach_copy_([targets[i] for i in found], list(exact.unbind(0)))
 
     def _by_block(self, stacks: list[BlockStack], tensors: list[Tensor]) -> dict[int, Tensor]:
         """Block -> its matrix in the tensor (B, *shape) of its stack."""
@@ -288,9 +269,3 @@ def _forms(pieces: Sequence[Piece], dtype: torch.dtype) -> list[Form]:
 
 def _nbytes(forms: Sequence[Form]) -> int:
     return sum(form.nbytes for form in forms)
-
-
-def _positions(row: int, column: int, rows: int, columns: int, width: int, device: torch.device) -> Tensor:
-    """int32: where in a block of `width` columns, row-major, the entries of a piece are."""
-    down = torch.arange(row, row + rows, dtype=torch.int32, device=device).unsqueeze(1)
-    return (down * width + torch.arange(column, column + columns, dtype=torch.int32, device=device)).flatten()

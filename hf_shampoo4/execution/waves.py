@@ -2,7 +2,7 @@
 
 A *stack* is all blocks of a wave that share an algorithm description (hence a shape), as one (B, m, n) tensor; its
 state buffers have B rows, and `optimizer.state[p]` holds the rows of parameter p as views, under
-"<shape>/<tensor>.<buffer>".  A *wave* is as many whole parameters as fit `WAVE_ELEMENTS` (blocking.py);
+its `StateKey`.  A *wave* is as many whole parameters as fit `WAVE_ELEMENTS` (blocking.py);
 one that does not fit, a large embedding, is a wave of several *parts*, which are computed one after the other.  That
 bounds the memory that a step needs at a time, whatever the size of the model.
 
@@ -14,26 +14,23 @@ block's owner alone keeps its state.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..exceptions import CheckpointError
 from ..numerics.storage import Index, State, gather_rows, index_of, scatter_rows
 from ..options import Options
 from ..preconditioners.protocols import Algorithm, rows_that_change
-from ..sharding.agreement import all_or_none
 from ..sharding.exchange import BlockedParameter, Ranks, Route, route
 from ..sharding.geometry import MatrixView, Rect
 from ..sharding.local_parameter import LocalParameter
 from ..sharding.placement import Placement
 from .blocking import Block, in_parts
-from .state_layout import Entry, blocks_key, state_key, state_layout
-from .state_map import Rows, StateMap
+from .state_map import Rows
+from .wave_state import WaveState
 
 
 @dataclass
@@ -182,7 +179,7 @@ class Wave:
     @cached_property
     def parts(self) -> list[Part]:
         """What is computed one after the other."""
-        parameters = [_blocked(member, member.placement, member.owners) for member in self.members]
+        parameters = [_blocked(member) for member in self.members]
         blocks = [block for member in self.members for block in member.blocks]
         every = Part(frozenset(range(len(blocks))), route(self.ranks.rank, self.ranks.world, parameters))
         return [every.of(frozenset(part)) for part in in_parts(blocks, self.owners, self.members[0].shard_count)]
@@ -221,131 +218,19 @@ class Wave:
             return part
         return part.of(frozenset(block for block in part.blocks if self.member_of[block] in wanted))
 
-    def local_state(self) -> dict[int, Entry]:
-        """Member -> the rows of its state that this rank keeps, as views of the stacks.
-
-        Every rank has every key, of kinds of blocks that it keeps none of with no row: torch asks a rank's own state
-        for the keys of a flattened state dict.
-        """
-        found: dict[int, Entry] = {}
-        for m, member in enumerate(self.members):
-            layout = state_layout(member.blocks).items()
-            found[m] = {
-                key: torch.empty((0, *shape[1:]), dtype=dtype, device=self.device) for key, (shape, dtype) in layout
-            }
-        for stack in self.stacks:
-            start = 0
-            for m in sorted({self.member_of[block] for block in stack.blocks}):
-                count = sum(self.member_of[block] == m for block in stack.blocks)
-                for tensor, buffers in stack.state.items():
-                    for name, buffer in buffers.items():
-                        found[m][state_key(stack.algorithm, tensor, name)] = buffer[start : start + count]
-                start += count
-        return found
-
     @cached_property
-    def state_map(self) -> StateMap:
-        """Between live and saved state."""
-        return StateMap(self)
-
-    def full_state(self) -> dict[int, Entry]:
-        """Member -> its whole state in canonical block order, with no rank in it; every rank must call it.
-
-        Plain tensors for a parameter that is whole on every rank, DTensors with the blocks sharded over the
-        parameter's mesh for one that is a DTensor.
-        """
-        if self.replicated:
-            return self.local_state()
-        with all_or_none(self.ranks):
-            state = self.state_map
-            rows = state.empty_rows()
-        state.move(state.route.send, "save", state.local_rows, rows)
-        return state.entries(rows)
-
-    def partial_state(self) -> dict[int, Entry]:
-        """Member -> the part of its state that this rank keeps (checkpointing/formats.py); plain tensors."""
-        state = self.state_map
-        found = {m: {key: t for key, t in entry.items() if len(t)} for m, entry in self.local_state().items()}
-        for g, (m, algorithm) in enumerate(state.groups):
-            found[m][blocks_key(state_key(algorithm, "", ""))] = torch.tensor(
-                state.kept_blocks(g), dtype=torch.long, device="cpu"
-            )
-        return found
-
-    def named_blocks(self, owned: bool = False) -> dict[str, Tensor]:
-        """The state that this rank keeps, block by block: "<parameter>/<state key>/<row of the whole>" -> a view.
-
-        Args:
-            owned: of its own blocks alone, so that every row is some rank's and no row is two ranks'.
-        """
-        state = self.state_map
-        return {
-            f"{self.members[m].name}/{key}/{k}": t[i]
-            for g, (m, _) in enumerate(state.groups)
-            for key, t in state.local_rows[g].items()
-            for i, k in enumerate(state.kept_blocks(g))
-            if not owned or state.parameters[g].owners[k] == self.ranks.rank
-        }
-
-    def check_state(self, saved: Sequence[Mapping[str, Any]]) -> None:
-        """Make sure that `load_state` can take the members' state over.
-
-        Raises:
-            CheckpointError: a part of the state (`partial_state`) of other blocks than are this rank's here.
-        """
-        state = self.state_map
-        for g, (m, algorithm) in enumerate(state.groups):
-            there = saved[m].get(blocks_key(state_key(algorithm, "", "")))
-            if there is not None and there.tolist() != state.kept_blocks(g):
-                raise CheckpointError(
-                    f"the checkpoint has blocks {_few(there.tolist())} of {self.members[m].name!r} for this rank, "
-                    f"which has {_few(state.kept_blocks(g))} here: another number of ranks, ZeRO stage or "
-                    "configuration of DeepSpeed.  Make one file of it that fits any: hf-shampoo4 checkpoint convert "
-                    "DIR, and give that to optimizer.load_state_dict"
-                )
+    def state(self) -> WaveState:
+        """Of its members, in each of its forms."""
+        return WaveState(self)
 
     def keeps_state_of(self, owner: int) -> bool:
         """Whether this rank keeps the state of a block."""
         return self.replicated or owner == self.ranks.rank
 
-    def load_state(self, saved: Sequence[Mapping[str, Any]]) -> None:
-        """Take over what there is of the members' state, as `full_state` gave it; every rank must call it.
 
-        Raises:
-            ValueError: a tensor with neither all blocks nor those of this rank.
-        """
-        with all_or_none(self.ranks):
-            state = self.state_map
-            spread = state.are_dtensors(saved)
-            local = state.dtensor_rows(saved) if any(spread) else []
-            self._copy(saved, spread)
-        if any(spread):
-            state.move(state.route.collect.of_blocks(state.rows_of(spread)), "load", local, state.local_rows)
-
-    def _copy(self, saved: Sequence[Mapping[str, Any]], spread: Sequence[bool]) -> None:
-        """Take over what this rank has all it needs of."""
-        state = self.state_map
-        for g, (m, _) in enumerate(state.groups):
-            if spread[g]:
-                continue
-            mine = state.kept_blocks(g)
-            for key, live in state.local_rows[g].items():
-                there = saved[m].get(key)
-                if there is None:
-                    continue
-                if len(there) not in (len(live), len(state.parameters[g].rects)):
-                    name, expected = self.members[m].name, len(state.parameters[g].rects)
-                    raise ValueError(f"state of {name!r}: {key} has {len(there)} blocks, expected {expected}")
-                live.copy_(there if len(there) == len(live) else there[mine])
-
-
-def _blocked(member: WaveParameter, placement: Placement, owners: Sequence[int]) -> BlockedParameter:
+def _blocked(member: WaveParameter) -> BlockedParameter:
     view = member.blocks[0].view if member.blocks else MatrixView(0, 0, 0)
-    return BlockedParameter(placement, view, [block.rect for block in member.blocks], owners)
-
-
-def _few(numbers: list[int]) -> str:
-    return f"{numbers}" if len(numbers) <= 4 else f"{numbers[:4]} and {len(numbers) - 4} more"
+    return BlockedParameter(member.placement, view, [block.rect for block in member.blocks], member.owners)
 
 
 @lru_cache(maxsize=1 << 14)

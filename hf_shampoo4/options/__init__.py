@@ -21,6 +21,7 @@ from .fields import (
     USED_BY_FACTOR,
     Options,
     check_rates,
+    require_kind,
 )
 from .parsing import CONFIG_ENV, parse_optim_args, resolve, saved_options
 
@@ -43,6 +44,7 @@ __all__ = [
     "USED_BY_FACTOR",
     "check_rates",
     "parse_optim_args",
+    "require_kind",
     "resolve",
     "saved_options",
 ]

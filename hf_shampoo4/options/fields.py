@@ -321,6 +321,20 @@ PRESETS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
+def require_kind(group: Mapping[str, Any]) -> None:
+    """Refuse factors by kind (`rates`) on parameters of an unknown kind.
+
+    Raises:
+        OptionError: the group's kind is "any" and a factor is not 1.
+    """
+    if group["kind"] == "any" and any(rate != 1 for _, rate in group["rates"]):
+        raise OptionError(
+            f"rates={dict(group['rates'])} needs parameter groups of one kind each: pass "
+            "hf_shampoo4.param_groups(model) instead of model.parameters(), or give each group its `kind`, one of "
+            f"{', '.join(KINDS)}"
+        )
+
+
 def check_rates(group: Mapping[str, Any]) -> None:
     """The numbers of a parameter group that are every optimizer's, as far as they are there.
 

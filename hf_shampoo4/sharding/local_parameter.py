@@ -5,8 +5,8 @@
     FSDP1 (use_orig_params)                     the parameter, which FSDP1 has made a 1-D range of the real one
     DeepSpeed ZeRO-1, ZeRO-2, ZeRO-3            a range of the float32 tensor that takes the parameters' place
 
-DeepSpeed says where a parameter is in attributes of the model's own parameters, FSDP1 in its modules only:
-`note_flat_ranges` notes it on the parameters.
+DeepSpeed says where a parameter is in attributes of the model's own parameters (deepspeed.py), FSDP1 in its modules
+only: `note_flat_ranges` notes it on the parameters.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 _NOTE = "_hf_shampoo4_range"
 _NAME = "_hf_shampoo4_name"
+_PURPOSE = "_hf_shampoo4_purpose"
 
 
 class Range(NamedTuple):
@@ -170,6 +170,11 @@ def in_fsdp1(p: Tensor) -> bool:
     return hasattr(p, _NOTE)
 
 
+def in_deepspeed(p: Tensor) -> bool:
+    """Whether DeepSpeed's ZeRO keeps the float32 weights of a parameter of the model in a tensor of its own."""
+    return hasattr(p, "_z3_optimizer") or hasattr(p, "_dp_group")
+
+
 def note_name(p: Tensor, name: str) -> None:
     """Remember a parameter's name, for groups that other programs make of it."""
     setattr(p, _NAME, name)
@@ -178,6 +183,23 @@ def note_name(p: Tensor, name: str) -> None:
 def noted_name(p: Tensor) -> str:
     """What was noted; "" if nothing."""
     return getattr(p, _NAME, "")
+
+
+def note_purpose(p: Tensor, purpose: str) -> None:
+    """Remember what a parameter is for, for people."""
+    setattr(p, _PURPOSE, purpose)
+
+
+def noted_purpose(p: Tensor) -> str:
+    """Why `param_groups` treats a parameter as it does; empty for one that it never saw."""
+    return getattr(p, _PURPOSE, "")
+
+
+def clean_name(name: str) -> str:
+    """A parameter's name without what wrappers (DDP, torch.compile, FSDP) put before it."""
+    for wrapper in ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module."):
+        name = name.replace(wrapper, "")
+    return name.removeprefix("module.")
 
 
 def check_trainable(p: Tensor) -> None:
@@ -230,76 +252,3 @@ def note_flat_ranges(model: nn.Module) -> None:
         for p, shape, info in zip(flat._params, flat._shapes, flat._shard_param_infos, strict=True):
             here = Range(info.intra_param_start_idx, info.numel_in_shard) if info.in_shard else Range(0, 0)
             setattr(p, _NOTE, (tuple(shape), here))
-
-
-# ------------------------------------------------------------------------------------------------------ DeepSpeed
-
-
-def in_deepspeed(p: Tensor) -> bool:
-    """Whether DeepSpeed's ZeRO keeps the float32 weights of a parameter of the model in a tensor of its own."""
-    return hasattr(p, "_z3_optimizer") or hasattr(p, "_dp_group")
-
-
-def deepspeed_parameters(buffer: Tensor, named: Sequence[tuple[str, Tensor]]) -> list[LocalParameter]:
-    """The parameters of a group that are in one of its flat float32 tensors.
-
-    Args:
-        buffer: what DeepSpeed has put into the group: this rank's part of a group (ZeRO-1, ZeRO-2) or of a part of it
-            (ZeRO-3), its gradient in `.grad`.
-        named: the model's parameters that were in the group, frozen ones too, with their names.
-
-    Raises:
-        ValueError: partitions over a part of the ranks, optimizer state on NVMe, or a buffer of another engine.
-    """
-    of_zero3 = next((p for _, p in named if hasattr(p, "_z3_optimizer")), None)
-    found = _zero12(buffer, named) if of_zero3 is None else _zero3(buffer, named, of_zero3)
-    return [LocalParameter(name, p, full_shape(p), buffer, here) for name, p, here in found]
-
-
-def _zero12(buffer: Tensor, named: Sequence[tuple[str, Tensor]]) -> list[tuple[str, Tensor, Range]]:
-    """The parameters are views of one flat tensor that is cut into equal parts, one a rank.
-
-    Their places in it are right in every configuration; DeepSpeed's own `_hp_mapping` is not under
-    round_robin_gradients.
-    """
-    size, found = buffer.numel(), []
-    low = dist.get_rank() * size
-    for name, p in named:
-        group: Any = getattr(p, "_dp_group", None)
-        if group is None:  # without elements
-            continue
-        _check_group(group)
-        if p.untyped_storage().nbytes() != dist.get_world_size() * size * p.element_size():
-            raise ValueError(f"parameter {name!r} is not in the flat tensor of DeepSpeed's that is to be updated")
-        at = int(p.storage_offset())
-        start, stop = max(at, low), min(at + p.numel(), low + size)
-        here = Range(start - at, stop - start, start - low) if start < stop else Range(0, 0)
-        found.append((name, p, here))
-    return found
-
-
-def _zero3(buffer: Tensor, named: Sequence[tuple[str, Tensor]], first: Any) -> list[tuple[str, Tensor, Range]]:
-    """Every parameter is cut into equal parts on its own, one a rank; a sub-group's parts lie in one tensor."""
-    engine, names, found = first._z3_optimizer, {id(p): name for name, p in named}, []
-    if engine.swap_optimizer:
-        raise ValueError(
-            "the optimizer state of DeepSpeed is offloaded to NVMe, which hf_shampoo4 cannot follow: "
-            'set "offload_optimizer": {"device": "cpu"} in the DeepSpeed configuration, or leave it out'
-        )
-    index = next((i for i, flat in enumerate(engine.fp32_partitioned_groups_flat) if flat is buffer), None)
-    if index is None:
-        raise ValueError("the optimizer was given a tensor that is none of DeepSpeed's sub-groups")
-    for p in engine.fp16_groups[index]:
-        _check_group(p.ds_process_group)
-        _, offset, size = engine.grad_position[engine.get_param_id(p)]
-        start = min(dist.get_rank() * size, p.ds_numel)
-        found.append((names[id(p)], p, Range(start, min(size, p.ds_numel - start), offset)))
-    return found
-
-
-def _check_group(group: Any) -> None:
-    if dist.get_world_size(group) != dist.get_world_size():
-        raise ValueError(
-            f"DeepSpeed partitions a parameter over {dist.get_world_size(group)} of {dist.get_world_size()} ranks "
-            "(expert or tensor parallelism, MiCS), which is not supported: use ZeRO over all ranks, or FSDP2"
-        )

@@ -98,3 +98,47 @@ def refuse_join(modules: Sequence[weakref.ref[Any]]) -> None:
                 "the optimizer: set communicate=False, with which every rank computes all of the update; or use "
                 "join(throw_on_early_termination=True), or inputs that are as many on every rank"
             )
+
+
+class ReplicaChecks:
+    """Which replicas were not compared yet.  Each is compared until it could be told, and again ever more rarely."""
+
+    def __init__(self) -> None:
+        self._pending: set[int] = set()
+        self._wrappers: list[weakref.ref[Any]] = []
+
+    def begin(self, replicas: Sequence[LocalParameter], parameters: Sequence[Tensor]) -> None:
+        """A plan was made: compare its replicas.
+
+        Args:
+            replicas: see `again`.
+            parameters: all that are trained, whose wrappers are looked up.
+
+        Raises:
+            RuntimeError: as `refuse_join`.
+        """
+        self.again(replicas)
+        self._wrappers = wrappers(parameters)
+        self.refuse_join()
+
+    def again(self, replicas: Sequence[LocalParameter]) -> None:
+        """Compare these once more; plain tensors that every rank has."""
+        self._pending |= {id(local.parameter) for local in replicas}
+
+    def pending(self, replicas: Sequence[LocalParameter]) -> list[LocalParameter]:
+        """Those that have not been compared yet."""
+        return [local for local in replicas if id(local.parameter) in self._pending]
+
+    def compare(self, ranks: Ranks, replicas: Sequence[LocalParameter]) -> None:
+        """Compare those that are pending; every rank must call it with the same parameters.
+
+        Raises:
+            RuntimeError: they are no replicas.
+        """
+        there = self.pending(replicas)
+        told = compare(ranks, there)
+        self._pending -= {id(local.parameter) for local, is_told in zip(there, told, strict=True) if is_told}
+
+    def refuse_join(self) -> None:
+        """See `refuse_join`."""
+        refuse_join(self._wrappers)

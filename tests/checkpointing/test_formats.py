@@ -26,7 +26,8 @@ from hf_shampoo4.checkpointing.formats import PACKED, join, pack, unflattened, u
 from hf_shampoo4.checkpointing.optimizer_folder import sealed
 from hf_shampoo4.exceptions import CheckpointError
 from hf_shampoo4.execution.state_layout import is_partial
-from hf_shampoo4.sharding.local_parameter import Range, check_trainable, deepspeed_parameters
+from hf_shampoo4.sharding.deepspeed import deepspeed_parameters
+from hf_shampoo4.sharding.local_parameter import Range, check_trainable
 
 SHAPES = {"weight": (70, 40), "bias": (9,), "experts": (3, 20, 30)}
 OPTIONS = {"algorithm": "shampoo", "stats_every": 2, "roots_every": 2, "block_size": 32, "lr": 1e-2}

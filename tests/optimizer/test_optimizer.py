@@ -242,8 +242,8 @@ def test_waves_do_not_matter(options: dict, monkeypatch: pytest.MonkeyPatch) -> 
     run(a, range(3))
     monkeypatch.setattr(import_module("hf_shampoo4.execution.blocking"), "WAVE_ELEMENTS", 1)
     run(b, range(3))
-    assert len(a._waves(0)) == 1
-    assert len(b._waves(0)) == len(shapes)
+    assert len(a.waves(0)) == 1
+    assert len(b.waves(0)) == len(shapes)
     for p, q in zip(together, apart, strict=True):
         torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
 

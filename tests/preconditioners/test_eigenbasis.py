@@ -191,7 +191,7 @@ def test_kl_shampoo_whitens_a_kronecker_gradient() -> None:
 
 
 def momentum_in_the_parameters_coordinates(optimizer: Shampoo4bit, p: Tensor) -> Tensor:
-    stack = optimizer._waves(0)[0].stacks[0]
+    stack = optimizer.waves(0)[0].stacks[0]
     a, state = stack.algorithm, stack.state
     sides = [DecodedSide(side, side_state(state, name)) for side, name in ((a.left, "left"), (a.right, "right"))]
     m = a.moments.first.read(state["first"])
@@ -265,7 +265,7 @@ def test_factor_in_basis_is_semidefinite_and_keeps_its_diagonal() -> None:
 def test_rounding_does_not_add_up_over_basis_updates(algorithm: str) -> None:
     """After 35 updates; rounding once gives .15, of which a Bjorck step, done before each update, leaves a tenth."""
     _, optimizer = train((128, 96), 60, algorithm=algorithm, stats_every=2, refresh_warmup=10)
-    stack = optimizer._waves(0)[0].stacks[0]
+    stack = optimizer.waves(0)[0].stacks[0]
     for name, side in (("left", stack.algorithm.left), ("right", stack.algorithm.right)):
         u = DecodedSide(side, side_state(stack.state, name)).vectors
         assert defect(u) < 0.2, name
@@ -518,7 +518,7 @@ def test_waves_do_not_matter(algorithm: str, monkeypatch: pytest.MonkeyPatch) ->
     advance(together, range(3))
     monkeypatch.setattr(import_module("hf_shampoo4.execution.blocking"), "WAVE_ELEMENTS", 1)
     advance(apart, range(3))
-    assert len(apart._waves(0)) == len(SHAPES) > len(together._waves(0)) == 1
+    assert len(apart.waves(0)) == len(SHAPES) > len(together.waves(0)) == 1
     for a, b in zip(model_of(together), model_of(apart), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)  # batched products round otherwise; a code may differ
 

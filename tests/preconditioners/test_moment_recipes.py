@@ -172,7 +172,7 @@ def test_each_step_as_a_float64_reference(base: str, recipe: str, shape: tuple[i
         x = p.detach().double().numpy().copy()
         p.grad = torch.randn(shape) * 10 ** (torch.rand(shape) * 4 - 4)
         ours.step()
-        seed_offsets = ours._waves(0)[0].stacks[0].seed_offsets
+        seed_offsets = ours.waves(0)[0].stacks[0].seed_offsets
         uniforms = [Noise(seed_offsets, t, 7).uniform(k, p.numel())[0].numpy() for k in (FIRST_STREAM, SECOND_STREAM)]
         after = {key.removeprefix(prefix): value.numpy().copy() for key, value in ours.state[p].items()}
         reference = Reference(recipe, base, shape, late and t >= 4)

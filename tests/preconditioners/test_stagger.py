@@ -183,7 +183,7 @@ def test_nothing_changes_but_what_is_said_to(options: dict[str, Any]) -> None:
     """What is sent to replicas, against what a step has changed, tensor by tensor and block by block."""
     opt = optimizer(list(range(COUNT)), **options)
     step(opt, 1)
-    ((wave,),) = [built.waves for built in opt._built.values()]
+    ((wave,),) = [opt.waves()]
     ((tensors),) = [stack.state for stack in wave.stacks]
     for number in range(2, 14):
         before = {name: {n: buffer.clone() for n, buffer in buffers.items()} for name, buffers in tensors.items()}

@@ -308,7 +308,7 @@ def checkpoints(name: str, times: int, by_name: bool, data: Any) -> None:
     """A damaged state dict, or another run's: refused and nothing changed, or loaded and trained on."""
     state_dict = _saved(name)
     if by_name:
-        from hf_shampoo4.optimizer import clean_name
+        from hf_shampoo4.sharding.local_parameter import clean_name
 
         keys = {i: clean_name(n) for i, n in enumerate("abc")}
         state_dict["state"] = {keys[k]: v for k, v in state_dict["state"].items()}

@@ -27,6 +27,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
@@ -38,10 +39,10 @@ ROOT = Path(__file__).resolve().parents[2]
 import hf_shampoo4 as s4  # noqa: E402
 from hf_shampoo4 import Shampoo4bit  # noqa: E402
 from hf_shampoo4.checkpointing.convert import by_position, read  # noqa: E402
+from hf_shampoo4.execution import gradients  # noqa: E402
 from hf_shampoo4.execution.blocking import blocks_of, loads_of  # noqa: E402
-from hf_shampoo4.optimizer import clean_name  # noqa: E402
 from hf_shampoo4.options import Options  # noqa: E402
-from hf_shampoo4.sharding.local_parameter import full_shape, note_flat_ranges  # noqa: E402
+from hf_shampoo4.sharding.local_parameter import clean_name, full_shape, local_tensor, note_flat_ranges  # noqa: E402
 from hf_shampoo4.utils.files import write_json  # noqa: E402
 from tests.support.regions import entries  # noqa: E402
 
@@ -179,7 +180,7 @@ class Run:
     def named(self) -> dict[str, Tensor]:
         """The model's parameters that the optimizer has."""
         o = self.optimizer
-        return {n: p for i in range(len(o._groups)) for n, p in zip(o.names(i), o.parameters(i), strict=True)}
+        return {n: p for i in range(len(o.groups)) for n, p in zip(o.names(i), o.parameters(i), strict=True)}
 
 
 def reference(
@@ -508,7 +509,7 @@ def equality(case: Case, truths: dict[str, dict[str, Tensor]]) -> dict[str, Any]
     )
     loads = [
         load
-        for i, group in enumerate(run.optimizer._groups)
+        for i, group in enumerate(run.optimizer.groups.groups)
         for p in run.optimizer.parameters(i)
         for load in loads_of(blocks_of(full_shape(p), Options.of(group)), Options.of(group))
     ]
@@ -521,11 +522,11 @@ def equality(case: Case, truths: dict[str, dict[str, Tensor]]) -> dict[str, Any]
         "state_bytes": sum(t.nbytes for entry in run.optimizer.state.values() for t in entry.values()),
         "all_state_bytes": sum(load.bytes for load in loads),
         "largest_block_bytes": max(load.bytes for load in loads),
-        "sent": dict(run.optimizer._ranks.sent),
+        "sent": run.optimizer.sent,
         "theory": theory(run, case.steps),
         "exchanges": EXCHANGES.pop("made", 0),
-        "parts": sum(len(wave.parts) for wave in run.optimizer._all_waves()),
-        "most_parts": max(len(wave.parts) for wave in run.optimizer._all_waves()),
+        "parts": sum(len(wave.parts) for wave in run.optimizer.waves()),
+        "most_parts": max(len(wave.parts) for wave in run.optimizer.waves()),
         "ms_per_step": round(1e3 * seconds / case.steps, 1),
     }
 
@@ -569,7 +570,7 @@ def count_exchanges() -> None:
 def theory(run: Run, steps: int) -> dict[str, int]:
     """The bytes that this rank has to send, counted entry by entry: who holds it, and who owns its block."""
     rank, sent = dist.get_rank(), {"gradients": 0, "updates": 0}
-    for wave in run.optimizer._all_waves():
+    for wave in run.optimizer.waves():
         for member in wave.members:
             shape = member.blocks[0].view
             owner = np.full((shape.count, shape.rows, shape.columns), -1)
@@ -884,6 +885,15 @@ def wide(case: Case) -> dict[str, Any]:
     return {"bitwise": all(found.values()), "differ": [name for name, equal in found.items() if not equal]}
 
 
+def spoil(optimizer: Any, *_: Any) -> None:
+    """Make a number of this rank's gradients infinite, as it has them when `step` is called."""
+    for p in (p for group in optimizer.param_groups for p in group["params"]):
+        local = None if p.grad is None else local_tensor(p.grad)
+        if local is not None and local.numel():
+            local.view(-1)[0] = float("inf")
+            return
+
+
 def failing(case: Case) -> dict[str, Any]:
     """What each rank says when rank 1 has other options, a gradient that cannot be used, or cannot compute."""
     make, second = ENGINES[case.engine], dist.get_rank() == 1
@@ -891,13 +901,15 @@ def failing(case: Case) -> dict[str, Any]:
 
     run = make({}, torch.float32)
     if second:
-        run.optimizer._gradients_are_finite = lambda live: (_ for _ in ()).throw(TypeError("a sparse gradient"))
-    said["gradient"] = _message(lambda: run.step(0))
+        with mock.patch.object(gradients, "are_finite", side_effect=TypeError("a sparse gradient")):
+            said["gradient"] = _message(lambda: run.step(0))
+    else:
+        said["gradient"] = _message(lambda: run.step(0))
 
     run = make({}, torch.float32)
     run.step(0)
     if second:
-        for wave in run.optimizer._all_waves():
+        for wave in run.optimizer.waves():
             for stack in wave.stacks:
                 stack.algorithm = Broken(stack.algorithm)
     said["compute"] = _message(lambda: [run.step(t) for t in range(1, 4)])
@@ -906,8 +918,7 @@ def failing(case: Case) -> dict[str, Any]:
     run.step(0)
     before = run.parameters()
     if second:
-        finite = run.optimizer._gradients_are_finite
-        run.optimizer._gradients_are_finite = lambda live: finite(live) and False
+        run.optimizer.register_step_pre_hook(spoil)
     run.step(1)
     unchanged = all(torch.equal(p, before[n]) for n, p in run.parameters().items())
     return {"said": said, "skipped": run.optimizer.param_groups[0]["skipped_steps"], "unchanged": unchanged}

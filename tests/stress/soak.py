@@ -108,7 +108,7 @@ class Run:
     def basis_error(self) -> float:
         """Largest |U^T U - I|_F / sqrt(k) of all bases, as they are stored; 0 where there is none."""
         worst = 0.0
-        for wave in self.optimizer._waves(0):
+        for wave in self.optimizer.waves(0):
             for stack in wave.stacks:
                 for name, storage in stack.algorithm.storages().items():
                     if name.endswith("basis"):

@@ -28,9 +28,10 @@ from torch.nn.parallel import DistributedDataParallel
 from hf_shampoo4 import Shampoo4bit, save_optimizer
 from hf_shampoo4.checkpointing.convert import read
 from hf_shampoo4.execution import build, wave_step
-from hf_shampoo4.execution.state_map import StateMap
+from hf_shampoo4.execution.descent import Descent
+from hf_shampoo4.execution.state_map import Rows, StateMap
+from hf_shampoo4.execution.wave_state import WaveState
 from hf_shampoo4.execution.wave_step import WaveStep
-from hf_shampoo4.execution.waves import Rows, Wave
 from hf_shampoo4.preconditioners.protocols import Context
 from hf_shampoo4.sharding import rendezvous
 from hf_shampoo4.utils.files import write_json
@@ -251,13 +252,13 @@ def no_memory(*arguments: Any, **settings: Any) -> Any:
 PLACES: dict[str, tuple[Any, str, tuple[str, ...]]] = {
     "collect": (wave_step, "packed", ("fsdp2",)),
     "update": (Context, "moment_step", ("fsdp2", "ddp_sharded")),
-    "send": (WaveStep, "_results", ("ddp", "fsdp2")),
-    "new weights": (WaveStep, "_descend", ("ddp",)),
-    "apply": (WaveStep, "_write", ("fsdp2",)),
+    "send": (WaveStep, "results", ("ddp", "fsdp2")),
+    "new weights": (Descent, "descend", ("ddp",)),
+    "apply": (Descent, "write", ("fsdp2",)),
     "received state": (Rows, "write", ("ddp",)),
-    "first plan": (build, "_wave", ("ddp",)),
-    "first state": (Wave, "_copy", ("ddp", "fsdp2")),
-    "saving": (StateMap, "_rows", ("fsdp2",)),
+    "first plan": (build, "make_wave", ("ddp",)),
+    "first state": (WaveState, "copy_whole", ("ddp", "fsdp2")),
+    "saving": (StateMap, "rows_at", ("fsdp2",)),
     "loading": (StateMap, "dtensor_rows", ("fsdp2",)),
 }
 MODES: dict[str, dict[str, Any]] = {"ddp": OPTIONS, "fsdp2": OPTIONS, "ddp_sharded": {**SHAMPOO, "shard_state": True}}

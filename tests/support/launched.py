@@ -90,7 +90,7 @@ def train() -> dict[str, object]:
         "stage": getattr(model, "zero_optimization_stage", int)(),
         "mesh": list(getattr(next(iter(model.parameters())), "device_mesh", torch.zeros(())).shape),
         "state_bytes": s4.metrics(inner)["optim/state_bytes"], "steps": inner.param_groups[0]["step"],
-        "sent": dict(inner._ranks.sent),
+        "sent": inner.sent,
     }  # fmt: skip
     Path(f"{sys.argv[sys.argv.index('--result') + 1]}.{accelerator.process_index}").write_text(json.dumps(found))
     accelerator.wait_for_everyone()

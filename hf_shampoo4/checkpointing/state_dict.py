@@ -1,0 +1,168 @@
+"""An optimizer's state dict: `saved` makes it, `accepted` checks one that may be anything and makes it this model's."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from ..exceptions import CheckpointError, OptionError
+from ..execution.blocking import blocks_of
+from ..execution.model_groups import Group, ModelGroups, own_names
+from ..execution.state_layout import Entry, foreign_state, own_state, state_layout
+from ..options import NAMES, OF_THE_RUN, STRUCTURAL, Options, require_kind
+from ..sharding.local_parameter import clean_name, full_shape, in_deepspeed, in_fsdp1
+from .formats import check_entry, well_formed
+
+
+def saved(groups: Sequence[Group], state: Mapping[Any, Any], spread: Mapping[Tensor, Entry]) -> dict[str, Any]:
+    """A state dict as torch's: parameters by their position through the groups.
+
+    Args:
+        groups: with the model's parameters in them.
+        state: parameter -> what this rank keeps of its state; and notes of hooks.
+        spread: parameter -> its state as it is to be saved, where that is another (`SpreadState.full`).
+    """
+    members = [p for group in groups for p in group["params"]]
+    number = {id(p): i for i, p in enumerate(members)}
+    numbered = [{**group, "params": [number[id(p)] for p in group["params"]]} for group in groups]
+    found: dict[Any, Any] = {}
+    for p, entry in state.items():
+        if not isinstance(p, Tensor):
+            found[p] = entry  # a hook's note
+        elif id(p) in number:
+            found[number[id(p)]] = {**foreign_state(entry), **spread[p]} if p in spread else entry
+    return {"state": found, "param_groups": numbered}
+
+
+class Accepted(NamedTuple):
+    """A state dict with this model's parameters in it."""
+
+    state: defaultdict[Any, Any]
+    """Parameter -> its saved state, in the dtypes that it was saved in."""
+    groups: list[Group]
+    stateless: list[str]
+    """The names of those that are trained here and have no state there."""
+
+
+def accepted(state_dict: Any, groups: ModelGroups, ours: Sequence[Group]) -> Accepted:
+    """Check that a state dict fits the model and its options, and key it by the model's parameters.
+
+    torch's own loading would cast all state, codes too, to the parameters' dtype.
+
+    Args:
+        state_dict: may be anything; not changed.
+        groups: of the optimizer.
+        ours: the optimizer's `param_groups`, with the model's parameters in them.
+
+    Raises:
+        CheckpointError: it does not fit; the message says where.
+    """
+    state_dict = _numbered(well_formed(state_dict), groups, ours)
+    stateless = _check(state_dict, groups, ours)
+    parameter: dict[Any, Tensor] = {}
+    theirs = copy.deepcopy(state_dict["param_groups"])
+    for group, mine in zip(theirs, ours, strict=True):
+        parameter.update(zip(group["params"], mine["params"], strict=True))
+        names = {name: mine[name] for name in ("param_names",) if name in mine and name not in group}
+        group.update(names, params=mine["params"], **{name: mine[name] for name in OF_THE_RUN})
+    state: defaultdict[Any, Any] = defaultdict(dict)
+    for key, entry in state_dict["state"].items():
+        state[parameter.get(key, key)] = _copied(entry, parameter[key]) if key in parameter else entry
+    return Accepted(state, theirs, stateless)
+
+
+def without_state(groups: Sequence[Group], ours: ModelGroups) -> dict[str, Any]:
+    """A state dict of groups alone, for state that is read later.
+
+    Args:
+        groups: as in a state dict, without "params".
+        ours: of the optimizer, whose parameters are numbered.
+    """
+    sizes = [len(ours.parameters(index)) for index in range(len(ours))]
+    first = [sum(sizes[:i]) for i in range(len(sizes))]
+    numbered = [{**g, "params": list(range(f, f + n))} for g, f, n in zip(groups, first, sizes, strict=False)]
+    return {"state": {}, "param_groups": [*numbered, *groups[len(sizes) :]]}
+
+
+def _copied(entry: Entry, p: Tensor) -> Entry:
+    """A parameter's saved state, never the caller's own tensors but where this rank wants a part of them alone."""
+    if in_fsdp1(p) or in_deepspeed(p):
+        return dict(entry)
+    return {name: t.to(p.device, copy=True) if isinstance(t, Tensor) else copy.deepcopy(t) for name, t in entry.items()}
+
+
+def _numbered(state_dict: dict[str, Any], names: ModelGroups, ours: Sequence[Group]) -> dict[str, Any]:
+    """A state dict keyed by the parameters' names, as FSDP's files are, keyed by their positions as torch's are."""
+    groups, state = state_dict["param_groups"], state_dict["state"]
+    if not any(isinstance(key, str) for group in groups for key in group["params"]):
+        return state_dict
+    if not any(group.get("param_names") for group in ours):  # nameless here: only the order can tell
+        order = {key: i for i, key in enumerate(key for group in groups for key in group["params"])}
+        numbered = [{**group, "params": [order[key] for key in group["params"]]} for group in groups]
+        return {**state_dict, "param_groups": numbered, "state": {order.get(k, k): v for k, v in state.items()}}
+    number: dict[str, int] = {}
+    for index in range(len(ours)):
+        number.update({name: len(number) + i for i, name in enumerate(names.names(index))})
+    strange = [key for group in groups for key in group["params"] if clean_name(str(key)) not in number]
+    if strange:
+        raise CheckpointError(f"checkpoint of another model: it has parameters {strange[:3]}, which are not here")
+    renamed = []
+    for group in groups:
+        of_group = sorted((clean_name(key) for key in group["params"]), key=number.__getitem__)
+        renamed.append({**group, "params": [number[name] for name in of_group], "param_names": of_group})
+    return {**state_dict, "param_groups": renamed, "state": {number[clean_name(k)]: v for k, v in state.items()}}
+
+
+def _check(state_dict: dict[str, Any], names: ModelGroups, ours: Sequence[Group]) -> list[str]:
+    """The names of those that are trained here and have no state there.
+
+    Raises:
+        CheckpointError: the checkpoint does not fit.
+    """
+    theirs, state = state_dict["param_groups"], state_dict["state"]
+    sizes, here = [len(g["params"]) for g in theirs], [len(g["params"]) for g in ours]
+    if sizes != here:
+        raise CheckpointError(f"checkpoint of another model: groups of {sizes} parameters, here {here}")
+    if len({key for group in theirs for key in group["params"]}) < sum(sizes):
+        raise CheckpointError("damaged checkpoint: a parameter is there twice")
+    of_groups = [
+        _check_group(group, mine, names.names(index), state)
+        for index, (group, mine) in enumerate(zip(theirs, ours, strict=True))
+    ]
+    return [name for of_group in of_groups for name in of_group]
+
+
+def _check_group(there: Group, ours: Group, names: Sequence[str], state: Mapping[Any, Any]) -> list[str]:
+    try:
+        require_kind({**ours, "rates": there.get("rates", ())})
+    except OptionError as error:
+        raise CheckpointError(f"the checkpoint was written with {error}") from error
+    layout = _layout(ours)
+    for name, value in _layout({**ours, **there}).items():
+        if value != layout[name]:
+            raise CheckpointError(
+                f"the checkpoint was written with {name}={value}, this run has {name}={layout[name]}: "
+                f"resume with {name}={value}, or start the optimizer afresh"
+            )
+    for theirs, mine in zip(own_names(there), own_names(ours), strict=False):  # either may have none
+        if theirs != mine:
+            raise CheckpointError(f"checkpoint of another model: parameter {theirs!r} there, {mine!r} here")
+    stateless = []
+    for key, p, name in zip(there["params"], ours["params"], names, strict=True):
+        entry = state.get(key, {})
+        if own_state(entry):
+            check_entry(name, entry, state_layout(blocks_of(full_shape(p), Options.of(ours))))
+        elif p.requires_grad and there["step"] and math.prod(full_shape(p)):
+            stateless.append(name)
+    return stateless
+
+
+def _layout(group: Group) -> dict[str, Any]:
+    """The options on which the layout and the meaning of the state depend, `auto` and 0 as what they stand for."""
+    o = Options(**{name: group[name] for name in NAMES})
+    return {**{name: group[name] for name in STRUCTURAL}, "quant_block": o.factor_block, "codebook": o.factor_codebook}

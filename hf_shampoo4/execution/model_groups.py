@@ -1,0 +1,231 @@
+"""The parameter groups of an optimizer as the model has them, whatever an engine has put in their place.
+
+DeepSpeed replaces a group's parameters by flat tensors of its own, and calls `step` with some of the groups only.  The
+model's parameters are remembered weakly, so that nothing is kept alive under FSDP2, which replaces them for good.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import weakref
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor
+
+from ..exceptions import OptionError
+from ..options import NAMES, Options, check_rates, require_kind
+from ..preconditioners.moments import make_moments
+from ..sharding.geometry import matrix_view
+from ..sharding.local_parameter import (
+    check_trainable,
+    clean_name,
+    full_shape,
+    in_deepspeed,
+    noted_name,
+    noted_purpose,
+)
+
+Group = dict[str, Any]
+
+
+class ModelGroups:
+    """All parameter groups of an optimizer, with the model's parameters of each."""
+
+    def __init__(self, groups: Sequence[Group] = ()) -> None:
+        self.groups: list[Group] = []
+        self._models: list[list[weakref.ref[Tensor]]] = []
+        self._purposes: list[list[str]] = []
+        self._shared_names: set[str] = set()
+        self._digest = ""
+        for group in groups:
+            self.add(group)
+
+    def __len__(self) -> int:
+        return len(self.groups)
+
+    def add(self, group: Group) -> None:
+        """A group that the optimizer has been given."""
+        self.groups.append(group)
+        self._models.append([weakref.ref(p) for p in group["params"]])
+        # only `param_groups` says of which kind a group is
+        self._purposes.append([noted_purpose(p) if group["kind"] != "any" else "" for p in group["params"]])
+        self._shared_names = _shared_names(self.groups)
+
+    def drop_last(self) -> None:
+        """Take back the group that was added last."""
+        for of_groups in (self.groups, self._models, self._purposes):
+            of_groups.pop()
+        self._shared_names = _shared_names(self.groups)
+
+    def follow(self, groups: Sequence[Group]) -> None:
+        """The same groups as other dicts: frameworks replace them.  If some are missing, DeepSpeed took them out."""
+        if len(groups) == len(self.groups) and any(a is not b for a, b in zip(groups, self.groups, strict=True)):
+            self.groups = list(groups)
+            self._shared_names = _shared_names(self.groups)
+
+    def parameters(self, index: int) -> list[Tensor]:
+        """The parameters of group `index`: the model's, also where DeepSpeed has put its own tensors in their place."""
+        models = [ref() for ref in self._models[index]]
+        if any(p is not None and in_deepspeed(p) for p in models):
+            return [p for p in models if p is not None]
+        return self.groups[index]["params"]
+
+    def every_parameter(self) -> list[Tensor]:
+        """Of all groups."""
+        return [p for index in range(len(self.groups)) for p in self.parameters(index)]
+
+    def model_ids(self) -> set[int]:
+        """The ids of the tensors that were in the groups when these were added."""
+        return {id(ref()) for refs in self._models for ref in refs}
+
+    def named(self, index: int) -> list[tuple[str, Tensor]]:
+        """The parameters of group `index`, each with a name that is the same in every run: its own, or its position.
+
+        A name that two parameters have, of two models perhaps, says nothing.
+        """
+        parameters = self.parameters(index)
+        own = own_names(self.groups[index])
+        own = own if len(own) == len(parameters) else [""] * len(parameters)
+        names = [name if name and name not in self._shared_names else f"{index}.{i}" for i, name in enumerate(own)]
+        return list(zip(names, parameters, strict=True))
+
+    def names(self, index: int) -> list[str]:
+        """Of the parameters of group `index`, see `named`."""
+        return [name for name, _ in self.named(index)]
+
+    def purposes(self, index: int) -> list[str]:
+        """What each parameter of group `index` is for, as `param_groups` noted it; empty for what it has not seen."""
+        noted, count = self._purposes[index], len(self.parameters(index))
+        return noted if len(noted) == count else [""] * count
+
+    @contextmanager
+    def restored(self, state: dict[Any, Any]) -> Iterator[None]:
+        """The groups with the model's parameters in them, where an engine has put its own tensors in their place."""
+        theirs = [group["params"] for group in self.groups]
+        for index, group in enumerate(self.groups):
+            group["params"] = self.parameters(index)
+        known = {p for group in self.groups for p in group["params"]}
+        for p in [p for p in state if isinstance(p, Tensor) and p not in known and not state[p]]:
+            del state[p]  # DeepSpeed has looked its own tensors up
+        try:
+            yield
+        finally:
+            for group, params in zip(self.groups, theirs, strict=True):
+                group["params"] = params
+
+    def settings(self, planned: Collection[Any], afresh: bool) -> str:
+        """What must be the same on all ranks: options, parameters, and which units have a plan.
+
+        Args:
+            planned: the keys of the units that have one.
+            afresh: whether shapes and names may have changed.
+        """
+        if afresh or not self._digest:
+            shapes = [
+                [(name, full_shape(p), p.dtype) for name, p in self.named(index)] for index in range(len(self.groups))
+            ]
+            self._digest = hashlib.sha256(repr(shapes).encode()).hexdigest()
+        options = [[group[name] for name in (*NAMES, "step")] for group in self.groups]
+        trained = [p.requires_grad for p in self.every_parameter()]
+        return repr((self._digest, options, trained, sorted(planned)))
+
+    def explained(self, planned: Collection[Any]) -> list[Group]:
+        """The settings, and the rates, for people: group by group."""
+        return [
+            {
+                **{name: group[name] for name in (*NAMES, "step")},
+                "the state": "kept" if any(index == i for index, _ in planned) else "new, or just loaded",
+                **{
+                    f"parameter {name!r}": f"{'trained' if p.requires_grad else 'frozen'}, {full_shape(p)} {p.dtype}"
+                    for name, p in self.named(i)
+                },
+                **{name: float(group[name]) for name in ("lr", "eps", "weight_decay")},
+                **{f"betas[{k}]": float(beta) for k, beta in enumerate(group["betas"])},
+            }
+            for i, group in enumerate(self.groups)
+        ]
+
+    def rates(self) -> list[float]:
+        """Numbers that tell whether ranks have the same rates; schedules may compute them with other last bits."""
+        of_group = [[*map(float, (g["lr"], g["eps"], g["weight_decay"])), *map(float, g["betas"])] for g in self.groups]
+        return [sum((i + 1) * rate for i, rate in enumerate(of_kind)) for of_kind in zip(*of_group, strict=True)]
+
+
+def own_names(group: Mapping[str, Any]) -> list[str]:
+    """The names that a group has for its parameters; none if it has no names."""
+    return [clean_name(name) for name in group.get("param_names") or []]
+
+
+def _shared_names(groups: Sequence[Mapping[str, Any]]) -> set[str]:
+    counts = Counter(name for group in groups for name in own_names(group))
+    return {name for name, count in counts.items() if count > 1}
+
+
+def with_names(group: Mapping[str, Any], named: bool) -> Group:
+    """A copy of a group as torch takes it: with a name for each parameter, "" if none is known, or without names.
+
+    Args:
+        group: as a user or another program gives it.
+        named: whether the groups before it have names.
+    """
+    params = group["params"]
+    params = [params] if isinstance(params, Tensor) else params if isinstance(params, set) else list(params)
+    names = group.get("param_names")
+    found = {**group, "params": params}
+    if any(isinstance(p, tuple) for p in params):
+        return found  # torch reads them
+    if (named and names is None) or (names is not None and len(names) != len(params)):
+        found["param_names"] = [noted_name(p) for p in params]
+    return found
+
+
+def check_keys(group: Mapping[str, Any]) -> None:
+    """A group may carry foreign keys (schedulers put some there), but not an option that is spelt wrong.
+
+    Raises:
+        OptionError: a key that is nearly an option.
+    """
+    for key in group:
+        close = difflib.get_close_matches(key, NAMES, n=1, cutoff=0.8)
+        if close:
+            raise OptionError(f"unknown option {key!r} in a parameter group: did you mean {close[0]!r}?")
+
+
+def check_group(group: Group) -> None:
+    """Refuse a group whose numbers, options or parameters cannot be trained with; `betas` becomes a tuple.
+
+    Raises:
+        OptionError, ImportError, TypeError, ValueError: the message says what is allowed.
+    """
+    check_rates(group)
+    betas = group["betas"]
+    if group["nesterov"] and betas[0] == 0:
+        raise OptionError(f"betas={betas!r} is not allowed: nesterov needs a momentum, the first number in (0, 1)")
+    group["betas"] = tuple(betas)
+    require_kind(group)
+    make_moments((1,), Options.of(group), quantise=True)  # raises if a storage needs a package that is missing
+    if len({id(p) for p in group["params"]}) < len(group["params"]):
+        raise ValueError("a parameter is in its group twice: it would be updated twice a step")
+    for p in group["params"]:
+        if p.requires_grad:  # frozen ones may be of any kind, such as quantised weights
+            check_trainable(p)
+
+
+def check_row_splits(groups: Sequence[Group]) -> None:
+    """Refuse `row_splits` that fit no parameter.
+
+    Raises:
+        OptionError: no matrix has as many rows as they add up to.
+    """
+    for splits in {group["row_splits"] for group in groups} - {()}:
+        shapes = [(full_shape(p), g["matrix_view"]) for g in groups if g["row_splits"] == splits for p in g["params"]]
+        rows = {view.rows for view in (matrix_view(*shape) for shape in shapes) if view}
+        if sum(splits) not in rows:
+            raise OptionError(
+                f"row_splits={splits} add up to {sum(splits)}, but the matrices have {sorted(rows)} rows: "
+                "give the sizes along dim 0 of a fused parameter"
+            )

@@ -1,0 +1,208 @@
+"""The plans of all units: which waves they step through, made together with the other ranks.
+
+A plan is made at the first step, and again when parameters, options or state tensors are not those that it was made
+on.  State that there is goes into the new plan; state of new parameters is initialised.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Callable, Mapping, Sequence, Set
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..options import Options
+from ..sharding.agreement import all_or_none, gather_or_raise
+from ..sharding.exchange import Ranks
+from ..sharding.local_parameter import LocalParameter, check_trainable, full_shape
+from ..sharding.replicas import ReplicaChecks
+from .build import build
+from .model_groups import ModelGroups
+from .state_layout import Entry, foreign_state, own_state
+from .units import Key, Standing, Unit, UnitPlan, is_lost, units_of, warn_of_fresh
+from .waves import Wave
+
+State = dict[Any, Any]
+"""An optimizer's: parameter -> state key -> tensor, and what wrappers keep in it."""
+
+
+class BlockReader(NamedTuple):
+    """State that is still on disk: it is read when it is known which blocks are this rank's."""
+
+    read: Callable[[dict[str, Tensor]], None]
+    """Fills the tensors that it is given, named as `WaveState.named_blocks` does; raises if one is missing."""
+    groups: int
+    """How many of the first groups it has state of."""
+    names: Set[str]
+    """Of the parameters that it has state of."""
+
+
+class Plans:
+    """A plan for each unit, and the ranks that it was made with."""
+
+    def __init__(self, groups: ModelGroups) -> None:
+        self.groups = groups
+        self.ranks = Ranks()
+        self.of_unit: dict[Key, UnitPlan] = {}
+        self.reader: BlockReader | None = None
+        self.replica_checks = ReplicaChecks()
+        self.meeting = ""
+        """A word that these ranks alone know, for meetings outside of a step."""
+
+    def __bool__(self) -> bool:
+        return bool(self.of_unit)
+
+    def waves(self, group: int | None = None) -> list[Wave]:
+        """Of all groups, or of one."""
+        return [wave for (g, _), plan in self.of_unit.items() if group in (None, g) for wave in plan.waves]
+
+    def units(self, called: Sequence[dict[str, Any]], state: State) -> list[Unit]:
+        """What this call is to update; `called` are the optimizer's groups now."""
+        return units_of(self.groups, called, self.of_unit, lambda local: self._needs(local, state))
+
+    def is_stale(self, unit: Unit, state: State) -> bool:
+        """Whether a unit has no plan, or one on other parameters, state tensors or options."""
+        plan = self.of_unit.get(unit.key)
+        return plan is None or plan.identity != unit.identity() or not plan.holds(state)
+
+    def replicas(self, units: Sequence[Unit]) -> list[LocalParameter]:
+        """Plain tensors that every rank has."""
+        waves = [wave for unit in units if unit.key in self.of_unit for wave in self.of_unit[unit.key].waves]
+        return [
+            member.local for wave in waves for member in wave.members
+            if member.placement.whole and not hasattr(member.parameter, "device_mesh")
+        ]  # fmt: skip
+
+    def make(self, units: Sequence[Unit], state: State) -> None:
+        """Plan some units anew; every rank must call it.  `state` then holds views of the waves' stacks.
+
+        Raises:
+            RuntimeError: state that only some ranks have or that is there in part, or another rank failed.
+            TypeError, ValueError: parameters or a checkpoint that these ranks cannot train.
+        """
+        ranks, before = self.ranks, [self.of_unit.get(unit.key) for unit in units]
+        if not self.meeting:
+            self.meeting = ranks.gather(uuid.uuid4().hex)[0]
+        units, dropped = self._surveyed(units, state)
+        with all_or_none(ranks):
+            for local in [local for unit in units for local in unit.members]:
+                check_trainable(local.parameter)
+        if ranks.world > 1:  # owners may change
+            for wave in [wave for plan in before if plan for wave in plan.waves]:
+                wave.state.load(_entries(wave, state))
+                _put(wave, wave.state.full(), state)
+        for p in dropped:
+            state[p] = foreign_state(state[p])
+        planned = self._built(units, state)
+        for wave in [wave for waves in planned for wave in waves]:
+            wave.state.load(_entries(wave, state))
+            _put(wave, wave.state.local(), state)
+        self._read(units, planned, before)
+        self._count_updates([wave for waves in planned for wave in waves])
+        for unit, waves, old in zip(units, planned, before, strict=True):
+            views = {local.parameter: own_state(state[local.parameter]) for local in unit.members}
+            others = (plan.start for (index, _), plan in self.of_unit.items() if index == unit.key[0])
+            start = old.step if old else next(others, unit.group["step"])
+            everything = set(self.groups.parameters(unit.key[0]))
+            self.of_unit[unit.key] = UnitPlan(unit.identity(), everything, views, waves, start, start)
+        if ranks.world > 1:
+            with all_or_none(ranks):
+                self.replica_checks.begin(self.replicas(units), self.groups.every_parameter())
+
+    def _built(self, units: Sequence[Unit], state: State) -> list[list[Wave]]:
+        """Waves for each unit, into which the state that there is fits."""
+        with all_or_none(self.ranks):
+            planned = build(
+                [(Options.of(unit.group), unit.members, self._planned_shapes(unit)) for unit in units], self.ranks
+            )
+            for wave in [wave for waves in planned for wave in waves]:
+                wave.state.check(_entries(wave, state))
+        return planned
+
+    def _read(
+        self, units: Sequence[Unit], planned: Sequence[Sequence[Wave]], before: Sequence[UnitPlan | None]
+    ) -> None:
+        """Read what is still on disk, while there is no plan: a step that fails here has not been made."""
+        if self.reader is None:
+            return
+        unread = [
+            wave
+            for unit, waves, old in zip(units, planned, before, strict=True)
+            if old is None and unit.key[0] < self.reader.groups
+            for wave in waves
+        ]
+        with all_or_none(self.ranks):
+            self.reader.read({name: row for wave in unread for name, row in wave.state.named_blocks().items()})
+
+    def _count_updates(self, waves: Sequence[Wave]) -> None:
+        """Tell every rank how many updates each parameter has had, as the state says that is spread over them."""
+        members = [member for wave in waves for member in wave.members]
+        counts = [torch.zeros(0, dtype=torch.float32, device="cpu"), *(wave.update_counts().cpu() for wave in waves)]
+        for member, count in zip(members, self.ranks.reduce(torch.cat(counts), largest=True).tolist(), strict=True):
+            member.updates = int(count)
+
+    def _needs(self, local: LocalParameter, state: State) -> bool:
+        """Whether this rank has a part of a parameter's training: as torch's optimizers, it takes every gradient."""
+        awaited = self.reader is not None and local.name in self.reader.names
+        stateful = bool(own_state(state.get(local.parameter, {})))
+        return local.parameter.requires_grad or local.buffer.grad is not None or stateful or awaited
+
+    def _surveyed(self, units: Sequence[Unit], state: State) -> tuple[list[Unit], list[Tensor]]:
+        """The units with the members that all ranks agree on, and the parameters whose state is not kept.
+
+        Raises:
+            RuntimeError: see `is_lost`.
+        """
+        before = {p: entry for plan in self.of_unit.values() for p, entry in plan.state.items()}
+        here = set(self.groups.every_parameter())
+        ranks = gather_or_raise(
+            self.ranks, lambda: [[self._standing(local, before, state) for local in unit.candidates] for unit in units]
+        )
+        surveyed, dropped, fresh = [], [p for p in before if p not in here], list[str]()
+        for i, unit in enumerate(units):
+            plan, members = self.of_unit.get(unit.key), []
+            known = plan.everything if plan and not here.issuperset(plan.state) else here
+            for j, local in enumerate(unit.candidates):
+                standings = [of_rank[i][j] for of_rank in ranks]
+                lost = is_lost(local.name, standings)
+                if lost:
+                    dropped.append(local.parameter)
+                if any(standing.needed for standing in standings):
+                    members.append(local)
+                    if lost or local.parameter not in known:
+                        fresh.append(local.name)
+            surveyed.append(unit._replace(members=members))
+        if fresh:
+            warn_of_fresh(
+                fresh,
+                "their state was emptied, or they took the place of others.  If that was not meant (a model that is "
+                "wrapped or moved after its first step leaves it behind), load the last checkpoint",
+            )
+        return surveyed, dropped
+
+    def _standing(self, local: LocalParameter, before: Mapping[Tensor, Entry], state: State) -> Standing:
+        p = local.parameter
+        had, has = set(before.get(p, ())), set(own_state(state.get(p, {})))
+        complete = had <= has
+        torn = bool(had & has) and not complete
+        return Standing(self._needs(local, state), p in before, bool(had), bool(has) and complete, torn)
+
+    def _planned_shapes(self, unit: Unit) -> dict[str, tuple[int, ...]]:
+        """Of all in the unit's group that is planned, the unit's own and, with DeepSpeed, that of its other parts."""
+        members = {id(local.parameter) for local in unit.members}
+        named = self.groups.named(unit.key[0])
+        return {name: full_shape(p) for name, p in named if p.requires_grad or id(p) in members}
+
+
+def _entries(wave: Wave, state: State) -> list[Entry]:
+    """What there is of its members' state."""
+    return [own_state(state[member.parameter]) for member in wave.members]
+
+
+def _put(wave: Wave, entries: Mapping[int, Entry], state: State) -> None:
+    """Member -> its new state, beside what wrappers keep of it."""
+    for m, entry in entries.items():
+        p = wave.members[m].parameter
+        state[p] = {**foreign_state(state[p]), **entry}

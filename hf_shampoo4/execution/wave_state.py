@@ -1,0 +1,149 @@
+"""A wave's state in each of its forms: on its owners, whole as a checkpoint has it, or one rank's blocks of that."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ..exceptions import CheckpointError
+from ..sharding.agreement import all_or_none
+from .state_layout import Entry, StateKey, state_layout
+from .state_map import StateMap
+
+if TYPE_CHECKING:
+    from .waves import Wave
+
+
+class WaveState:
+    """The state of a wave's members; `Entry` is one member's, state key -> tensor, dim 0 the block."""
+
+    def __init__(self, wave: Wave) -> None:
+        self.wave = wave
+
+    @cached_property
+    def map(self) -> StateMap:
+        """Between local and full state."""
+        return StateMap(self.wave, self.local())
+
+    def local(self) -> dict[int, Entry]:
+        """Member -> the rows of its state that this rank keeps, as views of the stacks.
+
+        Every rank has every key, of kinds of blocks that it keeps none of with no row: torch asks a rank's own state
+        for the keys of a flattened state dict.
+        """
+        wave = self.wave
+        found: dict[int, Entry] = {}
+        for m, member in enumerate(wave.members):
+            layout = state_layout(member.blocks).items()
+            found[m] = {
+                key: torch.empty((0, *shape[1:]), dtype=dtype, device=wave.device) for key, (shape, dtype) in layout
+            }
+        for stack in wave.stacks:
+            start = 0
+            for m in sorted({wave.member_of[block] for block in stack.blocks}):
+                count = sum(wave.member_of[block] == m for block in stack.blocks)
+                for tensor, buffers in stack.state.items():
+                    for name, buffer in buffers.items():
+                        key = str(StateKey.of(stack.algorithm.shape, tensor, name))
+                        found[m][key] = buffer[start : start + count]
+                start += count
+        return found
+
+    def full(self) -> dict[int, Entry]:
+        """Member -> its whole state in canonical block order, with no rank in it; every rank must call it.
+
+        Plain tensors for a parameter that is whole on every rank, DTensors with the blocks sharded over the
+        parameter's mesh for one that is a DTensor.
+        """
+        if self.wave.replicated:
+            return self.local()
+        with all_or_none(self.wave.ranks):
+            rows = self.map.empty_rows()
+        self.map.move(self.map.route.send, "save", self.map.local_rows, rows)
+        return self.map.entries(rows)
+
+    def partial(self) -> dict[int, Entry]:
+        """Member -> the part of its state that this rank keeps (checkpointing/formats.py); plain tensors."""
+        found = {m: {key: t for key, t in entry.items() if len(t)} for m, entry in self.local().items()}
+        for g, (m, algorithm) in enumerate(self.map.groups):
+            kept = torch.tensor(self.map.kept_blocks(g), dtype=torch.long, device="cpu")
+            found[m][StateKey.of(algorithm.shape).blocks] = kept
+        return found
+
+    def named_blocks(self, owned: bool = False) -> dict[str, Tensor]:
+        """The state that this rank keeps, block by block: the name of a row, see `row_name` -> a view.
+
+        Args:
+            owned: of its own blocks alone, so that every row is some rank's and no row is two ranks'.
+        """
+        return {
+            row_name(self.wave.members[m].name, key, k): t[i]
+            for g, (m, _) in enumerate(self.map.groups)
+            for key, t in self.map.local_rows[g].items()
+            for i, k in enumerate(self.map.kept_blocks(g))
+            if not owned or self.map.parameters[g].owners[k] == self.wave.ranks.rank
+        }
+
+    def check(self, saved: Sequence[Mapping[str, Any]]) -> None:
+        """Make sure that `load` can take the members' state over.
+
+        Raises:
+            CheckpointError: partial state of other blocks than are this rank's here.
+        """
+        for g, (m, algorithm) in enumerate(self.map.groups):
+            there, here = saved[m].get(StateKey.of(algorithm.shape).blocks), self.map.kept_blocks(g)
+            if there is not None and there.tolist() != here:
+                raise CheckpointError(
+                    f"the checkpoint has blocks {_few(there.tolist())} of {self.wave.members[m].name!r} for this rank, "
+                    f"which has {_few(here)} here: another number of ranks, ZeRO stage or configuration of DeepSpeed.  "
+                    "Make one file of it that fits any: hf-shampoo4 checkpoint convert DIR, and give that to "
+                    "optimizer.load_state_dict"
+                )
+
+    def load(self, saved: Sequence[Mapping[str, Any]]) -> None:
+        """Take over what there is of the members' state, full or local; every rank must call it.
+
+        Raises:
+            ValueError: a tensor with neither all blocks nor those of this rank.
+        """
+        with all_or_none(self.wave.ranks):
+            are_dtensors = self.map.are_dtensors(saved)
+            rows = self.map.dtensor_rows(saved) if any(are_dtensors) else []
+            self.copy_whole(saved, are_dtensors)
+        if any(are_dtensors):
+            wanted = self.map.route.collect.of_blocks(self.map.rows_of(are_dtensors))
+            self.map.move(wanted, "load", rows, self.map.local_rows)
+
+    def copy_whole(self, saved: Sequence[Mapping[str, Any]], are_dtensors: Sequence[bool]) -> None:
+        """Take over what this rank has all it needs of: plain tensors of all blocks, or of its own."""
+        for g, (m, _) in enumerate(self.map.groups):
+            if are_dtensors[g]:
+                continue
+            mine, count = self.map.kept_blocks(g), len(self.map.parameters[g].rects)
+            for key, local in self.map.local_rows[g].items():
+                there = saved[m].get(key)
+                if there is None:
+                    continue
+                if len(there) not in (len(local), count):
+                    name = self.wave.members[m].name
+                    raise ValueError(f"state of {name!r}: {key} has {len(there)} blocks, expected {count}")
+                local.copy_(there if len(there) == len(local) else there[mine])
+
+
+def row_name(parameter: str, key: str, block: int) -> str:
+    """What one block's tensor is called where blocks are stored by themselves: "<parameter>/<state key>/<block>"."""
+    return f"{parameter}/{key}/{block}"
+
+
+def parse_row_name(name: str) -> tuple[str, str, int]:
+    """Parameter (whose name may have slashes), state key and block of a row; the inverse of `row_name`."""
+    parameter, shape, tensor, block = name.rsplit("/", 3)
+    return parameter, f"{shape}/{tensor}", int(block)
+
+
+def _few(numbers: list[int]) -> str:
+    return f"{numbers}" if len(numbers) <= 4 else f"{numbers[:4]} and {len(numbers) - 4} more"
