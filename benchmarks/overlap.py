@@ -22,7 +22,8 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from hf_shampoo4 import Shampoo4bit
 from hf_shampoo4.execution.wave_step import WaveStep
-from hf_shampoo4.utils.files import write_figure, write_json
+from hf_shampoo4.utils.files import write_json
+from hf_shampoo4.utils.plots import picture, style
 
 MATRICES, SIDE, STEPS = 6, 512, 3
 Spans = list[tuple[float, float]]
@@ -90,19 +91,18 @@ def write(profiler: Any, output: Path) -> None:
         "compute_ms": round(sum(end - start for start, end in computed) / 1e3, 2),
         "share_of_all_to_all_during_compute": round(together(sent, computed) / total, 3),
     })  # fmt: skip
-    write_figure(output.with_suffix(".png"), drawn(sent, computed))
+    draw(sent, computed, output.with_suffix(".png"))
 
 
-def drawn(sent: Spans, computed: Spans) -> Any:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(9, 1.8), layout="constrained")
-    axes = figure.subplots()
+def draw(sent: Spans, computed: Spans, path: Path) -> None:
     first = min(start for start, _ in [*sent, *computed])
-    for row, (spans_of, colour) in enumerate([(sent, "tab:orange"), (computed, "tab:blue")]):
-        axes.broken_barh([((a - first) / 1e3, (b - a) / 1e3) for a, b in spans_of], (row - 0.4, 0.8), color=colour)
-    axes.set(yticks=[0, 1], yticklabels=["all-to-alls under way", "a wave is computed"], xlabel="ms of one step")
-    return figure
+    with picture(path, (9, 2.4), grid="x") as (_, panels):
+        axes = panels[0][0]
+        for row, (spans_of, i) in enumerate([(sent, 1), (computed, 0)]):
+            spans_ms = [((a - first) / 1e3, (b - a) / 1e3) for a, b in spans_of]
+            axes.broken_barh(spans_ms, (row - 0.4, 0.8), color=style(i)["color"])
+        axes.set(yticks=[0, 1], yticklabels=["all-to-alls under way", "a wave is computed"], xlabel="ms of one step")
+        axes.set_title(f"One step of {MATRICES} matrices, 2 processes (gloo): what is sent while a wave is computed")
 
 
 if __name__ == "__main__":

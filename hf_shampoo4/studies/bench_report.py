@@ -112,23 +112,30 @@ def draw(told: Mapping[str, Any], path: Path) -> None:
     """
     shown = [r for r in told["results"] if not r["missing"]]
     size = (12, 1.8 + 0.42 * len(shown))
-    with picture(path, size, (1, 2), grid="x", sharey=True, width_ratios=(3, 2)) as (_, panels):
+    with picture(path, size, (1, 2), grid="x", sharey=True, width_ratios=(3, 2)) as (figure, panels):
         times, sizes = panels[0]
         for place, r in enumerate(shown):
             colour = COLOURS[2] if r["label"].startswith("ours") else COLOURS[0]
             times.barh(place, r["amortised"], color=colour, height=0.62)
-            times.plot([r["median"], r["worst"]], [place, place], color="#111827", linewidth=1)
+            times.plot([r["amortised"], r["worst"]], [place, place], color="#111827", linewidth=0.8, linestyle=":")
             times.plot(r["median"], place, "|", color="#111827", markersize=11)
             times.plot(r["worst"], place, ">", color="#111827", markersize=4)
-            times.annotate(f" {r['amortised']:.0f}", (max(r["worst"], r["amortised"]), place), va="center", fontsize=9)
+            inside = {"xytext": (-3, 0), "textcoords": "offset points", "ha": "right", "color": "white"}
+            times.annotate(f"{r['amortised']:.0f}", (r["amortised"], place), va="center", fontsize=9, **inside)
+            after = {"xytext": (5, 0), "textcoords": "offset points", "color": "#6b7280"}
+            times.annotate(f"worst {r['worst']:.0f}", (r["worst"], place), va="center", fontsize=8, **after)
             sizes.barh(place, r["state_bytes"] / 1e6, color=colour, height=0.62)
             left = r["state_bytes"] / 1e6
             sizes.barh(place, r["transient_bytes"] / 1e6, left=left, color=colour, height=0.62, alpha=0.35)
         times.set_yticks(range(len(shown)), [r["label"] for r in shown])
         times.invert_yaxis()
         times.set(
-            title="Optimizer step: mean (bar), median (|), worst (>)",
+            title="Optimizer step: mean (bar and number in it), median (|), worst (>)",
             xlabel=f"milliseconds ({told['settings']['clock']} time)",
             xscale="log",
         )
-        sizes.set(title="State (dark), transient (pale)", xlabel="MB")
+        sizes.set(title="State (dark), working memory (pale)", xlabel="MB")
+        given = told["settings"]
+        figure.suptitle(
+            f"{given['layers']} layers of {given['model']} on {told['machine'].get('accelerator') or 'a CPU'}"
+        )

@@ -17,7 +17,7 @@ from hf_shampoo4.studies.machine import machine, peak_memory_bytes
 from hf_shampoo4.studies.measured_run import Outcome, Settings, run_one
 from hf_shampoo4.studies.peers import optimizer_of
 from hf_shampoo4.utils.files import write_json
-from hf_shampoo4.utils.plots import COLOURS, picture
+from hf_shampoo4.utils.plots import picture, style
 
 
 def demo(
@@ -117,35 +117,35 @@ def draw(outcomes: Sequence[Outcome], path: Path) -> None:
     """
     with picture(path, (11, 4.6), (1, 2), dpi=160, sharey=True) as (figure, axes):
         by_step, by_time = axes[0]
-        for o, colour in zip(outcomes, itertools.cycle(COLOURS)):
-            _draw_run(by_step, by_time, o, colour)
+        for i, o in enumerate(outcomes):
+            _draw_run(by_step, by_time, o, style(i))
         _mark_reached(by_step, outcomes)
-        by_step.set(xlabel="step", ylabel="validation loss", ylim=_loss_range(outcomes))
+        by_step.set(xlabel="step", ylabel="validation loss, nats a token", ylim=_loss_range(outcomes))
         by_time.set(xlabel="training time, s (evaluation left out)")
         by_step.legend(frameon=False, loc="upper right")
         figure.suptitle("The same small LLaMA, weights and batches; only the optimizer differs", fontsize=12)
 
 
-def _draw_run(by_step: Any, by_time: Any, o: Outcome, colour: str) -> None:
+def _draw_run(by_step: Any, by_time: Any, o: Outcome, look: Mapping[str, Any]) -> None:
     elapsed = [0.0, *itertools.accumulate(o.step_seconds)]
     steps, losses = zip(*o.validation, strict=True)
-    style = {"color": colour, "linewidth": 2, "marker": "o", "markersize": 3.5}
+    look = {**look, "linewidth": 2, "markersize": 4.5}
     label = f"{o.label}: {o.final_loss:.3f}, {o.bytes_per_parameter:.2f} bytes/param"
-    by_step.plot(steps, losses, label=label, **style)
-    by_time.plot([elapsed[step] for step in steps], losses, **style)
+    by_step.plot(steps, losses, label=label, **look)
+    by_time.plot([elapsed[step] for step in steps], losses, **look)
 
 
 def _mark_reached(axes: Any, outcomes: Sequence[Outcome]) -> None:
     """Where the best of the others passes the reference's final loss."""
     reference = outcomes[0]
-    axes.axhline(reference.final_loss, color=COLOURS[0], linewidth=1, linestyle=(0, (4, 3)))
+    axes.axhline(reference.final_loss, color=style(0)["color"], linewidth=1, linestyle=(0, (4, 3)))
     reached = [(step, i) for i, o in enumerate(outcomes[1:], 1) if (step := o.steps_to(reference.final_loss))]
     if reached and min(reached)[0] < reference.validation[-1][0]:
         step, index = min(reached)
         axes.annotate(
             f"{reference.label}'s final loss\nat step {step:.0f}", (step, reference.final_loss),
-            xytext=(0, 75), textcoords="offset points", ha="center", color=COLOURS[index % len(COLOURS)],
-            arrowprops={"arrowstyle": "->", "color": COLOURS[index % len(COLOURS)]},
+            xytext=(0, 75), textcoords="offset points", ha="center", color=style(index)["color"],
+            arrowprops={"arrowstyle": "->", "color": style(index)["color"]},
         )  # fmt: skip
 
 

@@ -195,6 +195,7 @@ def measure_all(folder: Path, order: int, files: Sequence[Path] | None, first_co
     for matrix in matrices:
         found[matrix.name] = measure(matrix)
         print_table(matrix, found[matrix.name])
-    write_json(folder / "errors.json", summary(matrices, found))
-    draw(matrices, found, folder / "errors.png")
+    told = summary(matrices, found)
+    write_json(folder / "errors.json", told)
+    draw(told, folder / "errors.png")
     print(f"Numbers: {folder / 'errors.json'}   picture: {folder / 'errors.png'}")

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from hf_shampoo4.studies.quantization_matrices import BLOCK, Matrix, Scheme
-from hf_shampoo4.utils.plots import picture
+from hf_shampoo4.utils.plots import picture, style
 
 Found = dict[str, dict[Scheme, tuple[float, float]]]
 
@@ -58,41 +58,53 @@ def _condition(a: Tensor) -> float:
     return float(eigenvalues[-1] / eigenvalues[0].clamp_min(1e-300))
 
 
-COLOURS = {"A": "#d9480f", "U": "#1971c2", "C": "#2f9e44", "C+EF": "#862e9c", "C+EF mean": "#862e9c"}
+LOOKS = {kind: style(i) for i, kind in enumerate(("A", "U", "C", "C+EF", "C+EF mean"))}
+MEANINGS = (
+    "What is rounded of a preconditioner A: A itself, its eigenvectors U, its Cholesky factor C, without or with error "
+    "feedback (EF; mean: over many stores).\nNRE: |f(A) - f(rounded A)| / |f(A)| in the Frobenius norm, for "
+    "f(A) = $A^{-1/4}$.  Left is better."
+)
 
 
-def draw(matrices: Sequence[Matrix], found: Found, path: Path) -> None:
-    """A panel for each matrix: a dot for our NRE, a diamond for the paper's.
+def draw(told: Mapping[str, Any], path: Path) -> None:
+    """A panel for each matrix: a filled mark for our NRE, an empty diamond for the paper's.
 
     Args:
-        matrices: what was measured.
-        found: name -> scheme -> (NRE, AE).
+        told: what `summary` gives.
         path: the PNG file.
     """
+    size = (3.1 + 2.9 * len(told), 6.2)
+    with picture(path, size, (1, len(told)), grid="x", font=10, sharey=True, sharex=True) as (figure, axes):
+        panels = list(axes[0])
+        for panel, (name, matrix) in zip(panels, told.items(), strict=True):
+            _draw_panel(panel, name, matrix["rows"])
+        rows = next(iter(told.values()))["rows"]
+        panels[0].set_yticks(range(len(rows)), [_scheme(row).label for row in rows])
+        panels[0].invert_yaxis()
+        _legend(figure)
+        order = next(iter(told.values()))["order"]
+        figure.suptitle(f"Error of the inverse fourth root after rounding a preconditioner of order {order:,}")
+        figure.supxlabel(MEANINGS, fontsize=8.5)
+
+
+def _legend(figure: Any) -> None:
     from matplotlib.lines import Line2D
 
-    size = (3.1 + 2.9 * len(matrices), 5.8)
-    with picture(path, size, (1, len(matrices)), grid="x", font=10, sharey=True, sharex=True) as (figure, axes):
-        panels, schemes = list(axes[0]), list(found[matrices[0].name])
-        for panel, matrix in zip(panels, matrices, strict=True):
-            _draw_panel(panel, matrix, found[matrix.name])
-        panels[0].set_yticks(range(len(schemes)), [scheme.label for scheme in schemes])
-        panels[0].invert_yaxis()
-        marks = [
-            Line2D([], [], marker="o", color="#495057", linestyle="", label="ours"),
-            Line2D([], [], marker="D", color="#212529", fillstyle="none", linestyle="", label="published"),
-        ]
-        figure.legend(handles=marks, loc="outside lower center", ncols=2, frameon=False)
-        order = len(matrices[0].a)
-        figure.suptitle(f"Error of the inverse fourth root after quantising a preconditioner of order {order}")
+    published = {"marker": "D", "color": "#111827", "fillstyle": "none", "markersize": 8, "label": "published"}
+    ours = {"marker": "o", "color": "#6b7280", "label": "ours (a mark for each kind of row)"}
+    marks = [Line2D([], [], linestyle="", **look) for look in (ours, published)]
+    figure.legend(handles=marks, loc="outside upper right", ncols=2, frameon=False, fontsize=9)
 
 
-def _draw_panel(axes: Any, matrix: Matrix, found: Mapping[Scheme, tuple[float, float]]) -> None:
-    for y, (scheme, (nre, _)) in enumerate(found.items()):
-        colour = COLOURS[scheme.quantised]
-        axes.plot([1e-4, nre], [y, y], color=colour, alpha=0.25, linewidth=2)
-        axes.plot(nre, y, "o", color=colour, markersize=7)
-        if scheme in matrix.paper:
-            axes.plot(matrix.paper[scheme][0], y, "D", markersize=8, fillstyle="none", color="#212529")
-    title = matrix.name.replace(", ", ",\n")
-    axes.set(xscale="log", xlim=(1.5e-3, 1.2), title=title, xlabel="NRE of $A^{-1/4}$")
+def _scheme(row: Mapping[str, Any]) -> Scheme:
+    return Scheme(row["quantised"], row["codebook"], row["bits"], row["bjorck"])
+
+
+def _draw_panel(axes: Any, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
+    for y, row in enumerate(rows):
+        look = LOOKS[row["quantised"]]
+        axes.plot([1e-4, row["nre"]], [y, y], color=look["color"], alpha=0.25, linewidth=2)
+        axes.plot(row["nre"], y, look["marker"], color=look["color"], markersize=7)
+        if row["paper"]:
+            axes.plot(row["paper"][0], y, "D", markersize=9, fillstyle="none", color="#111827")
+    axes.set(xscale="log", xlim=(1.5e-3, 1.2), title=name.replace(", ", ",\n"), xlabel="NRE of $A^{-1/4}$")

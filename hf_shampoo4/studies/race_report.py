@@ -14,6 +14,7 @@ from hf_shampoo4.studies.race_results import Row, gain_and_noise, rows_of
 from hf_shampoo4.utils.files import write_json, write_text
 from hf_shampoo4.utils.plots import COLOURS, label_ends, picture, style
 
+PUBLISHED: Settings = {"facecolor": "#fde3d3", "edgecolor": COLOURS[1], "hatch": "///", "linewidth": 0}
 LINES = 6  # of a picture: more cannot be followed
 REMARKS = "<!-- below this line: written by hand, kept when the table is written again -->"
 
@@ -202,7 +203,7 @@ def draw_shares(title: str, rows: Sequence[Row], path: Path) -> None:
             _draw_share(shares, place, row)
         losses.set_yticks(range(len(rows)), [f"{row.label}  ({row.bytes_per_parameter:.2f} B/param)" for row in rows])
         losses.invert_yaxis()
-        losses.set(title="Final validation loss, each seed and the mean", xlabel="loss")
+        losses.set(title="Final validation loss: each seed (dot), the mean (|)", xlabel="nats a token")
         shares.set(title=title, xlabel="per cent (bar: standard error)")
         _finish(shares, any(row.paper for row in rows))
 
@@ -215,13 +216,13 @@ def _draw_losses(axes: Any, place: int, row: Row) -> None:
 def _draw_share(axes: Any, place: int, row: Row) -> None:
     if row.paper is not None:
         low, high = 100 * min(row.paper) - 0.7, 100 * max(row.paper) + 0.7
-        axes.barh(place, high - low, left=low, height=0.7, color=COLOURS[1], alpha=0.3, linewidth=0)
+        axes.barh(place, high - low, left=low, height=0.7, **PUBLISHED)
     if row.share is not None:
         error = 100 * (row.share_error or 0.0)
         axes.errorbar(100 * row.share, place, xerr=error, color=COLOURS[2], fmt="o", markersize=6, capsize=4)
         axes.annotate(
-            f"{row.share:.0%}", (100 * row.share, place), xytext=(0, 6), textcoords="offset points", ha="center",
-            fontsize=9, color=COLOURS[2],
+            f"{row.share:.0%}", (100 * row.share, place), xytext=(0, 7), textcoords="offset points", ha="center",
+            fontsize=9, color=COLOURS[2], bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5},
         )  # fmt: skip
 
 
@@ -232,5 +233,5 @@ def _finish(axes: Any, has_published: bool) -> None:
     for end in (0, 100):
         axes.axvline(end, color=COLOURS[0], linewidth=1, linestyle=(0, (4, 3)))
     if has_published:
-        shaded = [Patch(color=COLOURS[1], alpha=0.3, label="published, other models")]
-        axes.legend(handles=shaded, frameon=False, loc="lower left")
+        hatched = [Patch(label="published, other models", **PUBLISHED)]
+        axes.figure.legend(handles=hatched, frameon=False, loc="outside lower right")

@@ -171,7 +171,7 @@ def _spread(values: Sequence[float], places: int) -> str:
 
 
 def draw(results: Sequence[Result], path: Path) -> None:
-    """Test loss by epoch as a PNG: a row a model, a column a base; lines are means, bands the range over seeds."""
+    """Test loss by epoch as a PNG: a row a model, a column a base; lines are means, bars the range over seeds."""
     from matplotlib.ticker import MaxNLocator
 
     models, bases = (list(dict.fromkeys(getattr(c, name) for c, _ in results)) for name in ("model", "base"))
@@ -180,7 +180,8 @@ def draw(results: Sequence[Result], path: Path) -> None:
         for contestant, runs in results:
             axes = panels[models.index(contestant.model)][bases.index(contestant.base)]
             _draw_curves(axes, contestant.optimizer, [run["test_loss_by_epoch"] for run in runs])
-            axes.set(title=f"{contestant.model}, {contestant.base}", xlabel="epoch", ylabel="test loss", yscale="log")
+            axes.set(title=f"{contestant.model}, {contestant.base}", xlabel="epoch", yscale="log")
+            axes.set_ylabel("test loss, nats an image")
         for axes in panels.flat:
             axes.xaxis.set_major_locator(MaxNLocator(integer=True))
             axes.legend(frameon=False, fontsize=8)
@@ -189,10 +190,12 @@ def draw(results: Sequence[Result], path: Path) -> None:
 def _draw_curves(axes: Any, label: str, curves: Sequence[Sequence[float]]) -> None:
     by_epoch = list(zip(*curves, strict=True))
     epochs = range(1, len(by_epoch) + 1)
-    means, look = [statistics.mean(losses) for losses in by_epoch], style(len(axes.get_lines()))
-    axes.plot(epochs, means, linewidth=2, label=f"{label}: {means[-1]:.3f}", **look)
-    band = (list(map(min, by_epoch)), list(map(max, by_epoch)))
-    axes.fill_between(epochs, *band, color=look["color"], alpha=0.15, linewidth=0)
+    means, look = [statistics.mean(losses) for losses in by_epoch], style(len(axes.containers))
+    spread = ([mean - min(row) for mean, row in zip(means, by_epoch, strict=True)],
+              [max(row) - mean for mean, row in zip(means, by_epoch, strict=True)])  # fmt: skip
+    shift = 0.04 * (len(axes.containers) - 1.5)  # bars beside each other, not over each other
+    at = [epoch + shift for epoch in epochs]
+    axes.errorbar(at, means, yerr=spread, linewidth=1.8, elinewidth=1, label=f"{label}: {means[-1]:.3f}", **look)
 
 
 # ---------------------------------------------------------------------------------------------------- command line
