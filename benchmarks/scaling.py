@@ -25,9 +25,11 @@ from hf_shampoo4.execution.blocking import loads_of
 from hf_shampoo4.execution.build import build
 from hf_shampoo4.execution.waves import Wave
 from hf_shampoo4.options import Options
-from hf_shampoo4.sharding.exchange import Ranks, Transfer
+from hf_shampoo4.sharding.dtensor import sharded
+from hf_shampoo4.sharding.exchange import Ranks
 from hf_shampoo4.sharding.local_parameter import local_parameter
-from hf_shampoo4.sharding.placement import Layout, Split, sharded
+from hf_shampoo4.sharding.placement import Layout, Split
+from hf_shampoo4.sharding.route import Transfer
 
 # hidden, inner, layers, rows of keys and values, vocabulary
 MODELS = {

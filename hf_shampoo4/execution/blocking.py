@@ -22,7 +22,7 @@ from ..preconditioners.operations import amortised
 from ..preconditioners.protocols import Algorithm
 from ..preconditioners.schedule import intervals
 from ..sharding.geometry import MatrixView, Rect, entries_view, matrix_view, partition
-from ..sharding.placement import Load
+from ..sharding.owners import Load
 
 WAVE_ELEMENTS = 1 << 24  # 64 MiB of float32 gradient
 STRIP = 1 << 20  # entries of a small strip: as many as a block of 1024 x 1024

@@ -12,9 +12,11 @@ from ..options import Options
 from ..preconditioners.algorithms import Elementwise
 from ..preconditioners.protocols import Algorithm
 from ..sharding.agreement import gather_or_raise
+from ..sharding.dtensor import Sharding, placed, sharding_of
 from ..sharding.exchange import Ranks
 from ..sharding.local_parameter import LocalParameter, may_be_replicas, overlapping
-from ..sharding.placement import Placement, Sharding, assign, placed, ranges, sharding_of
+from ..sharding.owners import assign
+from ..sharding.placement import Placement, ranges
 from .blocking import Block, blocks_of, in_waves, loads_of, phases_of
 from .waves import BlockStack, Wave, WaveParameter
 

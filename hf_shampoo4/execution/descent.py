@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..numerics.rounding import noise_at, to_bfloat16
 from ..options import Options
-from ..sharding.exchange import Piece
+from ..sharding.route import Piece
 from .waves import Wave
 
 

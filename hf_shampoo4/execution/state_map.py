@@ -11,9 +11,11 @@ from torch import Tensor
 
 from ..numerics.storage import Index, index_of
 from ..sharding.agreement import all_or_none
-from ..sharding.exchange import BlockedParameter, Form, Piece, Route, Transfer, packed, route
+from ..sharding.dtensor import sharded
+from ..sharding.exchange import Form, packed
 from ..sharding.geometry import MatrixView, Rect
-from ..sharding.placement import Placement, sharded, whole
+from ..sharding.placement import Placement, whole
+from ..sharding.route import BlockedParameter, Piece, Route, Transfer, route
 from .state_layout import Entry, StateKey
 
 if TYPE_CHECKING:

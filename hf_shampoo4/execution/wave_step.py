@@ -13,7 +13,8 @@ from ..options import Options
 from ..preconditioners.algorithms import compute_updates
 from ..preconditioners.protocols import Context
 from ..sharding.agreement import Failures, View
-from ..sharding.exchange import Form, Pending, Piece, packed
+from ..sharding.exchange import Form, Pending, packed
+from ..sharding.route import Piece
 from .descent import Descent
 from .gradients import dtype_of
 from .state_map import Rows

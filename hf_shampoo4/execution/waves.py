@@ -24,10 +24,11 @@ from torch import Tensor
 from ..numerics.storage import Index, State, gather_rows, index_of, scatter_rows
 from ..options import Options
 from ..preconditioners.protocols import Algorithm, rows_that_change
-from ..sharding.exchange import BlockedParameter, Ranks, Route, route
+from ..sharding.exchange import Ranks
 from ..sharding.geometry import MatrixView, Rect
 from ..sharding.local_parameter import LocalParameter
 from ..sharding.placement import Placement
+from ..sharding.route import BlockedParameter, Route, route
 from .blocking import Block, in_parts
 from .state_map import Rows
 from .wave_state import WaveState

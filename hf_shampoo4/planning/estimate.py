@@ -17,7 +17,7 @@ from ..execution.waves import WaveParameter
 from ..options import resolve
 from ..preconditioners.algorithms import Elementwise
 from ..utils.extras import named
-from .figures import Load, Plan
+from .figures import OverRanks, Plan
 from .other_optimizers import bytes_of_others
 from .sharding_names import SHARDINGS
 from .shardings import planned_groups, sharding_of
@@ -80,7 +80,7 @@ def plan(
         preconditioned_tensors=len(factored),
         blocks=len(blocks),
         largest_block=max((block.shape for block in blocks), key=math.prod, default=(0, 0)),
-        **{name: Load.of(getattr(tally, name)) for name in RANK_FIGURES},
+        **{name: OverRanks.of(getattr(tally, name)) for name in RANK_FIGURES},
         others=bytes_of_others(model, world_size, groups[0].replicated),
     )
 

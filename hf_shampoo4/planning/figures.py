@@ -11,7 +11,7 @@ from .sharding_names import SHARDINGS
 
 
 @dataclass(frozen=True)
-class Load:
+class OverRanks:
     """One quantity over the ranks."""
 
     total: int
@@ -19,7 +19,7 @@ class Load:
     """Of one rank."""
 
     @classmethod
-    def of(cls, ranks: np.ndarray) -> Load:
+    def of(cls, ranks: np.ndarray) -> OverRanks:
         return cls(int(ranks.sum()), int(ranks.max()))
 
 
@@ -45,19 +45,19 @@ class Plan:
     blocks: int
     """Rectangles with a pair of factors."""
     largest_block: tuple[int, int]
-    state: Load
-    working: Load
+    state: OverRanks
+    working: OverRanks
     """Gradient copies and other temporaries of the largest wave; an estimate."""
-    exchange: Load
+    exchange: OverRanks
     """What is sent and received of the largest wave, in buffers."""
-    work: Load
+    work: OverRanks
     """Operations of the blocks' owners, an average step: `preconditioners.operations.Work.cost`."""
-    wire_step: Load
+    wire_step: OverRanks
     """Sent by the optimizer in a late step, on average where refreshes are spread over the steps of a period; what the
     data parallelism itself sends is not in it."""
-    wire_refresh: Load
+    wire_refresh: OverRanks
     """The same in a step that computes all factors, roots or bases."""
-    others: dict[str, Load]
+    others: dict[str, OverRanks]
     """State of other optimizers of this model, cut evenly over the ranks where ours is."""
 
     @property
@@ -65,7 +65,7 @@ class Plan:
         """Optimizer memory of the fullest rank at the worst moment of a step."""
         return self.state.largest + self.working.largest + self.exchange.largest
 
-    def bytes_per_parameter(self, load: Load) -> float:
+    def bytes_per_parameter(self, load: OverRanks) -> float:
         """Of one copy of the state."""
         return load.total / self.parameters / self.copies
 

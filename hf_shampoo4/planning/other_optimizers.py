@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from ..groups import is_of_matrices, param_groups
-from .figures import Load
+from .figures import OverRanks
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ OTHERS = {"AdamW, 32-bit": _adamw, "AdamW, 8-bit": _adamw_8bit, "SOAP": _soap, "
 """Optimizer -> bytes of its state for a float32 parameter."""
 
 
-def bytes_of_others(model: nn.Module, world: int, replicated: bool) -> dict[str, Load]:
+def bytes_of_others(model: nn.Module, world: int, replicated: bool) -> dict[str, OverRanks]:
     """Bytes of state by optimizer: a whole copy for every rank where ours is replicated, else cut evenly over them."""
     embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     matrices = {id(p) for group in param_groups(model) if is_of_matrices(group) for _, p in group["params"]}
@@ -58,5 +58,5 @@ def bytes_of_others(model: nn.Module, world: int, replicated: bool) -> dict[str,
     ]
     sizes = {label: sum(map(size, treated)) for label, size in OTHERS.items()}
     if replicated:
-        return {label: Load(size * world, size) for label, size in sizes.items()}
-    return {label: Load(size, -(-size // world)) for label, size in sizes.items()}
+        return {label: OverRanks(size * world, size) for label, size in sizes.items()}
+    return {label: OverRanks(size, -(-size // world)) for label, size in sizes.items()}

@@ -17,8 +17,9 @@ from ..execution.waves import WaveParameter
 from ..groups import options_of, param_groups
 from ..integrations.trainer import head_options
 from ..options import Options
+from ..sharding.dtensor import sharded
 from ..sharding.local_parameter import local_parameter
-from ..sharding.placement import Layout, Placement, Split, ranges, sharded, whole
+from ..sharding.placement import Layout, Placement, Split, ranges, whole
 
 NODE = 8  # ranks that share a copy of the model under HSDP, unless said otherwise: the GPUs of a machine
 SUB_GROUP = 1_000_000_000  # entries of a rank that ZeRO-3 updates together: DeepSpeed's default sub_group_size

@@ -16,7 +16,8 @@ from ..numerics.storage import nbytes
 from ..preconditioners.protocols import Algorithm
 from ..preconditioners.schedule import intervals
 from ..sharding.geometry import Rect
-from ..sharding.placement import Placement, Region
+from ..sharding.placement import Placement
+from ..sharding.regions import Region
 from .shardings import PlannedGroup
 
 RANK_FIGURES = ("state", "working", "exchange", "work", "wire_step", "wire_refresh")

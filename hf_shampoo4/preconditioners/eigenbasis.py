@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 
 from ..numerics.linalg import clamp_rms, rotate, transpose
-from ..numerics.storage import Dense, Index, State, Storage, covers
+from ..numerics.storage import Dense, Index, covers
 from ..options import Options
 from .bases import MIN_DECAY, TINY, DecodedSide, Side, statistic
 from .moments import Adam, Momentum, bias, write_first
 from .operations import Work, coding_workspace, product, total
-from .protocols import Context, Stack, side_state
+from .protocols import Context, Stack
+from .two_sided import TwoSided, side_state
 
 FLOOR = 1e-7  # of a side's largest eigenvalue: the least that KL's whitening and stored moments are divided by
 LARGEST = 1e30  # of a whitened moment, which grows while no gradient comes and eigenvalues are forgotten faster
@@ -23,10 +24,9 @@ LIMIT = 32.0  # of an entry of SOAP's direction: Adam's own is at most 1 / sqrt(
 
 
 @dataclass(frozen=True)
-class Eigenbasis:
+class Eigenbasis(TwoSided):
     """A block of m x n with two Kronecker factors, of which one may be diagonal."""
 
-    shape: tuple[int, ...]
     moments: Adam | Momentum
     """`Momentum`: KL-Shampoo, the eigenvalues take the second moment's place."""
     left: Side
@@ -40,19 +40,6 @@ class Eigenbasis:
     def is_two_sided(self) -> bool:
         """Whether both sides are rotated."""
         return self.left.basis is not None and self.right.basis is not None
-
-    def storages(self) -> dict[str, Storage]:
-        return {
-            "steps": Dense(()),
-            "failures": Dense((), torch.int32),
-            **{f"left.{name}": storage for name, storage in self.left.storages().items()},
-            **{f"right.{name}": storage for name, storage in self.right.storages().items()},
-            **self.moments.storages(),
-        }
-
-    def initialise(self, state: State) -> None:
-        self.left.initialise(side_state(state, "left"))
-        self.right.initialise(side_state(state, "right"))
 
     def work(self) -> dict[str, Work]:
         m, n = self.shape

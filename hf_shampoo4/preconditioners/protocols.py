@@ -113,11 +113,6 @@ class Algorithm(Protocol):
         """
 
 
-def side_state(state: State, side: str) -> State:
-    """The state of one Kronecker side, "left" or "right", under its own names."""
-    return {name.removeprefix(side + "."): buffers for name, buffers in state.items() if name.startswith(side + ".")}
-
-
 def rows_that_change(
     algorithm: Algorithm, options: Options, updates: Sequence[int], phases: Sequence[float]
 ) -> dict[str, set[int]]:

@@ -7,39 +7,25 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
-from ..numerics.storage import Dense, Index, State, Storage, gather_rows, scatter_rows
+from ..numerics.storage import Index, State, gather_rows, scatter_rows
 from .factors import Factor
 from .moments import Base
 from .operations import Work, coding_workspace, product
-from .protocols import Context, Stack, side_state
+from .protocols import Context, Stack
+from .two_sided import TwoSided, side_state
 
 
 @dataclass(frozen=True)
-class Shampoo:
+class Shampoo(TwoSided):
     """Two factors, kept as `factors` says, and the moments of what they precondition."""
 
-    shape: tuple[int, ...]
     moments: Base
     left: Factor
     right: Factor
 
     grafted: ClassVar[bool] = True
-
-    def storages(self) -> dict[str, Storage]:
-        return {
-            "steps": Dense(()),
-            "failures": Dense((), torch.int32),
-            **{f"left.{name}": storage for name, storage in self.left.storages().items()},
-            **{f"right.{name}": storage for name, storage in self.right.storages().items()},
-            **self.moments.storages(),
-        }
-
-    def initialise(self, state: State) -> None:
-        self.left.initialise(side_state(state, "left"))
-        self.right.initialise(side_state(state, "right"))
 
     def work(self) -> dict[str, Work]:
         m, n = self.shape

@@ -22,7 +22,7 @@ from hf_shampoo4.options import Options, parse_optim_args
 from hf_shampoo4.preconditioners import eigenbasis
 from hf_shampoo4.preconditioners.algorithms import Elementwise
 from hf_shampoo4.preconditioners.bases import DecodedSide, factor_in_basis, make_sides, rotated_sides, statistic
-from hf_shampoo4.preconditioners.protocols import side_state
+from hf_shampoo4.preconditioners.two_sided import side_state
 
 FAMILY = ("soap", "kl_shampoo", "kl_soap")
 Array = np.ndarray

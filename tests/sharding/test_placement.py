@@ -18,22 +18,11 @@ from torch.distributed.tensor.placement_types import _StridedShard
 from hf_shampoo4.execution.blocking import blocks_of, loads_of
 from hf_shampoo4.options import Options
 from hf_shampoo4.preconditioners.algorithms import make_algorithm
+from hf_shampoo4.sharding.dtensor import Sharding, placed, sharded, splits_of
 from hf_shampoo4.sharding.geometry import MatrixView, Rect, matrix_view
-from hf_shampoo4.sharding.placement import (
-    Layout,
-    Load,
-    Placement,
-    Region,
-    Sharding,
-    Split,
-    assign,
-    local_rects,
-    placed,
-    ranges,
-    sharded,
-    splits_of,
-    whole,
-)
+from hf_shampoo4.sharding.owners import Load, assign
+from hf_shampoo4.sharding.placement import Layout, Placement, Split, ranges, whole
+from hf_shampoo4.sharding.regions import Region, local_rects
 from tests.support.reference import PROPERTY
 from tests.support.regions import entries
 

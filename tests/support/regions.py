@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from hf_shampoo4.sharding.placement import Region
+from hf_shampoo4.sharding.regions import Region
 
 
 def entries(region: Region) -> np.ndarray:

@@ -7,9 +7,10 @@ import numpy as np
 import torch
 from hypothesis import given
 
-from hf_shampoo4.sharding.exchange import BlockedParameter, Transfer, route
+from hf_shampoo4.sharding.dtensor import sharded
 from hf_shampoo4.sharding.geometry import MatrixView, matrix_view, partition
-from hf_shampoo4.sharding.placement import Layout, Placement, Split, ranges, sharded, whole
+from hf_shampoo4.sharding.placement import Layout, Placement, Split, ranges, whole
+from hf_shampoo4.sharding.route import BlockedParameter, Transfer, route
 from tests.support.reference import PROPERTY
 from tests.support.regions import entries
 
