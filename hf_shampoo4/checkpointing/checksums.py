@@ -26,7 +26,7 @@ KEY = "checksums"
 
 
 def of_tensor(t: Tensor, before: int = 0) -> int:
-    """Of the bytes of a tensor, row-major, after what `before` is of."""
+    """CRC-32 of the bytes of a tensor of any dtype, row-major, after what `before` is of."""
     flat = t.detach().cpu().contiguous().reshape(-1)
     return zlib.crc32(flat.view(torch.uint8).numpy().data, before) if flat.numel() else before
 

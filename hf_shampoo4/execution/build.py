@@ -36,7 +36,7 @@ def build(groups: Sequence[tuple[Options, Sequence[LocalParameter], Shapes]], ra
     """
     every = [local for _, of_group, _ in groups for local in of_group]
     reports = zip(*gather_or_raise(ranks, lambda: [_reported(local, ranks) for local in every]), strict=True)
-    placements = iter([_placement(local, by_rank) for local, by_rank in zip(every, reports, strict=True)])
+    placements = iter([placement_of(local, by_rank) for local, by_rank in zip(every, reports, strict=True)])
     members = []
     for options, of_group, shapes in groups:
         blocks = {name: blocks_of(shape, options) for name, shape in shapes.items()}
@@ -77,7 +77,7 @@ def _reported(local: LocalParameter, ranks: Ranks) -> _Report:
     return _Report(None, sharding, local.digest() if len(sharding.mesh) < ranks.world else [])
 
 
-def _placement(local: LocalParameter, by_rank: Sequence[_Report]) -> Placement:
+def placement_of(local: LocalParameter, by_rank: Sequence[_Report]) -> Placement:
     """Where all of a parameter is, from what each rank says."""
     if local.range is None:
         placement = placed(local.name, local.shape, [report.sharding for report in by_rank])

@@ -91,7 +91,7 @@ class SkippedSteps:
 
 
 def _squares_are_finite(gradients: list[Tensor]) -> bool:
-    """Of gradients on one device: an infinite second moment would never move again."""
+    """Of flat gradients on one device: an infinite second moment would never be finite again."""
     if gradients[0].device.type == "cpu":  # where the norm of one tensor takes 25 times as long
         extremes = [x for gradient in gradients for x in torch.aminmax(gradient)]
     else:

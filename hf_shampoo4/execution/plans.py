@@ -183,6 +183,7 @@ class Plans:
         return surveyed, dropped
 
     def _standing(self, local: LocalParameter, before: Mapping[Tensor, Entry], state: State) -> Standing:
+        """How one parameter's state is on this rank; `before` is what the plan before had."""
         p = local.parameter
         had, has = set(before.get(p, ())), set(own_state(state.get(p, {})))
         complete = had <= has

@@ -1,4 +1,4 @@
-"""Between live state, on the owners of blocks, and saved state, where the parameters' placements say."""
+"""Between local state, on the owners of blocks, and full state, where the parameters' placements say."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 class Rows(NamedTuple):
-    """State of some blocks: rows of a buffer."""
+    """State of some blocks: rows of a buffer, whose dim 0 is the block."""
 
     buffer: Tensor
     at: Index
@@ -31,19 +31,22 @@ class Rows(NamedTuple):
 
     @property
     def form(self) -> Form:
+        """Shape (rows, ...) and dtype of what is read."""
         return Form((self.many, *self.buffer.shape[1:]), self.buffer.dtype)
 
     def read(self) -> Tensor:
+        """(rows, ...), a view for a slice, else a copy."""
         return self.buffer[self.at]
 
     def write(self, values: Tensor) -> None:
+        """Replace them by `values`, (rows, ...)."""
         self.buffer[self.at] = values
 
 
 class StateMap:
-    """The rows of a wave's state: live on their owners, saved where the parameters' placements say.
+    """The rows of a wave's state: local on their owners, full where the parameters' placements say.
 
-    A row moves as an entry of a vector of rows would, so `exchange.route` knows the way: `collect` is loading,
+    A row moves as an entry of a vector of rows would, so `route.route` knows the way: `collect` is loading,
     `send` saving.
     """
 
@@ -167,7 +170,13 @@ def _by_block(p: Any) -> tuple[Any, ...]:
 
 
 def _as_saved(rows: Tensor, p: Any, blocks: int) -> Tensor:
-    """This rank's rows of all blocks, as a DTensor if the parameter is one."""
+    """A tensor of all blocks, (blocks, ...), as a DTensor if the parameter is one, else the rows themselves.
+
+    Args:
+        rows: (rows, ...), those that this rank has in full state.
+        p: the parameter.
+        blocks: how many there are in all.
+    """
     if not hasattr(p, "device_mesh"):
         return rows
     from torch.distributed.tensor import DTensor

@@ -219,12 +219,12 @@ class WaveStep:
         return filled
 
     def _updated(self, pieces: Sequence[Piece]) -> tuple[list[Piece], list[Tensor]]:
-        """Those of this rank's pieces that have an update, as all have unless `update` failed; their updates."""
+        """This rank's pieces that have an update, as all have unless `update` failed; these, each (rows, columns)."""
         there = [p for p in pieces if p.block in self._updates]
         return there, [p.of_block(self._updates[p.block]) for p in there]
 
     def results(self, pieces: Sequence[Piece]) -> list[Tensor]:
-        """What is sent of pieces of this rank's blocks."""
+        """What is sent of pieces of this rank's blocks, each (rows, columns): updates, or new weights."""
         if not self.sends_weights:
             return [p.of_block(self._updates[p.block]) for p in pieces]
         flats = {m: self.wave.members[m].local.weights() for m in {p.member for p in pieces}}

@@ -74,7 +74,7 @@ class WaveParameter:
         return len(self.placement.shards)
 
     def gradient(self) -> Tensor:
-        """What this rank has of its gradient, flat; zeros if there is none."""
+        """What this rank has of its gradient, flat and in its own dtype; zeros if there is none."""
         found = self.local.gradient()
         return torch.zeros_like(self.local.weights()) if found is None else found
 
@@ -96,8 +96,11 @@ class BlockStack:
     blocks: list[int]
     """Their positions in the wave."""
     membership: Tensor
+    """float32 (members, B): 1 where the block belongs to the member."""
     seed_offsets: Tensor
+    """int32 (B,)."""
     phases: list[float]
+    """Of the blocks, in [0, 1)."""
     state: State = field(default_factory=dict)
     updates: list[int] = field(default_factory=list)
     """How many each block has had, while a step works on it: this one included."""
@@ -115,7 +118,7 @@ class BlockStack:
 
 @dataclass(frozen=True)
 class Part:
-    """What of a wave is computed together, and the way to the owners and back."""
+    """Blocks of a wave that are computed at a time, and their way to the owners and back."""
 
     blocks: frozenset[int]
     route: Route
@@ -144,28 +147,23 @@ class Wave:
 
     @cached_property
     def owners(self) -> list[int]:
-        """Of every block."""
+        """The owner's rank, of every block."""
         return [owner for member in self.members for owner in member.owners]
 
     @cached_property
     def member_of(self) -> list[int]:
-        """Of every block."""
+        """The position of the member that has it, of every block."""
         return [m for m, member in enumerate(self.members) for _ in member.blocks]
 
     @cached_property
     def rects(self) -> list[Rect]:
-        """Of every block."""
+        """The rectangle of its parameter's matrix view, of every block."""
         return [block.rect for member in self.members for block in member.blocks]
 
     @cached_property
     def seed_offsets(self) -> list[int]:
-        """Of every block."""
+        """A number that makes its noise its own, int32, of every block."""
         return [seed_offset for member in self.members for seed_offset in member.seed_offsets]
-
-    @cached_property
-    def phases(self) -> list[float]:
-        """Of every block."""
-        return [phase for member in self.members for phase in member.phases]
 
     @property
     def whole(self) -> bool:
@@ -214,7 +212,7 @@ class Wave:
         return found
 
     def of_members(self, part: Part, wanted: Collection[int]) -> Part:
-        """What of a part is of some parameters."""
+        """The blocks of a part that are of the given members."""
         if len(wanted) == len(self.members):
             return part
         return part.of(frozenset(block for block in part.blocks if self.member_of[block] in wanted))

@@ -31,7 +31,11 @@ def exact_float32(device_type: str) -> Iterator[None]:
 
 
 def bjorck(v: Tensor, steps: int) -> Tensor:
-    """`steps` times V <- 1.5 V - 0.5 V V^T V: the nearest orthogonal matrix, to third order a step."""
+    """`steps` times V <- 1.5 V - 0.5 V V^T V: the nearest orthogonal matrix, to third order a step (Björck 1971).
+
+    Args:
+        v: (B, k, k), nearly orthogonal: singular values in (0, sqrt(3)).
+    """
     for _ in range(steps):
         v = torch.baddbmm(v, v, v.mT @ v, beta=1.5, alpha=-0.5)
     return v
@@ -61,7 +65,10 @@ def symmetric_power(u: Tensor, eigenvalues: Tensor, exponent: float, damping: fl
 
 
 def root_by_eigh(a: Tensor, exponent: float, damping: float) -> Tensor:
-    """Symmetric `a` to a negative power through its eigendecomposition; negative eigenvalues count as 0."""
+    """A^exponent of symmetric (B, k, k) by its eigendecomposition; negative eigenvalues count as 0.
+
+    Args, Returns: as `root_by_newton`.
+    """
     eigenvalues, u = _eigh(a)
     return symmetric_power(u, eigenvalues.clamp_min(0.0), exponent, damping)
 
@@ -202,13 +209,13 @@ def finite_blocks(*tensors: Tensor) -> Tensor:
 
 
 def replace_bad_blocks(a: Tensor, good: Tensor) -> Tensor:
-    """`a`, with the identity in place of the blocks that are not `good`: LAPACK never sees a NaN."""
+    """(B, k, k) with the identity in place of the blocks that are not `good`, bool (B,): LAPACK never sees a NaN."""
     eye = torch.eye(a.shape[-1], dtype=a.dtype, device=a.device)
     return torch.where(good[:, None, None], a, eye)
 
 
 MAX_ITERATIONS = 60  # condition 1e12 takes Newton 38
-CONVERGED = 0.01  # residual |M - I| / sqrt(k) above which an iteration is taken to have failed
+CONVERGED = 0.01  # residual |M - I| / sqrt(k) above which an iteration has failed; at condition 1e12 it ends at 4e-5
 
 
 def _damped_unit(a: Tensor, damping: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -257,11 +264,12 @@ def _settle(step: Callable[..., tuple[Tensor, ...]], state: tuple[Tensor, ...]) 
 
 
 def _scaled_back(x: Tensor, bound: Tensor, exponent: float, residual: Tensor) -> Tensor:
-    """The root of the matrix from that of matrix / bound; NaN where the iteration failed."""
+    """The root (B, k, k) of a matrix from that of matrix / bound (B, 1, 1); NaN where the iteration failed."""
     return torch.where(residual <= CONVERGED, x * bound**exponent, torch.nan)
 
 
 def _eigh(a: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues (B, k), ascending, and eigenvectors (B, k, k); NaN in the blocks that fail."""
     eigenvalues, vectors = _solved(torch.linalg.eigh, a, a.shape[:-1], a.shape)
     return eigenvalues, vectors
 

@@ -51,6 +51,11 @@ class Elementwise:
         return {}
 
     def update(self, stack: Stack, g: Tensor, context: Context) -> Tensor:
+        """u, (B, *shape) float32: the base's direction.
+
+        Args:
+            g: (B, *shape) float32, the gradient.
+        """
         return self.moments.direction(stack.state, g, context.moment_step(stack))
 
 
@@ -109,8 +114,16 @@ def compute_updates(
 def graft(stacks: Sequence[Stack], gradients: Sequence[Tensor], context: Context, total: Total) -> list[Tensor]:
     """Of Shampoo's stacks P <- P |G|_F / |P|_F, the norms over each parameter (`norm`) or block (`block`), or P alone.
 
-    A zero P stays zero.  A P that is not finite (a gradient whose square overflows) becomes zero.  The gradients of
-    other stacks are returned as they are.
+    A zero P stays zero.  A P that is not finite (a gradient whose square overflows) becomes zero.
+
+    Args:
+        stacks: of one wave.
+        gradients: of each stack, (B, *shape) float32.
+        context: of the step.
+        total: see `Total`.
+
+    Returns:
+        For each stack (B, *shape) float32; the gradients of stacks that are not Shampoo's as they are.
     """
     values, over = list(gradients), context.options.graft
     chosen = [(i, stack.algorithm) for i, stack in enumerate(stacks) if isinstance(stack.algorithm, Shampoo)]

@@ -36,7 +36,7 @@ from ..numerics.storage import (
 from ..options import Options
 from .operations import Work, bjorck_work, product, qr_work
 
-MIN_DECAY = 0.3  # least weight of the old factor in a new one, however long ago the last refresh was
+MIN_DECAY = 0.3  # least weight of the old factor in a new one; .3, .6 and .8 train alike (docs/experiments.md)
 TINY = torch.finfo(torch.float32).tiny
 
 
@@ -92,6 +92,10 @@ class DecodedSide:
 
         Forgotten at beta a step on both sides, eigenvalues would go as fast as the first moment, and KL-Shampoo's
         direction, their ratio, not at all.
+
+        Args:
+            diagonal: (B, k) float32, of the factor's new sample in the basis.
+            beta: the decay of a step.
         """
         largest = diagonal.amax(-1, keepdim=True)
         tells = (largest > 0) & largest.isfinite()
@@ -205,6 +209,14 @@ def factor_in_basis(eigenvalues: Tensor, sample: Tensor, decay: float) -> Tensor
 
     A' = D (decay I + (1 - decay) C) D, D = diag(lambda)^1/2, C the sample scaled to a unit diagonal: positive
     semidefinite, and lambda remains its diagonal.
+
+    Args:
+        eigenvalues: (B, k) float32, lambda.
+        sample: (B, k, k) float32, positive semidefinite.
+        decay: the old factor's weight, in [0, 1].
+
+    Returns:
+        (B, k, k).
     """
     diagonal = sample.diagonal(dim1=-2, dim2=-1)
     scale = torch.where(diagonal > 0, (eigenvalues / diagonal).sqrt(), 0.0)

@@ -18,7 +18,7 @@ from .operations import Work, coding_workspace, product, total
 from .protocols import Context, Stack
 from .two_sided import TwoSided, side_state
 
-FLOOR = 1e-7  # of a side's largest eigenvalue: the least that KL's whitening and stored moments are divided by
+FLOOR = 1e-7  # of a side's largest eigenvalue, about float32's epsilon: the least that is divided by
 LARGEST = 1e30  # of a whitened moment, which grows while no gradient comes and eigenvalues are forgotten faster
 LIMIT = 32.0  # of an entry of SOAP's direction: Adam's own is at most 1 / sqrt(1 - b2), which is this with b2 = 0.999
 
@@ -69,6 +69,16 @@ class Eigenbasis(TwoSided):
         return {"basis": [name for name in self.storages() if name.endswith(".basis")]}
 
     def update(self, stack: Stack, g: Tensor, context: Context) -> Tensor:
+        """The whole update of SOAP, KL-Shampoo or KL-SOAP, in the order of docs/design.md.
+
+        Args:
+            stack: of B blocks; its state is changed in place.
+            g: (B, m, n) float32, the gradient; not changed.
+            context: of the step.
+
+        Returns:
+            (B, m, n) float32.
+        """
         o, state, b1 = context.options, stack.state, context.betas[0]
         kl_shampoo = isinstance(self.moments, Momentum)
         at = context.moment_step(stack)
@@ -136,7 +146,14 @@ class Eigenbasis(TwoSided):
     def _update_bases(
         self, stack: Stack, left: DecodedSide, right: DecodedSide, g: Tensor, context: Context
     ) -> list[BasisUpdate]:
-        """Bring the bases of the blocks that are due closer to the eigenvectors of their factors."""
+        """Bring the bases of the blocks that are due closer to the eigenvectors of their factors.
+
+        Args:
+            stack: of B blocks.
+            left: its rows' side.
+            right: its columns' side.
+            g: (B, m, n), the gradient in the bases as they are.
+        """
         found = []
         for rows, every in context.due(stack, "basis"):
             some, decay = g[rows], max(context.options.factor_beta**every, MIN_DECAY)
@@ -155,6 +172,7 @@ class Eigenbasis(TwoSided):
         return found
 
     def _whitening(self, side: DecodedSide) -> Tensor:
+        """What the other side's sample is divided by, (B, k): the eigenvalues from below bounded, or ones (SOAP)."""
         if not self.whitened:
             return torch.ones_like(side.eigenvalues)
         # directions without any gradient for long have decayed to 0: the first one there must not overflow

@@ -33,7 +33,11 @@ from ..numerics.storage import (
 from ..options import Options
 from .operations import Work, bjorck_work, cholesky_work, coding_workspace, product, qr_work, root_work
 
-ROOT_WORKSPACE = {"eigh": 4, "newton": 11, "newton_db": 14}  # matrices of a factor's order that a root takes at once
+ROOT_WORKSPACE = {
+    "eigh": 4,
+    "newton": 11,
+    "newton_db": 14,
+}  # matrices of a factor's order that a root takes at once
 EXPONENT = -0.25  # two sides, each to the -1/4 (Shampoo, 1802.09568)
 
 
@@ -51,13 +55,13 @@ class Factor(Protocol):
         """
 
     def update(self, state: State, gram: Tensor) -> Tensor:
-        """Blend a statistic (B, k, k) into the factor."""
+        """Blend a statistic (B, k, k) float32, G G^T or G^T G, into the factor; bool (B,): failed."""
 
     def refresh(self, state: State) -> Tensor:
-        """Recompute the inverse root."""
+        """Recompute the inverse root, (A + damping lambda_max I)^-1/4; bool (B,): failed."""
 
     def root(self, state: State) -> Tensor:
-        """The inverse root, (B, k, k)."""
+        """The inverse root, (B, k, k) float32."""
 
     def work(self) -> tuple[Work, Work]:
         """Operations of an `update`, without the statistic, and of a `refresh`."""
@@ -101,7 +105,14 @@ class Eigen:
         return ~good
 
     def _or_prior(self, eigenvalues: Tensor, gram: Tensor) -> Tensor:
-        """At the first update A = eps mean(diag M) I: a basis needs full rank, the null space's is anybody's."""
+        """Eigenvalues (B, k), or those of A = eps mean(diag M) I at the first update.
+
+        Without a prior the eigenvectors of the null space would be arbitrary.
+
+        Args:
+            eigenvalues: (B, k), zero before the first update.
+            gram: (B, k, k), M.
+        """
         prior = self.damping * gram.diagonal(dim1=-2, dim2=-1).mean(-1, keepdim=True)
         return torch.where(eigenvalues.amax(-1, keepdim=True) > 0, eigenvalues, prior)
 

@@ -89,6 +89,7 @@ class Adam:
         return max(4 * entries, 3 * entries + coding_workspace(entries))
 
     def direction(self, state: State, g: Tensor, at: MomentStep) -> Tensor:
+        """u = m / (sqrt(v) + eps), bias-corrected; the moments are stored after it was computed."""
         if self._fits_kernel(g.device) and not at.stochastic_first:
             return self._by_kernel(state, g, at)
         # m <- b1 m + (1 - b1) g
@@ -117,6 +118,7 @@ class Adam:
         return both and has_kernels(device, MOMENT_BLOCK)
 
     def _by_kernel(self, state: State, g: Tensor, at: MomentStep) -> Tensor:
+        """All of `direction` in one pass of a Triton kernel: (B, *shape) float32."""
         exact = torch.lerp(self.first.read(state["first"]), g, 1 - at.betas[0]) if at.watch else g
         moments = [
             kernels().Codes(*state[name].values(), *padded(storage.codebook, storage.bits, g.device))
@@ -146,6 +148,7 @@ class Sgdm:
 
     def direction(self, state: State, g: Tensor, at: MomentStep) -> Tensor:
         # m <- mu m + g;  u = m, or with Nesterov's momentum g + mu m
+        """u = m or, with Nesterov's momentum, g + mu m; (B, *shape) float32."""
         m = self.first.read(state["first"]).mul_(at.betas[0]).add_(g)
         write_first(self.first, state, m, at)
         return torch.add(g, m, alpha=at.betas[0]) if self.nesterov else m

@@ -71,4 +71,14 @@ class Shampoo(TwoSided):
 
     def update(self, stack: Stack, g: Tensor, context: Context) -> Tensor:
         # the base on P |G| / |P|: AdamW m <- b1 m + (1 - b1) P, v <- b2 v + (1 - b2) P^2, u = m / (sqrt(v) + eps)
+        """The base (AdamW or SGD) on P |G| / |P| in the gradient's place.
+
+        Args:
+            stack: of B blocks; its state is changed in place.
+            g: (B, m, n) float32, what `precondition` and the graft have made of the gradient.
+            context: of the step.
+
+        Returns:
+            (B, m, n) float32.
+        """
         return self.moments.direction(stack.state, g, context.moment_step(stack))

@@ -14,13 +14,14 @@ from torch import Tensor
 
 
 class Form(NamedTuple):
-    """Of a tensor that is to come."""
+    """Of a tensor that is to come: what its bytes mean."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
 
     @property
     def nbytes(self) -> int:
+        """Bytes of all of it."""
         return math.prod(self.shape) * self.dtype.itemsize
 
 
@@ -45,7 +46,7 @@ class Pending:
     """Kept alive until the transfer is over."""
 
     def wait(self) -> dict[int, list[Tensor]]:
-        """The tensors that came, by the rank that sent them."""
+        """The tensors that came, by the rank that sent them, each in its shape and dtype; views of one buffer."""
         if self.work is not None:
             self.work.wait()
         self.work = self.sent = None
@@ -55,7 +56,7 @@ class Pending:
 
 
 def _as(part: Tensor, form: Form) -> Tensor:
-    """Bytes as what they were; copied where they do not lie at a multiple of the dtype's size."""
+    """A tensor of `form` from its bytes, uint8; copied where they do not lie at a multiple of the dtype's size."""
     aligned = part if part.storage_offset() % form.dtype.itemsize == 0 else part.clone()
     return aligned.view(form.dtype).view(form.shape)
 
@@ -158,7 +159,12 @@ class Ranks:
         return Pending(received, {rank: into.get(rank, ()) for rank in others}, device, work, sent)
 
     def reduce(self, x: Tensor, largest: bool = False) -> Tensor:
-        """The sum over ranks (or the largest), the same bits on all of them; written in place of x where it can be."""
+        """The sum over ranks, the same bits on all of them; every rank must call it.
+
+        Args:
+            x: of any shape and dtype, the same on every rank; may be written to.
+            largest: the largest number instead of the sum.
+        """
         if self.world == 1:
             return x
         on_wire = x.to(self._wire(x.device))

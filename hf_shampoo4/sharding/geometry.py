@@ -38,6 +38,7 @@ class Rect:
 
     @property
     def shape(self) -> tuple[int, int]:
+        """(rows, columns)."""
         return self.r1 - self.r0, self.c1 - self.c0
 
 

@@ -62,7 +62,7 @@ class LocalParameter:
         return _is_flat(local_tensor(self.buffer))
 
     def gradient(self) -> Tensor | None:
-        """Its gradient in the same order; None if this rank has none."""
+        """Its gradient as this rank has it: flat, in the order of `weights` and of any dtype; None if there is none."""
         grad: Any = self.buffer.grad
         if grad is None:
             return None
@@ -77,18 +77,19 @@ class LocalParameter:
         return [_digest(flat) for flat in there if flat is not None]
 
     def write_back(self, flat: Tensor) -> None:
-        """Copy changed weights back, if `weights` had to copy them."""
+        """Copy changed weights back, flat as `weights` gave them, if that had to copy them."""
         if not self.is_flat:
             here = local_tensor(self.buffer)
             here = here if self.range is None else self._range_of(here)
             here.copy_(flat.view(here.shape))
 
     def _range_of(self, flat: Tensor) -> Tensor:
+        """Of a flat buffer (entries,) what is this parameter's, a view."""
         return flat if self.range is None else flat[self.range.offset : self.range.offset + self.range.numel]
 
 
 def local_tensor(t: Tensor) -> Tensor:
-    """What this rank holds of a parameter or gradient, detached."""
+    """What this rank has of a parameter or gradient, detached: a DTensor's local part, or the tensor itself; a view."""
     local: Any = t.detach()
     return local.to_local() if type(local) is not Tensor and hasattr(local, "to_local") else local
 
@@ -103,6 +104,7 @@ def _flat(t: Tensor) -> Tensor:
 
 
 def _is_flat(local: Tensor) -> bool:
+    """Whether its entries lie one after the other, row-major, with the signs that they have in memory."""
     return local.is_contiguous() and not local.is_neg()
 
 
@@ -131,7 +133,7 @@ def overlapping(members: Sequence[LocalParameter]) -> tuple[str, str] | None:
 
 
 def _addresses(local: Tensor) -> Tensor:
-    """Where in its storage the entries are."""
+    """Where in its storage the entries of a strided tensor are: int64, row-major."""
     addresses = torch.tensor([local.storage_offset()], device="cpu")
     for n, step in zip(local.shape, local.stride(), strict=True):
         addresses = (addresses.unsqueeze(-1) + torch.arange(n, device="cpu") * step).flatten()
@@ -148,6 +150,7 @@ def may_be_replicas(digests: Sequence[list[tuple[float, ...]]]) -> bool:
 
 
 def _digest(flat: Tensor) -> tuple[float, ...]:
+    """Nine float64: eight sums of every eighth entry, and the norm, of a flat tensor."""
     sums = [flat[i::8].sum(dtype=torch.float64) for i in range(8)]
     norm = torch.linalg.vector_norm(flat.float()).double()
     return tuple(torch.stack([*sums, norm]).tolist())
@@ -161,7 +164,7 @@ def full_shape(p: Tensor) -> tuple[int, ...]:
 
 
 def local_parameter(name: str, p: Tensor) -> LocalParameter:
-    """A parameter that is in the optimizer's groups itself."""
+    """A parameter that is in the optimizer's groups itself, under a name that is the same in every run."""
     return LocalParameter(name, p, full_shape(p), p, getattr(p, _NOTE)[1] if hasattr(p, _NOTE) else None)
 
 

@@ -32,6 +32,7 @@ class Region(NamedTuple):
 
     @property
     def numel(self) -> int:
+        """Entries of all of it."""
         return sum(runs.number * runs.length for runs in self.runs)
 
     @property

@@ -78,7 +78,7 @@ def has_gradient(local: Sequence[LocalParameter]) -> bool:
 
 
 def wrappers(parameters: Sequence[Tensor]) -> list[weakref.ref[Any]]:
-    """The DistributedDataParallel modules that the parameters are in, which say nowhere that they are."""
+    """The DistributedDataParallel modules that any of the parameters is in; parameters do not say which."""
     known = {id(p) for p in parameters}
     found = [o for o in gc.get_objects() if issubclass(type(o), DistributedDataParallel)]
     return [weakref.ref(module) for module in found if any(id(p) in known for p in module.parameters())]

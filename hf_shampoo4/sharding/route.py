@@ -37,6 +37,7 @@ class Piece(NamedTuple):
 
     @property
     def numel(self) -> int:
+        """Entries of it."""
         return self.rows * self.columns
 
     def of_flat(self, flat: Tensor) -> Tensor:

@@ -132,7 +132,7 @@ def live_ranks(model: torch.nn.Module, world: int, layout: Any, options: dict[st
     }
     steps = [[group] for group in groups] if layout.in_deepspeed else [groups]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(building, "_placement", lambda local, by_rank: where[id(local.parameter)])
+        patch.setattr(building, "placement_of", lambda local, by_rank: where[id(local.parameter)])
         patch.setattr(Ranks, "gather", lambda self, value: [value] * self.world)
         built = [
             [
