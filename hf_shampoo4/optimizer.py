@@ -50,7 +50,7 @@ def _with_options(init: Callable[..., None]) -> Callable[..., None]:
 
 
 class Shampoo4bit(torch.optim.Optimizer):
-    """Shampoo with low-bit factors, roots and moments, over AdamW (2405.18144, 2309.01507).
+    """KL-Shampoo (default), SOAP or Shampoo with low-bit state (2509.03378, 2409.11321, 2405.18144, 2309.01507).
 
     Matrices (and convolutions and experts through their matrix view) are preconditioned; vectors get the base alone.
     Embeddings and the output head are matrices too: put them in a group with `vocabulary=True`, as

@@ -64,7 +64,7 @@ TESTS: dict[str, list[str]] = {
             "gradients_of_rank_one_and_of_any_size",
             "no_gradient_no_step",
             "a_failed_basis_update_keeps_the_basis_and_is_counted",
-            "an_oblong_matrix_has_a_basis_on_its_short_side",
+            "an_oblong_matrix_has_a_basis_on_its_short_side_alone",
             "a_vocabulary_has_a_diagonal_factor_and_one_moment_in_8_bits",
             "rounding_does_not_add_up_over_basis_updates",
             "which_sides_have_a_basis",
