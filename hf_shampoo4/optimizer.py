@@ -226,7 +226,7 @@ class Shampoo4bit(torch.optim.Optimizer):
 
         Args:
             groups: as in a state dict, without "params".
-            read: fills the tensors that it is given, named as `Wave.named_blocks` does; it raises if one is missing.
+            read: fills the tensors that it is given, named as `WaveState.named_blocks` does; raises if one is missing.
             saved: the names of the parameters that it can read.
 
         Raises:
@@ -236,7 +236,7 @@ class Shampoo4bit(torch.optim.Optimizer):
         self._plans.reader = BlockReader(read, len(self.groups), saved)
 
     def named_blocks(self) -> dict[str, Tensor]:
-        """The state of the blocks that this rank owns, as `Wave.named_blocks` names it; views.
+        """The state of the blocks that this rank owns, as `WaveState.named_blocks` names it; views.
 
         Raises:
             RuntimeError: no step has been made that says which these are.

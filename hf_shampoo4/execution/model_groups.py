@@ -67,12 +67,17 @@ class ModelGroups:
             self.groups = list(groups)
             self._shared_names = _shared_names(self.groups)
 
+    def is_replaced(self, index: int) -> bool:
+        """Whether DeepSpeed has put its own tensors in the place of the parameters of group `index`."""
+        models = (ref() for ref in self._models[index])
+        return any(p is not None and in_deepspeed(p) for p in models)
+
     def parameters(self, index: int) -> list[Tensor]:
         """The parameters of group `index`: the model's, also where DeepSpeed has put its own tensors in their place."""
-        models = [ref() for ref in self._models[index]]
-        if any(p is not None and in_deepspeed(p) for p in models):
-            return [p for p in models if p is not None]
-        return self.groups[index]["params"]
+        if not self.is_replaced(index):
+            return self.groups[index]["params"]
+        models = (ref() for ref in self._models[index])
+        return [p for p in models if p is not None]
 
     def every_parameter(self) -> list[Tensor]:
         """Of all groups."""

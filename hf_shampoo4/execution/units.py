@@ -87,7 +87,7 @@ def units_of(
         if not any(group is there for there in called):
             continue
         named = groups.named(index)
-        if groups.parameters(index) is not group["params"]:
+        if groups.is_replaced(index):
             found = [deepspeed_parameters(buffer, named) for buffer in group["params"]]
         else:
             found = [[local_parameter(name, p) for name, p in named]]
