@@ -13,7 +13,7 @@ from ..integrations.trainer import OPTIMS
 from ..options import parse_optim_args
 from ..utils.files import check_writable, write_json
 from ..utils.hub import offline_without_network
-from .sharding_names import SHARDINGS
+from .sharding_names import DTYPES, SHARDINGS
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -25,9 +25,12 @@ def main(arguments: Sequence[str]) -> None:
     offline_without_network()
     from .estimate import plan
     from .picture import draw
+    from .training_memory import Batch
 
     options = {**named, **parse_optim_args(chosen.optim_args, beneath=named)}
-    made = plan(chosen.model, chosen.world_size, chosen.sharding, chosen.shards, **options)
+    batch = Batch(chosen.batch, chosen.seq_len, chosen.gradient_checkpointing) if chosen.batch is not None else None
+    taken = {"dtype": chosen.dtype, "lora": chosen.lora, "batch": batch}
+    made = plan(chosen.model, chosen.world_size, chosen.sharding, chosen.shards, **taken, **options)
     print(made)
     if chosen.output_dir:
         write_json(chosen.output_dir / "plan.json", made.to_dict())
@@ -44,5 +47,10 @@ def _parser() -> argparse.ArgumentParser:
     add("--shards", type=int, metavar="N", help="under hsdp, ranks that share one copy of the model (default: 8)")
     add("--optim", choices=OPTIMS, default="shampoo4bit", help="as in --optim of a training (default: shampoo4bit)")
     add("--optim_args", "--optim-args", help='as in a training: "block_size=512,preset=paper_eigen"')
+    add("--dtype", choices=DTYPES, default="float32", help="of weights and gradients (default: float32)")
+    add("--lora", type=int, default=0, metavar="R", help="adapters of rank R on all linear layers are trained alone")
+    add("--batch", type=int, metavar="N", help="sequences of a rank at a time: estimates the activations")
+    add("--seq_len", "--seq-len", type=int, default=2048, metavar="T", help="tokens of a sequence (default: 2048)")
+    add("--gradient_checkpointing", "--gradient-checkpointing", action="store_true", help="recompute layers")
     add("--output_dir", "--output-dir", type=Path, help="write plan.json and plan.png there")
     return parser

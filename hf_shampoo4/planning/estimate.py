@@ -19,9 +19,10 @@ from ..preconditioners.algorithms import Elementwise
 from ..utils.extras import named
 from .figures import OverRanks, Plan
 from .other_optimizers import bytes_of_others
-from .sharding_names import SHARDINGS
-from .shardings import planned_groups, sharding_of
+from .sharding_names import DTYPES, SHARDINGS
+from .shardings import Sharding, planned_groups, sharding_of
 from .tally import RANK_FIGURES, Tally
+from .training_memory import Batch, TrainingMemory, activations, build, weights_and_gradients
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -32,6 +33,10 @@ def plan(
     world_size: int = 1,
     sharding: str = "ddp",
     shards: int | None = None,
+    *,
+    dtype: str = "float32",
+    lora: int = 0,
+    batch: Batch | None = None,
     **options: Any,
 ) -> Plan:
     """Memory, balance and traffic of training a model with `Shampoo4bit`, without its weights and without a GPU.
@@ -42,6 +47,9 @@ def plan(
         world_size: ranks.
         sharding: ddp, fsdp2, hsdp, zero1, zero2 or zero3.
         shards: under hsdp, the ranks that share one copy of the model; it divides `world_size` (default: 8, or all).
+        dtype: of the parameters and their gradients, for a model by name or configuration: float32, bfloat16, float16.
+        lora: for such a model, the rank of adapters on all its linear layers, which are then trained alone; 0: none.
+        batch: what a rank computes at a time, for an estimate of the activations; None: none.
         options: options of the optimizer, `preset` and `config` among them.
 
     Returns:
@@ -57,7 +65,10 @@ def plan(
         raise OptionError(f"world_size={world_size!r} is not allowed: it must be an integer >= 1")
     layout = sharding_of(sharding, world_size, shards)
     chosen = resolve(options)
-    name, model = _named_model(model_or_config)
+    config = None if isinstance(model_or_config, nn.Module) else _config(model_or_config)
+    if config is None and (batch or lora or dtype != "float32"):
+        raise OptionError("dtype, lora and batch are for a model by name or configuration: a module has them already")
+    name, model = _named_model(model_or_config, config, dtype, lora)
     groups = planned_groups(model, chosen, layout)
     members = [member for group in groups for member in group.members]
     factored = [member for member in members if _is_factored(member)]
@@ -82,26 +93,39 @@ def plan(
         largest_block=max((block.shape for block in blocks), key=math.prod, default=(0, 0)),
         **{name: OverRanks.of(getattr(tally, name)) for name in RANK_FIGURES},
         others=bytes_of_others(model, world_size, groups[0].replicated),
+        training=_training(model, layout, batch),
     )
 
 
-def _named_model(given: Union[nn.Module, PreTrainedConfig, str]) -> tuple[str, nn.Module]:
-    """A module with the parameters' shapes, on the meta device unless it was one already."""
-    if isinstance(given, nn.Module):
-        return type(given).__name__, given
+def _config(given: Union[PreTrainedConfig, str]) -> PreTrainedConfig:
     with named():
-        import transformers
-
         from ..training.arguments import ModelArguments
         from ..training.model import load_model_config
 
-    config = load_model_config(ModelArguments(model=given)) if isinstance(given, str) else given
-    architecture = getattr(transformers, (config.architectures or [""])[0], None)
+    return load_model_config(ModelArguments(model=given)) if isinstance(given, str) else given
+
+
+def _named_model(given: Any, config: PreTrainedConfig | None, dtype: str, lora: int) -> tuple[str, nn.Module]:
+    """A module with the parameters' shapes, on the meta device unless it was one already."""
+    if config is None:
+        return type(given).__name__, given
     with torch.device("meta"):
-        if architecture is not None:
-            return str(given) if isinstance(given, str) else architecture.__name__, architecture(config)
-        model = transformers.AutoModelForCausalLM.from_config(config)
-    return str(given) if isinstance(given, str) else type(model).__name__, model
+        model = build(config, _dtype(dtype), lora)
+    name = given if isinstance(given, str) else (config.architectures or [type(config).__name__])[0]
+    return f"{name}, LoRA of rank {lora}" if lora else str(name), model
+
+
+def _dtype(name: str) -> torch.dtype:
+    if name not in DTYPES:
+        raise OptionError(f"dtype={name!r} is not allowed: it must be one of {', '.join(DTYPES)}")
+    return getattr(torch, name)
+
+
+def _training(model: nn.Module, layout: Sharding, batch: Batch | None) -> TrainingMemory:
+    weights, gradients = weights_and_gradients(model.parameters(), layout)
+    kinds = sorted({str(p.dtype).removeprefix("torch.") for p in model.parameters()})
+    kept = activations(model, batch) if batch else 0
+    return TrainingMemory(" and ".join(kinds), weights, gradients, batch, kept)
 
 
 def _is_factored(member: WaveParameter) -> bool:

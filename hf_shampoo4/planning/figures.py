@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from .sharding_names import SHARDINGS
+from .training_memory import TrainingMemory
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,8 @@ class Plan:
     """The same in a step that computes all factors, roots or bases."""
     others: dict[str, OverRanks]
     """State of other optimizers of this model, cut evenly over the ranks where ours is."""
+    training: TrainingMemory
+    """Weights, gradients and activations."""
 
     @property
     def peak(self) -> int:
@@ -106,6 +109,26 @@ def _lines(p: Plan) -> list[str]:
         f"{'  sent in a step':<40}{bytes_text(p.wire_step.largest):>12}",
         f"{'  sent where every block is refreshed':<40}{bytes_text(p.wire_refresh.largest):>12}",
         f"work of the busiest rank: {p.balance:.2f} times the mean",
+        "",
+        *_whole_training(p),
+    ]
+
+
+def _whole_training(p: Plan) -> list[str]:
+    """Weights, gradients, activations, and what all of it comes to with each optimizer."""
+    t, b = p.training, p.training.batch
+    what = "forward pass: give --batch and --seq_len"
+    if b:
+        again = ", gradient checkpointing" if b.checkpointing else ""
+        what = f"activations (estimate), {b.sequences} x {b.tokens:,}{again}"
+    totals = {"Shampoo4bit": t.peak(p.state.largest, p.working.largest + p.exchange.largest)}
+    totals |= {name: t.peak(load.largest, 0) for name, load in p.others.items()}
+    return [
+        "the whole training, the fullest rank (of the others the working memory of a step is not counted)",
+        f"{f'  weights, {t.dtype}':<58}{bytes_text(t.weights):>12}",
+        f"{'  gradients':<58}{bytes_text(t.gradients):>12}",
+        f"{f'  {what}':<58}{bytes_text(t.activations) if b else 'not counted':>12}",
+        *(f"{f'  all together with {name}':<58}{bytes_text(total):>12}" for name, total in totals.items()),
     ]
 
 

@@ -21,10 +21,11 @@ from hf_shampoo4.integrations.trainer import OPTIMS
 from hf_shampoo4.numerics.storage import nbytes
 from hf_shampoo4.options import NAMES, Options
 from hf_shampoo4.planning import shardings
+from hf_shampoo4.planning.training_memory import Batch, TrainingMemory
 from hf_shampoo4.sharding.exchange import Ranks
 from hf_shampoo4.sharding.local_parameter import local_parameter
 from hf_shampoo4.training.arguments import ModelArguments
-from hf_shampoo4.training.model import build_model
+from hf_shampoo4.training.model import build_model, load_model_config
 from tests.support.allocated import Allocated
 from tests.support.tiny import ROOT, llama
 
@@ -256,3 +257,67 @@ def test_the_command_writes_table_json_and_picture(tmp_path, capsys) -> None:
 def test_errors_name_what_is_allowed(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(OptionError, match=message):
         s4.plan(**{"model_or_config": "llama_tiny", **arguments})
+
+
+def kept_for_backward(model: torch.nn.Module, batch: Batch) -> int:
+    """Bytes of a real forward pass."""
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept: dict[int, torch.Tensor] = {}
+
+    def pack(t: torch.Tensor) -> torch.Tensor:
+        kept.setdefault(t.untyped_storage().data_ptr(), t)
+        return t
+
+    ids = torch.zeros((batch.sequences, batch.tokens), dtype=torch.long)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        model(input_ids=ids, labels=ids, use_cache=False)
+    return sum(t.untyped_storage().nbytes() for at, t in kept.items() if at not in own)
+
+
+@pytest.mark.parametrize("arguments", [{"model": "llama_tiny"}, SMALL_GPT2], ids=["llama", "gpt2"])
+def test_activations_are_estimated_to_a_twentieth_of_a_real_forward_pass(arguments: dict[str, str]) -> None:
+    batch, config = Batch(2, 64), load_model_config(ModelArguments(**arguments))
+    found = s4.plan(config, batch=batch).training
+    model = build_model(ModelArguments(**arguments), config.vocab_size).train()
+    assert found.activations == pytest.approx(kept_for_backward(model, batch), rel=0.05)
+    assert found.weights == found.gradients == 4 * sum(p.numel() for p in model.parameters())
+    again = s4.plan(config, batch=Batch(2, 64, checkpointing=True)).training
+    assert again.activations < 0.8 * found.activations
+
+
+def test_weights_and_gradients_by_sharding_and_type() -> None:
+    n = s4.plan("llama_tiny").parameters
+    expected = {  # bytes a parameter of a rank: weights, gradients
+        "ddp": (2, 2), "fsdp2": (2 / 4, 2 / 4),
+        "zero1": (2 + 4 / 4, 2), "zero2": (2 + 4 / 4, 2 / 4), "zero3": (6 / 4, 2 / 4),
+    }  # fmt: skip
+    for sharding, (weights, gradients) in expected.items():
+        found = s4.plan("llama_tiny", 4, sharding, dtype="bfloat16").training
+        assert found.weights == pytest.approx(weights * n, rel=1e-4), sharding
+        assert found.gradients == pytest.approx(gradients * n, rel=1e-4), sharding
+
+
+def test_adapters_alone_are_trained_with_lora() -> None:
+    found = s4.plan("llama_tiny", lora=8, batch=Batch(1, 32))
+    assert found.parameters < 0.2 * s4.plan("llama_tiny").parameters
+    assert found.training.gradients == 4 * found.parameters
+    assert found.training.weights > 10 * found.training.gradients / 4
+    assert found.model == "llama_tiny, LoRA of rank 8"
+
+
+def test_all_together_is_the_worse_of_two_moments() -> None:
+    memory = TrainingMemory("float32", 10, 20, Batch(1, 1), 100)
+    assert memory.peak(5, 50) == 135
+    assert memory.peak(5, 200) == 235
+
+
+def test_the_command_says_what_a_whole_training_takes(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--dtype", "bfloat16", "--lora", "4", "--batch", "2", "--seq_len", "32", "--gradient_checkpointing"]
+    assert main(["plan", "llama_tiny", *words]) == 0
+    said = capsys.readouterr().out
+    assert "activations (estimate), 2 x 32, gradient checkpointing" in said
+    assert "all together with Shampoo4bit" in said
+    assert "all together with AdamW, 8-bit" in said
+    assert main(["plan", "llama_tiny", "--batch", "0"]) == 2
+    with pytest.raises(OptionError, match="a module has them already"):
+        s4.plan(llama(), batch=Batch(1, 1))
