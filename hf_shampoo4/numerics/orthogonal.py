@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 SETTLED = 0.5  # |Q1^T Q1 - I|_F after the first round below which the second one leaves no more than rounding
+DISORDER = 1000.0  # how many times as large as an earlier one an entry of a diagonal may be: 3.5 is what trainings show
 
 
 def cholesky_qr(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -26,6 +27,7 @@ def cholesky_qr(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             1 / sqrt(k eps), 100 to 2,000 in float32): there Q and R are anything.
     """
     q, r1, solved = _round(x, x.mT @ x)
+    del x
     gram = q.mT @ q
     q, r2, solved_again = _round(q, gram)
     gram.diagonal(dim1=-2, dim2=-1).sub_(1.0)
@@ -36,11 +38,11 @@ def cholesky_qr(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def orthogonal_iteration(a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """One step of orthogonal iteration from the identity: the Q of Q R = A, and diag(R Q) = diag(Q^T A Q).
 
-    Columns are orthogonalised in the order of A's diagonal, largest first, whatever their positions are: vectors keep
-    their positions, and those of large eigenvalues never mind the others.  With A = D M D, D = diag(A)^1/2, in that
-    order, and the Cholesky factor G of A, Q is that of G too, as A = G G^T and G^T is triangular; and G's columns,
-    scaled to a unit diagonal, are no worse conditioned than the Cholesky factor of M, whatever A's eigenvalues are.
-    So two rounds always do: a shift, or QR where they fail, would be for nothing.
+    With A = D M D, D = diag(A)^1/2, and A's Cholesky factor G, Q is that of G too, as A = G G^T and G^T is triangular.
+    Where D falls, G's columns, scaled to a unit diagonal, are no worse conditioned than the Cholesky factor of M,
+    whatever A's eigenvalues are; so two rounds always do, and there is nothing to shift or to fall back on.  Orthogonal
+    iteration brings its vectors into that order itself.  In a block that is far from it (`DISORDER`) columns are
+    orthogonalised in the order of A's diagonal, and put back in their places.
 
     Args:
         a: (B, k, k), symmetric, positive definite, the condition of M some times k at most: in
@@ -51,14 +53,23 @@ def orthogonal_iteration(a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         eigenvalues: (B, k), > 0.
         good: bool (B,); false where `a` was not definite: there Q and the eigenvalues are anything.
     """
-    order = a.diagonal(dim1=-2, dim2=-1).argsort(dim=-1, descending=True, stable=True)
+    order = _order(a.diagonal(dim1=-2, dim2=-1))
     factor, info = torch.linalg.cholesky_ex(_permuted(a, order))
-    scale = factor.diagonal(dim1=-2, dim2=-1).unsqueeze(-2)
-    q, r, good = cholesky_qr(factor / scale)
+    scale = factor.diagonal(dim1=-2, dim2=-1).unsqueeze(-2).clone()
+    q, r, good = cholesky_qr(factor.div_(scale))
+    del factor
     # Q^T A Q = (Q^T G)(Q^T G)^T, and Q^T G = R: a sum of squares, of which small eigenvalues keep their digits
     eigenvalues = r.mul_(scale).square_().sum(-1)
     back = order.argsort(dim=-1)
     return _permuted(q, back), eigenvalues.gather(-1, back), good & (info == 0)
+
+
+def _order(diagonal: Tensor) -> Tensor:
+    """int64 (B, k): in which columns are orthogonalised; decided on the device, no block minds the others."""
+    later = diagonal.flip(-1).cummax(-1).values.flip(-1)
+    disordered = (later / diagonal).amax(-1, keepdim=True) > DISORDER
+    by_size = diagonal.argsort(dim=-1, descending=True, stable=True)
+    return torch.where(disordered, by_size, torch.arange(diagonal.shape[-1], device=diagonal.device))
 
 
 def _round(x: Tensor, gram: Tensor) -> tuple[Tensor, Tensor, Tensor]:

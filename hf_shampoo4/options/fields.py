@@ -82,6 +82,10 @@ class Options:
     refresh_warmup: int = 100
     """SOAP's and KL-Shampoo's bases are updated at every step at first; their interval grows by one each time this many
     steps have passed, up to `stats_every` (0: it is that from the start)."""
+    orthogonalise: Literal["auto", "qr", "cholesky_qr"] = "auto"
+    """How a basis is updated: by the `qr` of its factor, which CUDA computes one after another, or by Cholesky factors
+    (`cholesky_qr`), whole stacks at once, the same to rounding; auto: cholesky_qr on CUDA, and elsewhere qr, which
+    takes half of its time on a CPU."""
     factor_beta: float = 0.9
     """Decay of the factors' moving average, per step; for shampoo per update, and .95 unless it is given."""
     vocabulary_beta: float = 0.99
@@ -198,7 +202,9 @@ SHAMPOO_DEFAULTS = {"factor_beta": 0.95, "stagger": False}
 USED_BY: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("factor", "roots_every", "rectify_roots", "root", "graft", "error_beta"), ("shampoo",)),
     **dict.fromkeys(("base", "nesterov"), ("shampoo", "elementwise")),
-    **dict.fromkeys(("refresh_warmup", "vocabulary_beta", "sides", "oblong", "basis_order"), EIGENBASIS),
+    **dict.fromkeys(
+        ("refresh_warmup", "vocabulary_beta", "sides", "oblong", "basis_order", "orthogonalise"), EIGENBASIS
+    ),
 }
 USED_BY_FACTOR = {"rectify_stats": ("eigen",), "rectify_roots": ("eigen",), "error_beta": ("cholesky_ef",)}
 

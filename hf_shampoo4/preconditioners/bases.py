@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from ..numerics.linalg import bjorck, finite_blocks, replace_bad_blocks, safe_qr
+from ..numerics.orthogonal import orthogonal_iteration
 from ..numerics.storage import (
     SMALL,
     Blockwise,
@@ -34,10 +35,11 @@ from ..numerics.storage import (
     write_good,
 )  # fmt: skip
 from ..options import Options
-from .operations import Work, bjorck_work, product, qr_work
+from .operations import Work, bjorck_work, cholesky_qr_work, product, qr_work
 
 MIN_DECAY = 0.3  # least weight of the old factor in a new one; .3, .6 and .8 train alike (docs/experiments.md)
 TINY = torch.finfo(torch.float32).tiny
+LEAST = 1e-12  # of the largest eigenvalue, in a factor that is to be definite: QR cannot tell less from 0 either
 
 
 @dataclass(frozen=True)
@@ -49,15 +51,22 @@ class Side:
     """None: the side is not rotated, its factor is diagonal."""
     bjorck_steps: int = 0
     """On the decoded basis before its update, so that its rounding does not add up over the updates."""
+    orthogonalise: str = "auto"
+    """See `Options`."""
 
     def storages(self) -> dict[str, Storage]:
         basis: dict[str, Storage] = {} if self.basis is None else {"basis": self.basis}
         return {**basis, "eigenvalues": Dense((self.order,))}
 
     def update_work(self) -> Work:
-        """Of `DecodedSide.update_basis`, without the statistic: Bjorck steps, QR, U Q."""
+        """Of `DecodedSide.update_basis`, without the statistic: Bjorck steps, QR (also for auto), U Q."""
         k = self.order
-        return bjorck_work(k, self.bjorck_steps) + qr_work(k) + product(k, k, k) if self.basis else Work()
+        iteration = cholesky_qr_work(k) if self.orthogonalise == "cholesky_qr" else qr_work(k)
+        return bjorck_work(k, self.bjorck_steps) + iteration + product(k, k, k) if self.basis else Work()
+
+    def by_cholesky(self, device: torch.device) -> bool:
+        """Whether bases are updated by Cholesky factors; by QR if not."""
+        return self.orthogonalise == "cholesky_qr" or (self.orthogonalise == "auto" and device.type == "cuda")
 
     def initialise(self, state: State) -> None:
         """U = I; eigenvalues of 0 say that there was no gradient yet (buffers come zeroed)."""
@@ -121,26 +130,15 @@ class DecodedSide:
             raise ValueError("a side without a basis has none to update")
         state = gather_rows(self._state, rows)
         eigenvalues = state["eigenvalues"]["dense"]
-        a = factor_in_basis(eigenvalues, sample, decay)
+        # Q R = A', one orthogonal iteration from U;  lambda <- diag(Q^T A' Q)
+        iterate = _by_cholesky if self._side.by_cholesky(sample.device) else _by_qr
+        factor = [factor_in_basis(eigenvalues, sample, decay)]
         del sample
-        # Q R = A', one orthogonal iteration from U.  LAPACK works by columns, and so are bases stored: in memory, row
-        # by row, lie Q^T, R^T and U^T, and a pass over tensors of one layout is five times as fast
-        good = finite_blocks(a)
-        a = replace_bad_blocks(a, good)
-        q, r = (x.mT for x in safe_qr(a))
-        del a
-        signs = torch.where(r.diagonal(dim1=-2, dim2=-1) < 0, -1.0, 1.0).to(r.dtype)  # no vector changes its direction
-        q.mul_(signs.unsqueeze(-1))
-        r.mul_(signs.unsqueeze(-2))
-        good &= finite_blocks(q, r)
-        q = replace_bad_blocks(q, good)
-        # lambda <- diag(Q^T A' Q) = diag(R Q)
-        diagonal = transposed(r).mul_(q).sum(-1).clamp_min(0.0)
-        del r
+        q, diagonal, good = iterate(factor.pop())  # whose it is alone, to be freed as soon as it has served
         eigenvalues.copy_(torch.where(good[:, None], diagonal, eigenvalues))
         # U <- U Q
         u = bjorck(self.vectors[rows].mT, self._side.bjorck_steps)
-        write_good(basis, state["basis"], (q @ u).mT, good)
+        write_good(basis, state["basis"], (q.mT @ u).mT, good)
         del u
         scatter_rows(self._state, rows, state)
         new = basis.read(state["basis"])
@@ -148,7 +146,7 @@ class DecodedSide:
             self.vectors = new
         else:
             self.vectors[rows] = new
-        return q.mT, ~good
+        return q, ~good
 
 
 def rotated_sides(rows: int, columns: int, options: Options) -> tuple[bool, bool]:
@@ -184,11 +182,13 @@ def _side(order: int, has_basis: bool, options: Options) -> Side:
     if not has_basis:
         return Side(order, None)
     if options.bits == 32 or order * order < SMALL:
-        return Side(order, Dense(shape), bjorck_steps=1)  # float32's rounding adds up too, to 3e-3 in 100,000 updates
+        return Side(
+            order, Dense(shape), 1, options.orthogonalise
+        )  # float32's rounding adds up too, to 3e-3 in 100,000 updates
     columns = Blockwise(
         shape, options.factor_codebook, options.bits, options.factor_block, columns=True, fit="least_squares"
     )
-    return Side(order, DoubleQuantized(columns), bjorck_steps=options.rectify_stats)
+    return Side(order, DoubleQuantized(columns), options.rectify_stats, options.orthogonalise)
 
 
 def statistic(g: Tensor, whitening: Tensor) -> Tensor:
@@ -222,3 +222,43 @@ def factor_in_basis(eigenvalues: Tensor, sample: Tensor, decay: float) -> Tensor
     scale = torch.where(diagonal > 0, (eigenvalues / diagonal).sqrt(), 0.0)
     a = sample * ((1 - decay) * scale.unsqueeze(-1)) * scale.unsqueeze(-2)
     return torch.diagonal_scatter(a, eigenvalues, dim1=-2, dim2=-1)
+
+
+def _by_qr(a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """One orthogonal iteration with a factor in its basis, by Householder's reflections.
+
+    Args:
+        a: (B, k, k), from `factor_in_basis`.
+
+    Returns:
+        q: (B, k, k), Q of Q R = A with R's diagonal positive; the identity in bad blocks.
+        diagonal: (B, k), of Q^T A Q.
+        good: bool (B,), false where something is not finite.
+    """
+    # LAPACK works by columns, and so are bases stored: in memory, row by row, lie Q^T, R^T and U^T, and a pass over
+    # tensors of one layout is five times as fast
+    good = finite_blocks(a)
+    a = replace_bad_blocks(a, good)
+    q, r = (x.mT for x in safe_qr(a))
+    del a
+    signs = torch.where(r.diagonal(dim1=-2, dim2=-1) < 0, -1.0, 1.0).to(r.dtype)  # no vector changes its direction
+    q.mul_(signs.unsqueeze(-1))
+    r.mul_(signs.unsqueeze(-2))
+    good &= finite_blocks(q, r)
+    q = replace_bad_blocks(q, good)
+    # diag(Q^T A Q) = diag(R Q)
+    return q.mT, transposed(r).mul_(q).sum(-1).clamp_min(0.0), good
+
+
+def _by_cholesky(a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The same by Cholesky factors, a whole stack at once and without waiting for the device; `a` is lost."""
+    diagonal = a.diagonal(dim1=-2, dim2=-1)
+    largest = diagonal.amax(-1, keepdim=True)
+    # over the largest, so that gradients of no size underflow or overflow when they are squared again
+    a.div_(torch.where(largest > 0, largest, 1.0).unsqueeze(-1))
+    good = finite_blocks(a)
+    a.masked_fill_(~good[:, None, None], 0.0)
+    diagonal.clamp_min_(LEAST)
+    q, eigenvalues, solved = orthogonal_iteration(a)
+    good &= solved & finite_blocks(q, eigenvalues)
+    return replace_bad_blocks(q, good), eigenvalues * largest, good

@@ -67,6 +67,11 @@ def cholesky_work(k: int) -> Work:
     return Work(factorised=k**3 // 3)
 
 
+def cholesky_qr_work(k: int) -> Work:
+    """Of `orthogonal.orthogonal_iteration`: in each of two rounds a Gram matrix and a triangular solve; R2 R1."""
+    return product(k, k, k) * 3 + cholesky_work(k) * 3 + Work(factorised=2 * k**3)
+
+
 def root_work(k: int, solver: str) -> Work:
     """An inverse fourth root of (k, k) by one of `linalg.ROOTS`."""
     if solver == "eigh":

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import Tensor
 
-from hf_shampoo4.numerics.orthogonal import cholesky_qr, orthogonal_iteration
+from hf_shampoo4.numerics.orthogonal import DISORDER, _order, cholesky_qr, orthogonal_iteration
 
 EPS = torch.finfo(torch.float32).eps
 ORTHOGONAL, RESIDUAL, EIGENVALUES = 0.1, 0.03, 0.5
@@ -35,6 +37,8 @@ def _eigenvalues(kind: str, k: int) -> Tensor:
         steps = torch.arange(k, dtype=torch.float64) * 4 // k
         return 10.0 ** (-3 * steps) * (1 + 1e-6 * torch.rand(k, generator=g, dtype=torch.float64))
     falling = torch.logspace(0, -12, k, dtype=torch.float64)
+    if kind == "teeth":  # rising by less than DISORDER within each of four parts
+        return torch.cat([part.flip(0) for part in falling.chunk(4)]).pow(math.log10(DISORDER) / 3.1)
     if kind == "rising":
         return falling.flip(0)
     return falling if kind == "falling" else falling[torch.randperm(k, generator=g)]
@@ -46,6 +50,7 @@ HARD = {
     "rank_deficient": ("rank_deficient", "any"),
     "near_collinear": ("near_collinear", "falling"),
     "near_collinear, rising": ("near_collinear", "rising"),
+    "near_collinear, teeth": ("near_collinear", "teeth"),
     "row_scaled": ("row_scaled", "any"),
     "one_vector, 12 decades": ("one_vector", "any"),
 }
@@ -72,7 +77,7 @@ def errors(a: Tensor) -> dict[str, Tensor]:
     k, unit = a.shape[-1], a.shape[-1] * EPS
     found, eigenvalues, good = orthogonal_iteration(a)
     assert good.all()
-    order = a.diagonal(dim1=-2, dim2=-1).argsort(dim=-1, descending=True, stable=True)
+    order = _order(a.diagonal(dim1=-2, dim2=-1))
     q, exact = _in_order(found.double(), order), _in_order(a.double(), order)
     r = q.mT @ exact  # Q R = A: what is left of it below the diagonal is what Q misses
     below = torch.linalg.vector_norm(r.tril(-1), dim=-2) / torch.linalg.vector_norm(exact, dim=-2)
@@ -94,15 +99,15 @@ def test_hard_factors_of_mixed_condition_are_orthogonalised_to_rounding(k: int) 
     assert found["eigenvalues"].max() <= EIGENVALUES, found
 
 
-def test_where_eigenvalues_fall_it_is_the_q_of_qr_with_its_signs() -> None:
-    a = hard_factors(64)[:1]
+def test_where_eigenvalues_fall_on_the_whole_it_is_the_q_of_qr_with_its_signs() -> None:
+    a = hard_factors(64)[[0, 5]]
     q, r = torch.linalg.qr(a.double())
     q = q * r.diagonal(dim1=-2, dim2=-1).sign().unsqueeze(-2)
     torch.testing.assert_close(orthogonal_iteration(a)[0].double(), q, atol=1e-5, rtol=0)
 
 
 def test_vectors_keep_their_positions_whatever_the_order_of_eigenvalues() -> None:
-    a = hard_factors(64)[[0, 2, 3, 4, 5, 6]]  # clustered eigenvalues, equal in float32, go by position
+    a = hard_factors(64)[[0, 2, 3, 4, 6, 7]]  # not those that go by position
     backwards = a.flip(-2, -1)
     q, eigenvalues, _ = orthogonal_iteration(a)
     q_backwards, eigenvalues_backwards, _ = orthogonal_iteration(backwards)
@@ -114,10 +119,10 @@ def test_iterated_it_comes_to_the_eigenvectors() -> None:
     a = hard_factors(32)[1:2].double()  # three clusters apart
     exact = torch.linalg.eigvalsh(a).flip(-1)
     u = torch.eye(32, dtype=torch.float64)[None]
-    for _ in range(60):
+    for _ in range(600):
         q, eigenvalues, _ = orthogonal_iteration(u.mT @ a @ u)
         u = u @ q
-    torch.testing.assert_close(eigenvalues.sort(-1, descending=True).values, exact, rtol=1e-3, atol=0)
+    torch.testing.assert_close(eigenvalues.sort(-1, descending=True).values, exact, rtol=1e-2, atol=0)
 
 
 def test_a_block_does_not_depend_on_its_stack() -> None:
@@ -133,7 +138,7 @@ def test_a_factor_that_is_not_definite_is_said_not_to_be_good_and_spoils_no_othe
     alone = orthogonal_iteration(a[:1])[0]
     a[1], a[2], a[3, 5, 5] = -a[1], torch.nan, torch.inf
     q, _, good = orthogonal_iteration(a)
-    assert good.tolist() == [True, False, False, False, True, True, True]
+    assert good.tolist() == [True, False, False, False, True, True, True, True]
     assert torch.equal(q[:1], alone)
 
 

@@ -303,17 +303,48 @@ def test_no_gradient_no_step(algorithm: str, bits: int) -> None:
         assert torch.equal(p, before) != moves
 
 
+@pytest.mark.parametrize("orthogonalise", ["qr", "cholesky_qr"])
 @pytest.mark.parametrize("algorithm", FAMILY)
-def test_gradients_of_rank_one_and_of_any_size(algorithm: str) -> None:
+def test_gradients_of_rank_one_and_of_any_size(algorithm: str, orthogonalise: str) -> None:
     for size in (1e-8, 1.0, 1e12):
         torch.manual_seed(0)
         p = nn.Parameter(torch.zeros(70, 90))
-        optimizer = Shampoo4bit([p], lr=1e-2, weight_decay=0.0, algorithm=algorithm, stats_every=3)
+        options = {"algorithm": algorithm, "stats_every": 3, "orthogonalise": orthogonalise}
+        optimizer = Shampoo4bit([p], lr=1e-2, weight_decay=0.0, **options)
         for _ in range(30):
             p.grad = size * torch.outer(torch.randn(70), torch.ones(90))
             optimizer.step()
         assert torch.isfinite(p).all()
         assert 0 < p.abs().max() < 3.0, size
+        assert not optimizer.waves(0)[0].stacks[0].state["failures"]["dense"].any()
+
+
+@pytest.mark.parametrize("algorithm", FAMILY)
+def test_by_cholesky_factors_a_training_is_that_by_qr(algorithm: str) -> None:
+    options = {"algorithm": algorithm, "bits": 32, "moments": "fp32"}
+    of_qr, of_cholesky = (
+        train((96, 80), 40, stats_every=3, refresh_warmup=10, orthogonalise=how, **options)[0]
+        for how in ("qr", "cholesky_qr")
+    )
+    assert torch.linalg.matrix_norm(of_cholesky - of_qr) < 1e-3 * torch.linalg.matrix_norm(of_qr)
+
+
+@pytest.mark.parametrize("how", ["qr", "cholesky_qr"])
+def test_a_block_whose_sample_is_not_finite_keeps_its_basis_and_no_other_does(how: str) -> None:
+    side, _ = make_sides((8, 8), Options(algorithm="soap", orthogonalise=how), (True, True))
+    state = {name: allocate(storage, 3, "cpu") for name, storage in side.storages().items()}
+    side.initialise(state)
+    state["eigenvalues"]["dense"][:2] = 2.0  # the third has had no gradient
+    decoded = DecodedSide(side, state)
+    samples = statistic(torch.randn(3, 8, 16), torch.ones(3, 1))
+    samples[1, 2, 3], samples[2] = torch.nan, 0.0
+    q, failed = decoded.update_basis(samples, 0.5, slice(0, 3))
+    assert failed.tolist() == [False, True, False]
+    eye = torch.eye(8)
+    assert not torch.equal(q[0], eye)
+    assert all(torch.equal(x, eye) for x in (q[1], q[2], decoded.vectors[1], decoded.vectors[2]))
+    assert decoded.eigenvalues[1].tolist() == [2.0] * 8
+    assert decoded.eigenvalues[2].tolist() == [0.0] * 8
 
 
 @pytest.mark.parametrize("algorithm", FAMILY)

@@ -31,7 +31,11 @@ from hf_shampoo4.utils.files import write_json  # noqa: E402
 from tests.stress import soak  # noqa: E402
 from tests.stress.soak import WIDTHS, Problem  # noqa: E402
 
-ALGORITHMS = {**soak.ALGORITHMS, "kl_shampoo_short": {"algorithm": "kl_shampoo", "sides": "short"}}
+ALGORITHMS = {
+    **soak.ALGORITHMS,
+    "kl_shampoo_short": {"algorithm": "kl_shampoo", "sides": "short"},
+    "kl_shampoo_cholesky_qr": {"algorithm": "kl_shampoo", "orthogonalise": "cholesky_qr"},
+}
 
 RECORDED = ROOT / "docs" / "results" / "regressions.json"
 STEPS, POINTS = 80, 8
