@@ -8,6 +8,8 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
+import tarfile
 import zipfile
 from email.message import Message
 from importlib.machinery import SOURCE_SUFFIXES
@@ -32,21 +34,97 @@ def project() -> dict[str, Any]:
     return tomllib.loads((ROOT / "pyproject.toml").read_text())
 
 
+FOLDERS = ("hf_shampoo4", "configs", "tests", "docs", "scripts", "benchmarks", ".ci")
+FILES = ("pyproject.toml", "MANIFEST.in", "README.md", "LICENSE", "CHANGELOG.md", "CONTRIBUTING.md", "constraints.txt",
+         "mkdocs.yml", ".gitignore", ".pre-commit-config.yaml")  # fmt: skip
+
+
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The wheel, built from the sdist, built from a copy: no old build folder gets in, and no new one is left."""
-    folder = tmp_path_factory.mktemp("packaging")
-    source = folder / "source"
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the tree: no old build folder gets in, and no new one is left."""
+    source = tmp_path_factory.mktemp("packaging") / "source"
     skip = shutil.ignore_patterns("__pycache__", "*.egg-info", "*.pyc")
-    for name in ("hf_shampoo4", "configs"):
+    for name in FOLDERS:
         shutil.copytree(ROOT / name, source / name, ignore=skip)
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
+    for name in FILES:
         shutil.copy(ROOT / name, source)
-    command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(folder), str(source)]
+    return source
+
+
+@pytest.fixture(scope="module")
+def built(source: Path) -> str:
+    """The sdist, and the wheel from it, beside the source; what the build has printed."""
+    command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(source.parent), str(source)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
-    (path,) = folder.glob("*.whl")
+    return done.stdout + done.stderr
+
+
+@pytest.fixture(scope="module")
+def wheel(source: Path, built: str) -> Path:
+    (path,) = source.parent.glob("*.whl")
     return path
+
+
+@pytest.fixture(scope="module")
+def sdist(source: Path, built: str) -> Path:
+    (path,) = source.parent.glob("*.tar.gz")
+    return path
+
+
+def test_the_build_warns_of_nothing(built: str) -> None:
+    told = [line for line in built.splitlines() if re.search("warning|ignored|deprecat", line, re.IGNORECASE)]
+    assert not [line for line in told if "byte-compiling" not in line]  # which is of PYTHONDONTWRITEBYTECODE
+
+
+def test_the_sdist_has_all_that_a_clone_has(sdist: Path, source: Path) -> None:
+    with tarfile.open(sdist) as archive:
+        inside = {name.partition("/")[2] for name in archive.getnames()}
+    wanted = {p.relative_to(source).as_posix() for p in source.rglob("*") if p.is_file() and "build" not in p.parts}
+    assert not {name for name in wanted if ".egg-info" not in name} - inside
+
+
+COLD = """
+import sys, pathlib
+import hf_shampoo4, torch
+assert pathlib.Path(hf_shampoo4.__file__).is_relative_to(sys.prefix), hf_shampoo4.__file__
+weight = torch.nn.Parameter(torch.ones(64, 64))
+optimizer = hf_shampoo4.Shampoo4bit([weight], lr=1e-2)
+weight.square().sum().backward()
+optimizer.step()
+from hf_shampoo4.cli import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize("kind", ["sdist", "git"])
+def test_a_cold_start_in_an_empty_environment(kind: str, sdist: Path, source: Path, tmp_path: Path) -> None:
+    """Dependencies are those of this environment, by a path file: what is tested is our own package."""
+    environment = tmp_path / "venv"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(environment)], check=True)
+    (packages,) = environment.glob("lib/python*/site-packages")
+    (packages / "here.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    python = environment / "bin" / "python"
+    if kind == "git":
+        clean = {key: value for key, value in os.environ.items() if not key.startswith("GIT_")}
+        who = ["-c", "user.name=a", "-c", "user.email=a@b.c"]
+        for words in (["init", "-q"], ["add", "-A"], [*who, "commit", "-q", "-m", "a"]):
+            subprocess.run(["git", *words], cwd=source, check=True, env=clean)
+    what = str(sdist) if kind == "sdist" else f"hf-shampoo4[train] @ git+file://localhost{source}"
+    flags = ["--no-deps", "--no-build-isolation", "--ignore-installed", "--no-warn-script-location", "-q"]
+    install = [sys.executable, "-m", "pip", "--python", str(python), "install", *flags, what]
+    outside = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    done = subprocess.run(install, capture_output=True, text=True, env=outside, cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    words, said = {"sdist": ("plan llama_tiny", "1,840,256 parameters"), "git": ("train --help", "stdlib_tiny")}[kind]
+    command = [python, "-c", COLD, *words.split()]
+    done = subprocess.run(command, capture_output=True, text=True, env=outside, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert said in done.stdout
+    done = subprocess.run(
+        [environment / "bin" / "hf-shampoo4", "--version"], capture_output=True, text=True, env=outside
+    )
+    assert done.stdout.startswith("hf-shampoo4 "), done.stderr
 
 
 @pytest.fixture(scope="module")
@@ -147,7 +225,8 @@ def test_every_extra_that_code_names_exists(project: dict[str, Any]) -> None:
 def test_sub_packages_are_listed(project: dict[str, Any]) -> None:
     """`packages` is explicit (configs/ is mapped into the package), so a new folder must be added to it."""
     folders = {p.parent.relative_to(ROOT).as_posix().replace("/", ".") for p in (ROOT / "hf_shampoo4").rglob("*.py")}
-    assert set(project["tool"]["setuptools"]["packages"]) == folders | {"hf_shampoo4.configs"}
+    configs = {f"hf_shampoo4.configs.{p.name}" for p in (ROOT / "configs").iterdir() if p.is_dir()}
+    assert set(project["tool"]["setuptools"]["packages"]) == folders | {"hf_shampoo4.configs"} | configs
 
 
 def _pins() -> dict[str, str]:
