@@ -8,7 +8,7 @@ import hashlib
 import inspect
 import platform
 import subprocess
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -19,12 +19,12 @@ STEP = ("numerics", "sharding", "preconditioners", "execution", "options", "grou
 EVERYWHERE = ("torch", "transformers")
 
 
-def versions(packages: Iterable[str], *sources: Callable[..., Any]) -> dict[str, str]:
+def versions(packages: Iterable[str], *sources: Any) -> dict[str, str]:
     """Name -> version of the packages, of torch, transformers and Python (whose library is a corpus).
 
     Args:
         packages: distributions; `hf_shampoo4` is told by `step_digest`, one that is not installed is "not installed".
-        sources: functions whose text decides too.
+        sources: functions and modules whose text decides too.
     """
     found = {"python": platform.python_version()}
     for name in (*EVERYWHERE, *packages):

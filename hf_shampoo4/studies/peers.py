@@ -16,8 +16,10 @@ from hf_shampoo4.exceptions import ConfigError, InputError, MissingPackage
 from hf_shampoo4.groups import is_of_matrices, param_groups
 from hf_shampoo4.integrations.trainer import OPTIMS
 from hf_shampoo4.options import KINDS
+from hf_shampoo4.studies import muon as muon_module
 from hf_shampoo4.studies.code_version import versions
 from hf_shampoo4.studies.fingerprint import fingerprint
+from hf_shampoo4.studies.muon import Float32, Joined, Linear8, Muon, MuonQ4
 
 Chosen = tuple[type, dict[str, Any]]
 """What a Trainer takes as `optimizer_cls_and_kwargs`; `params` are groups, each of one `kind`."""
@@ -31,6 +33,8 @@ class Peer:
     package: str
     make: Callable[[nn.Module, Any], Chosen]
     """Of the model and the TrainingArguments."""
+    sources: tuple[Any, ...] = ()
+    """Modules of this package whose text decides too."""
 
 
 # The packages behind names of the Trainer's own; ours is hf_shampoo4's, the rest torch's.
@@ -73,7 +77,7 @@ def code_of(settings: Settings) -> dict[str, str]:
     """
     if "peer" in settings and settings["peer"] in PEERS:
         peer = PEERS[settings["peer"]]
-        return versions([peer.package], getattr(peer.make, "func", peer.make))
+        return versions([peer.package], getattr(peer.make, "func", peer.make), *peer.sources)
     package = PACKAGES.get(settings.get("optim", ""))
     found = versions([package] if package else [])
     if package == "hf_shampoo4":
@@ -116,6 +120,51 @@ def muon(model: nn.Module, args: Any) -> Chosen:
     return chosen, {"lr": args.learning_rate, "adamw_betas": betas, "use_adjusted_lr": True, "params": groups}
 
 
+def muon_as_published(model: nn.Module, args: Any) -> Chosen:
+    """Muon as Keller Jordan has it: Nesterov, sqrt(max(1, m / n)), and AdamW of its own rate for the rest."""
+    chosen, kwargs = muon(model, args)
+    return chosen, {**kwargs, "use_adjusted_lr": False}
+
+
+def normuon(model: nn.Module, args: Any) -> Chosen:
+    """NorMuon (2510.05491): rows normalised after orthogonalising, a root mean square of .2, AdamW for the rest."""
+    betas = (args.adam_beta1, args.adam_beta2)
+    chosen = _imported("pytorch_optimizer", "NorMuon")
+    if not torch.accelerator.is_available():
+        _in_float32(importlib.import_module("pytorch_optimizer.optimizer.muon.base"))
+        _in_float32(importlib.import_module("pytorch_optimizer.optimizer.muon.normuon"))
+    groups = _muon_groups(model, args)
+    return chosen, {"lr": args.learning_rate, "adamw_betas": betas, "update_scale": "match_rms", "params": groups}
+
+
+def torch_muon(model: nn.Module, args: Any) -> Chosen:
+    """torch's own Muon, iterating in bfloat16, with Moonlight's scaling, and torch's AdamW for the rest."""
+    return _joined(model, args, (torch.optim.Muon, {"adjust_lr_fn": "match_rms_adamw"}), (torch.optim.AdamW, {}))
+
+
+def our_muon(store: type, rest: str, model: nn.Module, args: Any) -> Chosen:
+    """`studies.muon` with its momentum kept in a `store`, and an AdamW of `package:class` for the rest."""
+    package, _, name = rest.partition(":")
+    keywords = {"block_size": 128} if package == "torchao.optim" else {}
+    return _joined(model, args, (Muon, {"store": store()}), (_imported(package, name), keywords))
+
+
+def _joined(
+    model: nn.Module, args: Any, matrices: tuple[type, dict[str, Any]], rest: tuple[type, dict[str, Any]]
+) -> Chosen:
+    kind, keywords = rest
+    second = (kind, {"betas": (args.adam_beta1, args.adam_beta2), **keywords})
+    groups = _muon_groups(model, args)
+    return Joined, {"lr": args.learning_rate, "first": matrices, "second": second, "params": groups}
+
+
+def _muon_groups(model: nn.Module, args: Any) -> list[dict[str, Any]]:
+    return [
+        {**plain, "use_muon": is_of_matrices(ours)}
+        for plain, ours in zip(_groups(model, args), param_groups(model, args.weight_decay), strict=True)
+    ]
+
+
 def soap(model: nn.Module, args: Any) -> Chosen:
     """SOAP in float32, refreshed every 10 steps, its own betas; no basis for a vocabulary-sized side."""
     kwargs = {"lr": args.learning_rate, "max_precondition_dim": 2048, "params": _groups(model, args)}
@@ -145,8 +194,20 @@ def _imported(package: str, name: str) -> type:
         raise MissingPackage(f"{name} is {package}'s, which is not installed: pip install {package}") from error
 
 
+def _our_muon(store: type, package: str, rest: str) -> Peer:
+    return Peer(package, functools.partial(our_muon, store, rest), (muon_module,))
+
+
 PEERS: dict[str, Peer] = {
     "muon": Peer("pytorch_optimizer", muon),
+    "muon_as_published": Peer("pytorch_optimizer", muon_as_published),
+    "normuon": Peer("pytorch_optimizer", normuon),
+    "torch_muon": Peer("torch", torch_muon),
+    "muon_float32": _our_muon(Float32, "torch", "torch.optim:AdamW"),
+    "muon_8bit": _our_muon(Linear8, "torch", "torch.optim:AdamW"),
+    "muon_8bit_rest8": _our_muon(Linear8, "bitsandbytes", "bitsandbytes.optim:AdamW8bit"),
+    "muon_4bit": _our_muon(MuonQ4, "torch", "torch.optim:AdamW"),
+    "muon_4bit_rest4": _our_muon(MuonQ4, "torchao", "torchao.optim:AdamW4bit"),
     "soap": Peer("pytorch_optimizer", soap),
     "heavyball_kl_shampoo": Peer("heavyball", functools.partial(heavyball, "KLShampoo")),
     "heavyball_kl_soap": Peer("heavyball", functools.partial(heavyball, "KLSOAP")),
