@@ -184,14 +184,17 @@ class Joined(torch.optim.Optimizer):
         self, params: Any, lr: float, first: tuple[type, Mapping[str, Any]], second: tuple[type, Mapping[str, Any]]
     ) -> None:
         super().__init__(params, {"lr": lr})
-        self.parts: list[torch.optim.Optimizer] = []
+        self.parts: list[tuple[bool, torch.optim.Optimizer]] = []
         for use_muon, (kind, keywords) in ((True, first), (False, second)):
-            if groups := [group for group in self.param_groups if group["use_muon"] is use_muon]:
-                self.parts.append(kind(groups, lr=lr, **keywords))
-                self.parts[-1].state = self.state  # the dictionaries of the groups are shared already
+            if groups := self._groups(use_muon):
+                self.parts.append((use_muon, kind(groups, lr=lr, **keywords)))
+
+    def _groups(self, use_muon: bool) -> list[dict[str, Any]]:
+        return [group for group in self.param_groups if group["use_muon"] is use_muon]
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
         """One update by both; `closure` is for the interface and not called."""
-        for part in self.parts:
+        for use_muon, part in self.parts:
+            part.state, part.param_groups = self.state, self._groups(use_muon)  # loading a state replaces both
             part.step()
