@@ -14,8 +14,9 @@ from typing import Any
 
 import torch
 
-from hf_shampoo4.numerics.linalg import exact_float32, safe_qr
+from hf_shampoo4.numerics.linalg import safe_qr
 from hf_shampoo4.numerics.orthogonal import orthogonal_iteration
+from hf_shampoo4.numerics.precision import exact_float32
 from hf_shampoo4.utils.files import write_json
 from tests.numerics.test_orthogonal import EIGENVALUES, HARD, ORTHOGONAL, RESIDUAL, errors, hard_factors
 

@@ -7,8 +7,9 @@ from typing import NamedTuple
 
 import torch
 
+from ..numerics.precision import lacks
 from ..numerics.storage import allocate
-from ..options import Options
+from ..options import Options, require
 from ..preconditioners.algorithms import Elementwise
 from ..preconditioners.protocols import Algorithm
 from ..sharding.agreement import gather_or_raise
@@ -31,6 +32,7 @@ def build(groups: Sequence[tuple[Options, Sequence[LocalParameter], Shapes]], ra
             DeepSpeed, the parameters may be a part of these.
 
     Raises:
+        OptionError: a device cannot multiply in the `rotation_precision` that is asked for.
         ValueError: a parameter that lives in a way that is not known, or not completely on these ranks, or that shares
             memory with another one where owners send new weights.
     """
@@ -39,6 +41,7 @@ def build(groups: Sequence[tuple[Options, Sequence[LocalParameter], Shapes]], ra
     placements = iter([placement_of(local, by_rank) for local, by_rank in zip(every, reports, strict=True)])
     members = []
     for options, of_group, shapes in groups:
+        _require_precision(options, of_group)
         blocks = {name: blocks_of(shape, options) for name, shape in shapes.items()}
         phases = phases_of({name: len(of_one) for name, of_one in blocks.items()})
         members.append([_member(h, next(placements), blocks[h.name], phases[h.name]) for h in of_group])
@@ -46,6 +49,13 @@ def build(groups: Sequence[tuple[Options, Sequence[LocalParameter], Shapes]], ra
         _refuse_sharing([member.local for of_group in members for member in of_group if member.placement.whole])
     assign_owners(members, [options for options, _, _ in groups], ranks.world)
     return [_waves(found, options, ranks) for found, (options, _, _) in zip(members, groups, strict=True)]
+
+
+def _require_precision(options: Options, members: Sequence[LocalParameter]) -> None:
+    for device in {local.buffer.device for local in members}:
+        why = lacks(options.rotation_precision, device)
+        allowed = f"auto or float32 for parameters on {device}: {why}"
+        require("rotation_precision", options.rotation_precision, not why, allowed)
 
 
 def _refuse_sharing(members: Sequence[LocalParameter]) -> None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ..numerics.linalg import exact_float32
+from ..numerics.precision import exact_float32
 from ..options import Options
 from ..preconditioners.algorithms import compute_updates
 from ..preconditioners.protocols import Context

@@ -1,33 +1,15 @@
 """Batched matrix functions, all pure: (B, k, k) float32 in, new tensors out, the input never changed.
 
-Matrix products run in float32 proper: `exact_float32` turns TF32 and autocast off around a step, because TF32's ten
-mantissa bits are too few for a Kronecker factor.
+Matrix products run in float32 proper (`precision.exact_float32`): TF32's ten mantissa bits are too few for a factor.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable
+from contextlib import suppress
 
 import torch
 from torch import Tensor
-
-
-@contextmanager
-def exact_float32(device_type: str) -> Iterator[None]:
-    """float32 matrix products without TF32 (or bfloat16, on CPUs that have it) and without autocast."""
-    matmul = torch.backends.cuda.matmul if device_type == "cuda" else getattr(torch.backends.mkldnn, "matmul", None)
-    # torch < 2.9 has the older switch only (and none for CPUs); a newer torch does not let the two be mixed
-    name, exact = ("fp32_precision", "ieee") if hasattr(matmul, "fp32_precision") else ("allow_tf32", False)
-    before = getattr(matmul, name, None)
-    if matmul is not None:
-        setattr(matmul, name, exact)
-    try:
-        with torch.autocast(device_type, enabled=False):
-            yield
-    finally:
-        if matmul is not None:
-            setattr(matmul, name, before)
 
 
 def bjorck(v: Tensor, steps: int) -> Tensor:
@@ -177,12 +159,6 @@ def safe_cholesky(a: Tensor, jitter: float, attempts: int = 6) -> Tensor:
             break
         shift = torch.where(info > 0, 10 * shift, shift)
     return torch.where((info == 0)[:, None, None], c, torch.nan)
-
-
-def rotate(a: Tensor | None, x: Tensor, b: Tensor | None) -> Tensor:
-    """A^T X B for (B, m, m), (B, m, n) and (B, n, n); None is the identity."""
-    x = x if a is None else a.mT @ x
-    return x if b is None else x @ b
 
 
 def transpose(a: Tensor | None) -> Tensor | None:

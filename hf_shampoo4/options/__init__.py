@@ -21,6 +21,7 @@ from .fields import (
     USED_BY_FACTOR,
     Options,
     check_rates,
+    require,
     require_kind,
 )
 from .parsing import CONFIG_ENV, parse_optim_args, resolve, saved_options
@@ -44,6 +45,7 @@ __all__ = [
     "USED_BY_FACTOR",
     "check_rates",
     "parse_optim_args",
+    "require",
     "require_kind",
     "resolve",
     "saved_options",

@@ -86,6 +86,10 @@ class Options:
     """How a basis is updated: by the `qr` of its factor, which CUDA computes one after another, or by Cholesky factors
     (`cholesky_qr`), whole stacks at once, the same to rounding; auto: cholesky_qr on CUDA, and elsewhere qr, which
     takes half of its time on a CPU."""
+    rotation_precision: Literal["auto", "float32", "tf32", "bfloat16"] = "auto"
+    """What the operands of the products into the bases and back are rounded to, which are summed in float32; factors,
+    eigenvalues and the bases' updates are float32 in any case.  auto: tf32 on a GPU that has it, else float32.  A CPU
+    rounds operands as a GPU would, and multiplies in float32: as a GPU's results are, but slower than float32."""
     factor_beta: float = 0.9
     """Decay of the factors' moving average, per step; for shampoo per update, and .95 unless it is given."""
     vocabulary_beta: float = 0.99

@@ -9,7 +9,8 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from ..numerics.linalg import clamp_rms, rotate, transpose
+from ..numerics.linalg import clamp_rms, transpose
+from ..numerics.precision import rotate, rotation_precision
 from ..numerics.storage import Dense, Index, covers
 from ..options import Options
 from .bases import MIN_DECAY, TINY, DecodedSide, Side, statistic
@@ -90,7 +91,8 @@ class Eigenbasis(TwoSided):
         rows, columns = _scales(left, right, o)
         m = (self.moments.first.read(state["first"]) * rows).mul_(columns)
         # G' = U_L^T G U_R
-        g = rotate(left.vectors, g, right.vectors)
+        precision = rotation_precision(o.rotation_precision, g.device)
+        g = rotate(left.vectors, g, right.vectors, precision)
         # lambda_L <- beta lambda_L + (1 - beta) mean_j G'_ij^2 / lambda_Rj, lambda_R likewise (SOAP: / 1)
         state["failures"]["dense"] += self._update_eigenvalues(left, right, g, o)
         # m' <- b1 m' + (1 - b1) G', before the basis update if nothing but m' sees G': both are rotated as one sum
@@ -111,7 +113,8 @@ class Eigenbasis(TwoSided):
         write_first(self.moments.first, state, m, at)
         del m, g  # a copy of the wave each
         # U_L u U_R^T
-        return rotate(transpose(left.vectors), self._bounded(u, o, context.betas[1]), transpose(right.vectors))
+        u = self._bounded(u, o, context.betas[1])
+        return rotate(transpose(left.vectors), u, transpose(right.vectors), precision)
 
     def _update_eigenvalues(self, left: DecodedSide, right: DecodedSide, g: Tensor, o: Options) -> Tensor:
         """Eigenvalues follow the squares of the rotated gradient at every step.

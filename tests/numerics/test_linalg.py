@@ -10,7 +10,6 @@ from hf_shampoo4.numerics import linalg as matrix
 from hf_shampoo4.numerics.linalg import (
     bjorck,
     clamp_rms,
-    exact_float32,
     finite_blocks,
     power_qr,
     replace_bad_blocks,
@@ -18,6 +17,7 @@ from hf_shampoo4.numerics.linalg import (
     safe_qr,
     symmetric_power,
 )
+from hf_shampoo4.numerics.precision import exact_float32
 from tests.support import reference
 
 

@@ -1,0 +1,99 @@
+"""In which precision matrices are multiplied.
+
+Everything is float32 proper but rotations, which may have the operands of tensor cores: their sums are float32 still.
+On devices without such cores, CPUs among them, operands are rounded as they would be, which shows what that does to a
+training, and takes longer than float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+
+import torch
+from torch import Tensor
+
+TF32_DROPS = 13  # of float32's 23 bits of mantissa
+
+
+@contextmanager
+def exact_float32(device_type: str) -> Iterator[None]:
+    """float32 matrix products without TF32 (or bfloat16, on CPUs that have it) and without autocast."""
+    with _float32_products(device_type, exact=True), torch.autocast(device_type, enabled=False):
+        yield
+
+
+def rotate(a: Tensor | None, x: Tensor, b: Tensor | None, precision: str = "float32") -> Tensor:
+    """A^T X B.
+
+    Args:
+        a: (B, m, m) float32; None is the identity.
+        x: (B, m, n) float32.
+        b: (B, n, n) float32; None is the identity.
+        precision: of the operands of both products: "float32", "tf32" or "bfloat16".
+
+    Returns:
+        (B, m, n) float32.
+    """
+    on_cores = precision == "tf32" and x.is_cuda
+    with _float32_products("cuda", exact=False) if on_cores else nullcontext():
+        x = x if a is None else _product(a.mT, x, precision)
+        return x if b is None else _product(x, b, precision)
+
+
+def rotation_precision(option: str, device: torch.device) -> str:
+    """What `Options.rotation_precision` stands for on a device: auto is tf32 where that is fast, else float32."""
+    if option != "auto":
+        return option
+    return "tf32" if device.type == "cuda" and lacks("tf32", device) == "" else "float32"
+
+
+def lacks(precision: str, device: torch.device) -> str:
+    """Why a device cannot multiply in a precision; "" if it can."""
+    if precision in ("auto", "float32") or device.type in ("cpu", "meta"):
+        return ""
+    if device.type != "cuda":
+        return f"{device.type} devices have float32 alone here"
+    with torch.cuda.device(device):
+        there = torch.cuda.is_tf32_supported() if precision == "tf32" else torch.cuda.is_bf16_supported(False)
+        name = torch.cuda.get_device_name()
+    if not there:
+        return f"{name} has no tensor cores for it (compute capability 8.0 or newer has)"
+    if precision == "bfloat16" and "dtype" not in torch.ops.aten.bmm.overloads():
+        return f"torch {torch.__version__} has no products of bfloat16 with float32 sums (2.8 and newer have)"
+    return ""
+
+
+def rounded(x: Tensor, precision: str) -> Tensor:
+    """float32 with no more bits than an operand of a precision has, to the nearest and ties to even."""
+    if precision == "bfloat16":
+        return x.bfloat16().float()
+    bits = x.view(torch.int32)
+    half = (1 << (TF32_DROPS - 1)) - 1
+    return bits.add(bits >> TF32_DROPS & 1).add_(half).bitwise_and_(-1 << TF32_DROPS).view(torch.float32)
+
+
+def _product(a: Tensor, b: Tensor, precision: str) -> Tensor:
+    """A B, (B, m, k) times (B, k, n), summed in float32."""
+    if precision == "float32" or (precision == "tf32" and a.is_cuda):
+        return a @ b
+    if precision == "bfloat16" and a.is_cuda:
+        return torch.bmm(a.bfloat16(), b.bfloat16(), out_dtype=torch.float32)
+    return rounded(a, precision) @ rounded(b, precision)
+
+
+@contextmanager
+def _float32_products(device_type: str, exact: bool) -> Iterator[None]:
+    """float32 matrix products proper, or with TF32, and the setting as it was afterwards."""
+    matmul = torch.backends.cuda.matmul if device_type == "cuda" else getattr(torch.backends.mkldnn, "matmul", None)
+    # torch < 2.9 has the older switch only (and none for CPUs); a newer torch does not let the two be mixed
+    newer = hasattr(matmul, "fp32_precision")
+    name, value = ("fp32_precision", "ieee" if exact else "tf32") if newer else ("allow_tf32", not exact)
+    before = getattr(matmul, name, None)
+    if matmul is not None:
+        setattr(matmul, name, value)
+    try:
+        yield
+    finally:
+        if matmul is not None:
+            setattr(matmul, name, before)
