@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import multiprocessing.process
 import os
 import random
 import shutil
+import subprocess
 import sys
 import tempfile
+from pathlib import Path
 
 import pytest
 
@@ -26,6 +29,57 @@ for name in ("HF_SHAMPOO4_CONFIG", "HF_SHAMPOO4_REGISTER"):
     os.environ.pop(name, None)
 
 _CACHE = pytest.StashKey[str]()
+
+# `pytest -m core`: the optimizer in this one process, in under two minutes on one core; what is `slow` is not in it.
+CORE = (
+    "numerics",
+    "optimizer",
+    "preconditioners",
+    "sharding",
+    "utils",
+    "execution/test_blocking.py",
+    "execution/test_memory_layout.py",
+    "package/test_tiers.py",
+)
+LONGER = (
+    "numerics/test_kernels.py",
+    "optimizer/test_fuzz.py",
+    "optimizer/test_rates.py",
+)  # an interpreter; the Trainer
+_TESTS = Path(__file__).parent
+
+
+def _is_core(path: Path) -> bool:
+    inside = any(path.is_relative_to(_TESTS / part) for part in CORE)
+    return inside and not any(path == _TESTS / part for part in LONGER)
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """With `-m core`, the other files are not even imported: they load transformers, datasets and TRL."""
+    if config.option.markexpr == "core" and collection_path.suffix == ".py" and not _is_core(collection_path):
+        return True
+    return None
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark what is in `CORE`."""
+    for item in items:
+        if _is_core(item.path) and not item.get_closest_marker("slow"):
+            item.add_marker(pytest.mark.core)
+
+
+@pytest.fixture(autouse=True)
+def _core_starts_no_process(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if request.node.get_closest_marker("core") is None:
+        return
+
+    def refuse(*args: object, **kwargs: object) -> None:
+        pytest.fail(f"{request.node.nodeid} is of the core tier and starts a process: mark it slow, or move it")
+
+    monkeypatch.setattr(subprocess.Popen, "__init__", refuse)
+    monkeypatch.setattr(multiprocessing.process.BaseProcess, "start", refuse)
+    for name in ("fork", "system", "posix_spawn"):
+        monkeypatch.setattr(os, name, refuse)
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -74,17 +74,32 @@ def _mapping(name: Union[str, Path], file: Path) -> dict[str, Any]:
     return content
 
 
-def settings_of(config: Union[str, Path, Mapping[str, Any], None], kind: str) -> dict[str, Any]:
-    """The settings of a mapping, a file or a name among `configs/<kind>`; none of None."""
-    return dict(config) if isinstance(config, Mapping) else read_config(config, kind) if config is not None else {}
+def parse_as(
+    types: Sequence[type], kind: str, config: Union[str, Path, Mapping[str, Any], None], overrides: Sequence[str]
+) -> tuple[Any, ...]:
+    """Settings of a file, of a name in configs/<kind> or of a mapping, with command-line overrides over them.
 
+    Args:
+        types: dataclasses, the last two `RunArguments` and a kind of `TrainingArguments`.
+        kind: folder of configs/.
+        config: YAML file, shipped configuration name, or mapping of settings; None: none.
+        overrides: `--key value` or `--key=value` items; they win.
 
-def parse_as(types: Sequence[type], settings: Mapping[str, Any], overrides: Sequence[str]) -> tuple[Any, ...]:
-    """One object of each of `types` (dataclasses, the last a TrainingArguments), cast and checked.
+    Returns:
+        One object of each of `types`, cast and checked.
 
     Raises:
-        ConfigError: unknown setting, wrong type.
+        ConfigError: missing or unreadable file, unknown setting, wrong type, inconsistent values.
+        OptionError: an `optim_args` item that the optimizer refuses.
     """
+    settings = dict(config) if isinstance(config, Mapping) else read_config(config, kind) if config is not None else {}
+    made = _cast(types, settings, overrides)
+    _check_run(*made[-2:])
+    return made
+
+
+def _cast(types: Sequence[type], settings: Mapping[str, Any], overrides: Sequence[str]) -> tuple[Any, ...]:
+    """One object of each of `types` from settings as text, or of their own type."""
     import torch
     from transformers import HfArgumentParser
 
@@ -107,7 +122,7 @@ def parse_as(types: Sequence[type], settings: Mapping[str, Any], overrides: Sequ
         raise error if isinstance(error, ConfigError) else ConfigError(str(error)) from error
 
 
-def check_run(run: RunArguments, training: TrainingArguments) -> None:
+def _check_run(run: RunArguments, training: TrainingArguments) -> None:
     """Set the accumulation that `total_batch_size` asks for; refuse an optimizer that cannot run like this.
 
     Raises:

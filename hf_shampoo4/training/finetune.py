@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Union
 
 from ..exceptions import ConfigError, reason
 from .arguments import ChatArguments, RunArguments
-from .config import check_run, parse_as, settings_of
+from .config import parse_as
 from .documents import validation_source
 from .output_dir import prepare_output
 from .pretrain import Result
@@ -57,23 +57,14 @@ def argument_types() -> tuple[type, ...]:
 
 
 def parse(config: Union[str, Path, Mapping[str, Any], None] = None, overrides: Sequence[str] = ()) -> FinetuneConfig:
-    """Settings of a file, of a name in configs/finetune or of a mapping, with command-line overrides over them.
-
-    Args:
-        config: YAML file, shipped configuration name, or mapping of settings.
-        overrides: `--key value` or `--key=value` items; they win.
-
-    Returns:
-        The four groups of arguments.
+    """A fine-tuning's settings: see `config.parse_as`; a name is one of configs/finetune.
 
     Raises:
-        ConfigError: missing or unreadable file, unknown setting, wrong type, inconsistent values, no TRL.
-        OptionError: an `optim_args` item that the optimizer refuses.
+        ConfigError: also without TRL, or without a model.
     """
-    checked = FinetuneConfig(*parse_as(argument_types(), settings_of(config, "finetune"), overrides))
+    checked = FinetuneConfig(*parse_as(argument_types(), "finetune", config, overrides))
     if not checked.model.model_name_or_path:
         raise ConfigError("model_name_or_path is required: a folder or a hub name")
-    check_run(checked.run, checked.training)
     return checked
 
 

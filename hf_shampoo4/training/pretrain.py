@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArgu
 from transformers.trainer_callback import ProgressCallback
 
 from .arguments import DataArguments, ModelArguments, RunArguments
-from .config import check_run, parse_as, settings_of
+from .config import parse_as
 from .data import TextData, collate, load_text
 from .model import build_model, load_model_config
 from .output_dir import prepare_output
@@ -47,22 +47,8 @@ ARGUMENT_TYPES = (ModelArguments, DataArguments, RunArguments, TrainingArguments
 
 
 def parse(config: Union[str, Path, Mapping[str, Any], None] = None, overrides: Sequence[str] = ()) -> RunConfig:
-    """Settings of a file (or a mapping) with command-line overrides over them, cast and checked.
-
-    Args:
-        config: YAML file, shipped configuration name, or mapping of settings.
-        overrides: `--key value` or `--key=value` items; they win.
-
-    Returns:
-        The four groups of arguments.
-
-    Raises:
-        ConfigError: missing or unreadable file, unknown setting, wrong type, inconsistent values.
-        OptionError: an `optim_args` item that the optimizer refuses.
-    """
-    checked = RunConfig(*parse_as(ARGUMENT_TYPES, settings_of(config, "train"), overrides))
-    check_run(checked.run, checked.training)
-    return checked
+    """A pretraining's settings: see `config.parse_as`; a name is one of configs/train."""
+    return RunConfig(*parse_as(ARGUMENT_TYPES, "train", config, overrides))
 
 
 def run(

@@ -142,6 +142,7 @@ def test_where_triton_cannot_build_pytorch_works_and_says_so(monkeypatch: pytest
         assert not quantize._triton_works.__wrapped__(CPU)
 
 
+@pytest.mark.slow
 def test_kernels_compile_for_a_gpu(tmp_path: os.PathLike[str]) -> None:
     environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path)}
     environment.pop("TRITON_INTERPRET", None)
