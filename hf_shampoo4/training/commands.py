@@ -7,12 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from importlib.util import find_spec
+from pathlib import Path
 
 from ..exceptions import ConfigError, MissingPackage
 from ..utils.hub import offline_without_network
 from .arguments import ChatArguments, DataArguments, ModelArguments, RunArguments
 from .config import check_names, is_config, names_in, read_config, settings_help
 from .library_fields import SFT, TRAINER, library_fields
+from .output_dir import refuse_content
 
 DEFAULT_CONFIG = "stdlib_tiny"
 
@@ -77,4 +79,17 @@ def _check(
     settings = {} if config is None else read_config(config, kind)
     if library is not None:
         check_names([*settings, *names_in(overrides)], ours, library, library_name)
+    given = {**settings, **_values(overrides)}
+    if given.get("output_dir") and not {"overwrite_output_dir", "resume_from_checkpoint"} & set(given):
+        refuse_content(Path(str(given["output_dir"])))
     offline_without_network()
+
+
+def _values(overrides: Sequence[str]) -> dict[str, str]:
+    """`--key value` and `--key=value` items; of a list the first."""
+    found: dict[str, str] = {}
+    for item, after in zip(overrides, [*overrides[1:], ""], strict=True):
+        if item.startswith("--"):
+            key, equals, value = item[2:].partition("=")
+            found[key.replace("-", "_")] = value if equals else after
+    return found

@@ -99,7 +99,26 @@ def _with_known_columns(source: str, examples: Dataset) -> Dataset:
     if pictures := [name for name in PICTURES if name in examples.column_names]:
         raise ConfigError(f"dataset {source!r} has pictures (column {pictures[0]!r}), which would not be learnt from: "
                           "remove the column to train on the text alone")  # fmt: skip
-    return examples.select_columns([name for name in (*kind, *BESIDE) if name in examples.column_names])
+    examples = examples.select_columns([name for name in (*kind, *BESIDE) if name in examples.column_names])
+    return _full(source, _as_text(examples, kind), kind)
+
+
+def _as_text(examples: Dataset, kind: tuple[str, ...]) -> Dataset:
+    """Numbers as they are written: a CSV of sums has a column of them."""
+    from datasets import Value
+
+    for name in kind:
+        if isinstance(examples.features[name], Value) and examples.features[name].dtype != "string":
+            examples = examples.cast_column(name, Value("string"))
+    return examples
+
+
+def _full(source: str, examples: Dataset, kind: tuple[str, ...]) -> Dataset:
+    """The examples without empty cells."""
+    full = examples.filter(lambda *cells: all(cells), input_columns=list(kind))
+    if empty := len(examples) - len(full):
+        print(f"dataset {source!r}: {empty} of {len(examples)} rows have no {' or '.join(kind)} and are left out")
+    return full
 
 
 def run(config: FinetuneConfig, callbacks: Sequence[TrainerCallback] = ()) -> Result:
@@ -155,7 +174,12 @@ def _explained(error: Exception, config: FinetuneConfig) -> Exception:
     name, said = config.model.model_name_or_path, reason(error)
     if isinstance(error, OSError) or "model_type" in said or "Unrecognized model" in said:
         return ConfigError(f"model_name_or_path {name!r} cannot be loaded ({said})")
-    if "chat template" in said or "chat_template" in said or "NoneType" in said:
+    if "chat_template is not set" in said or "NoneType" in said:
+        return ConfigError(
+            f"{name!r} has no chat template, so it cannot learn from `messages`: give one with chat_template_path "
+            "(a .jinja file, or a model that has one), or examples with `prompt` and `completion`"
+        )
+    if "chat template" in said or "chat_template" in said:
         return ConfigError(
             f"the chat template of {name!r} cannot be trained with ({said}): "
             "set assistant_only_loss=false, or give one with chat_template_path"

@@ -46,9 +46,14 @@ def _base_config(arguments: ModelArguments) -> tuple[PreTrainedConfig, Union[str
         source = preset if arguments.model and preset.is_file() else arguments.model
         return AutoConfig.from_pretrained(source), source
     except (OSError, ValueError, KeyError) as error:
-        names = ", ".join(sorted(file.stem for file in presets.glob("*.json")))
-        raise ConfigError(f"model {arguments.model or arguments.model_type!r} cannot be loaded ({reason(error)}); "
-                          f"allowed: one of {names}, a config.json, a folder or a hub name") from error  # fmt: skip
+        names = sorted(file.stem for file in presets.glob("*.json"))
+        asked = re.sub(r"[-.]", "_", arguments.model.rpartition("/")[2].lower())
+        close = difflib.get_close_matches(asked, names, n=1, cutoff=0.7)
+        hint = f"did you mean the preset {close[0]}? " if close else ""
+        raise ConfigError(
+            f"model {arguments.model or arguments.model_type!r} cannot be loaded ({reason(error)}); {hint}"
+            f"allowed: one of {', '.join(names)}, a config.json, a folder or a hub name"
+        ) from error
 
 
 def _override(item: str, config: PreTrainedConfig) -> tuple[str, Any]:

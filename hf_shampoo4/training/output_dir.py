@@ -31,8 +31,7 @@ def prepare_output(run: RunArguments, training: TrainingArguments) -> str | None
         return checkpoint
     began = _is(training.resume_from_checkpoint, "auto") and not any((folder / name).exists() for name in FINISHED)
     if not run.overwrite_output_dir and not began:
-        raise ConfigError(f"output_dir {str(folder)!r} is not empty: choose another, or --overwrite_output_dir, "
-                          "or continue with --resume_from_checkpoint auto")  # fmt: skip
+        refuse_content(folder)
     for old in folder.glob("checkpoint-*"):  # the Trainer's rotation would take them for newer ones of this run
         if run.overwrite_output_dir:
             shutil.rmtree(old)
@@ -41,6 +40,13 @@ def prepare_output(run: RunArguments, training: TrainingArguments) -> str | None
     for name in LEFT if run.overwrite_output_dir else ():  # the Trainer merges its figures into those of the file
         (folder / name).unlink(missing_ok=True)
     return None
+
+
+def refuse_content(folder: Path) -> None:
+    """Raises a ConfigError, with the ways out, for a folder that holds something."""
+    if folder.is_dir() and any(folder.iterdir()):
+        raise ConfigError(f"output_dir {str(folder)!r} is not empty: choose another, or --overwrite_output_dir, "
+                          "or continue with --resume_from_checkpoint auto")  # fmt: skip
 
 
 def _set_aside(checkpoint: Path) -> None:

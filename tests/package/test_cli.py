@@ -40,6 +40,7 @@ print(f"status {status}, {len(sys.modules)} modules")
         (["train", "my"], 2, "config 'my' does not exist"),
         (["train", "stdlib_tiny", "gpt_stdlib_tiny"], 2, "CONFIG comes first, and there is one"),
         (["finetune", "lora", "--lora_rank", "3"], 2, "unknown setting 'lora_rank': did you mean local_rank or lora_r"),
+        (["train", "--output_dir", "docs"], 2, "output_dir 'docs' is not empty: choose another"),
         (["plan", "llama_1b", "--sharding", "fsdp3"], 2, "invalid choice: 'fsdp3' (choose from"),
         (["race", "tiny", "--shard", "3/2"], 2, "'3/2' is not I/N with I < N"),
         (["checkpoint", "look", "."], 2, "invalid choice: 'look'"),

@@ -146,3 +146,9 @@ def test_every_preset_has_a_file_and_the_template_is_the_default():
     assert set(PRESETS) <= {path.stem for path in OPTIMIZERS}
     template = parse_optim_args(f"config={config_root() / 'optimizers' / 'shampoo4bit.yaml'}")
     assert Options(**template) == Options()
+
+
+def test_a_name_that_is_nearly_a_presets_is_answered_with_it(monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(ConfigError, match="did you mean the preset llama3_8b"):
+        load_model_config(ModelArguments(model="meta-llama/Llama-3.1-8B"))

@@ -178,3 +178,24 @@ def test_a_template_that_marks_no_answers_is_refused(model: Path, data: Path, tm
     )
     with pytest.raises(ConfigError, match=r"cannot be trained with .*set assistant_only_loss=false"):
         run(parse(settings(folder, data, tmp_path / "out")))
+
+
+def test_numbers_and_empty_cells_of_a_csv(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = "".join(f"{i}+{i}?,{2 * i}\n" for i in range(1, 20))
+    (tmp_path / "sums.csv").write_text(f"prompt,completion\n{rows}20+20?,\n")
+    train, held_out = load_examples(ChatArguments(dataset=str(tmp_path / "sums.csv")))
+    assert held_out is not None
+    assert {type(row["completion"]) for row in [*train, *held_out]} == {str}
+    assert len(train) + len(held_out) == 19
+    assert "1 of 20 rows have no prompt or completion and are left out" in capsys.readouterr().out
+
+
+def test_a_model_without_a_chat_template_is_told_so(model: Path, data: Path, tmp_path: Path) -> None:
+    bare = tmp_path / "bare"
+    shutil.copytree(model, bare, ignore=shutil.ignore_patterns("chat_template.jinja"))
+    tokenizer = json.loads((bare / "tokenizer_config.json").read_text())
+    tokenizer.pop("chat_template", None)
+    (bare / "tokenizer_config.json").write_text(json.dumps(tokenizer))
+    for alone in (True, False):
+        with pytest.raises(ConfigError, match=r"has no chat template.*chat_template_path .*`prompt` and `completion`"):
+            run(parse(settings(bare, data, tmp_path / f"out{alone}", assistant_only_loss=alone)))
