@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from importlib.util import find_spec
+from itertools import zip_longest
 from pathlib import Path
 
 from ..exceptions import ConfigError, MissingPackage
@@ -88,7 +89,7 @@ def _check(
 def _values(overrides: Sequence[str]) -> dict[str, str]:
     """`--key value` and `--key=value` items; of a list the first."""
     found: dict[str, str] = {}
-    for item, after in zip(overrides, [*overrides[1:], ""], strict=True):
+    for item, after in zip_longest(overrides, overrides[1:], fillvalue=""):
         if item.startswith("--"):
             key, equals, value = item[2:].partition("=")
             found[key.replace("-", "_")] = value if equals else after
