@@ -122,7 +122,8 @@ def race(arguments: Sequence[str]) -> None:
 
     A finished run is kept at once, in a file of its own in DIR/runs, and never run again by the same code; a race can
     be stopped at any time and shared by processes (`--shard I/N`).  The report is a table, a JSON with everything and
-    a picture.
+    pictures.  On a quiet machine `--time` measures what a step takes, side by side, into DIR/times/GRID.json; a report
+    that finds it there counts its seconds by it.
     """
     chosen = _race_parser().parse_args(arguments)
     folder = chosen.output_dir
@@ -131,16 +132,19 @@ def race(arguments: Sequence[str]) -> None:
     from hf_shampoo4.studies.peers import code_of
     from hf_shampoo4.studies.race import carry_out
     from hf_shampoo4.studies.race_report import report
+    from hf_shampoo4.studies.race_times import STEPS, Times, measure_times
     from hf_shampoo4.studies.runner import Runs
 
     changes = {} if chosen.steps is None else {"max_steps": chosen.steps}
     grid = read_grid(chosen.grid, chosen.quick, changes)
     grid = replace(grid, seeds=grid.seeds[: chosen.seeds])
-    runs = Runs(folder / "runs")
-    if not chosen.report_only:
+    runs, timed = Runs(folder / "runs"), folder / "times" / f"{grid.name}.json"
+    if chosen.time:
+        measure_times(some_of(grid, chosen.contestants.split(",")).contestants, timed, 2 if chosen.quick else STEPS)
+    elif not chosen.report_only:
         carry_out(some_of(grid, chosen.contestants.split(",")), runs, chosen.shard, chosen.sweep)
-    if chosen.shard[1] == 1:
-        report(grid, runs.of(None if chosen.any_code else code_of), folder)
+    if chosen.shard[1] == 1 and not chosen.time:
+        report(grid, runs.of(None if chosen.any_code else code_of), folder, Times.read(timed))
 
 
 def _race_parser() -> argparse.ArgumentParser:
@@ -154,6 +158,7 @@ def _race_parser() -> argparse.ArgumentParser:
     add("--contestants", default="", help="run these alone, comma-separated; the report is of all that have finished")
     add("--steps", type=int, help="steps of each run")
     add("--report_only", action="store_true", help="no runs: put together what is finished, of all processes")
+    add("--time", action="store_true", help="no runs: time 30 steps of each contestant side by side, for the report")
     add("--any_code", action="store_true", help="report runs of other versions of the code too, the last first")
     add("--quick", action="store_true", help="a few steps of a tiny model: does it work here?")
     return parser

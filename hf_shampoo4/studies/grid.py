@@ -108,16 +108,19 @@ class Contestant:
         neighbours = [best.moved(c, up) for c in self.sweep for up in (True, False)]
         return next((point for point in neighbours if point not in losses), None)
 
-    def edges(self, seed: int, finished: Sequence[Settings]) -> list[str]:
-        """The coordinates along which the best point is the first or the last of several, or the only one swept."""
+    def closed(self, seed: int, finished: Sequence[Settings]) -> dict[str, bool]:
+        """Coordinate that is swept, or has several values -> whether worse points lie on both sides of the best one."""
         best, points = self.best(seed, finished), self.losses(seed, finished)
-        found = []
+        found = {}
         for coordinate in COORDINATES if best else ():
             values = sorted({p.get(coordinate) for p in points if best and p.same_but(best, coordinate)})
-            swept = len(values) > 1 or coordinate in self.sweep
-            if best and swept and best.get(coordinate) in (values[0], values[-1]):
-                found.append(coordinate)
+            if best and (len(values) > 1 or coordinate in self.sweep):
+                found[coordinate] = best.get(coordinate) not in (values[0], values[-1])
         return found
+
+    def edges(self, seed: int, finished: Sequence[Settings]) -> list[str]:
+        """The coordinates along which the best point is the first or the last of several, or the only one swept."""
+        return [coordinate for coordinate, closed in self.closed(seed, finished).items() if not closed]
 
 
 @dataclass(frozen=True)

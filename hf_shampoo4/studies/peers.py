@@ -70,6 +70,12 @@ def optimizer_of(settings: Settings) -> Callable[[nn.Module, Any], Chosen]:
     return make
 
 
+def train_settings(settings: Settings) -> dict[str, Any]:
+    """Those of a run that `hf-shampoo4 train` has, with a stand-in for the optimizer that `optimizer_of` makes."""
+    rest = {key: value for key, value in settings.items() if key not in ("peer", "rates")}
+    return {"optim": "adamw_torch", **rest}
+
+
 def code_of(settings: Settings) -> dict[str, str]:
     """The versions of what makes a run with these settings, see `code_version.versions`.
 

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from hf_shampoo4.studies.grid import Contestant, Grid, Point, Settings
 from hf_shampoo4.studies.measured_run import run_one
-from hf_shampoo4.studies.peers import code_of, optimizer_of
+from hf_shampoo4.studies.peers import code_of, optimizer_of, train_settings
 from hf_shampoo4.studies.runner import Runs
 
 
@@ -64,10 +64,9 @@ def _once(contestant: Contestant, point: Point, seed: int, runs: Runs) -> None:
 
 def train(label: str, settings: Settings) -> Settings:
     """Train once; what came out, as JSON: `validation_seconds` is the training time before each evaluation."""
-    rest = {key: value for key, value in settings.items() if key not in ("optim", "peer", "rates")}
     with tempfile.TemporaryDirectory() as folder:
-        shown = {**rest, "label": f"{label}, seed {settings['seed']}"}
-        outcome = run_one(settings.get("optim", "adamw_torch"), shown, Path(folder), optimizer_of(settings))
+        shown = {**train_settings(settings), "label": f"{label}, seed {settings['seed']}"}
+        outcome = run_one(shown.pop("optim"), shown, Path(folder), optimizer_of(settings))
     first, *others = outcome.step_seconds  # the first allocates and may compile
     elapsed = [0.0, *accumulate([others[0] if others else first, *others])]
     kept = {key: value for key, value in asdict(outcome).items() if key not in ("training", "step_seconds", "settings")}

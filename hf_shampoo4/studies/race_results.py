@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from hf_shampoo4.studies.grid import Contestant, Grid, Point, Settings
 from hf_shampoo4.studies.measured_run import steps_to
+from hf_shampoo4.studies.race_times import Times
 
 Curve = list[tuple[float, float]]
 
@@ -22,20 +23,25 @@ class Row:
     point: Point
     sweep: dict[Point, float]
     """Final validation loss at the first seed at every point that was tried."""
-    edges: list[str]
-    """Coordinates in which the best point has a neighbour on one side only: a better one may lie beyond."""
+    closed: dict[str, bool]
+    """Coordinate of the sweep -> whether worse points lie on both sides of the best one; else a better may lie beyond."""
     losses: dict[int, float]
     """Seed -> final validation loss."""
     curve: Curve
     """(step, validation loss), the mean over seeds."""
     seconds: list[float]
-    """Training time before each point of the curve, the mean over seeds, see `time_scale`."""
+    """Training time before each point of the curve: as measured in the runs, the mean over seeds, see `time_scale`; or
+    from step times that were measured side by side, if there are any."""
     bytes_per_parameter: float
+    peak_bytes_per_parameter: float | None
+    """State, and what a step holds beyond it at most; None: not measured."""
     optimizer_step_ms: float
     model_step_ms: float
     """The rest of a training step, the same work for all contestants."""
     steps_to_baseline: float | None
     """Steps that the mean curve takes to the loss at which the baseline ends; None: it does not get there."""
+    steps_spread: float | None
+    """Standard deviation of these steps over seeds, each against the baseline's loss at that seed."""
     seconds_to_baseline: float | None
     share: float | None
     """Of the way from the baseline's loss to the target's, over the seeds that all three have finished."""
@@ -56,36 +62,80 @@ class Row:
         return statistics.stdev(self.losses.values()) if len(self.losses) > 1 else None
 
 
-def rows_of(grid: Grid, finished: Sequence[Settings]) -> list[Row]:
+def rows_of(grid: Grid, finished: Sequence[Settings], times: Times | None = None) -> list[Row]:
     """One row for each contestant with a finished run, in the grid's order.
 
     Args:
         grid: the race.
         finished: runs, of any grid; of two with equal settings the first counts.
+        times: of steps, measured side by side; without them, and of contestants that they lack, times are the runs'.
     """
     chosen = {c.name: found for c in grid.contestants if (found := _chosen(c, grid.seeds, finished))}
     losses = {name: {r["settings"]["seed"]: r["final_loss"] for r in runs} for name, (_, _, runs) in chosen.items()}
-    goal = statistics.mean(losses[grid.baseline].values()) if grid.baseline in losses else None
+    goals = losses.get(grid.baseline, {})
     unit = statistics.median(_model_ms(run) for _, _, runs in chosen.values() for run in runs) if chosen else 1.0
-    rows = []
-    for name, (contestant, point, runs) in chosen.items():
-        curve, seconds = _mean_curve(runs, unit)
-        reached = None if goal is None else steps_to(curve, goal)
-        by_seconds = [(s, loss) for s, (_, loss) in zip(seconds, curve, strict=True)]
-        share = share_of_way(losses.get(grid.baseline, {}), losses.get(grid.target or "", {}), losses[name])
-        rows.append(
-            Row(
-                name=name, label=contestant.label, point=point, losses=losses[name], curve=curve, seconds=seconds,
-                sweep=contestant.losses(grid.seeds[0], finished), edges=contestant.edges(grid.seeds[0], finished),
-                bytes_per_parameter=runs[0]["bytes_per_parameter"],
-                optimizer_step_ms=round(statistics.mean(r["optimizer_step_ms"] * time_scale(r, unit) for r in runs), 1),
-                model_step_ms=round(unit, 1), steps_to_baseline=reached,
-                seconds_to_baseline=None if reached is None or goal is None else steps_to(by_seconds, goal),
-                share=share[0], share_error=share[1], paper=contestant.paper,
-                commits=sorted({run["commit"] for run in runs}),
-            )
-        )  # fmt: skip
-    return rows
+    return [
+        _row(grid, finished, found, losses, goals, _Clock(unit, times if times and name in times.steps else None))
+        for name, found in chosen.items()
+    ]
+
+
+@dataclass(frozen=True)
+class _Clock:
+    unit_ms: float
+    """Of forward and backward, the median over runs."""
+    times: Times | None
+
+    def seconds(self, name: str, runs: Sequence[Settings]) -> list[float]:
+        """Before each evaluation."""
+        if self.times:
+            return self.times.seconds(name, runs[0]["settings"], [step for step, _ in runs[0]["validation"]])
+        scaled = [[time_scale(run, self.unit_ms) * s for s in run["validation_seconds"]] for run in runs]
+        return [statistics.mean(values) for values in zip(*scaled, strict=True)]
+
+    def optimizer_ms(self, name: str, runs: Sequence[Settings]) -> float:
+        """Of a step, the mean over a run."""
+        if self.times:
+            steps = runs[0]["validation"][-1][0]
+            return 1e3 * self.times.seconds(name, runs[0]["settings"], [steps])[0] / steps - self.times.model_ms
+        return statistics.mean(r["optimizer_step_ms"] * time_scale(r, self.unit_ms) for r in runs)
+
+
+def _row(
+    grid: Grid,
+    finished: Sequence[Settings],
+    found: tuple[Contestant, Point, list[Settings]],
+    losses: Mapping[str, Mapping[int, float]],
+    goals: Mapping[int, float],
+    clock: _Clock,
+) -> Row:
+    contestant, point, runs = found
+    name, first = contestant.name, grid.seeds[0]
+    curve, seconds = _mean_curve(runs), clock.seconds(contestant.name, runs)
+    by_seconds = [(s, loss) for s, (_, loss) in zip(seconds, curve, strict=True)]
+    goal = statistics.mean(goals.values()) if goals else None
+    share = share_of_way(goals, losses.get(grid.target or "", {}), losses[name])
+    times = clock.times
+    return Row(
+        name=name, label=contestant.label, point=point, losses=dict(losses[name]), curve=curve, seconds=seconds,
+        sweep=contestant.losses(first, finished), closed=contestant.closed(first, finished),
+        bytes_per_parameter=runs[0]["bytes_per_parameter"],
+        peak_bytes_per_parameter=times.steps[name].peak_bytes if times else None,
+        optimizer_step_ms=round(clock.optimizer_ms(name, runs), 1),
+        model_step_ms=round(times.model_ms if times else clock.unit_ms, 1),
+        steps_to_baseline=None if goal is None else steps_to(curve, goal),
+        steps_spread=_spread_of_steps(runs, goals),
+        seconds_to_baseline=None if goal is None else steps_to(by_seconds, goal),
+        share=share[0], share_error=share[1], paper=contestant.paper,
+        commits=sorted({run["commit"] for run in runs}),
+    )  # fmt: skip
+
+
+def _spread_of_steps(runs: Sequence[Settings], goals: Mapping[int, float]) -> float | None:
+    seeds = {run["settings"]["seed"]: run["validation"] for run in runs}
+    reached = [steps_to(seeds[seed], goal) for seed, goal in goals.items() if seed in seeds]
+    values = [steps for steps in reached if steps is not None]
+    return statistics.stdev(values) if len(values) > 1 and len(values) == len(reached) else None
 
 
 def _chosen(
@@ -110,12 +160,10 @@ def time_scale(run: Settings, model_ms: float) -> float:
     return model_ms / _model_ms(run) if _model_ms(run) > 0 else 1.0
 
 
-def _mean_curve(runs: Sequence[Settings], model_ms: float) -> tuple[Curve, list[float]]:
-    """Means over runs that were evaluated at the same steps."""
+def _mean_curve(runs: Sequence[Settings]) -> Curve:
+    """The mean over runs that were evaluated at the same steps."""
     points = zip(*(run["validation"] for run in runs), strict=True)
-    curve = [(float(point[0][0]), statistics.mean(loss for _, loss in point)) for point in points]
-    times = [[time_scale(run, model_ms) * s for s in run["validation_seconds"]] for run in runs]
-    return curve, [statistics.mean(values) for values in zip(*times, strict=True)]
+    return [(float(point[0][0]), statistics.mean(loss for _, loss in point)) for point in points]
 
 
 def share_of_way(

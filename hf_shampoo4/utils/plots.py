@@ -79,14 +79,14 @@ def label_ends(axes: Any, labels: Sequence[tuple[float, float, str, Any]], size:
     low, high = axes.get_ylim()
     ends = sorted(labels, key=lambda label: label[1])
     wanted = [(y - low) / (high - low) * points for _, y, _, _ in ends]
-    placed = _apart(wanted, gap, points)
+    placed = apart(wanted, gap, points)
     for (x, y, text, colour), at, place in zip(ends, wanted, placed, strict=True):
         offset = {"xytext": (6, place - at), "textcoords": "offset points", "annotation_clip": False}
         axes.annotate(text, (x, y), color=colour, fontsize=size, va="center", **offset)
 
 
-def _apart(wanted: Sequence[float], gap: float, top: float) -> list[float]:
-    """Sorted places, moved until each is `gap` above the one before and, where there is room, none above `top`."""
+def apart(wanted: Sequence[float], gap: float, top: float) -> list[float]:
+    """Places in ascending order, moved until each is `gap` above the one before and, if there is room, none above `top`."""
     placed: list[float] = []
     for place in wanted:
         placed.append(max(place, placed[-1] + gap) if placed else place)
