@@ -11,40 +11,38 @@ from hf_shampoo4.studies.grid import Grid
 from hf_shampoo4.studies.race_results import Row
 from hf_shampoo4.utils.plots import COLOURS, PALETTE, apart, label_ends, picture, style
 
-MOST = 6
-"""Lines of one picture: more cannot be followed."""
+PUBLISHED: dict[str, Any] = {"facecolor": "#fde3d3", "edgecolor": COLOURS[1], "hatch": "///", "linewidth": 0}
+LINES = 6  # of a picture: more cannot be followed
 
 
 def draw_curves(grid: Grid, rows: Sequence[Row], path: Path) -> None:
-    """Mean validation loss against steps and against training time, as a PNG; at most six of the grid's `curves`.
+    """Mean validation loss against steps and against training time, as a PNG; the first of `curves` is thick.
 
-    Args:
-        grid: the race; the first of its `curves` is thick, its baseline dashed.
-        rows: the contestants.
-        path: the file, replaced at once.
+    At most `LINES` of them: without `curves` the baseline and the best of the others.
     """
-    names = [name for name in grid.curves or [c.name for c in grid.contestants] if name in {row.name for row in rows}]
-    shown = [next(row for row in rows if row.name == name) for name in names[:MOST]]
-    ends = [row.mean for row in shown if math.isfinite(row.mean)]
-    low, high = (min(ends), max(ends)) if ends else (0.0, 1.0)  # all may have diverged
-    top = high + 2.5 * (high - low) + 0.2
-    with picture(path, (13, 5.6), (1, 2), sharey=True) as (figure, axes):
+    names = grid.curves or [contestant.name for contestant in grid.contestants]
+    named = [row for row in rows if row.name in names]
+    kept = sorted(named, key=lambda row: (row.name != grid.baseline, row.mean))[:LINES]
+    shown, labels = sorted(kept, key=lambda row: row.mean), []
+    with picture(path, (13, 6.4), (1, 2), sharey=True) as (figure, axes):
         by_step, by_time = axes[0]
-        for place, row in enumerate(shown):
+        for row in shown:
             losses = [loss for _, loss in row.curve]
-            look = {**style(place), "markersize": 5, "markevery": (place % 3, 3)}
-            look["linewidth"] = 3.0 if place == 0 else 1.6
-            by_step.plot([step for step, _ in row.curve], losses, **look)
+            label = f"{row.mean:.3f}  {row.label} ({row.bytes_per_parameter:.1f} B/param)"
+            look = {**style(shown.index(row)), "linewidth": 3.2 if row.name == names[0] else 1.8, "markersize": 5}
+            look |= {"color": "black", "linestyle": "--"} if row.name == grid.baseline else {}
+            if row.curve:
+                labels.append((*row.curve[-1], row.label.partition(" (")[0], look["color"]))
+            by_step.plot([step for step, _ in row.curve], losses, label=label, **look)
             by_time.plot([seconds / 60 for seconds in row.seconds], losses, **look)
-        by_step.set_ylim(low - 0.08 * (top - low), top)
-        by_step.set(title=f"{grid.title}: by steps", xlabel="step", ylabel="validation loss")
-        by_time.set(title="by time; the final losses", xlabel="training time, minutes")
-        finite = [(place, row) for place, row in enumerate(shown) if math.isfinite(row.mean)]
-        right = max((row.seconds[-1] for _, row in finite), default=60.0) / 60
-        by_time.set_xlim(0, 1.75 * right)
-        figure.draw_without_rendering()  # the layout gives the panels their height
-        ends = [(right, row.mean, f"{row.mean:.3f}  {row.label}", style(place)["color"]) for place, row in finite]
-        label_ends(by_time, ends, 9.5)
+        if ends := [row.mean for row in shown if math.isfinite(row.mean)]:  # all may have diverged
+            by_step.set_ylim(min(ends) - 0.05, max(ends) + 4 * (max(ends) - min(ends)) + 0.2)
+        by_step.set(title=f"{grid.title}: by steps", xlabel="step", ylabel="validation loss, nats a token")
+        by_step.set_xlim(right=1.3 * by_step.get_xlim()[1])  # room for the names
+        label_ends(by_step, labels)
+        by_time.set(title="by time", xlabel="training time, minutes")
+        title = "final loss, best first down the columns"
+        figure.legend(frameon=False, fontsize=9, title=title, loc="outside lower center", ncols=3, alignment="left")
 
 
 def draw_bytes(grid: Grid, rows: Sequence[Row], path: Path) -> None:
@@ -71,14 +69,16 @@ def draw_bytes(grid: Grid, rows: Sequence[Row], path: Path) -> None:
             best = row in front
             colour = PALETTE[1] if row.name == first else PALETTE[0] if best else COLOURS[0]
             look = {"fmt": "D" if row.name == first else "o" if best else "s", "markersize": 8 if best else 6}
-            axes.errorbar(row.bytes_per_parameter, row.mean, yerr=row.spread or 0, color=colour, capsize=3, **look)
+            axes.errorbar(
+                row.bytes_per_parameter, row.mean, yerr=row.spread or 0, color=colour, capsize=2, elinewidth=0.8, **look
+            )
             axes.annotate(
                 f"{row.mean:.3f}  {row.bytes_per_parameter:.2f} B  {row.label}", (row.bytes_per_parameter, row.mean),
                 xytext=(right, height), va="center", fontsize=8.5, color=colour, annotation_clip=False,
-                arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.4, "alpha": 0.6},
+                arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.5, "alpha": 0.6, "relpos": (0, 0.5)},
             )  # fmt: skip
         if finite:
-            axes.set_xlim(right=right * 60)
+            axes.set_xlim(right=right * 40)
             ticks = [t for t in (0.5, 1, 2, 4, 8, 16, 32, 64) if t <= 1.1 * right]
             axes.set_xticks(ticks, [f"{t:g}" for t in ticks])
             axes.set_xticks([], minor=True)

@@ -12,10 +12,7 @@ from hf_shampoo4.studies.race_pictures import draw_bytes, draw_curves, draw_shar
 from hf_shampoo4.studies.race_results import Row, gain_and_noise, rows_of
 from hf_shampoo4.studies.race_times import Times
 from hf_shampoo4.utils.files import write_json, write_text
-from hf_shampoo4.utils.plots import COLOURS, label_ends, picture, style
 
-PUBLISHED: Settings = {"facecolor": "#fde3d3", "edgecolor": COLOURS[1], "hatch": "///", "linewidth": 0}
-LINES = 6  # of a picture: more cannot be followed
 REMARKS = "<!-- below this line: written by hand, kept when the table is written again -->"
 
 
@@ -159,7 +156,9 @@ def sweep_state(row: Row) -> str:
     """Such as `closed`, or `open: vector; closed: rate, head`; `one point` without a sweep."""
     if not row.closed:
         return "one point"
-    names = {closed: ", ".join(_short(c) for c, is_so in row.closed.items() if is_so is closed) for closed in (False, True)}
+    names = {
+        closed: ", ".join(_short(c) for c, is_so in row.closed.items() if is_so is closed) for closed in (False, True)
+    }
     if not names[False]:
         return f"closed: {names[True]}"
     return f"**open: {names[False]}**" + (f"; closed: {names[True]}" if names[True] else "")

@@ -24,7 +24,7 @@ class Row:
     sweep: dict[Point, float]
     """Final validation loss at the first seed at every point that was tried."""
     closed: dict[str, bool]
-    """Coordinate of the sweep -> whether worse points lie on both sides of the best one; else a better may lie beyond."""
+    """Coordinate of the sweep -> whether worse points lie on both sides of the best; else a better may lie beyond."""
     losses: dict[int, float]
     """Seed -> final validation loss."""
     curve: Curve

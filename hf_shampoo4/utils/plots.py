@@ -86,7 +86,7 @@ def label_ends(axes: Any, labels: Sequence[tuple[float, float, str, Any]], size:
 
 
 def apart(wanted: Sequence[float], gap: float, top: float) -> list[float]:
-    """Places in ascending order, moved until each is `gap` above the one before and, if there is room, none above `top`."""
+    """Places in ascending order, moved until each is `gap` above the last and, if there is room, none above `top`."""
     placed: list[float] = []
     for place in wanted:
         placed.append(max(place, placed[-1] + gap) if placed else place)

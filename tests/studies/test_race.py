@@ -13,7 +13,8 @@ from hf_shampoo4 import cli
 from hf_shampoo4.studies import race
 from hf_shampoo4.studies.grid import Contestant, Grid, Point, read_grid
 from hf_shampoo4.studies.race import carry_out
-from hf_shampoo4.studies.race_report import REMARKS, as_markdown, draw_curves, draw_shares, write_markdown
+from hf_shampoo4.studies.race_pictures import draw_bytes, draw_curves, draw_shares, frontier
+from hf_shampoo4.studies.race_report import REMARKS, as_markdown, sweep_state, write_markdown
 from hf_shampoo4.studies.race_results import rows_of, share_of_way
 from hf_shampoo4.studies.runner import Runs
 
@@ -58,8 +59,10 @@ def test_a_point_at_the_edge_of_its_sweep_is_marked():
     a = GRID.contestants[0]
     finished = [finished_run(a.run(point, 0), 4.0 + point.learning_rate) for point in a.points]
     row = rows_of(GRID, finished)[0]
-    assert row.edges == ["learning_rate"]
-    assert "| A * learning_rate | 1: 5.0000; 2: 6.0000; 3: 7.0000 |" in as_markdown(GRID, [row, replace(row, name="b")])
+    assert row.closed == {"learning_rate": False}
+    told = as_markdown(GRID, [row, replace(row, name="b")])
+    assert "| A | 1: 5.0000; 2: 6.0000; 3: 7.0000 |" in told
+    assert "| A | 1 |  | **open: rate** | 1 |" in told
 
 
 def test_times_are_in_the_units_of_one_machine_that_is_as_busy_in_every_run():
@@ -112,7 +115,7 @@ def test_table_of_an_unfinished_race():
     text = as_markdown(GRID, rows)
     assert "From A to B: 0.2000" in text
     assert "0.1000, 2.0 times that" in text
-    assert "| C | 1 |  | 1 | 3.9000 ± ? | 10 (95%) | 19 (95%) | 8.00 | 5 | 50% | 48% to 67% |" in text
+    assert "| C | 1 |  | one point | 1 | 3.9000 ± ? | 10 (95%) | 19 (95%) | 8.00 |  | 5 | 50% | 48% to 67% |" in text
 
 
 def test_remarks_of_the_report_survive(tmp_path):
@@ -125,7 +128,7 @@ def test_remarks_of_the_report_survive(tmp_path):
     assert path.read_text() == f"two\n{REMARKS}\n\nRead this.\n\nAnd this.\n"
 
 
-@pytest.mark.parametrize("draw", ["shares", "curves"])
+@pytest.mark.parametrize("draw", ["shares", "curves", "bytes"])
 def test_pictures(tmp_path, draw):
     rows = rows_of(GRID, results({"a": {0: 4.0, 1: 4.2}, "b": {0: 3.8, 1: 4.0}, "c": {0: 3.9}}))
     path = tmp_path / "a.png"
@@ -133,15 +136,41 @@ def test_pictures(tmp_path, draw):
         if draw == "shares":
             draw_shares("Share", shown, path)
         else:
-            draw_curves(GRID, shown, path)
+            (draw_curves if draw == "curves" else draw_bytes)(GRID, shown, path)
         with Image.open(path) as picture:
             assert picture.width > 1000
     assert [file.name for file in tmp_path.iterdir()] == ["a.png"]
 
 
 def test_a_race_in_which_all_diverged_is_drawn(tmp_path):
-    draw_curves(GRID, rows_of(GRID, results({"a": {0: math.nan}, "b": {0: math.nan}})), tmp_path / "a.png")
-    assert (tmp_path / "a.png").exists()
+    rows = rows_of(GRID, results({"a": {0: math.nan}, "b": {0: math.nan}}))
+    for draw in (draw_curves, draw_bytes):
+        draw(GRID, rows, tmp_path / f"{draw.__name__}.png")
+        assert (tmp_path / f"{draw.__name__}.png").exists()
+
+
+def test_the_frontier_is_those_that_nobody_with_fewer_bytes_is_under():
+    row = rows_of(GRID, results({"a": {0: 4.0}}))[0]
+    points = {"a": (8.0, 3.5), "b": (1.0, 3.6), "c": (1.0, 3.7), "d": (4.0, 3.65), "e": (0.5, 4.0)}
+    rows = [replace(row, name=name, bytes_per_parameter=size, losses={0: y}) for name, (size, y) in points.items()]
+    assert [row.name for row in frontier(rows)] == ["e", "b", "a"]
+
+
+def test_a_sweep_says_in_which_coordinates_it_is_closed():
+    row = rows_of(GRID, results({"a": {0: 4.0}}))[0]
+    told = {
+        "one point": {},
+        "closed: rate, head": {"learning_rate": True, "head": True},
+        "**open: vector**; closed: rate": {"learning_rate": True, "vector": False},
+    }
+    assert [sweep_state(replace(row, closed=closed)) for closed in told.values()] == list(told)
+
+
+def test_the_spread_of_steps_is_that_of_each_seed_against_its_own_baseline():
+    rows = rows_of(GRID, results({"a": {0: 4.0, 1: 4.5}, "b": {0: 3.0, 1: 4.0}, "c": {0: 5.0, 1: 4.0}}))
+    steps = [10 * (8 - 4.0) / (8 - 3.0), 10 * (8 - 4.5) / (8 - 4.0)]
+    assert rows[1].steps_spread == pytest.approx(abs(steps[0] - steps[1]) / math.sqrt(2))
+    assert rows[2].steps_spread is None, "one seed never gets there"
 
 
 def trained(done):
@@ -213,7 +242,7 @@ def test_quick_race(tmp_path: Path, monkeypatch, capsys):
     assert contestants["adamw"]["bytes_per_parameter"] == pytest.approx(8.0, rel=1e-2)
     assert contestants["shampoo32"]["share"] == 1.0
     assert len(contestants["adamw"]["seconds"]) == len(contestants["adamw"]["curve"]) > 1
-    assert "| eigen, 4-bit moments | 0.004 |  | 1 |" in capsys.readouterr().out
+    assert "| eigen, 4-bit moments | 0.004 |  | one point | 1 |" in capsys.readouterr().out
     assert (tmp_path / "seeds.png").stat().st_size > 10_000
     monkeypatch.setattr(race, "train", None)
     assert cli.main(arguments) == 0

@@ -1,0 +1,53 @@
+"""Step times measured side by side: what follows from them, and a quick measurement."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from hf_shampoo4 import cli
+from hf_shampoo4.options import Options
+from hf_shampoo4.studies.race_times import StepTime, Times, pace_of
+
+OURS = {"optim": "shampoo4bit", "optim_args": "stats_every=4,refresh_warmup=10"}
+
+
+def times(early: float, late: float) -> Times:
+    return Times(100.0, {"a": StepTime(early, late, 50.0, 1.0, 2.0)}, {}, "abc")
+
+
+def test_bases_turn_ever_more_rarely_and_others_have_one_pace() -> None:
+    pace = pace_of(OURS)
+    assert [pace(n) for n in (1, 19, 20, 30, 40, 1000)] == [1, 1, 1 / 2, 1 / 3, 1 / 4, 1 / 4]
+    for other in ({"optim": "adamw_torch"}, {"peer": "soap"}, {**OURS, "optim_args": "refresh_warmup=0"}):
+        assert pace_of(other)(1000) == 1
+    assert pace_of({"optim": "shampoo4bit"})(10**9) == 1 / Options().stats_every
+
+
+def test_seconds_follow_the_schedule_between_the_two_paces() -> None:
+    measured = times(early=50.0, late=20.0)  # 10 for the update and 40 for a turn of all bases
+    at_1, at_19, at_20, at_140 = measured.seconds("a", OURS, [1, 19, 20, 140])
+    assert at_1 == pytest.approx(0.150)
+    assert at_19 == pytest.approx(19 * 0.150)
+    assert at_20 - at_19 == pytest.approx(0.130)
+    assert measured.seconds("a", OURS, [40, 140])[1] - measured.seconds("a", OURS, [40])[0] == pytest.approx(12.0)
+    assert at_140 > at_20
+    assert times(5.0, 5.0).seconds("a", {"optim": "adamw_torch"}, [0, 100]) == pytest.approx([0.0, 10.5])
+
+
+def test_a_quick_measurement_and_its_file(tmp_path, capsys) -> None:
+    arguments = ["race", "tiny_stdlib", "--quick", "--time", "--contestants", "adamw,shampoo4bit"]
+    assert cli.main([*arguments, "--output_dir", str(tmp_path)]) == 0
+    told = Times.read(tmp_path / "times" / "tiny_stdlib.json")
+    assert told is not None
+    assert told == Times.read(tmp_path / "times" / "tiny_stdlib.json")
+    adamw, ours = told.steps["adamw"], told.steps["shampoo4bit"]
+    assert told.model_ms > 0
+    assert adamw.optimizer_ms == adamw.late_ms > 0
+    assert adamw.state_bytes == pytest.approx(8, rel=0.01)
+    assert ours.state_bytes < 3
+    assert ours.peak_bytes > ours.state_bytes
+    assert ours.first_ms > 0
+    assert set(json.loads((tmp_path / "times" / "tiny_stdlib.json").read_text())) >= {"machine", "commit"}
+    assert Times.read(tmp_path / "nowhere.json") is None
