@@ -56,7 +56,9 @@ class Shampoo4bitCallback(TrainerCallback, ExportableState):
         self.local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", self.world_size))
         self.steps_without_gradients = 0
         self.optimizer = " ".join(filter(None, (str(getattr(args.optim, "value", args.optim)), args.optim_args)))
-        self.seconds = [[step, spent] for step, spent in self.seconds if step <= state.global_step]
+        before = state.stateful_callbacks.get(CALLBACK) if state.global_step else None  # of the checkpoint
+        noted = before["attributes"].get("seconds", ()) if isinstance(before, dict) else ()
+        self.seconds = [[step, spent] for step, spent in noted if step <= state.global_step]
         self._began = time.perf_counter() - (self.seconds[-1][1] if self.seconds else 0.0)
         state.stateful_callbacks.setdefault(CALLBACK, self.state())  # a checkpoint from before may lack it
         ours = shampoo_in(optimizer)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -119,6 +120,19 @@ def test_the_optimizer_its_options_and_time_are_on_the_page(tmp_path):
     assert '<td class="text">adamw_torch</td>' in text
     assert "Training loss, against time" in text
     assert "nats a token" in text
+
+
+def test_time_goes_on_where_a_checkpoint_was(tmp_path):
+    s4.register()
+    args = arguments(tmp_path / "run", optim_args="block_size=64", max_steps=4, save_strategy="steps", save_steps=2)
+    Trainer(llama(), args, train_dataset=Tokens()).train()
+    whole = read_run(tmp_path / "run").seconds
+    shutil.rmtree(tmp_path / "run" / "checkpoint-4")
+    Trainer(llama(), args, train_dataset=Tokens()).train(resume_from_checkpoint=True)
+    resumed = read_run(tmp_path / "run").seconds
+    assert list(resumed) == list(whole) == [1, 2, 3, 4]
+    assert [resumed[step] for step in (1, 2)] == [whole[step] for step in (1, 2)]
+    assert list(resumed.values()) == sorted(resumed.values())
 
 
 def test_diagnostics_are_drawn(tmp_path):
