@@ -16,7 +16,7 @@ from .checkpointing.formats import FORMAT, pack, unpack
 from .checkpointing.spread_state import SpreadState
 from .checkpointing.state_dict import accepted, saved, without_state
 from .execution.consensus import agree, check_replicas, look
-from .execution.gradients import SkippedSteps
+from .execution.gradients import SkippedSteps, Unsettled, broken
 from .execution.model_groups import ModelGroups, check_group, check_keys, check_row_splits, with_names
 from .execution.plans import BlockReader, Plans
 from .execution.units import Key, Unit, is_dry_run, warn_of_fresh
@@ -82,6 +82,8 @@ class Shampoo4bit(torch.optim.Optimizer):
 
     has_seen_gradients: bool
     """Whether any parameter has had a gradient on any rank, since construction or the last load."""
+    _unsettled: Unsettled | None
+    """The last step, if the host does not know yet whether it was made."""
 
     @_with_options
     def __init__(
@@ -113,7 +115,8 @@ class Shampoo4bit(torch.optim.Optimizer):
 
         State that was emptied on purpose, or of a parameter that took another's place, begins afresh with a warning.
         A step on which any gradient is not finite, or its square (beyond 1.8e19), changes nothing but `skipped_steps`;
-        the first in a row is warned of, and `max_skipped` in a row end the training.
+        the first in a row is warned of, and `max_skipped` in a row end the training.  One process on a GPU learns of it
+        in the next call, or when the state is saved: until then `step` of the groups counts it.
 
         Raises:
             SparseGradient: a sparse gradient; a TypeError and a RuntimeError.
@@ -125,6 +128,7 @@ class Shampoo4bit(torch.optim.Optimizer):
         """
         loss = None if closure is None else torch.enable_grad()(closure)()
         plans = self._plans
+        self._settle()
         if not plans:
             plans.ranks = self._find_ranks()
         units, mine = look(plans, self.param_groups, self.state)
@@ -136,9 +140,12 @@ class Shampoo4bit(torch.optim.Optimizer):
         if agreed.stale and agreed.present:
             plans.make(units, self.state)
         if not agreed.finite:
-            self._skipped.count(units)
+            self._skipped.count(units, broken([local for unit in units for local in unit.members]))
             return loss
-        self._skipped.clear()
+        if agreed.verdict is None:
+            self._skipped.clear()
+        else:
+            self._unsettled = Unsettled(agreed.verdict, units, [plans.of_unit[unit.key] for unit in units])
         check_replicas(plans, units, agreed)
         for unit in units if agreed.present else ():
             run(self._wave_steps(unit, agreed))  # collect gradients, update blocks, send updates, apply them
@@ -158,6 +165,7 @@ class Shampoo4bit(torch.optim.Optimizer):
         Raises:
             RuntimeError: they have not come (`rendezvous.PATIENCE`).
         """
+        self._settle(for_good=False)
         for before in self._optimizer_state_dict_pre_hooks.values():
             before(self)
         with self.groups.restored(self.state):
@@ -241,6 +249,7 @@ class Shampoo4bit(torch.optim.Optimizer):
         Raises:
             RuntimeError: no step has been made that says which these are.
         """
+        self._settle(for_good=False)
         if not self._plans:
             raise RuntimeError("which rank owns which block is known after the first step (also after loading)")
         return {name: row for wave in self.waves() for name, row in wave.state.named_blocks(owned=True).items()}
@@ -260,6 +269,7 @@ class Shampoo4bit(torch.optim.Optimizer):
         Raises:
             RuntimeError: this rank has a part of the state only.
         """
+        self._settle(for_good=False)
         state = defaultdict(dict, {**self.state, **self._spread.of_copy(self.state)})
         return {**super().__getstate__(), "state": state, "_process_group": self._process_group}
 
@@ -336,9 +346,29 @@ class Shampoo4bit(torch.optim.Optimizer):
         self._plans = Plans(self.groups)
         self._spread = SpreadState(self._plans)
         self._skipped = SkippedSteps()
+        self._unsettled = None
         self._probes: dict[Key, Probe] = {}
         self._stopwatch = Stopwatch()
         self.has_seen_gradients = False
+
+    def _settle(self, for_good: bool = True) -> None:
+        """Count the last step as what it was, if the host did not know whether its gradients were finite.
+
+        Args:
+            for_good: whether too many that were skipped end the training; not while its state is saved.
+
+        Raises:
+            RuntimeError: they do.
+        """
+        unsettled, self._unsettled = self._unsettled, None
+        if unsettled is None:
+            return
+        where = unsettled.verdict.broken()
+        if where:
+            unsettled.take_back()
+            self._skipped.count(unsettled.units, where, for_good)
+        else:
+            self._skipped.clear()
 
     def _find_ranks(self) -> Ranks:
         """The ranks that train together; from here on all of them do the same, or all raise."""
@@ -354,5 +384,6 @@ class Shampoo4bit(torch.optim.Optimizer):
         probe = Probe() if options.diagnose_every and step % options.diagnose_every == 0 else None
         if probe:
             self._probes[unit.key] = probe
-        context = Context(options, step, group["betas"], group["eps"], self._stopwatch, coupled, probe)
+        counts = None if agreed.verdict is None else agreed.verdict.on_device
+        context = Context(options, step, group["betas"], group["eps"], self._stopwatch, coupled, probe, counts)
         return wave_steps(plan.waves, agreed, context, float(group["lr"]) * options.rate, decoupled)

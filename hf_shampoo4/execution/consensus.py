@@ -36,7 +36,8 @@ def look(plans: Plans, called: Sequence[dict[str, Any]], state: State) -> tuple[
         units = plans.units(called, state)
         live = [local for unit in units for local in unit.candidates]  # as many on every rank, whatever is frozen
         view.stale = any(plans.is_stale(unit, state) for unit in units)
-        view.finite = gradients.are_finite(live)
+        found = gradients.are_finite(live, wait=plans.ranks.world > 1)
+        view.finite, view.verdict = (found, None) if isinstance(found, bool) else (True, found)
         view.present = {local.name: width for local in live if (width := gradients.width(local.buffer.grad))}
         if plans.ranks.world > 1:
             view.names = [local.name for local in live]

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from ..numerics.rounding import noise_at, to_bfloat16
-from ..options import Options
+from ..numerics.storage import on_device
+from ..preconditioners.protocols import Context
 from ..sharding.route import Piece
 from .waves import Wave
 
@@ -19,8 +20,7 @@ class Descent:
     """Writes to the weights of a wave's members in one step."""
 
     wave: Wave
-    options: Options
-    step: int
+    context: Context
     lr: float
     weight_decay: float
     """Decoupled."""
@@ -55,7 +55,7 @@ class Descent:
 
     def descend(self, pieces: Sequence[Piece], targets: list[Tensor], updates: Sequence[Tensor]) -> None:
         """p <- (1 - lr wd) p - lr u, in float32 or better, rounded to p's dtype (bfloat16 stochastically, if asked)."""
-        dtype, options, keep = targets[0].dtype, self.options, 1 - self.lr * self.weight_decay
+        dtype, options, keep = targets[0].dtype, self.context.options, self._keep(targets[0])
         if dtype in (torch.float32, torch.float64):
             torch._foreach_mul_(targets, keep)
             torch._foreach_add_(targets, [update.to(dtype) for update in updates], alpha=-self.lr)
@@ -67,13 +67,22 @@ class Descent:
             exact = torch.stack([targets[i] for i in found]).float().mul_(keep)
             exact.add_(torch.stack([updates[i] for i in found]).float(), alpha=-self.lr)
             if options.stochastic_rounding and dtype == torch.bfloat16:
-                seed_offsets = torch.tensor(
-                    [self.wave.seed_offsets[pieces[i].block] for i in found], dtype=torch.int32, device="cpu"
+                seed_offsets = on_device(
+                    tuple(self.wave.seed_offsets[pieces[i].block] for i in found), torch.int32, self.wave.device
                 )
                 at = _positions(row, column, rows, columns, width, self.wave.device)
-                noise = noise_at(seed_offsets.to(self.wave.device), self.step, options.seed, at)
+                noise = noise_at(seed_offsets, self.context.step, options.seed, at)
                 exact = to_bfloat16(exact, noise.view_as(exact))
             torch._foreach_copy_([targets[i] for i in found], list(exact.unbind(0)))
+
+    def _keep(self, target: Tensor) -> float | Tensor:
+        """1 - lr wd, or 1 in a step that does not count (its updates are 0)."""
+        keep = 1 - self.lr * self.weight_decay
+        if self.context.counts is None or keep == 1:
+            return keep
+        wide = target.dtype if target.dtype == torch.float64 else torch.float32
+        full = torch.full((), keep, dtype=wide, device=target.device)
+        return torch.where(self.context.counts, full, torch.ones_like(full))
 
 
 def _positions(row: int, column: int, rows: int, columns: int, width: int, device: torch.device) -> Tensor:

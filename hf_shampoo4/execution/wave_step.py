@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..numerics.precision import exact_float32
+from ..numerics.storage import changed_if
 from ..options import Options
 from ..preconditioners.algorithms import compute_updates
 from ..preconditioners.protocols import Context
@@ -18,7 +19,7 @@ from ..sharding.route import Piece
 from .descent import Descent
 from .gradients import dtype_of
 from .state_map import Rows
-from .waves import BlockStack, Part, Wave
+from .waves import BlockStack, Part, Wave, changing_rows
 
 
 def wave_steps(waves: Sequence[Wave], agreed: View, context: Context, lr: float, weight_decay: float) -> list[WaveStep]:
@@ -84,7 +85,7 @@ class WaveStep:
 
     def __post_init__(self) -> None:
         self.route, self.rank = self.part.route, self.wave.ranks.rank
-        self.descent = Descent(self.wave, self.context.options, self.context.step, self.lr, self.weight_decay)
+        self.descent = Descent(self.wave, self.context, self.lr, self.weight_decay)
         dtype = self.wave.members[0].local.buffer.dtype
         half = self.context.options.wire == "bf16"
         wanted = {self.wave.member_of[block] for block in self.part.blocks}
@@ -127,8 +128,12 @@ class WaveStep:
             gradients, *weights = self._collected(stacks)
             if self.context.options.maximize:
                 gradients = [-g for g in gradients]  # not in place: they may be the parameters' own
-            with exact_float32(self.wave.device.type):
+            changing = [rows for stack in stacks for rows in changing_rows(stack, self.context.options)]
+            counts = self.context.counts
+            with exact_float32(self.wave.device.type), changed_if(counts, changing):
                 updates = compute_updates(stacks, gradients, self.context, next(iter(weights), None), sums.total)
+            if counts is not None:
+                updates = [torch.where(counts, update, 0.0) for update in updates]
             for _, write_back in parts:
                 write_back()
             if not self.sends_weights:  # what stays here is rounded as what is sent: replicas must not differ

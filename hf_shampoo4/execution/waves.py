@@ -16,12 +16,12 @@ from __future__ import annotations
 import zlib
 from collections.abc import Callable, Collection, Hashable
 from dataclasses import dataclass, field
-from functools import cached_property, lru_cache
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from ..numerics.storage import Index, State, gather_rows, index_of, scatter_rows
+from ..numerics.storage import Index, State, gather_rows, index_of, on_device, scatter_rows
 from ..options import Options
 from ..preconditioners.protocols import Algorithm, rows_that_change
 from ..sharding.exchange import Ranks
@@ -207,7 +207,7 @@ class Wave:
                 for owner, of_owner in rows.items():
                     changed = of_owner if due is None else [i for i in of_owner if i in due]
                     if changed:
-                        index, count = _spaced(tuple(changed), self.device), len(changed)
+                        index, count = _spaced(changed, self.device), len(changed)
                         found.setdefault(owner, []).extend(Rows(t, index, count) for t in buffers.values())
         return found
 
@@ -232,10 +232,19 @@ def _blocked(member: WaveParameter) -> BlockedParameter:
     return BlockedParameter(member.placement, view, [block.rect for block in member.blocks], member.owners)
 
 
-@lru_cache(maxsize=1 << 14)
-def _spaced(rows: tuple[int, ...], device: torch.device) -> Index:
+def changing_rows(stack: BlockStack, options: Options) -> list[tuple[Tensor, Index]]:
+    """The buffers of a stack's state that a step changes, and which rows of them."""
+    rare = rows_that_change(stack.algorithm, options, stack.updates, stack.phases)
+    device, found = stack.seed_offsets.device, list[tuple[Tensor, Index]]()
+    for tensor, buffers in stack.state.items():
+        rows = sorted(rare.get(tensor, range(len(stack.blocks))))
+        found += [(buffer, index_of(rows, device)) for buffer in buffers.values() if rows]
+    return found
+
+
+def _spaced(rows: list[int], device: torch.device) -> Index:
     """Rows of a buffer to be copied: a slice if they are evenly spaced, as blocks that were dealt in turn are."""
     step = rows[1] - rows[0] if len(rows) > 1 else 1
-    if rows == tuple(range(rows[0], rows[-1] + 1, step)):
+    if rows == list(range(rows[0], rows[-1] + 1, step)):
         return slice(rows[0], rows[-1] + 1, step)
-    return torch.tensor(rows, device=device)
+    return on_device(tuple(rows), torch.long, device)

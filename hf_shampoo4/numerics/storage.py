@@ -12,8 +12,10 @@ every buffer is the block, so a parameter's share of a stack is a slice of dim 0
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from importlib.util import find_spec
 from typing import Protocol, Union
 
@@ -52,7 +54,13 @@ def index_of(rows: list[int], device: torch.device) -> Index:
     """
     if rows == list(range(rows[0], rows[-1] + 1)):
         return slice(rows[0], rows[-1] + 1)
-    return torch.tensor(rows, device=device)
+    return on_device(tuple(rows), torch.long, device)
+
+
+@lru_cache(maxsize=1 << 14)
+def on_device(numbers: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A tensor of some numbers, not to be written to; made once, as the host waits for the device then."""
+    return torch.tensor(numbers, dtype=dtype, device=device)
 
 
 def covers(index: Index, blocks: int) -> bool:
@@ -72,6 +80,20 @@ def scatter_rows(state: State, index: Index, some: State) -> None:
     for tensor, buffers in some.items():
         for name, buffer in buffers.items():
             state[tensor][name][index] = buffer
+
+
+@contextmanager
+def changed_if(counts: Tensor | None, buffers: Sequence[tuple[Tensor, Index]]) -> Iterator[None]:
+    """Rows of some buffers that are changed inside are as before afterwards, unless the step `counts`.
+
+    Args:
+        counts: bool of no dimension, on the device; None: it does, and nothing is copied.
+    """
+    before = [] if counts is None else [buffer[rows].clone() for buffer, rows in buffers]
+    yield
+    if counts is not None:
+        for (buffer, rows), old in zip(buffers, before, strict=True):
+            buffer[rows] = torch.where(counts, buffer[rows], old)
 
 
 def allocate(storage: Storage, blocks: int, device: torch.device | str) -> Buffers:

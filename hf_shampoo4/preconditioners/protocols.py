@@ -49,6 +49,8 @@ class Context:
     """L2: this times the parameter is added to what goes through the base, as torch.optim.SGD does."""
     probe: Probe | None = None
     """Looks at the state before and after, if this is a step to look at."""
+    counts: Tensor | None = None
+    """bool of no dimension, on the device: whether anything is to change; None: it is."""
 
     def due(self, stack: Stack, refresh: str) -> list[tuple[Index, int]]:
         """Rows of a stack that are due, and how many steps lie between two of theirs.

@@ -87,6 +87,7 @@ class View:
 
     failures: Failures
     finite: bool = True
+    """Whether its gradients are; true where the host does not know yet."""
     stale: bool = False
     """Whether it has to plan: all ranks do, if one does."""
     fresh: bool = False
@@ -99,6 +100,8 @@ class View:
     """Of the parameters that are to be updated; the same on all ranks, if the settings are."""
     present: dict[str, int] = field(default_factory=dict)
     """Those that have a gradient, and a number for its dtype: of what ranks have, the largest is taken."""
+    verdict: Any = None
+    """An `execution.gradients.Verdict`, which tells later whether they are finite: of one process alone."""
 
 
 def agree(ranks: Ranks, mine: View, explained: Callable[[], list[dict[str, Any]]], device: torch.device) -> View:
