@@ -86,9 +86,8 @@ def _exec(argv: Sequence[str]) -> int:
     """Become the command, with a sitecustomize that registers in every Python process it starts."""
     if not argv:
         return _refuse("--exec needs a command")
-    _register_in_children()
     try:
-        os.execvp(argv[0], list(argv))
+        os.execvpe(argv[0], list(argv), {**os.environ, "PYTHONPATH": _path_of_children()})
     except OSError as error:
         return _refuse(f"cannot run {argv[0]!r}: {error.strerror}")
 
@@ -97,12 +96,12 @@ def _register() -> None:
     from .trainer import register
 
     register()
-    _register_in_children()  # which multiprocessing's spawn starts as new interpreters
+    os.environ["PYTHONPATH"] = _path_of_children()  # multiprocessing's spawn starts new interpreters
 
 
-def _register_in_children() -> None:
-    """By the sitecustomize in `SITE`, in every Python process that this one starts."""
-    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(SITE), os.environ.get("PYTHONPATH"))))
+def _path_of_children() -> str:
+    """PYTHONPATH with which every Python process registers at its start, by the sitecustomize in `SITE`."""
+    return os.pathsep.join(filter(None, (str(SITE), os.environ.get("PYTHONPATH"))))
 
 
 def _refuse(problem: str) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -183,7 +184,9 @@ def test_help(capsys):
     ],
 )
 def test_a_wrong_command_line_is_one_line_and_code_2(capsys, words, message):
+    before = dict(os.environ)
     assert main(words) == 2
+    assert dict(os.environ) == before  # a PYTHONPATH left behind registers in whatever is started next
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1
