@@ -9,10 +9,12 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from ..exceptions import OptionError
 from ..integrations.trainer import OPTIMS
 from ..options import parse_optim_args
 from ..utils.files import check_writable, write_json
 from ..utils.hub import offline_without_network
+from .ceilings import ceilings_of
 from .sharding_names import DTYPES, SHARDINGS
 
 
@@ -22,6 +24,9 @@ def main(arguments: Sequence[str]) -> None:
     named = OPTIMS[chosen.optim]
     if chosen.output_dir:
         check_writable(chosen.output_dir)
+    if chosen.ceilings and not chosen.gpu:
+        raise OptionError(f"--ceilings {chosen.ceilings} is for --gpu CARD: name the card, or leave it out")
+    ceilings = ceilings_of(chosen.gpu, chosen.ceilings) if chosen.gpu else None
     offline_without_network()
     from .estimate import plan
     from .picture import draw
@@ -32,8 +37,17 @@ def main(arguments: Sequence[str]) -> None:
     taken = {"dtype": chosen.dtype, "lora": chosen.lora, "batch": batch}
     made = plan(chosen.model, chosen.world_size, chosen.sharding, chosen.shards, **taken, **options)
     print(made)
+    content = made.to_dict()
+    if ceilings:
+        from .estimate import model_on_meta
+        from .step_time import predict
+
+        model = model_on_meta(chosen.model, chosen.dtype, chosen.lora)
+        prediction = predict(model, made, ceilings, chosen.tokens_per_step, chosen.utilisation)
+        print(f"\n{prediction}")
+        content["prediction"] = prediction.to_dict()
     if chosen.output_dir:
-        write_json(chosen.output_dir / "plan.json", made.to_dict())
+        write_json(chosen.output_dir / "plan.json", content)
         draw(made, chosen.output_dir / "plan.png")
         print(f"\n{chosen.output_dir / 'plan.json'}, {chosen.output_dir / 'plan.png'}")
 
@@ -52,5 +66,10 @@ def _parser() -> argparse.ArgumentParser:
     add("--batch", type=int, metavar="N", help="sequences of a rank at a time: estimates the activations")
     add("--seq_len", "--seq-len", type=int, default=2048, metavar="T", help="tokens of a sequence (default: 2048)")
     add("--gradient_checkpointing", "--gradient-checkpointing", action="store_true", help="recompute layers")
+    add("--gpu", metavar="CARD", help="predict the optimizer's time there: h100, h200, a100, b200 or 4090")
+    tokens = "of a step over all ranks, for --gpu (default: 524,288)"
+    add("--tokens-per-step", "--tokens_per_step", type=int, default=1 << 19, metavar="N", help=tokens)
+    add("--utilisation", type=float, default=0.4, help="of the card by the model, for --gpu (default: 0.4)")
+    add("--ceilings", type=Path, metavar="FILE", help="numbers of cards, in the form of planning/cards.yaml")
     add("--output_dir", "--output-dir", type=Path, help="write plan.json and plan.png there")
     return parser

@@ -97,6 +97,11 @@ def plan(
     )
 
 
+def model_on_meta(name: str, dtype: str = "float32", lora: int = 0) -> nn.Module:
+    """The parameters' shapes of a model by name, as `plan` takes it."""
+    return _named_model(name, _config(name), dtype, lora)[1]
+
+
 def _config(given: Union[PreTrainedConfig, str]) -> PreTrainedConfig:
     with named():
         from ..training.arguments import ModelArguments

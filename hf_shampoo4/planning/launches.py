@@ -1,0 +1,301 @@
+"""What a step launches on a device, counted without one.
+
+On the meta device a step of any model takes seconds and no memory.  An operation that torch dispatches is a launch, and
+so is a Triton kernel; what only looks at memory (views) or reserves it is none.  A foreach operation is one launch; a
+GPU splits it where it has many tensors.  The call stack says which part of a step a launch is of.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from functools import cache
+from importlib.util import find_spec
+from types import FrameType
+from typing import Any, NamedTuple
+from unittest import mock
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+
+from ..execution.waves import Wave
+from ..groups import param_groups
+from ..integrations.trainer import head_options
+from ..numerics import quantize
+from ..optimizer import Shampoo4bit
+from ..options import EIGENBASIS, Options
+
+ALLOCATIONS = {
+    "empty", "empty_strided", "empty_like", "new_empty", "new_empty_strided", "resize_", "lift_fresh", "detach", "set_",
+}  # fmt: skip
+VIEWS = {"_unsafe_view", "_reshape_alias"}  # whose schema does not say so
+GATHERS = {"index", "index_select", "gather", "embedding", "take"}
+OVERWRITES = {"copy_", "fill_", "zero_", "_foreach_copy_", "_foreach_zero_", "index_copy_"}
+DECOMPOSITIONS = {
+    "linalg_qr", "linalg_cholesky_ex", "linalg_solve_triangular", "_linalg_eigh", "linalg_eigh",
+    "linalg_householder_product", "geqrf", "linalg_inv_ex",
+}  # fmt: skip
+
+# Functions of the optimizer -> the part of a step that they are.  The innermost on the call stack counts, but what a
+# basis update calls is of that.
+BASIS_UPDATE = "basis update"
+PARTS = {
+    "_update_bases": BASIS_UPDATE, "_rotated": BASIS_UPDATE,
+    "are_finite": "finite",
+    "collect": "collect", "_collected": "collect",
+    "read": "decode", "write": "encode", "write_first": "encode",
+    "rotate": "rotate",
+    "_update_eigenvalues": "eigenvalues", "_scales": "eigenvalues",
+    "_bounded": "bound",
+    "update": "moments", "direction": "moments",
+    "send": "send", "apply": "apply",
+}  # fmt: skip
+
+
+class Launch(NamedTuple):
+    """One operation on a device."""
+
+    operation: str
+    bytes: int
+    """Read and written: of each operand once, of one that is changed in place twice."""
+    products: int = 0
+    """Operations of a matrix product, 2 k m n."""
+    precision: str = ""
+    """Of its operands: float32, tf32 or bfloat16."""
+    order: int = 0
+    """Of the matrices that are decomposed."""
+    matrices: int = 0
+    """How many; a device may take them one by one, in several kernels each."""
+
+
+class Counted(Counter[tuple[str, Launch]]):
+    """(part of the step, launch) -> how often."""
+
+    def launches(self) -> Counter[Launch]:
+        """Of all parts."""
+        found: Counter[Launch] = Counter()
+        for (_, launch), times in self.items():
+            found[launch] += times
+        return found
+
+    def totals(self) -> dict[str, dict[str, int]]:
+        """Part -> its launches and bytes, the part with the most launches first."""
+        found: dict[str, dict[str, int]] = {}
+        for (part, launch), times in self.items():
+            of_part = found.setdefault(part, {"launches": 0, "bytes": 0})
+            of_part["launches"] += times
+            of_part["bytes"] += times * launch.bytes
+        return dict(sorted(found.items(), key=lambda item: -item[1]["launches"]))
+
+    def summary(self) -> dict[str, Any]:
+        """Launches, bytes, operations of products by precision, matrices decomposed by operation and order."""
+        products: Counter[str] = Counter()
+        matrices: Counter[str] = Counter()
+        for launch, times in self.launches().items():
+            if launch.products:
+                products[launch.precision] += times * launch.products
+            if launch.matrices:
+                matrices[f"{launch.operation} {launch.order}"] += times * launch.matrices
+        return {
+            "launches": self.total(),
+            "bytes": sum(launch.bytes * times for (_, launch), times in self.items()),
+            "products": dict(products),
+            "decompositions": dict(matrices),
+        }
+
+
+class LaunchCounter(TorchDispatchMode):
+    """Counts what is dispatched to a device."""
+
+    def __init__(self, device: str = "meta", rotations: str = "float32") -> None:
+        """
+        Args:
+            device: what happens elsewhere is not counted.
+            rotations: the precision of the products that are rotations; the meta device cannot tell.
+        """
+        super().__init__()
+        self.found = Counted()
+        self._device, self._rotations = device, rotations
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        result = function(*args, **kwargs)
+        name = function._overloadpacket._qualified_op_name.removeprefix("aten::")
+        if name not in ALLOCATIONS and not _is_view(function):
+            given, made = _tensors((args, kwargs)), _tensors(result)
+            if any(t.device.type == self._device for t in made or given):
+                moved = _bytes(function, name, args, kwargs, given, made)
+                self.add(sys._getframe(), Launch(name, moved, *_work(function, name, args, kwargs, result)))
+        return result
+
+    def add(self, frame: FrameType, launch: Launch) -> None:
+        """A launch by the code of a frame."""
+        part = _part(frame)
+        if part == "rotate" and launch.products and launch.precision == "float32":
+            launch = launch._replace(precision=self._rotations)
+        self.found[part, launch] += 1
+
+    @contextmanager
+    def with_triton(self) -> Iterator[None]:
+        """Count Triton kernels where the optimizer has some, instead of what they stand for; none is run."""
+        from triton.runtime.jit import KernelInterface
+
+        def launched(kernel: Any, grid: Any) -> Callable[..., None]:
+            def count(*args: Any, **kwargs: Any) -> None:
+                operands = {**dict(zip(kernel.arg_names, args, strict=False)), **kwargs}
+                touched = _touched(kernel)
+                moved = sum(_size(t) * touched.get(name, 1) for name, t in operands.items() if isinstance(t, Tensor))
+                self.add(sys._getframe(1), Launch(f"triton {kernel.fn.__name__.lstrip('_')}", moved))
+
+            return count
+
+        def has_kernels(device: torch.device, block: int) -> bool:
+            return quantize.kernels().can_run(block)
+
+        with ExitStack() as stack:
+            stack.enter_context(mock.patch.object(KernelInterface, "__getitem__", launched))
+            for module in [m for name, m in sys.modules.items() if name.startswith("hf_shampoo4.")]:
+                if hasattr(module, "has_kernels"):
+                    stack.enter_context(mock.patch.object(module, "has_kernels", has_kernels))
+            yield
+
+
+def steps_of(model: nn.Module, options: Mapping[str, Any], triton: bool = True) -> dict[str, Counted]:
+    """What a step of `Shampoo4bit` launches on a GPU: "late", when bases are updated as rarely as they ever are, and
+    "all", when all of them are.
+
+    Args:
+        model: on the meta device.
+        options: of the optimizer, resolved.
+        triton: with Triton's kernels, which must be installed then.
+    """
+    if triton and find_spec("triton") is None:
+        raise ImportError("Triton, whose kernels are to be counted, is not installed")
+    found = {}
+    algorithm = options.get("algorithm", Options.algorithm)
+    refreshed = {"stats_every": 1, **({"roots_every": 1} if algorithm == "shampoo" else {})}
+    for name, changed in (("late", {}), ("all", refreshed)):
+        given = {**options, **(changed if algorithm != "elementwise" else {})}
+        if algorithm in EIGENBASIS:
+            iteration = options.get("orthogonalise", "auto")  # auto's choice on CUDA:
+            given |= {"orthogonalise": "cholesky_qr" if iteration == "auto" else iteration, "refresh_warmup": 0}
+        found[name] = _one_step(model, given, triton)
+    return found
+
+
+def _one_step(model: nn.Module, options: Mapping[str, Any], triton: bool) -> Counted:
+    precision = {"auto": "tf32"}.get(chosen := options.get("rotation_precision", "auto"), chosen)
+    plain = {**options, "rotation_precision": "float32"}  # the others are emulated where there is no GPU
+    plain = plain if plain.get("algorithm", Options.algorithm) in EIGENBASIS else dict(options)
+    optimizer = Shampoo4bit(param_groups(model, head=head_options(options)), **plain)
+    for p in model.parameters():
+        p.grad = torch.empty_like(p) if p.requires_grad else None
+    counter = LaunchCounter(rotations=precision)
+    try:
+        with _without_answers():
+            optimizer.step()
+            with counter.with_triton() if triton else ExitStack(), counter:
+                optimizer.step()
+    finally:
+        for p in model.parameters():
+            p.grad = None
+    return counter.found
+
+
+@contextmanager
+def _without_answers() -> Iterator[None]:
+    """The meta device has no numbers: gradients count as finite, and no parameter as updated before."""
+    from ..execution import gradients
+
+    finite = gradients._squares_are_finite
+
+    def seems_finite(of_device: list[Tensor]) -> bool:
+        with mock.patch.object(Tensor, "__bool__", return_value=True):
+            return finite(of_device)
+
+    def none(wave: Wave) -> Tensor:
+        return torch.zeros(len(wave.members), device="cpu")
+
+    with (
+        mock.patch.object(gradients, "_squares_are_finite", seems_finite),
+        mock.patch.object(Wave, "update_counts", none),
+    ):
+        yield
+
+
+def _part(frame: FrameType | None) -> str:
+    found = ""
+    while frame is not None:
+        if "hf_shampoo4" in frame.f_code.co_filename:
+            part = "apply" if frame.f_code.co_filename.endswith("descent.py") else PARTS.get(frame.f_code.co_name, "")
+            if part == BASIS_UPDATE:
+                return part
+            found = found or part
+        frame = frame.f_back
+    return found or "other"
+
+
+def _tensors(tree: Any) -> list[Tensor]:
+    return [t for t in tree_leaves(tree) if isinstance(t, Tensor)]
+
+
+@cache
+def _is_view(function: Any) -> bool:
+    """Whether the results are the arguments' memory, which is left as it was."""
+    returns = function._schema.returns
+    aliased = bool(returns) and all(r.alias_info is not None and not r.alias_info.is_write for r in returns)
+    return aliased or function._schema.name.removeprefix("aten::") in VIEWS
+
+
+@cache
+def _written(function: Any) -> tuple[tuple[int, str], ...]:
+    """Position and name of the arguments that an operation writes to."""
+    arguments = enumerate(function._schema.arguments)
+    return tuple((i, a.name) for i, a in arguments if a.alias_info is not None and a.alias_info.is_write)
+
+
+def _size(t: Tensor) -> int:
+    """Bytes; what is expanded is there once."""
+    count = t.element_size()
+    for size, stride in zip(t.shape, t.stride(), strict=True):
+        count *= size if stride else 1
+    return count
+
+
+def _bytes(function: Any, name: str, args: Any, kwargs: Any, given: list[Tensor], made: list[Tensor]) -> int:
+    written = [kwargs[n] if n in kwargs else args[i] if i < len(args) else None for i, n in _written(function)]
+    changed = _tensors(written)
+    ids = {id(t) for t in changed}
+    fresh = sum(_size(t) for t in made if id(t) not in ids)
+    read = [_size(t) for t in given if id(t) not in ids]
+    if name == "index_put_":
+        return 2 * _size(_tensors(args[2])[0])
+    if name in GATHERS:
+        return fresh + sum(min(size, fresh) for size in read)
+    times = 1 if name in OVERWRITES or "out" in kwargs else 2
+    return fresh + sum(read) + times * sum(map(_size, changed))
+
+
+def _work(function: Any, name: str, args: Any, kwargs: Any, result: Any) -> tuple[int, str, int, int]:
+    """Products, their precision, order and number of decomposed matrices."""
+    if name in DECOMPOSITIONS:
+        return 0, "", args[0].shape[-1], args[0].shape[:-2].numel()
+    if function._overloadpacket in flop_registry:
+        products = flop_registry[function._overloadpacket](*args, **kwargs, out_val=result)
+        return products, str(_tensors(args)[-1].dtype).removeprefix("torch."), 0, 0
+    return 0, "", 0, 0
+
+
+@cache
+def _touched(kernel: Any) -> dict[str, int]:
+    """How often a Triton kernel goes over each of its operands, by the loads and stores of its source."""
+    source = inspect.getsource(kernel.fn)
+    names: Iterable[str] = (n for verb in ("load", "store") for n in set(re.findall(rf"{verb}\w*\(\s*(\w+)", source)))
+    return dict(Counter(names))

@@ -1,0 +1,90 @@
+"""What a step launches, counted on the meta device."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from hf_shampoo4.execution.blocking import blocks_of
+from hf_shampoo4.options import Options
+from hf_shampoo4.planning.launches import Launch, LaunchCounter, steps_of
+
+
+class Model(nn.Module):
+    def __init__(self, layers: int = 2, width: int = 64) -> None:
+        super().__init__()
+        self.words = nn.Embedding(1024, width)
+        self.layers = nn.ModuleList(nn.Linear(width, width) for _ in range(layers))
+        self.norm = nn.LayerNorm(width)
+        self.head = nn.Linear(width, 1024, bias=False)
+
+
+def on_meta(**sizes: int) -> nn.Module:
+    with torch.device("meta"):
+        return Model(**sizes)
+
+
+def test_operations_are_counted_with_their_bytes_and_views_and_allocations_are_not() -> None:
+    a, b = torch.empty(3, 4, device="meta"), torch.empty(4, 5, device="meta")
+    elsewhere = torch.zeros(7)
+    with LaunchCounter() as counter:
+        c = a @ b
+        c.T.add_(1.0)
+        torch.empty_like(c).copy_(c)
+        torch.mul(c, c, out=c)
+        a[torch.empty(2, dtype=torch.long, device="meta")]
+        elsewhere + 1
+    found = counter.found.launches()
+    assert found[Launch("mm", 4 * (12 + 20 + 15), 2 * 3 * 4 * 5, "float32")] == 1
+    assert found[Launch("add_", 2 * 4 * 15)] == 1
+    assert found[Launch("copy_", 2 * 4 * 15)] == 1
+    assert found[Launch("index", 2 * 4 * 8 + 8 * 2)] == 1
+    assert counter.found.total() == 5
+    assert counter.found.summary()["products"] == {"float32": 120}
+
+
+def test_what_is_expanded_is_read_once_and_what_is_decomposed_is_told() -> None:
+    row = torch.empty(1, 8, device="meta").expand(100, 8)
+    stack = torch.empty(6, 16, 16, device="meta")
+    with LaunchCounter() as counter:
+        row + 1
+        torch.linalg.qr(stack)
+    (added, qr) = counter.found.launches()
+    assert added.bytes == 4 * (8 + 800)
+    assert (qr.operation, qr.order, qr.matrices) == ("linalg_qr", 16, 6)
+
+
+@pytest.mark.parametrize("options", [{}, {"algorithm": "soap"}, {"algorithm": "shampoo"}, {"algorithm": "elementwise"}])
+def test_a_step_of_every_algorithm_is_counted_and_every_launch_is_of_a_known_part(options: dict[str, Any]) -> None:
+    steps = steps_of(on_meta(), options, triton=False)
+    late, every = steps["late"].summary(), steps["all"].summary()
+    assert 0 < late["launches"] <= every["launches"]
+    assert "other" not in steps["all"].totals()
+    assert (late == every) == (options.get("algorithm") == "elementwise")
+
+
+def test_products_are_those_of_the_closed_form_and_rotations_have_their_precision() -> None:
+    model = on_meta()
+    counted = steps_of(model, {"stagger": False, "rotation_precision": "tf32"}, triton=False)["late"]
+    kinds = [("words.weight", True), ("layers.0.weight", False), ("layers.1.weight", False), ("head.weight", True)]
+    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    blocks = [
+        b for name, of in kinds for b in blocks_of(shapes[name], Options(vocabulary=of, stagger=False).carried_out())
+    ]
+    said = sum(block.algorithm.work()["step"].products for block in blocks)
+    products = counted.summary()["products"]
+    assert sum(products.values()) == pytest.approx(said, rel=0.02)
+    assert products["tf32"] > 0.9 * said
+
+
+def test_triton_kernels_count_once_and_nothing_is_run() -> None:
+    pytest.importorskip("triton")
+    model = on_meta()
+    without, kernels = (steps_of(model, {}, triton)["late"] for triton in (False, True))
+    names = {launch.operation for launch in kernels.launches() if launch.operation.startswith("triton")}
+    assert {"triton dequantize", "triton quantize"} <= names
+    assert kernels.total() < without.total()
+    assert all(p.grad is None for p in model.parameters())

@@ -1,0 +1,110 @@
+"""Predictions of a step's time: ceilings and their sources, what a launch takes, and `plan --gpu`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from hf_shampoo4.exceptions import OptionError
+from hf_shampoo4.planning.ceilings import Ceilings, ceilings_of
+from hf_shampoo4.planning.command import main
+from hf_shampoo4.planning.launches import Launch
+from hf_shampoo4.planning.step_time import OURS, Prediction, Seconds, seconds
+
+CARDS = ("h100", "h200", "a100", "b200", "4090")
+SLOW = Ceilings(
+    "slow", {"float32": 100.0, "bfloat16": 1000.0}, memory=10.0, peak=1000.0, launch=0.5,
+    decompositions={"linalg_qr": {10: 1.0, 20: 4.0}},
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("card", CARDS)
+def test_every_number_of_a_card_has_a_source(card: str) -> None:
+    found = ceilings_of(card)
+    assert all(found.sources.values())
+    assert {"tflops.float32", "tflops.tf32", "tflops.bfloat16", "tbytes", "launch_us"} <= set(found.sources)
+    assert found.products["float32"] <= found.products["tf32"] <= found.products["bfloat16"]
+    assert 0 < found.decomposition("linalg_cholesky_ex", 768) < found.decomposition("linalg_qr", 768)
+
+
+def test_a_launch_takes_the_longest_of_what_it_has_to_do() -> None:
+    assert seconds({Launch("add", 1): 3}, SLOW) == 1.5
+    assert seconds({Launch("add", 20): 1}, SLOW) == 2.0
+    assert seconds({Launch("add", 20): 1}, SLOW, share=0.5) == 1.0
+    assert seconds({Launch("mm", 20, 700, "float32"): 1}, SLOW) == 7.0
+    assert seconds({Launch("mm", 20, 7000, "bfloat16"): 1}, SLOW) == 7.0
+    assert seconds({Launch("linalg_qr", 1, order=20, matrices=3): 1}, SLOW) == 12.0
+
+
+def test_orders_between_those_that_were_measured() -> None:
+    assert SLOW.decomposition("linalg_qr", 40) == 32.0
+    assert SLOW.decomposition("linalg_qr", 14) == pytest.approx(1.96, rel=0.01)
+    assert SLOW.decomposition("linalg_qr", 5) == 0.5
+    assert SLOW.decomposition("linalg_eigh", 5) == 0.0
+
+
+def test_the_break_even_is_in_steps() -> None:
+    optimizers = {OURS: Seconds(3.0, 9.0, 4.0), "AdamW": Seconds(1.0, 1.0, 1.0)}
+    found = Prediction("card", {}, 1, 0.4, True, model=7.0, optimizers=optimizers, counts={})
+    assert found.share(OURS) == 0.3
+    assert found.fewer_steps("AdamW") == pytest.approx(0.2)
+
+
+def test_a_file_changes_numbers_and_adds_cards(tmp_path: Path) -> None:
+    file = tmp_path / "cards.yaml"
+    file.write_text('h100:\n  launch_us: [3, "mine"]\nmine:\n  like: h100\n  tbytes: [1, "mine too"]\n')
+    assert ceilings_of("h100", file).launch == pytest.approx(3e-6)
+    assert ceilings_of("h100", file).memory == ceilings_of("h100").memory
+    mine = ceilings_of("mine", file)
+    assert (mine.sources["tbytes"], mine.launch) == ("mine too", pytest.approx(3e-6))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("h100:\n  speed: [1, x]\n", "unknown 'speed'"),
+        ("h100:\n  tbytes: 3.35\n", r"h100.tbytes is 3.35; it must be \[a number above 0, its source\]"),
+        ("h100:\n  tbytes: [0, x]\n", r"h100.tbytes is \[0, 'x'\]"),
+        ("mine:\n  tbytes: [1, x]\n", "lacks tflops"),
+        ("mine:\n  like: other\n", "is like 'other'"),
+        ("- h100\n", "is not a mapping of cards"),
+    ],
+)
+def test_a_file_that_cannot_be_used_is_refused(tmp_path: Path, content: str, message: str) -> None:
+    file = tmp_path / "cards.yaml"
+    file.write_text(content)
+    with pytest.raises(OptionError, match=message):
+        ceilings_of("mine" if content.startswith("mine") else "h100", file)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--gpu", "v100"], "--gpu 'v100' is not known; known: h100, h200, a100, b200, 4090"),
+        (["--ceilings", "x.yaml"], "--ceilings x.yaml is for --gpu CARD"),
+        (["--gpu", "h100", "--ceilings", "none.yaml"], "none.yaml cannot be read"),
+        (["--gpu", "h100", "--tokens-per-step", "0"], "--tokens-per-step 0 is not allowed"),
+        (
+            ["--gpu", "h100", "--utilisation", "40"],
+            "--utilisation 40.0 is not allowed: it must be a number in",
+        ),
+    ],
+)
+def test_bad_arguments_are_told(arguments: list[str], message: str) -> None:
+    with pytest.raises(OptionError, match=message):
+        main(["llama_tiny", *arguments])
+
+
+def test_plan_predicts_and_says_that_it_does(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main(["llama_tiny", "--gpu", "h100", "--tokens-per-step", "4096", "--output_dir", str(tmp_path)])
+    told = capsys.readouterr().out
+    assert "A prediction for the NVIDIA H100 SXM5; nothing of it was measured there" in told
+    assert "fewer steps" in told
+    found = json.loads((tmp_path / "plan.json").read_text())["prediction"]
+    ours, adamw = found["optimizers"][OURS], found["optimizers"]["AdamW, fused"]
+    assert adamw["late"] < ours["late"] < ours["first"] < ours["worst"]
+    assert 0 < found["fewer_steps"]["AdamW, fused"] < 1
+    assert found["counts"]["late"]["launches"] < found["counts"]["all"]["launches"]
+    assert found["sources"]["tbytes"] == "NVIDIA H100 data sheet"
