@@ -102,13 +102,18 @@ def check_args(args: Any) -> None:
         ValueError: DeepSpeed is configured in a way in which this optimizer would not be used or could not work.
     """
     if args.optim in OPTIMS:
-        _options_of(args)
+        optim_options(args.optim, args.optim_args)
         _check_deepspeed(args)
 
 
-def _options_of(args: Any) -> dict[str, Any]:
-    named = OPTIMS[args.optim]
-    return {**named, **parse_optim_args(args.optim_args, beneath=named)}
+def optim_options(optim: str, optim_args: str | None) -> dict[str, Any]:
+    """The options that `--optim`, one of `OPTIMS`, and `--optim_args` stand for; the others are at their defaults.
+
+    Raises:
+        OptionError: an item of `optim_args` that is not `key=value`, unknown, or not allowed.
+    """
+    named = OPTIMS[optim]
+    return {**named, **parse_optim_args(optim_args, beneath=named)}
 
 
 def _optimizer_cls_and_kwargs(args: Any, model: nn.Module | None, options: dict[str, Any]) -> tuple[Any, dict]:
@@ -207,7 +212,7 @@ def _extend_trainer(module: ModuleType) -> None:
     def get_optimizer_cls_and_kwargs(args: Any, model: Any = None) -> tuple[Any, Any]:
         if args.optim not in OPTIMS:
             return original(args, model)
-        return _optimizer_cls_and_kwargs(args, model, _options_of(args))
+        return _optimizer_cls_and_kwargs(args, model, optim_options(args.optim, args.optim_args))
 
     get_optimizer_cls_and_kwargs.knows_hf_shampoo4 = True  # type: ignore[attr-defined]
     module.Trainer.get_optimizer_cls_and_kwargs = staticmethod(get_optimizer_cls_and_kwargs)

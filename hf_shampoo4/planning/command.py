@@ -10,18 +10,17 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..exceptions import OptionError
-from ..integrations.trainer import OPTIMS
-from ..options import parse_optim_args
+from ..integrations.trainer import OPTIMS, optim_options
+from ..training.arguments import DTYPES
 from ..utils.files import check_writable, write_json
 from ..utils.hub import offline_without_network
 from .ceilings import ceilings_of
-from .sharding_names import DTYPES, SHARDINGS
+from .sharding_names import SHARDINGS
 
 
 def main(arguments: Sequence[str]) -> None:
     """`hf-shampoo4 plan`."""
     chosen = _parser().parse_args(arguments)
-    named = OPTIMS[chosen.optim]
     if chosen.output_dir:
         check_writable(chosen.output_dir)
     if chosen.ceilings and not chosen.gpu:
@@ -32,7 +31,7 @@ def main(arguments: Sequence[str]) -> None:
     from .picture import draw
     from .training_memory import Batch
 
-    options = {**named, **parse_optim_args(chosen.optim_args, beneath=named)}
+    options = optim_options(chosen.optim, chosen.optim_args)
     batch = Batch(chosen.batch, chosen.seq_len, chosen.gradient_checkpointing) if chosen.batch is not None else None
     taken = {"dtype": chosen.dtype, "lora": chosen.lora, "batch": batch}
     made = plan(chosen.model, chosen.world_size, chosen.sharding, chosen.shards, **taken, **options)

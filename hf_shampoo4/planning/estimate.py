@@ -16,10 +16,11 @@ from ..exceptions import OptionError
 from ..execution.waves import WaveParameter
 from ..options import resolve
 from ..preconditioners.algorithms import Elementwise
+from ..training.arguments import DTYPES, ModelArguments
 from ..utils.extras import named
 from .figures import OverRanks, Plan
 from .other_optimizers import bytes_of_others
-from .sharding_names import DTYPES, SHARDINGS
+from .sharding_names import SHARDINGS
 from .shardings import Sharding, planned_groups, sharding_of
 from .tally import RANK_FIGURES, Tally
 from .training_memory import Batch, TrainingMemory, activations, build, weights_and_gradients
@@ -104,7 +105,6 @@ def model_on_meta(name: str, dtype: str = "float32", lora: int = 0) -> nn.Module
 
 def _config(given: Union[PreTrainedConfig, str]) -> PreTrainedConfig:
     with named():
-        from ..training.arguments import ModelArguments
         from ..training.model import load_model_config
 
     return load_model_config(ModelArguments(model=given)) if isinstance(given, str) else given

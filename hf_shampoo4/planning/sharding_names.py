@@ -1,4 +1,4 @@
-"""How ranks may share a model, and in which type, by name; nothing is imported for it."""
+"""How ranks may share a model, by name; nothing is imported for it."""
 
 from __future__ import annotations
 
@@ -10,5 +10,3 @@ SHARDINGS = {
     "zero2": "every rank holds a range of all float32 weights (DeepSpeed), and the state of the blocks it owns",
     "zero3": "every rank holds a range of every parameter (DeepSpeed), and the state of the blocks it owns",
 }
-
-DTYPES = ("float32", "bfloat16", "float16")

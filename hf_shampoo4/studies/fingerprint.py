@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from hf_shampoo4.integrations.trainer import OPTIMS
+from hf_shampoo4.integrations.trainer import optim_options
 from hf_shampoo4.optimizer import Shampoo4bit
-from hf_shampoo4.options import EIGENBASIS, Options, parse_optim_args
+from hf_shampoo4.options import EIGENBASIS, Options
 
 # One of each kind and geometry, and one that is cut into blocks.
 GROUPS: tuple[tuple[dict[str, Any], tuple[tuple[int, ...], ...]], ...] = (
@@ -43,7 +43,7 @@ def _fingerprint(optim: str, optim_args: str, beta2: float) -> str:
         {"params": [nn.Parameter(0.02 * torch.randn(shape, generator=generator)) for shape in shapes], **kind}
         for kind, shapes in GROUPS
     ]
-    options = {**OPTIMS[optim], **parse_optim_args(optim_args, beneath=OPTIMS[optim])}
+    options = optim_options(optim, optim_args)
     if (chosen := Options(**options)).algorithm in EIGENBASIS:
         options["refresh_warmup"] = chosen.refresh_warmup // FASTER
     optimizer = Shampoo4bit(groups, lr=1e-2, betas=(0.9, beta2), weight_decay=0.1, **options)

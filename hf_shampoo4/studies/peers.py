@@ -115,6 +115,7 @@ def _groups(model: nn.Module, args: Any) -> list[dict[str, Any]]:
 
 def muon(model: nn.Module, args: Any) -> Chosen:
     """Muon on the hidden matrices (Nesterov, Moonlight's scaling), AdamW on the rest with the rates of its kinds."""
+    # `_muon_groups`, but the text of this function is in the key of the finished runs (`code_of`)
     groups = [
         {**plain, "use_muon": is_of_matrices(ours)}
         for plain, ours in zip(_groups(model, args), param_groups(model, args.weight_decay), strict=True)

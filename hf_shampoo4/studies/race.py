@@ -1,15 +1,4 @@
-"""`hf-shampoo4 race GRID`: every contestant of a grid at its own best learning rates, from several seeds, side by side.
-
-Grids are in `configs/race.yaml`.  A run trains a small model from the seed's weights on the seed's order of the data,
-the same for all contestants.  The first seed runs a contestant's points and, with `--sweep`, goes on from the best of
-them, a factor at a time on the rate of all parameters or of one kind (embedding, head, matrix, vector), until the best
-is worse off in either direction of every coordinate; the best point then serves the other seeds.
-
-A finished run is kept at once, in a file of its own in DIR/runs, and never run again by the same code; a race can be
-stopped at any time and shared by processes (`--shard I/N`).  The report is a table, a JSON with everything and a
-picture: curves against steps and time, or, for a grid that asks how much of one contestant's gain the others keep, the
-shares.
-"""
+"""The runs of a race: each point of each contestant once, by one code; `commands.race` says in which order and why."""
 
 from __future__ import annotations
 

@@ -18,8 +18,8 @@ from typing import Any
 
 import torch
 
-from hf_shampoo4.integrations.trainer import OPTIMS
-from hf_shampoo4.options import Options, parse_optim_args
+from hf_shampoo4.integrations.trainer import OPTIMS, optim_options
+from hf_shampoo4.options import Options
 from hf_shampoo4.preconditioners.schedule import intervals
 from hf_shampoo4.studies.bench import counted
 from hf_shampoo4.studies.code_version import commit
@@ -91,8 +91,7 @@ def pace_of(settings: Settings) -> Callable[[int], float]:
 def _options(settings: Settings) -> Options | None:
     if settings.get("optim") not in OPTIMS or "peer" in settings:
         return None
-    optim = settings["optim"]
-    return Options(**{**OPTIMS[optim], **parse_optim_args(settings.get("optim_args", ""), beneath=OPTIMS[optim])})
+    return Options(**optim_options(settings["optim"], settings.get("optim_args", "")))
 
 
 def _late(settings: Settings) -> Settings | None:

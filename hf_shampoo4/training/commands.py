@@ -13,7 +13,7 @@ from pathlib import Path
 from ..exceptions import ConfigError, MissingPackage
 from ..utils.hub import offline_without_network
 from .arguments import ChatArguments, DataArguments, ModelArguments, RunArguments
-from .config import check_names, is_config, names_in, read_config, settings_help
+from .config import check_names, is_config, read_config, settings_help
 from .library_fields import SFT, TRAINER, library_fields
 from .output_dir import refuse_content
 
@@ -78,9 +78,9 @@ def _check(
         if stands_alone and (item is overrides[0] or is_config(item, kind)):
             raise ConfigError(f"{item!r} is no --key value: CONFIG comes first, and there is one")
     settings = {} if config is None else read_config(config, kind)
-    if library is not None:
-        check_names([*settings, *names_in(overrides)], ours, library, library_name)
     given = {**settings, **_values(overrides)}
+    if library is not None:
+        check_names(given, ours, library, library_name)
     if given.get("output_dir") and not {"overwrite_output_dir", "resume_from_checkpoint"} & set(given):
         refuse_content(Path(str(given["output_dir"])))
     offline_without_network()

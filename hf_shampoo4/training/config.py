@@ -108,7 +108,7 @@ def _cast(types: Sequence[type], settings: Mapping[str, Any], overrides: Sequenc
     register()
     lists = {key: value for key, value in settings.items() if isinstance(value, list)}  # argparse may want one word
     arguments = [*_as_arguments({key: value for key, value in settings.items() if key not in lists}), *overrides]
-    given = names_in([*(f"--{key}" for key in lists), *arguments])
+    given = _names_in([*(f"--{key}" for key in lists), *arguments])
     check_names(given, types[:-1], field_names(types[-1]), documented(types[-1]))
     if not torch.accelerator.is_available():
         arguments += [] if "use_cpu" in given else ["--use_cpu", "true"]
@@ -165,7 +165,7 @@ def _as_arguments(settings: Mapping[str, Any]) -> list[str]:
     return items
 
 
-def names_in(arguments: Sequence[str]) -> set[str]:
+def _names_in(arguments: Sequence[str]) -> set[str]:
     """The settings that `--key value` and `--key=value` items name."""
     return {item[2:].partition("=")[0].replace("-", "_") for item in arguments if item.startswith("--")}
 

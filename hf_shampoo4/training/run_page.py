@@ -10,6 +10,7 @@ import argparse
 import html
 import io
 import json
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -64,12 +65,9 @@ class Run:
 
     def curve_in_time(self, key: str) -> list[tuple[float, float]]:
         """(minutes, value); of an evaluation, the time of the last log before it."""
-        times = sorted(self.seconds.items())
-        found = []
-        for step, value in self.curve(key):
-            before = [spent for at, spent in times if at <= step]
-            found += [(before[-1] / 60, value)] if before else []
-        return found
+        logged = sorted(self.seconds)
+        before = [(bisect_right(logged, step), value) for step, value in self.curve(key)]
+        return [(self.seconds[logged[count - 1]] / 60, value) for count, value in before if count]
 
     def last(self, key: str) -> float | None:
         """The last value logged."""
