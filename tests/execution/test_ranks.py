@@ -17,6 +17,7 @@ from hf_shampoo4.checkpointing.convert import by_position, described, read
 from hf_shampoo4.exceptions import CheckpointError
 from hf_shampoo4.execution.state_layout import is_partial
 from tests.stress.ranks import SHAPES, launch
+from tests.support import LONGEST_CHILD
 
 STEPS = "8"
 CASES = {
@@ -72,7 +73,7 @@ def results(folder: Path) -> dict[tuple[int, str], list[dict[str, Any]]]:
             for world in WORLDS:
                 cases = ",".join(case for kind in KINDS for case in kind.get(world, ()))
                 words = ("--cases", cases, "--steps", STEPS, "--checkpoints", str(folder))
-                found[world] = launch(world, *words, timeout=1800)
+                found[world] = launch(world, *words, timeout=3 * LONGEST_CHILD)
             file.write_text(json.dumps(found))
         found = json.loads(file.read_text())
     return {(int(world), case): [rank[case] for rank in ranks] for world, ranks in found.items() for case in ranks[0]}

@@ -27,9 +27,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
         file = Path(base / "together.json")
         if not file.exists():
             module, words = "tests.stress.together", ("--cases", "all")
-            found = launch(
-                WORLD, *words, timeout=600, module=module, of_rank=lambda rank: {"MKL_CBWR": PROCESSOR[rank]}
-            )
+            found = launch(WORLD, *words, module=module, of_rank=lambda rank: {"MKL_CBWR": PROCESSOR[rank]})
             file.write_text(json.dumps(found))
         return json.loads(file.read_text())
 

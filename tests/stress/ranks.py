@@ -44,6 +44,7 @@ from hf_shampoo4.execution.blocking import blocks_of, loads_of  # noqa: E402
 from hf_shampoo4.options import Options  # noqa: E402
 from hf_shampoo4.sharding.local_parameter import clean_name, full_shape, local_tensor, note_flat_ranges  # noqa: E402
 from hf_shampoo4.utils.files import write_json  # noqa: E402
+from tests.support import LONGEST_CHILD  # noqa: E402
 from tests.support.regions import entries  # noqa: E402
 
 # Otherwise MKL's eigh and QR give a matrix other last bits when it lies elsewhere in memory, as in a smaller stack.
@@ -1048,7 +1049,7 @@ def worker(folder: Path, cases: list[Case], checkpoints: Path) -> None:
 def launch(
     world: int,
     *words: str,
-    timeout: float = 300,
+    timeout: float = LONGEST_CHILD,
     module: str = "tests.stress.ranks",
     of_rank: Callable[[int], dict[str, str]] = lambda rank: {},
 ) -> list[dict[str, Any]]:

@@ -15,6 +15,7 @@ from torch.utils.data import Dataset
 from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments
 
 import hf_shampoo4
+from tests.support import LONGEST_CHILD
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -100,7 +101,7 @@ def python(*words: object, **environment: str) -> subprocess.CompletedProcess[st
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
     )  # fmt: skip
     try:
-        out, err = child.communicate(timeout=180)
+        out, err = child.communicate(timeout=LONGEST_CHILD)
     except subprocess.TimeoutExpired:
         os.killpg(child.pid, signal.SIGKILL)  # its workers too
         raise

@@ -17,6 +17,7 @@ from hf_shampoo4.training.config import read_config
 from hf_shampoo4.training.model import build_model, load_model_config
 from hf_shampoo4.training.output_dir import prepare_output
 from hf_shampoo4.training.pretrain import parse, run
+from tests.support import LONGEST_CHILD
 
 
 @pytest.fixture
@@ -269,7 +270,7 @@ def test_torchrun_gives_the_losses_of_one_process(settings, tmp_path):
     path.write_text(yaml.safe_dump({**settings, "ddp_backend": "gloo"}))
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     command = [*launcher, "-m", "hf_shampoo4.cli", "train", str(path)]
-    done = subprocess.run(command, env=os.environ, capture_output=True, text=True, timeout=240)
+    done = subprocess.run(command, env=os.environ, capture_output=True, text=True, timeout=LONGEST_CHILD)
     assert done.returncode == 0, done.stderr[-3000:]
     two = json.loads((tmp_path / "out" / "all_results.json").read_text())
     one = run(parse({**settings, "output_dir": str(tmp_path / "one")}))
