@@ -189,6 +189,8 @@ class Wave:
 
     def update_counts(self) -> Tensor:
         """float32 (members,): how many updates each has had, as the state on this rank says; 0 where there is none."""
+        if self.device.type == "meta":  # has no numbers: a plan for shapes alone starts at 0
+            return torch.zeros(len(self.members), dtype=torch.float32, device="cpu")
         counts = [(s.membership * s.state["steps"]["dense"]).amax(1) for s in self.stacks]
         nothing = torch.zeros(len(self.members), dtype=torch.float32, device=self.device)
         return torch.stack([nothing, *counts]).amax(0)

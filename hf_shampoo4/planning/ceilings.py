@@ -16,6 +16,8 @@ DECOMPOSITIONS = {
     "linalg_qr_ms": ("linalg_qr", "geqrf"),
     "cholesky_ms": ("linalg_cholesky_ex",),
     "triangular_ms": ("linalg_solve_triangular",),
+    "eigh_ms": ("_linalg_eigh", "linalg_eigh"),
+    "inv_ms": ("linalg_inv_ex",),
 }
 """Key of the table -> torch's operations that it is of."""
 NUMBERS = ("reached", "tbytes", "streamed", "launch_us", "link_gbytes")
@@ -50,11 +52,14 @@ class Ceilings:
         known = {"float16": "bfloat16"}.get(precision, precision)
         return self.products.get(known, self.products["float32"])
 
-    def decomposition(self, operation: str, order: int) -> float:
-        """Seconds for one matrix: by the power law between the nearest orders, by the cube beyond them."""
+    def decomposition(self, operation: str, order: int) -> float | None:
+        """Seconds for one matrix: by the power law between the nearest orders, by the cube beyond them.
+
+        None: the table has no time of this operation.
+        """
         known = sorted(self.decompositions.get(operation, {}).items())
         if not known:
-            return 0.0
+            return None
         if order <= known[0][0]:  # small ones cost what they launch
             return known[0][1] * (order / known[0][0])
         if order >= known[-1][0]:

@@ -27,21 +27,19 @@ def main(arguments: Sequence[str]) -> None:
         raise OptionError(f"--ceilings {chosen.ceilings} is for --gpu CARD: name the card, or leave it out")
     ceilings = ceilings_of(chosen.gpu, chosen.ceilings) if chosen.gpu else None
     offline_without_network()
-    from .estimate import plan
+    from .estimate import Described, plan_of
     from .picture import draw
     from .training_memory import Batch
 
     options = optim_options(chosen.optim, chosen.optim_args)
     batch = Batch(chosen.batch, chosen.seq_len, chosen.gradient_checkpointing) if chosen.batch is not None else None
-    taken = {"dtype": chosen.dtype, "lora": chosen.lora, "batch": batch}
-    made = plan(chosen.model, chosen.world_size, chosen.sharding, chosen.shards, **taken, **options)
+    described = Described(chosen.model, chosen.dtype, chosen.lora, batch)
+    made, model = plan_of(described, chosen.world_size, chosen.sharding, chosen.shards, **options)
     print(made)
     content = made.to_dict()
     if ceilings:
-        from .estimate import model_on_meta
         from .step_time import predict
 
-        model = model_on_meta(chosen.model, chosen.dtype, chosen.lora)
         prediction = predict(model, made, ceilings, chosen.tokens_per_step, chosen.utilisation)
         print(f"\n{prediction}")
         content["prediction"] = prediction.to_dict()

@@ -7,7 +7,7 @@ optimizer would keep is summed from the same descriptions that it allocates its 
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any, Union
+from typing import TYPE_CHECKING, Any, NamedTuple, Union
 
 import torch
 from torch import nn
@@ -60,16 +60,29 @@ def plan(
         OptionError: an option, sharding, world size or model that is not allowed.
         MissingPackage: a model by name or configuration without transformers (the extra `train`).
     """
+    return plan_of(Described(model_or_config, dtype, lora, batch), world_size, sharding, shards, **options)[0]
+
+
+class Described(NamedTuple):
+    """A model, and what `plan` takes besides for one by name or configuration."""
+
+    given: Union[nn.Module, PreTrainedConfig, str]
+    dtype: str = "float32"
+    lora: int = 0
+    batch: Batch | None = None
+
+
+def plan_of(
+    described: Described, world_size: int, sharding: str, shards: int | None, **options: Any
+) -> tuple[Plan, nn.Module]:
+    """`plan`, and the model that it was made of, for who goes on with it."""
     if sharding not in SHARDINGS:
         raise OptionError(f"sharding={sharding!r} is not allowed: it must be one of {', '.join(SHARDINGS)}")
     if world_size < 1:
         raise OptionError(f"world_size={world_size!r} is not allowed: it must be an integer >= 1")
     layout = sharding_of(sharding, world_size, shards)
     chosen = resolve(options)
-    config = None if isinstance(model_or_config, nn.Module) else _config(model_or_config)
-    if config is None and (batch or lora or dtype != "float32"):
-        raise OptionError("dtype, lora and batch are for a model by name or configuration: a module has them already")
-    name, model = _named_model(model_or_config, config, dtype, lora)
+    name, model = _named_model(described)
     groups = planned_groups(model, chosen, layout)
     members = [member for group in groups for member in group.members]
     factored = [member for member in members if _is_factored(member)]
@@ -79,7 +92,7 @@ def plan(
     tally = Tally(world_size)
     for group in groups:
         tally.add(group)
-    return Plan(
+    made = Plan(
         model=name,
         world_size=world_size,
         sharding=sharding,
@@ -94,13 +107,14 @@ def plan(
         largest_block=max((block.shape for block in blocks), key=math.prod, default=(0, 0)),
         **{name: OverRanks.of(getattr(tally, name)) for name in RANK_FIGURES},
         others=bytes_of_others(model, world_size, groups[0].replicated),
-        training=_training(model, layout, batch),
+        training=_training(model, layout, described.batch),
     )
+    return made, model
 
 
 def model_on_meta(name: str, dtype: str = "float32", lora: int = 0) -> nn.Module:
     """The parameters' shapes of a model by name, as `plan` takes it."""
-    return _named_model(name, _config(name), dtype, lora)[1]
+    return _named_model(Described(name, dtype, lora))[1]
 
 
 def _config(given: Union[PreTrainedConfig, str]) -> PreTrainedConfig:
@@ -110,10 +124,14 @@ def _config(given: Union[PreTrainedConfig, str]) -> PreTrainedConfig:
     return load_model_config(ModelArguments(model=given)) if isinstance(given, str) else given
 
 
-def _named_model(given: Any, config: PreTrainedConfig | None, dtype: str, lora: int) -> tuple[str, nn.Module]:
+def _named_model(described: Described) -> tuple[str, nn.Module]:
     """A module with the parameters' shapes, on the meta device unless it was one already."""
-    if config is None:
+    given, dtype, lora, batch = described
+    if isinstance(given, nn.Module):
+        if batch or lora or dtype != "float32":
+            raise OptionError("dtype, lora and batch are for a model by name or configuration: a module has them")
         return type(given).__name__, given
+    config = _config(given)
     with torch.device("meta"):
         model = build(config, _dtype(dtype), lora)
     name = given if isinstance(given, str) else (config.architectures or [type(config).__name__])[0]

@@ -25,7 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from ..execution.waves import Wave
+from ..exceptions import OptionError
 from ..groups import param_groups
 from ..integrations.trainer import head_options
 from ..numerics import quantize
@@ -40,8 +40,10 @@ GATHERS = {"index", "index_select", "gather", "embedding", "take"}
 OVERWRITES = {"copy_", "fill_", "zero_", "_foreach_copy_", "_foreach_zero_", "index_copy_"}
 DECOMPOSITIONS = {
     "linalg_qr", "linalg_cholesky_ex", "linalg_solve_triangular", "_linalg_eigh", "linalg_eigh",
-    "linalg_householder_product", "geqrf", "linalg_inv_ex",
+    "linalg_householder_product", "geqrf", "linalg_inv_ex", "_linalg_solve_ex", "linalg_lu_factor_ex", "_linalg_svd",
 }  # fmt: skip
+
+ITERATED = ("newton", "newton_db")  # of `Options.root`: they end by their residual
 
 # Functions of the optimizer -> the part of a step that they are.  The innermost on the call stack counts, but what a
 # basis update calls is of that.
@@ -175,9 +177,16 @@ def steps_of(model: nn.Module, options: Mapping[str, Any], triton: bool = True) 
         model: on the meta device.
         options: of the optimizer, resolved.
         triton: with Triton's kernels, which must be installed then.
+
+    Raises:
+        OptionError: an iteration whose length depends on numbers.
     """
     if triton and find_spec("triton") is None:
         raise ImportError("Triton, whose kernels are to be counted, is not installed")
+    if (root := options.get("root", Options.root)) in ITERATED:
+        raise OptionError(
+            f"root={root} cannot be counted: how long it iterates depends on the numbers; root=eigh can be"
+        )
     found = {}
     algorithm = options.get("algorithm", Options.algorithm)
     refreshed = {"stats_every": 1, **({"roots_every": 1} if algorithm == "shampoo" else {})}
@@ -199,25 +208,13 @@ def _one_step(model: nn.Module, options: Mapping[str, Any], triton: bool) -> Cou
         p.grad = torch.empty_like(p) if p.requires_grad else None
     counter = LaunchCounter(rotations=precision)
     try:
-        with _without_answers():
+        optimizer.step()
+        with counter.with_triton() if triton else ExitStack(), counter:
             optimizer.step()
-            with counter.with_triton() if triton else ExitStack(), counter:
-                optimizer.step()
     finally:
         for p in model.parameters():
             p.grad = None
     return counter.found
-
-
-@contextmanager
-def _without_answers() -> Iterator[None]:
-    """The meta device has no numbers: no parameter counts as updated before."""
-
-    def none(wave: Wave) -> Tensor:
-        return torch.zeros(len(wave.members), device="cpu")
-
-    with mock.patch.object(Wave, "update_counts", none):
-        yield
 
 
 def _part(frame: FrameType | None) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from typing import Any
@@ -57,6 +57,8 @@ class Prediction:
     optimizers: Mapping[str, Seconds]
     counts: Mapping[str, Any]
     """What was counted of ours: in a late step, and where all bases are updated."""
+    unknown: Sequence[str] = ()
+    """What the card's table has no time of, so that it is in none of these figures."""
 
     def share(self, name: str) -> float:
         """Of a late step that the optimizer takes."""
@@ -94,8 +96,18 @@ def seconds(launches: Mapping[Launch, int], ceilings: Ceilings, share: float = 1
 def _seconds(launch: Launch, ceilings: Ceilings, share: float) -> float:
     moved = launch.bytes / ceilings.memory
     multiplied = launch.products / ceilings.of_products(launch.precision) if launch.products else 0.0
-    decomposed = launch.matrices * ceilings.decomposition(launch.operation, launch.order) if launch.matrices else 0.0
+    of_one = ceilings.decomposition(launch.operation, launch.order) if launch.matrices else None
+    decomposed = launch.matrices * (of_one or 0.0)
     return max(ceilings.launch, share * max(moved, multiplied, decomposed))
+
+
+def unknown(launches: Mapping[Launch, int], ceilings: Ceilings) -> list[str]:
+    """The decompositions among launches that the table has no time of."""
+    found: Counter[str] = Counter()
+    for launch, times in launches.items():
+        if launch.matrices and ceilings.decomposition(launch.operation, launch.order) is None:
+            found[f"{launch.operation} of order {launch.order}"] += times * launch.matrices
+    return [f"{count} x {what}" for what, count in found.items()]
 
 
 def predict(
@@ -128,6 +140,7 @@ def predict(
         model=6 * plan.parameters * tokens / (plan.world_size * utilisation * ceilings.peak),
         optimizers={OURS: _ours(counted, plan, ceilings), **_others(model, ceilings)},
         counts={name: of_step.summary() for name, of_step in counted.items()},
+        unknown=unknown(counted["all"].launches(), ceilings),
     )
 
 
@@ -200,6 +213,7 @@ def _lines(p: Prediction) -> list[str]:
         f"{p.utilisation:.0%} of the card's published bfloat16 rate",
         f"{'optimizer, ms a step':<28}{'late':>10}{'all bases':>12}{'first 1,000':>14}{'of a step':>12}",
         *rows,
+        *(f"NOT in these figures, for the card's table has no time of it: {what}" for what in p.unknown),
         *breaks,
         f"counted in a late step, {kernels} Triton kernels: {counts['launches']:,} launches, "
         f"{counts['bytes'] / 1e9:.2f} GB, {sum(counts['products'].values()) / 1e9:.0f} GFLOP",

@@ -8,12 +8,15 @@ from pathlib import Path
 import pytest
 
 from hf_shampoo4.exceptions import OptionError
+from hf_shampoo4.planning import estimate
 from hf_shampoo4.planning.ceilings import Ceilings, ceilings_of
 from hf_shampoo4.planning.command import main
+from hf_shampoo4.planning.estimate import Described, plan_of
 from hf_shampoo4.planning.launches import Launch
-from hf_shampoo4.planning.step_time import OURS, Prediction, Seconds, seconds
+from hf_shampoo4.planning.step_time import OURS, Prediction, Seconds, predict, seconds, unknown
 
 CARDS = ("h100", "h200", "a100", "b200", "4090")
+COUNTS = {"late": {"launches": 1, "bytes": 1, "products": {}}}
 SLOW = Ceilings(
     "slow", {"float32": 100.0, "bfloat16": 1000.0}, memory=10.0, peak=1000.0, launch=0.5,
     decompositions={"linalg_qr": {10: 1.0, 20: 4.0}},
@@ -42,7 +45,27 @@ def test_orders_between_those_that_were_measured() -> None:
     assert SLOW.decomposition("linalg_qr", 40) == 32.0
     assert SLOW.decomposition("linalg_qr", 14) == pytest.approx(1.96, rel=0.01)
     assert SLOW.decomposition("linalg_qr", 5) == 0.5
-    assert SLOW.decomposition("linalg_eigh", 5) == 0.0
+    assert SLOW.decomposition("linalg_eigh", 5) is None
+
+
+def test_a_decomposition_without_a_time_is_told_and_not_priced_at_a_launch() -> None:
+    launches = {Launch("linalg_inv_ex", 1, order=20, matrices=3): 2, Launch("linalg_qr", 1, order=20, matrices=3): 1}
+    assert unknown(launches, SLOW) == ["6 x linalg_inv_ex of order 20"]
+    found = Prediction("card", {}, 1, 0.4, True, 7.0, {OURS: Seconds(3.0, 9.0, 4.0)}, COUNTS, unknown(launches, SLOW))
+    assert "NOT in these figures, for the card's table has no time of it: 6 x linalg_inv_ex of order 20" in str(found)
+
+
+def test_roots_of_shampoo_are_priced_and_those_that_iterate_refused() -> None:
+    options = {"algorithm": "shampoo", "factor": "direct"}
+    made, model = plan_of(Described("llama_tiny"), 1, "ddp", None, **options)
+    prediction = predict(model, made, ceilings_of("h100"), 4096)
+    decomposed = prediction.counts["all"]["decompositions"]
+    matrices = sum(n for name, n in decomposed.items() if "eigh" in name)
+    assert not prediction.unknown
+    assert prediction.optimizers[OURS].worst > 1e-3 * matrices > 0
+    made, model = plan_of(Described("llama_tiny"), 1, "ddp", None, **options, root="newton_db")
+    with pytest.raises(OptionError, match="root=newton_db cannot be counted"):
+        predict(model, made, ceilings_of("h100"), 4096)
 
 
 def test_the_break_even_is_in_steps() -> None:
@@ -95,6 +118,14 @@ def test_a_file_that_cannot_be_used_is_refused(tmp_path: Path, content: str, mes
 def test_bad_arguments_are_told(arguments: list[str], message: str) -> None:
     with pytest.raises(OptionError, match=message):
         main(["llama_tiny", *arguments])
+
+
+def test_the_model_is_built_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    built = []
+    build = estimate.build
+    monkeypatch.setattr(estimate, "build", lambda *args: built.append(args) or build(*args))
+    main(["llama_tiny", "--gpu", "h100"])
+    assert len(built) == 1
 
 
 def test_plan_predicts_and_says_that_it_does(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
