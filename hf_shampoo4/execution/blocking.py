@@ -9,9 +9,13 @@ import dataclasses
 import math
 from bisect import bisect_right
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Protocol, TypeVar
+
+import torch
 
 from ..exceptions import OptionError
 from ..numerics.storage import SMALL, nbytes
@@ -24,7 +28,9 @@ from ..preconditioners.schedule import intervals
 from ..sharding.geometry import MatrixView, Rect, entries_view, matrix_view, partition
 from ..sharding.owners import Load
 
-WAVE_ELEMENTS = 1 << 24  # 64 MiB of float32 gradient
+WAVE_ELEMENTS = 1 << 24  # of a wave on a CPU: 64 MiB of float32 gradient, and the least elsewhere
+WAVE_SHARE = 16  # of a GPU's memory a wave may take one part in so many, for a step's launches are as many as its waves
+WAVE_BYTES = 20  # that an entry of it takes: gradient, update, and three more float32 numbers in between
 STRIP = 1 << 20  # entries of a small strip: as many as a block of 1024 x 1024
 TALL, LEAST = 8, 2  # times the order of its basis: how long a strip is (the basis takes 1/14 byte an entry), at least
 LARGEST = WAVE_ELEMENTS  # entries of a strip, unless it has to have more
@@ -137,6 +143,31 @@ def phases_of(counts: Mapping[str, int]) -> dict[str, list[float]]:
     return phases
 
 
+_of_meta: ContextVar[int] = ContextVar("_of_meta", default=80 * 10**9)
+
+
+@contextmanager
+def meta_has_memory(size: int) -> Iterator[None]:
+    """Plan for a GPU with so many bytes of memory wherever the meta device stands for one; else it has 80 GB."""
+    token = _of_meta.set(size)
+    try:
+        yield
+    finally:
+        _of_meta.reset(token)
+
+
+def wave_elements(device: torch.device) -> int:
+    """How many entries a wave may have on a device.
+
+    A CPU has few, which stay near its caches.  A GPU has as many as a share of its memory allows: what it takes to
+    launch a step's operations is what small waves cost there.
+    """
+    if device.type not in ("cuda", "meta"):
+        return WAVE_ELEMENTS
+    memory = _of_meta.get() if device.type == "meta" else torch.cuda.get_device_properties(device).total_memory
+    return max(WAVE_ELEMENTS, memory // (WAVE_SHARE * WAVE_BYTES))
+
+
 class Planned(Protocol):
     """A parameter that waits for its wave."""
 
@@ -152,12 +183,16 @@ class Planned(Protocol):
     def shard_count(self) -> int:
         """Into how many the ranks have cut it; 1: it is whole on every rank."""
 
+    @property
+    def room(self) -> int:
+        """How many entries its wave may have, see `wave_elements`: alike for one kind, and on every rank."""
+
 
 P = TypeVar("P", bound=Planned)
 
 
 def in_waves(parameters: Iterable[P]) -> Iterator[list[P]]:
-    """Parameters of one kind and number of parts, as many as fit `WAVE_ELEMENTS` a rank; at least one."""
+    """Parameters of one kind and number of parts, as many as have room on a rank; at least one."""
     alike: dict[Hashable, list[P]] = {}
     for p in parameters:
         alike.setdefault((p.kind, p.shard_count), []).append(p)
@@ -165,7 +200,7 @@ def in_waves(parameters: Iterable[P]) -> Iterator[list[P]]:
         wave: list[P] = []
         elements = 0
         for p in candidates:
-            if wave and elements + p.numel > WAVE_ELEMENTS * p.shard_count:
+            if wave and elements + p.numel > p.room * p.shard_count:
                 yield wave
                 wave, elements = [], 0
             wave.append(p)
@@ -173,8 +208,8 @@ def in_waves(parameters: Iterable[P]) -> Iterator[list[P]]:
         yield wave
 
 
-def in_parts(blocks: Sequence[Block], owners: Sequence[int], ranks: int) -> list[list[int]]:
-    """Positions of the blocks of a wave, so that no rank computes many more than `WAVE_ELEMENTS` entries of a part.
+def in_parts(blocks: Sequence[Block], owners: Sequence[int], ranks: int, room: int) -> list[list[int]]:
+    """Positions of the blocks of a wave, so that no rank computes many more entries of a part than there is room for.
 
     One part where the wave fits, and where norms go over whole parameters (Shampoo's graft).  Of several ranks each
     deals out its own blocks in turn: all are at work in every part, and so are those that hold the gradients.
@@ -182,15 +217,16 @@ def in_parts(blocks: Sequence[Block], owners: Sequence[int], ranks: int) -> list
     Args:
         owners: who computes each block.
         ranks: into how many parts the ranks have cut the parameters.
+        room: entries that a wave may have on a rank.
     """
     grafted = any(block.algorithm.grafted for block in blocks)
-    if grafted or sum(block.numel for block in blocks) <= WAVE_ELEMENTS * ranks:
+    if grafted or sum(block.numel for block in blocks) <= room * ranks:
         return [list(range(len(blocks)))] if blocks else []
     of_owner: dict[int, list[int]] = {}
     for i, owner in enumerate(owners):
         of_owner.setdefault(owner, []).append(i)
     entries = (sum(blocks[i].numel for i in of_rank) for of_rank in of_owner.values())
-    count = max(-(-numel // WAVE_ELEMENTS) for numel in entries)
+    count = max(-(-numel // room) for numel in entries)
     parts: list[list[int]] = [[] for _ in range(count)]
     for of_rank in of_owner.values():
         for j, i in enumerate(of_rank):  # one rank alone: neighbours together, so that their state is one slice

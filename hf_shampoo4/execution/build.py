@@ -18,7 +18,7 @@ from ..sharding.exchange import Ranks
 from ..sharding.local_parameter import LocalParameter, may_be_replicas, overlapping
 from ..sharding.owners import assign
 from ..sharding.placement import Placement, ranges
-from .blocking import Block, blocks_of, in_waves, loads_of, phases_of
+from .blocking import Block, blocks_of, in_waves, loads_of, phases_of, wave_elements
 from .waves import BlockStack, Wave, WaveParameter
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -38,13 +38,13 @@ def build(groups: Sequence[tuple[Options, Sequence[LocalParameter], Shapes]], ra
     """
     every = [local for _, of_group, _ in groups for local in of_group]
     reports = zip(*gather_or_raise(ranks, lambda: [_reported(local, ranks) for local in every]), strict=True)
-    placements = iter([placement_of(local, by_rank) for local, by_rank in zip(every, reports, strict=True)])
+    found = iter([(placement_of(local, of), min(r.room for r in of)) for local, of in zip(every, reports, strict=True)])
     members = []
     for options, of_group, shapes in groups:
         _require_precision(options, of_group)
         blocks = {name: blocks_of(shape, options) for name, shape in shapes.items()}
         phases = phases_of({name: len(of_one) for name, of_one in blocks.items()})
-        members.append([_member(h, next(placements), blocks[h.name], phases[h.name]) for h in of_group])
+        members.append([_member(h, *next(found), blocks[h.name], phases[h.name]) for h in of_group])
     if ranks.world > 1:
         _refuse_sharing([member.local for of_group in members for member in of_group if member.placement.whole])
     assign_owners(members, [options for options, _, _ in groups], ranks.world)
@@ -74,17 +74,20 @@ class _Report(NamedTuple):
     sharding: Sharding | None
     digest: list[tuple[float, ...]]
     """Where its mesh has a part of the ranks."""
+    room: int
+    """How many entries a wave may have on its device."""
 
 
 def _reported(local: LocalParameter, ranks: Ranks) -> _Report:
+    room = wave_elements(local.buffer.device)
     if local.range is not None:
-        return _Report((local.range.start, local.range.start + local.range.numel), None, [])
+        return _Report((local.range.start, local.range.start + local.range.numel), None, [], room)
     sharding = sharding_of(local.parameter)
     if sharding is None:
-        return _Report(None, None, [])
+        return _Report(None, None, [], room)
     if ranks.group is not None:
         sharding = sharding._replace(mesh=ranks.from_global(sharding.mesh, local.name))
-    return _Report(None, sharding, local.digest() if len(sharding.mesh) < ranks.world else [])
+    return _Report(None, sharding, local.digest() if len(sharding.mesh) < ranks.world else [], room)
 
 
 def placement_of(local: LocalParameter, by_rank: Sequence[_Report]) -> Placement:
@@ -109,8 +112,10 @@ def placement_of(local: LocalParameter, by_rank: Sequence[_Report]) -> Placement
     return placement
 
 
-def _member(local: LocalParameter, placement: Placement, blocks: list[Block], phases: list[float]) -> WaveParameter:
-    return WaveParameter(local, placement, blocks, [0] * len(blocks), phases)
+def _member(
+    local: LocalParameter, placement: Placement, room: int, blocks: list[Block], phases: list[float]
+) -> WaveParameter:
+    return WaveParameter(local, placement, blocks, [0] * len(blocks), room, phases)
 
 
 def assign_owners(groups: list[list[WaveParameter]], options: list[Options], world: int) -> None:

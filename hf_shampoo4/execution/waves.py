@@ -2,7 +2,7 @@
 
 A *stack* is all blocks of a wave that share an algorithm description (hence a shape), as one (B, m, n) tensor; its
 state buffers have B rows, and `optimizer.state[p]` holds the rows of parameter p as views, under
-its `StateKey`.  A *wave* is as many whole parameters as fit `WAVE_ELEMENTS` (blocking.py);
+its `StateKey`.  A *wave* is as many whole parameters as have room (`blocking.wave_elements`);
 one that does not fit, a large embedding, is a wave of several *parts*, which are computed one after the other.  That
 bounds the memory that a step needs at a time, whatever the size of the model.
 
@@ -43,6 +43,8 @@ class WaveParameter:
     blocks: list[Block]
     owners: list[int]
     """Of the blocks, in canonical order."""
+    room: int
+    """How many entries its wave may have on a rank."""
     phases: list[float] = field(default_factory=list)
     """Of the blocks, see `blocking.phases_of`."""
     updates: int = 0
@@ -181,7 +183,8 @@ class Wave:
         parameters = [_blocked(member) for member in self.members]
         blocks = [block for member in self.members for block in member.blocks]
         every = Part(frozenset(range(len(blocks))), route(self.ranks.rank, self.ranks.world, parameters))
-        return [every.of(frozenset(part)) for part in in_parts(blocks, self.owners, self.members[0].shard_count)]
+        parts = in_parts(blocks, self.owners, self.members[0].shard_count, self.members[0].room)
+        return [every.of(frozenset(part)) for part in parts]
 
     def updates(self, stack: BlockStack) -> list[int]:
         """How many each block of a stack has had."""

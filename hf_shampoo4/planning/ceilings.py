@@ -20,7 +20,7 @@ DECOMPOSITIONS = {
     "inv_ms": ("linalg_inv_ex",),
 }
 """Key of the table -> torch's operations that it is of."""
-NUMBERS = ("reached", "tbytes", "streamed", "launch_us", "link_gbytes")
+NUMBERS = ("reached", "tbytes", "gbytes", "streamed", "launch_us", "link_gbytes")
 TABLES = ("tflops", *DECOMPOSITIONS)
 FORM = f"a mapping of cards to mappings of name, like, {', '.join((*TABLES, *NUMBERS))}; numbers as [value, source]"
 
@@ -40,6 +40,8 @@ class Ceilings:
     """Seconds that the smallest operation takes."""
     link: float = math.inf
     """Bytes that it sends to other devices."""
+    capacity: int = 80 * 10**9
+    """Bytes of memory."""
     decompositions: Mapping[str, Mapping[int, float]] = field(default_factory=dict)
     """Operation -> order -> seconds for one matrix."""
     fresh: float = math.inf
@@ -149,6 +151,7 @@ def _ceilings(card: str, numbers: Mapping[str, Any], path: Path) -> Ceilings:
         peak=1e12 * products.get("bfloat16", products["float32"]),
         launch=1e-6 * of["launch_us"],
         link=1e9 * of["link_gbytes"],
+        capacity=int(1e9 * of["gbytes"]),
         decompositions=decompositions,
         sources=sources,
     )

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 from ..exceptions import OptionError
@@ -27,6 +28,7 @@ def main(arguments: Sequence[str]) -> None:
         raise OptionError(f"--ceilings {chosen.ceilings} is for --gpu CARD: name the card, or leave it out")
     ceilings = ceilings_of(chosen.gpu, chosen.ceilings) if chosen.gpu else None
     offline_without_network()
+    from ..execution.blocking import meta_has_memory
     from .estimate import Described, plan_of
     from .picture import draw
     from .training_memory import Batch
@@ -34,7 +36,8 @@ def main(arguments: Sequence[str]) -> None:
     options = optim_options(chosen.optim, chosen.optim_args)
     batch = Batch(chosen.batch, chosen.seq_len, chosen.gradient_checkpointing) if chosen.batch is not None else None
     described = Described(chosen.model, chosen.dtype, chosen.lora, batch)
-    made, model = plan_of(described, chosen.world_size, chosen.sharding, chosen.shards, **options)
+    with meta_has_memory(ceilings.capacity) if ceilings else nullcontext():
+        made, model = plan_of(described, chosen.world_size, chosen.sharding, chosen.shards, **options)
     print(made)
     content = made.to_dict()
     if ceilings:

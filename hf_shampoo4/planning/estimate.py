@@ -104,6 +104,7 @@ def plan_of(
         tensors=len(members),
         preconditioned_tensors=len(factored),
         blocks=len(blocks),
+        wave=max(member.room for member in members),
         largest_block=max((block.shape for block in blocks), key=math.prod, default=(0, 0)),
         **{name: OverRanks.of(getattr(tally, name)) for name in RANK_FIGURES},
         others=bytes_of_others(model, world_size, groups[0].replicated),

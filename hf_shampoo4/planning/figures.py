@@ -49,6 +49,8 @@ class Plan:
     state: OverRanks
     working: OverRanks
     """Gradient copies and other temporaries of the largest wave; an estimate."""
+    wave: int
+    """Entries that a wave may have on a rank, on the device that is planned for."""
     exchange: OverRanks
     """What is sent and received of the largest wave, in buffers."""
     work: OverRanks
@@ -104,6 +106,7 @@ def _lines(p: Plan) -> list[str]:
         "Shampoo4bit, the fullest rank",
         f"{'  state':<40}{bytes_text(p.state.largest):>12}",
         f"{'  working memory of a step':<40}{bytes_text(p.working.largest):>12}",
+        f"    for waves of up to {p.wave:,} entries",
         f"{'  exchange buffers':<40}{bytes_text(p.exchange.largest):>12}",
         f"{'  peak':<40}{bytes_text(p.peak):>12}",
         f"{'  sent in a step':<40}{bytes_text(p.wire_step.largest):>12}",

@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from ..exceptions import OptionError
-from ..execution.blocking import blocks_of
+from ..execution.blocking import blocks_of, wave_elements
 from ..execution.build import assign_owners
 from ..execution.waves import WaveParameter
 from ..groups import options_of, param_groups
@@ -126,7 +126,7 @@ def planned_groups(model: nn.Module, chosen: Mapping[str, Any], layout: Sharding
         for unit in layout.units(group["params"]):
             placements = layout.placements([tuple(p.shape) for _, p in unit])
             members = [
-                WaveParameter(local_parameter(name, p), placement, blocks, [0] * len(blocks))
+                WaveParameter(local_parameter(name, p), placement, blocks, [0] * len(blocks), wave_elements(p.device))
                 for (name, p), placement in zip(unit, placements, strict=True)
                 for blocks in [cut[tuple(p.shape)]]
             ]

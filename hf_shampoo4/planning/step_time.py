@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..exceptions import OptionError
+from ..execution.blocking import meta_has_memory
 from ..groups import is_of_matrices, param_groups
 from ..options import Options
 from ..preconditioners.schedule import intervals
@@ -130,7 +131,8 @@ def predict(
     if not 0 < utilisation <= 1:
         raise OptionError(f"--utilisation {utilisation} is not allowed: it must be a number in (0, 1]")
     triton = find_spec("triton") is not None
-    counted = steps_of(model, plan.options, triton)
+    with meta_has_memory(ceilings.capacity):
+        counted = steps_of(model, plan.options, triton)
     return Prediction(
         card=ceilings.name,
         sources=ceilings.sources,

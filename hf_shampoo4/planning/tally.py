@@ -138,7 +138,8 @@ def _changed(
 def _parts(members: Sequence[WaveParameter]) -> int:
     """In how many parts a wave is computed."""
     blocks = [block for member in members for block in member.blocks]
-    return len(in_parts(blocks, [owner for member in members for owner in member.owners], members[0].shard_count)) or 1
+    owners = [owner for member in members for owner in member.owners]
+    return len(in_parts(blocks, owners, members[0].shard_count, members[0].room)) or 1
 
 
 def _overlap(block: Block, region: Region) -> int:

@@ -27,7 +27,7 @@ SLOW = Ceilings(
 def test_every_number_of_a_card_has_a_source(card: str) -> None:
     found = ceilings_of(card)
     assert all(found.sources.values())
-    assert {"tflops.float32", "tflops.tf32", "tflops.bfloat16", "tbytes", "launch_us"} <= set(found.sources)
+    assert {"tflops.float32", "tflops.tf32", "tflops.bfloat16", "tbytes", "gbytes", "launch_us"} <= set(found.sources)
     assert found.products["float32"] <= found.products["tf32"] <= found.products["bfloat16"]
     assert 0 < found.decomposition("linalg_cholesky_ex", 768) < found.decomposition("linalg_qr", 768)
 

@@ -217,9 +217,7 @@ def test_parts_of_a_large_wave_keep_all_its_owners_at_work(found: list[tuple[int
     blocks = [
         module.Block(view, Rect(0, 0, rows, 0, 1), make_algorithm((rows, 1), options, False)) for rows, _ in found
     ]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "WAVE_ELEMENTS", largest)
-        parts = module.in_parts(blocks, owners, ranks=1)
+    parts = module.in_parts(blocks, owners, ranks=1, room=largest)
     assert sorted(i for part in parts for i in part) == list(range(len(blocks)))
     for owner in set(owners):
         numbers = [sum(owners[i] == owner for i in part) for part in parts]
