@@ -6,6 +6,7 @@ an estimate, as another attention kernel keeps other things, and a compiler less
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -76,7 +77,7 @@ def activations(model: Any, batch: Batch) -> int:
     """Bytes that autograd keeps of a forward pass with its loss.
 
     Args:
-        model: a causal language model of transformers on the meta device, whose parameters are exchanged for fake ones.
+        model: a causal language model of transformers on the meta device.
         batch: what is computed.
 
     Raises:
@@ -84,6 +85,7 @@ def activations(model: Any, batch: Batch) -> int:
     """
     from torch._subclasses.fake_tensor import FakeTensorMode
 
+    model = copy.deepcopy(model)  # its parameters are exchanged for fake ones
     try:
         with FakeTensorMode():
             _exchange(model)

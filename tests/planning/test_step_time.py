@@ -124,7 +124,7 @@ def test_the_model_is_built_once(monkeypatch: pytest.MonkeyPatch) -> None:
     built = []
     build = estimate.build
     monkeypatch.setattr(estimate, "build", lambda *args: built.append(args) or build(*args))
-    main(["llama_tiny", "--gpu", "h100"])
+    main(["llama_tiny", "--gpu", "h100", "--batch", "1", "--seq_len", "16"])  # an estimate of activations beside it
     assert len(built) == 1
 
 
