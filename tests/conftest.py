@@ -43,6 +43,7 @@ CORE = (
 )
 LONGER = (
     "numerics/test_kernels.py",
+    "numerics/test_whitened_kernels.py",
     "optimizer/test_fuzz.py",
     "optimizer/test_rates.py",
 )  # an interpreter; the Trainer

@@ -198,9 +198,9 @@ def _triton_works(device: torch.device) -> bool:
 
 
 @cache
-def kernels() -> Any:
-    """The module with the Triton kernels, which is not even imported without a GPU."""
-    return import_module("hf_shampoo4.numerics.kernels.blockwise")
+def kernels(module: str = "blockwise") -> Any:
+    """A module of Triton kernels, which is not even imported without a GPU."""
+    return import_module(f"hf_shampoo4.numerics.kernels.{module}")
 
 
 @cache

@@ -49,7 +49,7 @@ ITERATED = ("newton", "newton_db")  # of `Options.root`: they end by their resid
 # basis update calls is of that.
 BASIS_UPDATE = "basis update"
 PARTS = {
-    "_update_bases": BASIS_UPDATE, "_rotated": BASIS_UPDATE,
+    "_update_bases": BASIS_UPDATE, "carry": BASIS_UPDATE, "carried": BASIS_UPDATE,
     "are_finite": "finite",
     "collect": "collect", "_collected": "collect",
     "read": "decode", "write": "encode", "write_first": "encode",

@@ -4,23 +4,23 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from ..numerics.linalg import clamp_rms, transpose
 from ..numerics.precision import rotate, rotation_precision
-from ..numerics.storage import Dense, Index, covers
+from ..numerics.storage import Dense
 from ..options import Options
 from .bases import MIN_DECAY, TINY, DecodedSide, Side, statistic
-from .moments import Adam, Momentum, bias, write_first
+from .moments import Adam, Momentum
 from .operations import Work, coding_workspace, product, total
 from .protocols import Context, Stack
 from .two_sided import TwoSided, side_state
+from .whitened import BasisUpdate, FusedMoment, WhitenedMoment, can_fuse, carried
 
 FLOOR = 1e-7  # of a side's largest eigenvalue, about float32's epsilon: the least that is divided by
-LARGEST = 1e30  # of a whitened moment, which grows while no gradient comes and eigenvalues are forgotten faster
 LIMIT = 32.0  # of an entry of SOAP's direction: Adam's own is at most 1 / sqrt(1 - b2), which is this with b2 = 0.999
 
 
@@ -88,8 +88,8 @@ class Eigenbasis(TwoSided):
             DecodedSide(self.right, side_state(state, "right")),
         )
         # m', stored over sqrt(lambda_L lambda_R^T): few bits serve all directions alike
-        rows, columns = _scales(left, right, o)
-        m = (self.moments.first.read(state["first"]) * rows).mul_(columns)
+        fused = kl_shampoo and can_fuse(self.moments.first, at, g.device)
+        m = (FusedMoment if fused else WhitenedMoment)(self.moments.first, state["first"], _scales(left, right, o))
         # G' = U_L^T G U_R
         precision = rotation_precision(o.rotation_precision, g.device)
         g = rotate(left.vectors, g, right.vectors, precision)
@@ -97,20 +97,18 @@ class Eigenbasis(TwoSided):
         state["failures"]["dense"] += self._update_eigenvalues(left, right, g, o)
         # m' <- b1 m' + (1 - b1) G', before the basis update if nothing but m' sees G': both are rotated as one sum
         if kl_shampoo:
-            m.lerp_(g, 1 - b1)
+            m.add(g, 1 - b1)
         # every T1 steps: Q R = A', U <- U Q, lambda <- diag(Q^T A' Q), m' <- Q_L^T m' Q_R
         updates = self._update_bases(stack, left, right, g, context)
-        m = _rotated(m, updates)
-        if not kl_shampoo:
-            g = _rotated(g, updates)
-            m.lerp_(g, 1 - b1)
-        # SOAP: v' <- b2 v' + (1 - b2) G'^2, u = m' / (sqrt(v') + eps);  KL-Shampoo: u = m' / sqrt(lambda_L lambda_R^T)
-        u = self.moments.over_second(state, m, g, at) if isinstance(self.moments, Adam) else m
-        rows, columns = _scales(left, right, o)
-        m.div_(rows).div_(columns).clamp_(-LARGEST, LARGEST)
-        if kl_shampoo:
-            u = m / bias(b1, at.steps, m.dim())
-        write_first(self.moments.first, state, m, at)
+        m.carry(updates)
+        # KL-Shampoo: u = m' / sqrt(lambda_L lambda_R^T);  SOAP: v' <- b2 v' + (1 - b2) G'^2, u = m' / (sqrt(v') + eps)
+        if isinstance(self.moments, Adam) and isinstance(m, WhitenedMoment):
+            g = carried(g, updates)
+            m.add(g, 1 - b1)
+            u = self.moments.over_second(state, m.exact, g, at)
+            m.store(_scales(left, right, o), at)
+        else:
+            u = m.step(_scales(left, right, o), at)
         del m, g  # a copy of the wave each
         # U_L u U_R^T
         u = self._bounded(u, o, context.betas[1])
@@ -202,24 +200,3 @@ def _scales(left: DecodedSide, right: DecodedSide, o: Options) -> tuple[Tensor, 
         for side in (left, right)
     )
     return of_left.unsqueeze(-1), of_right.unsqueeze(-2)
-
-
-class BasisUpdate(NamedTuple):
-    """Bases that were updated."""
-
-    rows: Index
-    """Of the stack: b blocks."""
-    left: Tensor | None
-    """Q_L, (b, m, m): the bases in coordinates of those before; None: the side has none."""
-    right: Tensor | None
-    """Q_R, (b, n, n)."""
-
-
-def _rotated(x: Tensor, updates: list[BasisUpdate]) -> Tensor:
-    """Q_L^T x Q_R of the blocks (B, m, n) whose bases were updated, in place unless all of them did."""
-    for rows, left, right in updates:
-        some = rotate(left, x[rows], right)
-        if covers(rows, len(x)):
-            return some
-        x[rows] = some
-    return x
