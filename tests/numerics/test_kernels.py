@@ -115,18 +115,31 @@ COMPILE = """
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from hf_shampoo4.numerics.kernels import blockwise
+from hf_shampoo4.numerics.kernels import blockwise, whitened
 
-types = {"x": "*bf16", "codes": "*u8", "codes1": "*u8", "codes2": "*u8", "length": "i32", "blocks": "i32"}
-types |= dict.fromkeys(("beta1", "beta2", "weight1", "weight2", "eps"), "fp32")
-variants = [(4, 64, 16, True), (8, 16, 128, False), (4, 1, 128, False), (4, 2, 4, True)]  # bits, tile, block, fit
-kernels = ((blockwise._quantize, "LEAST_SQUARES"), (blockwise._dequantize, ""), (blockwise._adamw, "EDEN"))
-for kernel, flag in kernels:
+BITS = {4: "*u8", 8: "*u8", 16: "*bf16", 32: "*fp32"}
+types = {"x": "*bf16", "carried_at": "*i32", "good": "*i1"}
+types |= dict.fromkeys(("length", "blocks", "width", "height"), "i32")
+types |= dict.fromkeys(("beta1", "beta2", "weight1", "weight2", "eps", "weight", "most"), "fp32")
+coded = [(4, 64, 16), (8, 16, 128), (4, 1, 128), (4, 2, 4)]  # bits, tile, block
+dense = [(4, 16, 128), (8, 8, 256), (16, 1, 128), (32, 16, 128)]
+sums = [(True, True, True, True), (True, False, False, True), (False, True, True, False)]
+kernels = (
+    (blockwise._quantize, [(fit, *c) for fit, c in zip((True, False, False, True), coded)]),
+    (blockwise._dequantize, coded),
+    (blockwise._adamw, [(fit, *c) for fit, c in zip((True, False, False, True), coded)]),
+    (whitened._moment, [(carried, *c) for carried, c in zip((True, False, False, True), dense)]),
+    (whitened._lerped, dense),
+    (whitened._square_sums, [(*which, 16, 128) for which in sums]),
+    (whitened._clear, [(1024,)]),
+)
+for kernel, variants in kernels:
     divides = []
-    for bits, tile, block, fit in variants:
-        constants = {"BITS": bits, "TILE": tile, "BLOCK": block, **({flag: fit} if flag else {})}
-        assert {name for name in kernel.arg_names if name.isupper()} == set(constants)
-        signature = {name: "constexpr" if name in constants else types.get(name, "*fp32") for name in kernel.arg_names}
+    for values in variants:
+        constants = dict(zip([name for name in kernel.arg_names if name.isupper()], values, strict=True))
+        codes = dict.fromkeys(("codes", "codes1", "codes2"), BITS[constants.get("BITS", 4)])
+        known = {**types, **codes, **({"x": "*fp32"} if "BITS" not in constants else {})}
+        signature = {name: "constexpr" if name in constants else known.get(name, "*fp32") for name in kernel.arg_names}
         aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(kernel.arg_names) if "*" in signature[name]}
         source = ASTSource(kernel, signature, constants, aligned)
         divides.append("div.rn.f32" in triton.compile(source, target=GPUTarget("cuda", 90, 32)).asm["ptx"])
@@ -148,4 +161,6 @@ def test_kernels_compile_for_a_gpu(tmp_path: os.PathLike[str]) -> None:
     environment.pop("TRITON_INTERPRET", None)
     done = subprocess.run([sys.executable, "-c", COMPILE], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.split() == ["_quantize", "True", "_dequantize", "False", "_adamw", "True"]
+    divide, others = ["_quantize", "_adamw", "_moment"], ["_dequantize", "_lerped", "_square_sums", "_clear"]
+    lines = dict(line.split() for line in done.stdout.splitlines())
+    assert lines == {**dict.fromkeys(divide, "True"), **dict.fromkeys(others, "False")}
