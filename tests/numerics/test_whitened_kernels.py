@@ -55,7 +55,7 @@ def moments(
 
 @pytest.mark.parametrize(("kind", "name", "bits"), STORAGES)
 def test_a_moment_in_one_pass_is_the_references(kernels: ModuleType, kind: str, name: str, bits: int) -> None:
-    for (count, m, n), weight in zip(SHAPES, (0.1, 0.7, 0.5, 0.1)):
+    for (count, m, n), weight in zip(SHAPES, (0.1, 0.7, 0.5, 0.1), strict=True):
         storage = storage_of(kind, name, bits, (m, n))
         (plain, stored), (fused, fused_stored) = moments(storage, count, torch.randn(count, m, n), scales(count, m, n))
         exact, g, new = plain.exact.double(), torch.randn(count, n, m).mT, scales(count, m, n)
