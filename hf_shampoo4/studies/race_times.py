@@ -109,7 +109,8 @@ class Racer:
         with tempfile.TemporaryDirectory() as folder:
             chosen = parse({**train_settings(settings), "output_dir": folder})
         torch.manual_seed(0)
-        self.model = build_model(chosen.model, settings["vocab_size"])
+        is_masked = chosen.data.mask_fraction > 0  # which takes one more token
+        self.model = build_model(chosen.model, settings["vocab_size"] + is_masked, masked=is_masked)
         kind, keywords = optimizer_of(settings)(self.model, chosen.training)
         self.optimizer: torch.optim.Optimizer = kind(**keywords)
         self.model_seconds: list[float] = []

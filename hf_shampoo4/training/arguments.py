@@ -65,6 +65,10 @@ class DataArguments:
     )
     vocab_size: int = field(default=4096, metadata={"help": "Size of the vocabulary of the trained BPE."})
     seq_len: int = field(default=256, metadata={"help": "Tokens of a sequence."})
+    mask_fraction: float = field(
+        default=0.0,
+        metadata={"help": "Share of the tokens to hide and to predict: a masked language model; 0: the next token."},
+    )
     preprocessing_workers: int | None = field(default=None, metadata={"help": "Processes that tokenize."})
     cache_dir: str | None = field(
         default=None, metadata={"help": f"Folder of tokenizers and packed text; default ${CACHE_ENV} or ~/.cache."}
@@ -72,6 +76,7 @@ class DataArguments:
 
     def __post_init__(self) -> None:
         _require(0.0 < self.validation_fraction < 1.0, "validation_fraction", self.validation_fraction, "in (0, 1)")
+        _require(0.0 <= self.mask_fraction < 1.0, "mask_fraction", self.mask_fraction, "in [0, 1)")
         _require(self.seq_len >= 2, "seq_len", self.seq_len, ">= 2")
         _require(self.vocab_size >= 257, "vocab_size", self.vocab_size, ">= 257 (256 bytes and the end of a text)")
 

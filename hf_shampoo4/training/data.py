@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from .sources import Documents
 
-END_OF_TEXT = "<|endoftext|>"
+END_OF_TEXT, MASK = "<|endoftext|>", "<|mask|>"
 TOKENIZER_SAMPLE = 50_000_000  # characters of training text that a BPE is trained on: more hardly changes its merges
 STREAM_SHUFFLE = 10_000  # documents that a stream is shuffled within
 
@@ -66,6 +66,10 @@ def load_text(data: DataArguments, seed: int = 0) -> TextData:
             f"{len(packed_validation):,} to validate on ({len(validation):,} documents held out)",
             flush=True,
         )
+    if data.mask_fraction and tokenizer.mask_token_id is None:
+        tokenizer.add_special_tokens({"mask_token": MASK})
+    if data.mask_fraction:
+        packed_validation = masked_once(packed_validation, tokenizer.mask_token_id, data.mask_fraction)
     return TextData(packed_train, packed_validation, tokenizer)
 
 
@@ -198,3 +202,42 @@ def collate(sequences: list[dict[str, Any]]) -> dict[str, Tensor]:
 
     tokens = torch.from_numpy(np.asarray([row["input_ids"] for row in sequences], dtype=np.int64))
     return {"input_ids": tokens, "labels": tokens.clone()}
+
+
+def masked(sequences: list[dict[str, Any]], mask: int, fraction: float) -> dict[str, Tensor]:
+    """A batch for a masked language model: labels are the tokens that are hidden, and -100 (not counted) elsewhere.
+
+    What is hidden follows from the batch's tokens: every optimizer has the same to guess, a resumed run too, and a
+    sequence that comes again, among others, hides others.  Rows that bring their labels (`masked_once`) keep them.
+
+    Args:
+        sequences: packed ones.
+        mask: the token in place of a hidden one.
+        fraction: of each sequence's tokens that are hidden; one at least.
+    """
+    import torch
+
+    tokens = collate(sequences)["input_ids"]
+    if "labels" in sequences[0]:
+        return {"input_ids": tokens, "labels": torch.tensor([row["labels"] for row in sequences])}
+    places = torch.arange(1, tokens.numel() + 1).view(tokens.shape)
+    return _hide(tokens, mask, fraction, int((tokens * places).sum()))
+
+
+def masked_once(validation: Dataset, mask: int, fraction: float) -> Dataset:
+    """The sequences with their labels, hidden by their place among them: the same in every evaluation of every run."""
+    import torch
+
+    def hide(row: dict[str, Any], index: int) -> dict[str, Any]:
+        return {name: x.tolist() for name, x in _hide(torch.tensor(row["input_ids"]), mask, fraction, index).items()}
+
+    return validation.map(hide, with_indices=True, desc="Masking")
+
+
+def _hide(tokens: Tensor, mask: int, fraction: float, seed: int) -> dict[str, Tensor]:
+    import torch
+
+    count = max(1, round(fraction * tokens.shape[-1]))
+    ranks = torch.rand(tokens.shape, generator=torch.Generator().manual_seed(seed)).argsort(-1).argsort(-1)
+    hidden = ranks < count
+    return {"input_ids": tokens.masked_fill(hidden, mask), "labels": tokens.masked_fill(~hidden, -100)}

@@ -9,7 +9,15 @@ from pathlib import Path
 from typing import Any, Union
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_MASKED_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 
 from ..exceptions import ConfigError, reason
 from .arguments import ModelArguments
@@ -70,16 +78,19 @@ def _override(item: str, config: PreTrainedConfig) -> tuple[str, Any]:
         return key, text
 
 
-def build_model(arguments: ModelArguments, vocab_size: int, eos_token_id: int | None = None) -> PreTrainedModel:
+def build_model(
+    arguments: ModelArguments, vocab_size: int, eos_token_id: int | None = None, masked: bool = False
+) -> PreTrainedModel:
     """A model from scratch (or from its weights), with an embedding for each of the tokenizer's tokens.
 
     Args:
         arguments: which model.
         vocab_size: tokens of the tokenizer; the model's vocabulary is this unless `model_overrides` sets a larger one.
         eos_token_id: the tokenizer's end of text, for generation.
+        masked: a masked language model instead of a causal one.
 
     Raises:
-        ConfigError: as `load_model_config`, or a vocabulary too small for the tokenizer.
+        ConfigError: as `load_model_config`, a vocabulary too small for the tokenizer, or a model of the other sort.
     """
     config = load_model_config(arguments)
     fixed = arguments.init_from_pretrained or re.search(r"\bvocab_size\s*=", arguments.model_overrides)
@@ -92,6 +103,21 @@ def build_model(arguments: ModelArguments, vocab_size: int, eos_token_id: int | 
     if not arguments.init_from_pretrained:  # they are of the tokenizer that the configuration was written for
         config.bos_token_id = config.pad_token_id = None
     options = {"dtype": getattr(torch, arguments.dtype), "attn_implementation": arguments.attn_implementation}
+    family, known = _SORTS[masked]
+    if type(config) not in known:
+        raise ConfigError(f"model {arguments.model or arguments.model_type!r} is of type {config.model_type}, which is "
+                          f"no {'masked' if masked else 'causal'} language model (mask_fraction)")  # fmt: skip
     if arguments.init_from_pretrained:
-        return AutoModelForCausalLM.from_pretrained(arguments.model, config=config, **options)
-    return AutoModelForCausalLM.from_config(config, **options)
+        model = family.from_pretrained(arguments.model, config=config, **options)
+    else:
+        model = family.from_config(config, **options)
+    if not masked and type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(model.config, "is_decoder", False):
+        raise ConfigError(f"model {arguments.model or arguments.model_type!r} is an encoder, which sees the token that "
+                          "it is to predict: set mask_fraction=0.3, or model_overrides is_decoder=true")  # fmt: skip
+    return model
+
+
+_SORTS = {
+    True: (AutoModelForMaskedLM, MODEL_FOR_MASKED_LM_MAPPING),
+    False: (AutoModelForCausalLM, MODEL_FOR_CAUSAL_LM_MAPPING),
+}

@@ -7,6 +7,7 @@ A configuration is flat: the fields of `ModelArguments`, `DataArguments`, `RunAr
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from transformers.trainer_callback import ProgressCallback
 
 from .arguments import DataArguments, ModelArguments, RunArguments
 from .config import parse_as
-from .data import TextData, collate, load_text
+from .data import TextData, collate, load_text, masked
 from .model import build_model, load_model_config
 from .output_dir import prepare_output
 
@@ -79,8 +80,10 @@ def run(
     with training.main_process_first(desc="text"):
         text = load_text(config.data, training.data_seed or training.seed)
     set_seed(training.seed)
-    model = build_model(config.model, len(text.tokenizer), text.tokenizer.eos_token_id)
-    trainer = _trainer(model, text, training, list(callbacks), optimizer and optimizer(model, training))
+    fraction = config.data.mask_fraction
+    model = build_model(config.model, len(text.tokenizer), text.tokenizer.eos_token_id, fraction > 0)
+    collator = functools.partial(masked, mask=text.tokenizer.mask_token_id, fraction=fraction) if fraction else collate
+    trainer = _trainer(model, text, training, list(callbacks), optimizer and optimizer(model, training), collator)
     return train_and_evaluate(trainer, checkpoint, progress)
 
 
@@ -114,14 +117,19 @@ def planned(trainer: Trainer) -> str:
 
 
 def _trainer(
-    model: PreTrainedModel, text: TextData, training: TrainingArguments, callbacks: list[Any], optimizer: Any
+    model: PreTrainedModel,
+    text: TextData,
+    training: TrainingArguments,
+    callbacks: list[Any],
+    optimizer: Any,
+    collator: Any,
 ) -> Trainer:
     return Trainer(
         model=model,
         args=training,
         train_dataset=text.train,
         eval_dataset=text.validation,
-        data_collator=collate,
+        data_collator=collator,
         processing_class=text.tokenizer,
         callbacks=callbacks,
         optimizer_cls_and_kwargs=optimizer,

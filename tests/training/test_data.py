@@ -5,11 +5,12 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 from datasets import Dataset, IterableDataset
 
 from hf_shampoo4.exceptions import ConfigError
 from hf_shampoo4.training.arguments import DataArguments
-from hf_shampoo4.training.data import collate, load_text, load_tokenizer, pack_texts, train_bpe
+from hf_shampoo4.training.data import collate, load_text, load_tokenizer, masked, pack_texts, train_bpe
 from hf_shampoo4.training.documents import load_documents
 from hf_shampoo4.training.sources import stdlib_files, stdlib_version
 
@@ -290,3 +291,31 @@ def test_the_counts_are_said_before_training(cache, jsonl, capsys):
     said = capsys.readouterr().out
     assert f"text: {len(text.train):,} sequences of 16 tokens to train on" in said
     assert "documents held out" in said
+
+
+def test_a_masked_batch_hides_the_same_tokens_whenever_it_comes() -> None:
+    rows = [{"input_ids": list(range(1, 101))}, {"input_ids": list(range(200, 300))}]
+    batch, again = masked(rows, 500, 0.3), masked(rows, 500, 0.3)
+    assert all(torch.equal(batch[name], again[name]) for name in batch)
+    hidden = batch["input_ids"] == 500
+    assert hidden.sum(1).tolist() == [30, 30]
+    assert torch.equal(batch["labels"] == -100, ~hidden)
+    tokens = collate(rows)["input_ids"]
+    assert torch.equal(torch.where(hidden, batch["labels"], batch["input_ids"]), tokens)
+    other = masked(rows[::-1], 500, 0.3)["input_ids"] == 500
+    assert not torch.equal(hidden, other)
+    assert (masked(rows, 500, 1e-3)["labels"] >= 0).sum(1).tolist() == [1, 1]  # else the mean would be of none
+
+
+def test_masked_validation_hides_the_same_in_batches_of_any_size(cache, jsonl) -> None:
+    chosen = arguments(jsonl, mask_fraction=0.25)
+    text = load_text(chosen)
+    assert text.tokenizer.mask_token == "<|mask|>"
+    rows = [text.validation[i] for i in range(4)]
+    together, alone = masked(rows, 0, 0.25), [masked([row], 0, 0.25) for row in rows]
+    for name in ("input_ids", "labels"):
+        assert torch.equal(together[name], torch.cat([batch[name] for batch in alone]))
+    assert (together["labels"] >= 0).sum(1).tolist() == [4] * 4
+    assert (together["input_ids"] == text.tokenizer.mask_token_id).sum() == 16
+    assert load_text(chosen).validation[:] == text.validation[:]
+    assert "labels" not in text.train.column_names

@@ -294,3 +294,25 @@ def test_overwriting_leaves_no_figure_of_the_run_before(tmp_path):
     config = parse({"output_dir": str(tmp_path)}, ["--overwrite_output_dir", "true"])
     assert prepare_output(config.run, config.training) is None
     assert not (tmp_path / "all_results.json").exists()
+
+
+def test_a_masked_language_model_learns_what_is_hidden(settings):
+    """Its evaluation is the same each time, and a model without such a head is refused."""
+    bert = {
+        "model": "bert_tiny",
+        "mask_fraction": 0.3,
+        "optim": "shampoo4bit",
+        "eval_strategy": "steps",
+        "eval_steps": 4,
+    }
+    result = run(parse({**settings, **bert, "learning_rate": 1e-2, "max_steps": 8}))
+    model = result.trainer.model
+    assert type(model).__name__ == "BertForMaskedLM"
+    assert model.config.vocab_size == len(result.trainer.processing_class)
+    assert result.trainer.processing_class.mask_token == "<|mask|>"
+    evaluated = [entry["eval_loss"] for entry in result.trainer.state.log_history if "eval_loss" in entry]
+    assert evaluated[-1] == evaluated[-2] < evaluated[0]
+    with pytest.raises(ConfigError, match="'llama_tiny' is of type llama, which is no masked language model"):
+        run(parse({**settings, "mask_fraction": 0.3, "overwrite_output_dir": True}))
+    with pytest.raises(ConfigError, match="'bert_tiny' is an encoder, which sees the token that it is to predict"):
+        run(parse({**settings, **bert, "mask_fraction": 0.0, "overwrite_output_dir": True}))
