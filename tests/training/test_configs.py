@@ -24,6 +24,8 @@ RUNS = sorted(path.stem for path in (config_root() / "train").glob("*.yaml"))
 # GaLore prints 58, 134, 368 and 1,339 million.
 SIZES = {
     "llama_tiny": 1_840_256,
+    "mixtral_tiny": 2_117_472,
+    "bert_tiny": 1_767_936,
     "llama_60m": 58_073_600,
     "llama_130m": 134_105_856,
     "llama_350m": 367_969_280,
@@ -46,7 +48,7 @@ def test_every_model_is_known_here():
 def test_model_sizes(name):
     arguments = ModelArguments(model=name)
     with torch.device("meta"):
-        model = build_model(arguments, load_model_config(arguments).vocab_size)
+        model = build_model(arguments, load_model_config(arguments).vocab_size, masked=name == "bert_tiny")
     assert sum(p.numel() for p in model.parameters()) == SIZES[name]
 
 
