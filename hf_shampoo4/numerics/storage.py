@@ -89,11 +89,23 @@ def changed_if(counts: Tensor | None, buffers: Sequence[tuple[Tensor, Index]]) -
     Args:
         counts: bool of no dimension, on the device; None: it does, and nothing is copied.
     """
-    before = [] if counts is None else [buffer[rows].clone() for buffer, rows in buffers]
+    if counts is None or not buffers:
+        yield
+        return
+    views = [_bytes(buffer[rows]) for buffer, rows in buffers if isinstance(rows, slice)]
+    rest = [(buffer, rows, buffer[rows]) for buffer, rows in buffers if not isinstance(rows, slice)]
+    before = torch.cat(views) if views else None  # all at once: four launches, however many buffers there are
     yield
-    if counts is not None:
-        for (buffer, rows), old in zip(buffers, before, strict=True):
-            buffer[rows] = torch.where(counts, buffer[rows], old)
+    if before is not None:
+        after = torch.where(counts, torch.cat(views), before)
+        torch._foreach_copy_(views, after.split([len(view) for view in views]))
+    for buffer, rows, old in rest:
+        buffer[rows] = torch.where(counts, buffer[rows], old)
+
+
+def _bytes(x: Tensor) -> Tensor:
+    """uint8 (bytes,), a view of a contiguous tensor."""
+    return x.view(-1).view(torch.uint8)
 
 
 def allocate(storage: Storage, blocks: int, device: torch.device | str) -> Buffers:
