@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .storage import on_device
+
 SETTLED = 0.5  # |Q1^T Q1 - I|_F after the first round below which the second one leaves no more than rounding
 DISORDER = 1000.0  # how many times as large as an earlier one an entry of a diagonal may be: 3.5 is what trainings show
 
@@ -26,13 +28,13 @@ def cholesky_qr(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         good: bool (B,), false where the condition of X, its columns scaled to norm 1, is too large (from about
             1 / sqrt(k eps), 100 to 2,000 in float32): there Q and R are anything.
     """
-    q, r1, solved = _round(x, x.mT @ x)
+    q, r1, failed = _round(x, x.mT @ x)
     del x
     gram = q.mT @ q
-    q, r2, solved_again = _round(q, gram)
+    q, r2, failed_again = _round(q, gram)
     gram.diagonal(dim1=-2, dim2=-1).sub_(1.0)
     settled = torch.linalg.matrix_norm(gram) < SETTLED  # false for NaN
-    return q, r2 @ r1, solved & solved_again & settled
+    return q, r2 @ r1, settled & (failed + failed_again == 0)
 
 
 def orthogonal_iteration(a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -54,31 +56,30 @@ def orthogonal_iteration(a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         good: bool (B,); false where `a` was not definite: there Q and the eigenvalues are anything.
     """
     order = _order(a.diagonal(dim1=-2, dim2=-1))
-    factor, info = torch.linalg.cholesky_ex(_permuted(a, order))
+    blocks = on_device(tuple(range(len(a))), torch.long, a.device)[:, None, None]
+    places = blocks, order.unsqueeze(-1), order.unsqueeze(-2)
+    factor, info = torch.linalg.cholesky_ex(a[places])
     scale = factor.diagonal(dim1=-2, dim2=-1).unsqueeze(-2).clone()
     q, r, good = cholesky_qr(factor.div_(scale))
     del factor
     # Q^T A Q = (Q^T G)(Q^T G)^T, and Q^T G = R: a sum of squares, of which small eigenvalues keep their digits
     eigenvalues = r.mul_(scale).square_().sum(-1)
-    back = order.argsort(dim=-1)
-    return _permuted(q, back), eigenvalues.gather(-1, back), good & (info == 0)
+    back = torch.empty_like(q)
+    back[places] = q
+    return back, torch.empty_like(eigenvalues).scatter_(-1, order, eigenvalues), good & (info == 0)
 
 
 def _order(diagonal: Tensor) -> Tensor:
     """int64 (B, k): in which columns are orthogonalised; decided on the device, no block minds the others."""
-    later = diagonal.flip(-1).cummax(-1).values.flip(-1)
-    disordered = (later / diagonal).amax(-1, keepdim=True) > DISORDER
+    backwards = diagonal.flip(-1)
+    later = backwards.cummax(-1).values
+    disordered = (later / backwards).amax(-1, keepdim=True) > DISORDER
     by_size = diagonal.argsort(dim=-1, descending=True, stable=True)
-    return torch.where(disordered, by_size, torch.arange(diagonal.shape[-1], device=diagonal.device))
+    as_they_are = on_device(tuple(range(diagonal.shape[-1])), torch.long, diagonal.device)
+    return torch.where(disordered, by_size, as_they_are)
 
 
 def _round(x: Tensor, gram: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Q = X R^-1, R = chol(gram)^T, and bool (B,): whether the Gram matrix is definite in float32."""
+    """Q = X R^-1, R = chol(gram)^T, and int32 (B,): 0 where the Gram matrix is definite in float32."""
     lower, info = torch.linalg.cholesky_ex(gram)
-    return torch.linalg.solve_triangular(lower.mT, x, upper=True, left=False), lower.mT, info == 0
-
-
-def _permuted(a: Tensor, order: Tensor) -> Tensor:
-    """a[:, order][:, :, order], the order (B, k) each block's own."""
-    rows = a.gather(-2, order.unsqueeze(-1).expand_as(a))
-    return rows.gather(-1, order.unsqueeze(-2).expand_as(a))
+    return torch.linalg.solve_triangular(lower.mT, x, upper=True, left=False), lower.mT, info

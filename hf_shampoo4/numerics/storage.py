@@ -82,6 +82,14 @@ def scatter_rows(state: State, index: Index, some: State) -> None:
             state[tensor][name][index] = buffer
 
 
+def add_rows(buffer: Tensor, index: Index, x: Tensor) -> None:
+    """Add x (b, ...) to some rows of a buffer."""
+    if isinstance(index, slice):
+        buffer[index].add_(x)  # += would copy the rows onto themselves
+    else:
+        buffer[index] += x
+
+
 @contextmanager
 def changed_if(counts: Tensor | None, buffers: Sequence[tuple[Tensor, Index]]) -> Iterator[None]:
     """Rows of some buffers that are changed inside are as before afterwards, unless the step `counts`.
@@ -118,8 +126,11 @@ def allocate(storage: Storage, blocks: int, device: torch.device | str) -> Buffe
 
 def write_good(storage: Storage, buffers: Buffers, x: Tensor, good: Tensor) -> None:
     """Store the blocks of x (B, *shape) that are `good`, bool (B,); the others keep what they have, bit for bit."""
-    new = {name: torch.empty_like(buffer) for name, buffer in buffers.items()}
-    storage.write(new, x)
+    if isinstance(storage, (Blockwise, DoubleQuantized)):
+        new = storage.encoded(x)
+    else:
+        new = {name: torch.empty_like(buffer) for name, buffer in buffers.items()}
+        storage.write(new, x)
     for name, buffer in buffers.items():
         torch.where(good.view(-1, *[1] * (buffer.dim() - 1)), new[name], buffer, out=buffer)
 
@@ -192,10 +203,14 @@ class Blockwise:
 
     def write(self, buffers: Buffers, x: Tensor, rounding: Stochastic | None = None) -> None:
         """As every storage's; `rounding` chooses between neighbouring levels, on rows as they are quantised."""
+        for name, new in self.encoded(x, rounding).items():
+            buffers[name].copy_(new)
+
+    def encoded(self, x: Tensor, rounding: Stochastic | None = None) -> Buffers:
+        """What `write` stores, in buffers of its own."""
         rows = transposed(x) if self.columns else x.flatten(1)
         codes, scales = quantize_block(rows, self.codebook, self.bits, self.block, rounding, self.fit)
-        buffers["codes"].copy_(codes)
-        buffers["scales"].copy_(scales)
+        return {"codes": codes, "scales": scales}
 
     def read(self, buffers: Buffers) -> Tensor:
         rows = dequantize_block(
@@ -224,11 +239,15 @@ class DoubleQuantized:
         return {**of, "scales": (scales, torch.uint8), "largest": ((*scales[:-1], 1), torch.float32)}
 
     def write(self, buffers: Buffers, x: Tensor) -> None:
-        exact = {"codes": buffers["codes"], "scales": torch.empty_like(buffers["scales"], dtype=torch.float32)}
-        self.of.write(exact, x)
-        buffers["largest"].copy_(exact["scales"].amax(-1, keepdim=True))
-        shares = exact["scales"] / torch.where(buffers["largest"] > 0, buffers["largest"], 1.0)
-        buffers["scales"].copy_(shares.sqrt_().mul_(255).round_())
+        for name, new in self.encoded(x).items():
+            buffers[name].copy_(new)
+
+    def encoded(self, x: Tensor) -> Buffers:
+        """What `write` stores, in buffers of its own."""
+        exact = self.of.encoded(x)
+        largest = exact["scales"].amax(-1, keepdim=True)
+        shares = exact["scales"].div_(torch.where(largest > 0, largest, 1.0)).sqrt_().mul_(255).round_()
+        return {**exact, "scales": shares.to(torch.uint8), "largest": largest}
 
     def read(self, buffers: Buffers) -> Tensor:
         scales = (buffers["scales"].float() / 255).square_().mul_(buffers["largest"])

@@ -39,6 +39,7 @@ from .operations import Work, bjorck_work, cholesky_qr_work, product, qr_work
 
 MIN_DECAY = 0.3  # least weight of the old factor in a new one; .3, .6 and .8 train alike (docs/experiments.md)
 TINY = torch.finfo(torch.float32).tiny
+TINIEST = 2.0**-149  # above 0, so that only 0 is divided by it
 LEAST = 1e-12  # of the largest eigenvalue, in a factor that is to be definite: QR cannot tell less from 0 either
 
 
@@ -135,7 +136,7 @@ class DecodedSide:
         factor = [factor_in_basis(eigenvalues, sample, decay)]
         del sample
         q, diagonal, good = iterate(factor.pop())  # whose it is alone, to be freed as soon as it has served
-        eigenvalues.copy_(torch.where(good[:, None], diagonal, eigenvalues))
+        torch.where(good[:, None], diagonal, eigenvalues, out=eigenvalues)
         # U <- U Q
         u = bjorck(self.vectors[rows].mT, self._side.bjorck_steps)
         write_good(basis, state["basis"], (q.mT @ u).mT, good)
@@ -220,8 +221,9 @@ def factor_in_basis(eigenvalues: Tensor, sample: Tensor, decay: float) -> Tensor
     """
     diagonal = sample.diagonal(dim1=-2, dim2=-1)
     scale = torch.where(diagonal > 0, (eigenvalues / diagonal).sqrt(), 0.0)
-    a = sample * ((1 - decay) * scale.unsqueeze(-1)) * scale.unsqueeze(-2)
-    return torch.diagonal_scatter(a, eigenvalues, dim1=-2, dim2=-1)
+    a = (sample * ((1 - decay) * scale.unsqueeze(-1))).mul_(scale.unsqueeze(-2))
+    a.diagonal(dim1=-2, dim2=-1).copy_(eigenvalues)
+    return a
 
 
 def _by_qr(a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -255,10 +257,9 @@ def _by_cholesky(a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     diagonal = a.diagonal(dim1=-2, dim2=-1)
     largest = diagonal.amax(-1, keepdim=True)
     # over the largest, so that gradients of no size underflow or overflow when they are squared again
-    a.div_(torch.where(largest > 0, largest, 1.0).unsqueeze(-1))
-    good = finite_blocks(a)
-    a.masked_fill_(~good[:, None, None], 0.0)
+    a.div_(largest.clamp_min(TINIEST).unsqueeze(-1))
     diagonal.clamp_min_(LEAST)
-    q, eigenvalues, solved = orthogonal_iteration(a)
-    good &= solved & finite_blocks(q, eigenvalues)
-    return replace_bad_blocks(q, good), eigenvalues * largest, good
+    q, eigenvalues, good = orthogonal_iteration(a)  # good ones are finite
+    eigenvalues.mul_(largest)
+    good &= eigenvalues.amax(-1) < torch.inf
+    return replace_bad_blocks(q, good), eigenvalues, good

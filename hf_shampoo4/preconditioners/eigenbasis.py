@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import reduce
 from typing import ClassVar
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from ..numerics.linalg import clamp_rms, transpose
 from ..numerics.precision import rotate, rotation_precision
-from ..numerics.storage import Dense
+from ..numerics.storage import Dense, add_rows
 from ..options import Options
 from .bases import MIN_DECAY, TINY, DecodedSide, Side, statistic
 from .moments import Adam, Momentum
@@ -166,8 +167,8 @@ class Eigenbasis(TwoSided):
                     if side.has_basis
                 }
                 updated = {side: side.update_basis(samples.pop(side), decay, rows) for side in tuple(samples)}
-                failed = torch.stack([failed for _, failed in updated.values()]).any(0)
-                stack.state["failures"]["dense"][rows] += failed
+                failed = reduce(torch.logical_or, (failed for _, failed in updated.values()))
+                add_rows(stack.state["failures"]["dense"], rows, failed)
             rotations = (updated.get(side, (None,))[0] for side in (left, right))
             found.append(BasisUpdate(rows, *rotations))
         return found

@@ -338,7 +338,8 @@ def test_a_block_whose_sample_is_not_finite_keeps_its_basis_and_no_other_does(ho
     state["eigenvalues"]["dense"][:2] = 2.0  # the third has had no gradient
     decoded = DecodedSide(side, state)
     samples = statistic(torch.randn(3, 8, 16), torch.ones(3, 1))
-    samples[1, 2, 3], samples[2] = torch.nan, 0.0
+    samples[1, 2, 3] = samples[1, 3, 2] = torch.nan
+    samples[2] = 0.0
     q, failed = decoded.update_basis(samples, 0.5, slice(0, 3))
     assert failed.tolist() == [False, True, False]
     eye = torch.eye(8)
