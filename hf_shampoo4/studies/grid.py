@@ -40,10 +40,10 @@ class Point:
         """A coordinate's value."""
         return self.learning_rate if coordinate == RATE else dict(self.rates).get(coordinate, 1.0)
 
-    def moved(self, coordinate: str, up: bool) -> Point:
-        """The next point along a coordinate: rates lie a factor of sqrt(2) apart, factors by kind one of 2."""
+    def moved(self, coordinate: str, up: bool, stride: int = 1) -> Point:
+        """The next point along a coordinate: rates lie `stride` factors of sqrt(2) apart, factors by kind one of 2."""
         if coordinate == RATE:
-            return replace(self, learning_rate=_next_rate(self.learning_rate, up))
+            return replace(self, learning_rate=_next_rate(self.learning_rate, stride if up else -stride))
         factors = {**dict(self.rates), coordinate: self.get(coordinate) * (2.0 if up else 0.5)}
         return Point.of({RATE: self.learning_rate, "rates": factors})
 
@@ -52,9 +52,9 @@ class Point:
         return all(self.get(c) == other.get(c) for c in COORDINATES if c != coordinate)
 
 
-def _next_rate(rate: float, up: bool) -> float:
-    """The next of 1e-3, 1.4e-3, 2e-3, 2.8e-3, 4e-3, 5.6e-3, 8e-3, 1.1e-2, ...: powers of sqrt(2), cut to two digits."""
-    k = round(2 * math.log2(rate / 1e-3)) + (1 if up else -1)
+def _next_rate(rate: float, steps: int) -> float:
+    """So many places up among 1e-3, 1.4e-3, 2e-3, 2.8e-3, 4e-3, 5.6e-3, 8e-3, ...: powers of sqrt(2), of two digits."""
+    k = round(2 * math.log2(rate / 1e-3)) + steps
     exact = 1e-3 * 2.0 ** (k / 2)
     scale = 10.0 ** (math.floor(math.log10(exact) + 1e-9) - 1)
     return float(f"{math.floor(exact / scale + 1e-9) * scale:.2g}")
@@ -74,6 +74,8 @@ class Contestant:
     """All else that a run depends on, but the seed: settings of `hf-shampoo4 train`; a `peer` in place of `optim`."""
     paper: tuple[float, float] | None = None
     """The published share, as a range."""
+    stride: int = 1
+    """Factors of sqrt(2) between two rates of the sweep."""
 
     def run(self, point: Point, seed: int) -> Settings:
         """The settings of one run."""
@@ -105,7 +107,7 @@ class Contestant:
         best, losses = self.best(seed, finished), self.losses(seed, finished)
         if best is None or losses[best] == math.inf:
             return None
-        neighbours = [best.moved(c, up) for c in self.sweep for up in (True, False)]
+        neighbours = [best.moved(c, up, self.stride) for c in self.sweep for up in (True, False)]
         return next((point for point in neighbours if point not in losses), None)
 
     def closed(self, seed: int, finished: Sequence[Settings]) -> dict[str, bool]:

@@ -14,7 +14,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_callback import ProgressCallback
 
 from hf_shampoo4.studies.machine import state_bytes
-from hf_shampoo4.training.pretrain import parse, run
+from hf_shampoo4.training.pretrain import Result, parse, run
 
 Settings = dict[str, Any]
 
@@ -95,6 +95,7 @@ class Outcome:
     label: str
     settings: Settings
     parameters: int
+    """Those that are trained."""
     bytes_per_parameter: float
     step_ms: float
     optimizer_step_ms: float
@@ -153,16 +154,21 @@ def run_one(optim: str, settings: Mapping[str, Any], folder: Path, optimizer: An
     label = settings.pop("label", optim)
     timer, began = StepTimer(), time.perf_counter()
     result = run(parse({**settings, "output_dir": str(folder)}), [timer], LabelledProgress(label), optimizer)
-    parameters = sum(p.numel() for p in result.trainer.model.parameters())
+    return outcome_of(result, timer, label, settings, time.perf_counter() - began)
+
+
+def outcome_of(result: Result, timer: StepTimer, label: str, settings: Settings, seconds: float) -> Outcome:
+    """What is kept of a training that `timer` was a callback of, and that took so many seconds as a whole."""
+    parameters = sum(p.numel() for p in result.trainer.model.parameters() if p.requires_grad)
     return Outcome(
-        optim=optim,
+        optim=settings["optim"],
         label=label,
         settings=settings,
         parameters=parameters,
         bytes_per_parameter=round(state_bytes(result.trainer.optimizer) / parameters, 4),
         step_ms=_mean_ms(timer.steps),
         optimizer_step_ms=_mean_ms(timer.optimizer_steps),
-        seconds=round(time.perf_counter() - began, 1),
+        seconds=round(seconds, 1),
         validation=_curve(result.trainer.state.log_history, "eval_loss"),
         training=_curve(result.trainer.state.log_history, "loss"),
         step_seconds=[round(seconds, 4) for seconds in timer.steps],

@@ -3,17 +3,30 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from itertools import accumulate
 from pathlib import Path
+from typing import NamedTuple
 
 from hf_shampoo4.studies.grid import Contestant, Grid, Point, Settings
-from hf_shampoo4.studies.measured_run import run_one
+from hf_shampoo4.studies.measured_run import Outcome, run_one
 from hf_shampoo4.studies.peers import code_of, optimizer_of, train_settings
 from hf_shampoo4.studies.runner import Runs
 
 
-def carry_out(grid: Grid, runs: Runs, shard: tuple[int, int] = (0, 1), sweep: bool = False) -> None:
+class Study(NamedTuple):
+    """How the runs of a grid are made."""
+
+    train: Callable[[str, Settings], Settings]
+    """One run, from its label and settings; what came out, as JSON, with a `final_loss`."""
+    code_of: Callable[[Settings], Mapping[str, str]]
+    """The versions of what makes it."""
+
+
+def carry_out(
+    grid: Grid, runs: Runs, shard: tuple[int, int] = (0, 1), sweep: bool = False, study: Study | None = None
+) -> None:
     """Run what is not finished: all points of the first seed and, if asked for, the sweeps; then the other seeds.
 
     Args:
@@ -21,29 +34,32 @@ def carry_out(grid: Grid, runs: Runs, shard: tuple[int, int] = (0, 1), sweep: bo
         runs: where results are kept; those in it, of any process, are not computed again.
         shard: (I, N): this process takes every N-th contestant, from the I-th.
         sweep: look for better points.
+        study: how runs are made; default: pretrainings.
 
     Raises:
         ConfigError: a setting that does not exist or cannot be.
     """
+    study = study or Study(train, code_of)
     index, processes = shard
     first, *others = grid.seeds
     mine = grid.contestants[index::processes]
     for contestant in mine:
         for point in contestant.points:
-            _once(contestant, point, first, runs)
+            _once(contestant, point, first, runs, study)
     for contestant in mine if sweep else ():
-        while (better := contestant.next_point(first, runs.of(code_of))) is not None:
-            _once(contestant, better, first, runs)
+        while (better := contestant.next_point(first, runs.of(study.code_of))) is not None:
+            _once(contestant, better, first, runs, study)
     for seed in others:
         for contestant in mine:
-            if best := contestant.best(first, runs.of(code_of)):
-                _once(contestant, best, seed, runs)
+            if best := contestant.best(first, runs.of(study.code_of)):
+                _once(contestant, best, seed, runs, study)
 
 
-def _once(contestant: Contestant, point: Point, seed: int, runs: Runs) -> None:
+def _once(contestant: Contestant, point: Point, seed: int, runs: Runs, study: Study) -> None:
     settings = contestant.run(point, seed)
-    if runs.find(settings, code_of(settings)) is None:
-        result = runs.once(settings, code_of(settings), lambda: train(contestant.label, settings))
+    code = study.code_of(settings)
+    if runs.find(settings, code) is None:
+        result = runs.once(settings, code, lambda: study.train(contestant.label, settings))
         factors = "".join(f", {kind} x{factor:g}" for kind, factor in point.rates)
         print(
             f"{contestant.label}, seed {seed}, lr {point.learning_rate:g}{factors}: {result['final_loss']:.4f}",
@@ -56,6 +72,11 @@ def train(label: str, settings: Settings) -> Settings:
     with tempfile.TemporaryDirectory() as folder:
         shown = {**train_settings(settings), "label": f"{label}, seed {settings['seed']}"}
         outcome = run_one(shown.pop("optim"), shown, Path(folder), optimizer_of(settings))
+    return told(outcome)
+
+
+def told(outcome: Outcome) -> Settings:
+    """What a run keeps of a training."""
     first, *others = outcome.step_seconds  # the first allocates and may compile
     elapsed = [0.0, *accumulate([others[0] if others else first, *others])]
     kept = {key: value for key, value in asdict(outcome).items() if key not in ("training", "step_seconds", "settings")}

@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -23,7 +23,8 @@ from .sources import open_dataset
 
 if TYPE_CHECKING:
     from datasets import Dataset
-    from transformers import TrainerCallback
+    from torch import nn
+    from transformers import TrainerCallback, TrainingArguments
     from trl import ModelConfig, SFTConfig
 
 # What TRL reads: the columns of an example, the first kind that is there, and what belongs to any of them.
@@ -121,12 +122,19 @@ def _full(source: str, examples: Dataset, kind: tuple[str, ...]) -> Dataset:
     return full
 
 
-def run(config: FinetuneConfig, callbacks: Sequence[TrainerCallback] = ()) -> Result:
+def run(
+    config: FinetuneConfig,
+    callbacks: Sequence[TrainerCallback] = (),
+    progress: TrainerCallback | None = None,
+    optimizer: Callable[[nn.Module, TrainingArguments], tuple[type, dict[str, Any]]] | None = None,
+) -> Result:
     """Fine-tune, evaluate, and write the model (or the adapter), checkpoints and `all_results.json`.
 
     Args:
         config: from `parse`.
         callbacks: for the Trainer.
+        progress: shown instead of the Trainer's progress bar.
+        optimizer: class and keywords of an optimizer that takes the place of `optim`, by the model with its adapters.
 
     Returns:
         Final metrics and the log by step.
@@ -156,7 +164,9 @@ def run(config: FinetuneConfig, callbacks: Sequence[TrainerCallback] = ()) -> Re
         )
     except (OSError, ValueError, TypeError) as error:
         raise _explained(error, config) from error
-    return finish(trainer, checkpoint)
+    if optimizer is not None:  # its groups are of the model as TRL has adapted it
+        trainer.optimizer_cls_and_kwargs = optimizer(trainer.model, training)
+    return finish(trainer, checkpoint, progress)
 
 
 def _learn_from_answers_where_there_are(training: SFTConfig, examples: Dataset) -> None:
