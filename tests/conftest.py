@@ -45,6 +45,7 @@ LONGER = (
     "numerics/test_kernels.py",
     "numerics/test_whitened_kernels.py",
     "optimizer/test_fuzz.py",
+    "preconditioners/test_fused_steps.py",
     "optimizer/test_rates.py",
 )  # an interpreter; the Trainer
 _TESTS = Path(__file__).parent

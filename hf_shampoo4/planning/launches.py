@@ -35,6 +35,7 @@ from ..options import EIGENBASIS, Options
 ALLOCATIONS = {
     "empty", "empty_strided", "empty_like", "new_empty", "new_empty_strided", "resize_", "lift_fresh", "detach", "set_",
 }  # fmt: skip
+RARELY_TOUCHED = {("_clear", "x")}  # operands of Triton kernels that an ordinary step neither reads nor writes
 VIEWS = {"_unsafe_view", "_reshape_alias"}  # whose schema does not say so
 GATHERS = {"index", "index_select", "gather", "embedding", "take"}
 OVERWRITES = {"copy_", "fill_", "zero_", "_foreach_copy_", "_foreach_zero_", "index_copy_"}
@@ -54,8 +55,8 @@ PARTS = {
     "collect": "collect", "_collected": "collect",
     "read": "decode", "write": "encode", "write_first": "encode",
     "rotate": "rotate",
-    "_update_eigenvalues": "eigenvalues", "_scales": "eigenvalues",
-    "_bounded": "bound",
+    "_update_eigenvalues": "eigenvalues", "_update_eigenvalues_in_passes": "eigenvalues", "_scales": "eigenvalues",
+    "_bounded": "bound", "_bounding": "bound",
     "update": "moments", "direction": "moments",
     "send": "send", "apply": "apply",
 }  # fmt: skip
@@ -285,4 +286,5 @@ def _touched(kernel: Any) -> dict[str, int]:
     """How often a Triton kernel goes over each of its operands, by the loads and stores of its source."""
     source = inspect.getsource(kernel.fn)
     names: Iterable[str] = (n for verb in ("load", "store") for n in set(re.findall(rf"{verb}\w*\(\s*(\w+)", source)))
-    return dict(Counter(names))
+    rarely = {operand: 0 for name, operand in RARELY_TOUCHED if name == kernel.fn.__name__}
+    return {**Counter(names), **rarely}

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..numerics.linalg import clamp_rms, transpose
 from ..numerics.precision import rotate, rotation_precision
+from ..numerics.quantize import has_kernels, kernels
 from ..numerics.storage import Dense, add_rows
 from ..options import Options
 from .bases import MIN_DECAY, TINY, DecodedSide, Side, statistic
@@ -19,7 +20,7 @@ from .moments import Adam, Momentum
 from .operations import Work, coding_workspace, product, total
 from .protocols import Context, Stack
 from .two_sided import TwoSided, side_state
-from .whitened import BasisUpdate, FusedMoment, WhitenedMoment, can_fuse, carried
+from .whitened import DENSE_BLOCK, BasisUpdate, FusedMoment, WhitenedMoment, can_fuse, carried
 
 FLOOR = 1e-7  # of a side's largest eigenvalue, about float32's epsilon: the least that is divided by
 LIMIT = 32.0  # of an entry of SOAP's direction: Adam's own is at most 1 / sqrt(1 - b2), which is this with b2 = 0.999
@@ -112,8 +113,12 @@ class Eigenbasis(TwoSided):
             u = m.step(_scales(left, right, o), at)
         del m, g  # a copy of the wave each
         # U_L u U_R^T
-        u = self._bounded(u, o, context.betas[1])
-        return rotate(transpose(left.vectors), u, transpose(right.vectors), precision)
+        back = [transpose(left.vectors), transpose(right.vectors)]
+        if kl_shampoo and has_kernels(u.device, DENSE_BLOCK):
+            back = self._bounding(u, back[0], back[1], o)
+        else:
+            u = self._bounded(u, o, context.betas[1])
+        return rotate(back[0], u, back[1], precision)
 
     def _update_eigenvalues(self, left: DecodedSide, right: DecodedSide, g: Tensor, o: Options) -> Tensor:
         """Eigenvalues follow the squares of the rotated gradient at every step.
@@ -124,6 +129,8 @@ class Eigenbasis(TwoSided):
         Returns:
             bool (B,): blocks whose gradient is too large to square; it becomes zero.
         """
+        if has_kernels(g.device, DENSE_BLOCK):
+            return self._update_eigenvalues_in_passes(left, right, g, o)
         squares = g.square()
         level = squares.mean((-2, -1))
         good = level.isfinite()
@@ -143,6 +150,36 @@ class Eigenbasis(TwoSided):
         diagonal.update_eigenvalues(of_diagonal.squeeze(-1), o.vocabulary_beta if o.vocabulary else o.factor_beta)
         of_rotated = (self._whitening(diagonal).reciprocal() / squares.shape[-2]).unsqueeze(-2) @ squares
         rotated.update_eigenvalues(of_rotated.squeeze(-2), o.factor_beta)
+        return ~good
+
+    def _update_eigenvalues_in_passes(self, left: DecodedSide, right: DecodedSide, g: Tensor, o: Options) -> Tensor:
+        """As `_update_eigenvalues`, by kernels that sum squares and keep none: one pass over g, or two."""
+        passes, (m, n) = kernels("whitened"), self.shape
+        diagonal, rotated, flip = (left, right, False) if right.has_basis else (right, left, True)
+        # blocks without eigenvalues as yet are summed with weights of 1, which the level then replaces
+        fresh = [side.eigenvalues.amax(-1, keepdim=True) <= 0 for side in (left, right)]
+        weights = [self._weights(side).masked_fill(none, 1.0) for side, none in zip((left, right), fresh, strict=True)]
+        wanted = (True, True) if self.is_two_sided else (not flip, flip)
+        sums = passes.square_sums(g, *weights, rows=wanted[0], columns=wanted[1], whole=True)
+        level = sums.all / (m * n)
+        good = level.isfinite()
+        passes.clear(g, good)
+        level = level.where(good, 0.0)
+        level = level.sqrt() if self.whitened else level
+        left.start_eigenvalues(level)
+        right.start_eigenvalues(level)
+        by_left, by_right = (
+            torch.where(none, self._weights(side)[:, :1], 1.0) for side, none in zip((left, right), fresh, strict=True)
+        )
+        if self.is_two_sided:
+            left.update_eigenvalues(sums.rows * by_right / n, o.factor_beta)
+            right.update_eigenvalues(sums.columns * by_left / m, o.factor_beta)
+            return ~good
+        beta = o.vocabulary_beta if o.vocabulary else o.factor_beta
+        diagonal.update_eigenvalues(sums.columns * by_left / m if flip else sums.rows * by_right / n, beta)
+        weights = [self._weights(side) for side in (left, right)]
+        sums = passes.square_sums(g, *weights, rows=flip, columns=not flip)
+        rotated.update_eigenvalues(sums.rows / n if flip else sums.columns / m, o.factor_beta)
         return ~good
 
     def _update_bases(
@@ -179,6 +216,30 @@ class Eigenbasis(TwoSided):
             return torch.ones_like(side.eigenvalues)
         # directions without any gradient for long have decayed to 0: the first one there must not overflow
         return torch.maximum(side.eigenvalues, FLOOR * side.eigenvalues.amax(-1, keepdim=True)).clamp_min(TINY)
+
+    def _weights(self, side: DecodedSide) -> Tensor:
+        """What the squares of the other side's sample are multiplied by, (B, k)."""
+        return self._whitening(side).reciprocal()
+
+    def _bounding(self, u: Tensor, left: Tensor | None, right: Tensor | None, o: Options) -> list[Tensor | None]:
+        """As `_bounded` of KL-Shampoo, on the bases: u is read once and not written.
+
+        Args:
+            u: (B, m, n).
+            left: U_L^T, or None.
+            right: U_R^T, or None.
+            o: the options.
+
+        Returns:
+            Both, each row times what the row or column of u is to be scaled by.
+        """
+        sums = kernels("whitened").square_sums(u, rows=left is not None, columns=right is not None)
+        most = (1 - o.factor_beta) ** -0.5
+        found = ((left, sums.rows, u.shape[-1]), (right, sums.columns, u.shape[-2]))
+        return [
+            None if basis is None else basis * (most / (of / count).sqrt()).clamp_max(1.0).unsqueeze(-1)
+            for basis, of, count in found
+        ]
 
     def _bounded(self, u: Tensor, o: Options, beta2: float) -> Tensor:
         """No larger than gradients can make it as long as the bases rest; without a spike it seldom is.

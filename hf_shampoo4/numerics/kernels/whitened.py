@@ -144,13 +144,6 @@ class Stored:
     block: int = DENSE_BLOCK
     """Of numbers that share a scale."""
 
-    @property
-    def quantised(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Codes, scales, levels, thresholds; some tensor in place of those that there are not."""
-        tensors = (self.codes, self.scales, self.table, self.thresholds)
-        codes, scales, table, thresholds = (self.codes if t is None else t for t in tensors)
-        return codes, scales, table, thresholds
-
 
 def lerped(g: Tensor, stored: Stored, scales: tuple[Tensor, Tensor], weight: float) -> Tensor:
     """A first moment as it is, brought up to date: lerp(m rows columns, g, weight).
@@ -166,14 +159,13 @@ def lerped(g: Tensor, stored: Stored, scales: tuple[Tensor, Tensor], weight: flo
     """
     g = g.contiguous()
     m = torch.empty_like(g)
-    codes, old, table, _ = stored.quantised
     length, width = g[0].numel(), g.shape[-1]
     blocks = triton.cdiv(length, stored.block)
     tile = _tile(stored.block, blocks)
     if m.numel():
         with torch.cuda.device_of(g):
             _lerped[len(g), triton.cdiv(blocks, tile)](
-                g, codes, old, table, *_vectors(scales), m, weight, length, width, blocks,
+                g, stored.codes, stored.scales, stored.table, *_vectors(scales), m, weight, length, width, blocks,
                 BITS=stored.bits, TILE=tile, BLOCK=stored.block,
             )  # fmt: skip
     return m
@@ -210,16 +202,15 @@ def moment(
     """
     g = g.contiguous()
     u = torch.empty_like(g)
-    codes, kept, table, thresholds = stored.quantised
     length, width = g[0].numel() if len(g) else 0, g.shape[-1]
     blocks = triton.cdiv(length, stored.block)
     tile = _tile(stored.block, blocks)
-    given = (g, g) if carried is None else (carried.m.contiguous(), carried.at)
+    given = (None, None) if carried is None else (carried.m.contiguous(), carried.at)
     if u.numel():
         with torch.cuda.device_of(g):
             _moment[len(g), triton.cdiv(blocks, tile)](
-                g, codes, kept, table, thresholds, *_vectors(scales), *_vectors(new_scales), *given,
-                bias.reshape(-1).contiguous(), u, weight, most, length, width, blocks,
+                g, stored.codes, stored.scales, stored.table, stored.thresholds, *_vectors(scales),
+                *_vectors(new_scales), *given, bias.reshape(-1).contiguous(), u, weight, most, length, width, blocks,
                 CARRIED=carried is not None, BITS=stored.bits, TILE=tile, BLOCK=stored.block,
             )  # fmt: skip
     return u
@@ -245,27 +236,24 @@ def square_sums(
 
     Args:
         x: float32 (B, m, n).
-        row_weights: float32 (B, m), positive; none if the other one is None.
-        column_weights: float32 (B, n).
+        row_weights: float32 (B, m), contiguous; none if the other one is None.
+        column_weights: float32 (B, n), contiguous.
         rows, columns, whole: which sums.
     """
     x = x.contiguous()
     count, height, width = x.shape
     strips = triton.cdiv(height, HIGH)
     weighted = row_weights is not None or column_weights is not None
-    of_rows, of_columns, of_all = (
-        x.new_empty(count, height),
-        x.new_empty(count, strips, width),
-        x.new_empty(count, strips),
-    )
+    of_rows = x.new_empty(count, height) if rows else None
+    of_columns = x.new_empty(count, strips, width) if columns else None
+    of_all = x.new_empty(count, strips) if whole else None
     if x.numel():
         with torch.cuda.device_of(x):
             _square_sums[count, strips](
-                x, *(x if w is None else w.contiguous() for w in (row_weights, column_weights)),
-                *(t if wanted else x for t, wanted in ((of_rows, rows), (of_columns, columns), (of_all, whole))),
+                x, row_weights if columns else None, column_weights if rows else None, of_rows, of_columns, of_all,
                 height, width, ROWS=rows, COLUMNS=columns, ALL=whole, WEIGHTED=weighted, HIGH=HIGH, WIDE=WIDE,
             )  # fmt: skip
-    return Sums(of_rows if rows else None, of_columns.sum(1) if columns else None, of_all.sum(1) if whole else None)
+    return Sums(of_rows, None if of_columns is None else of_columns.sum(1), None if of_all is None else of_all.sum(1))
 
 
 def clear(x: Tensor, good: Tensor) -> None:

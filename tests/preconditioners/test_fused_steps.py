@@ -1,0 +1,72 @@
+"""Whole steps with Triton's kernels, interpreted, against the same steps in plain PyTorch."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from hf_shampoo4 import Shampoo4bit
+from hf_shampoo4.numerics import quantize
+
+pytest.importorskip("triton", reason="Triton is not installed (the extra `triton`): its kernels are not tested")
+
+SHAPES = [(12, 12), (12, 12), (20, 5), (5, 20), (5,)]
+
+
+def with_kernels(patch: pytest.MonkeyPatch) -> None:
+    """Wherever there is a kernel, it is used."""
+    for name, module in list(sys.modules.items()):
+        if name.startswith("hf_shampoo4.") and hasattr(module, "has_kernels"):
+            patch.setattr(module, "has_kernels", lambda device, block: quantize.kernels().can_run(block))
+
+
+def gradient(shape: tuple[int, ...], i: int, t: int) -> Tensor:
+    generator = torch.Generator().manual_seed(100 * t + i)
+    g = torch.randn(shape, generator=generator) * torch.logspace(0, -3, shape[-1])
+    if i == 0 and t < 2:
+        return torch.zeros(shape)  # has no eigenvalues until the third step
+    return g.sign() * 1.2e19 if i == 1 and t == 2 else g  # each square is finite, their sum is not
+
+
+def trained(steps: int, kernels: bool, **options: Any) -> tuple[list[Tensor], Shampoo4bit]:
+    torch.manual_seed(0)
+    parameters = [nn.Parameter(torch.randn(shape)) for shape in SHAPES]
+    table = nn.Parameter(torch.randn(24, 4))
+    groups = [{"params": parameters}, {"params": [table], "vocabulary": True}]
+    optimizer = Shampoo4bit(groups, lr=0.05, betas=(0.9, 0.98), weight_decay=0.1, **options)
+    with pytest.MonkeyPatch.context() as patch:
+        if kernels:
+            with_kernels(patch)
+        for t in range(steps):
+            for i, p in enumerate([*parameters, table]):
+                p.grad = gradient(tuple(p.shape), i, t)
+            optimizer.step()
+    return [p.detach() for p in (*parameters, table)], optimizer
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "sides"), [("kl_shampoo", "auto"), ("kl_shampoo", "both"), ("soap", "auto"), ("kl_soap", "both")]
+)
+def test_steps_with_kernels_are_those_without(algorithm: str, sides: str) -> None:
+    options = {"algorithm": algorithm, "sides": sides, "bits": 32, "moments": "fp32", "stats_every": 2}
+    (plain, one), (fused, other) = (trained(4, kernels, **options) for kernels in (False, True))
+    for p, q in zip(plain, fused, strict=True):
+        torch.testing.assert_close(q, p, rtol=2e-4, atol=2e-4)
+    failed = 0
+    for p, q in zip(one.state.values(), other.state.values(), strict=True):
+        for key in (key for key in p if isinstance(p[key], Tensor) and "eigenvalues" in key):
+            torch.testing.assert_close(q[key], p[key], rtol=1e-3, atol=0)
+        for key in (key for key in p if "failures" in key):
+            assert torch.equal(q[key], p[key])
+            failed += int(p[key].sum())
+    assert failed > 0
+
+
+def test_quantised_steps_with_kernels_train_alike() -> None:
+    plain, fused = (trained(3, kernels, first_codebook="dynamic")[0] for kernels in (False, True))
+    for p, q in zip(plain, fused, strict=True):
+        assert torch.isclose(q, p, rtol=1e-3, atol=1e-3).float().mean() > 0.95
