@@ -11,6 +11,12 @@ from torch import Tensor, nn
 
 from hf_shampoo4 import Shampoo4bit
 from hf_shampoo4.numerics import quantize
+from hf_shampoo4.numerics.precision import rotate
+from hf_shampoo4.numerics.storage import Dense
+from hf_shampoo4.options import Options
+from hf_shampoo4.preconditioners.bases import make_sides
+from hf_shampoo4.preconditioners.eigenbasis import Eigenbasis
+from hf_shampoo4.preconditioners.moments import Momentum
 
 pytest.importorskip("triton", reason="Triton is not installed (the extra `triton`): its kernels are not tested")
 
@@ -70,3 +76,17 @@ def test_quantised_steps_with_kernels_train_alike() -> None:
     plain, fused = (trained(3, kernels, first_codebook="dynamic")[0] for kernels in (False, True))
     for p, q in zip(plain, fused, strict=True):
         assert torch.isclose(q, p, rtol=1e-3, atol=1e-3).float().mean() > 0.95
+
+
+@pytest.mark.parametrize("rotated", [(True, True), (True, False), (False, True)])
+def test_the_bound_on_the_bases_is_the_bound_on_what_they_rotate(rotated: tuple[bool, bool]) -> None:
+    options = Options(bits=32)
+    algorithm = Eigenbasis((12, 20), Momentum(Dense((12, 20))), *make_sides((12, 20), options, rotated), whitened=True)
+    u = torch.randn(2, 12, 20)
+    u[0, 3] *= 100
+    u[1, :, 7] *= 100
+    u[1, 5] = 0
+    bases = [torch.randn(2, order, order) if has else None for order, has in zip((12, 20), rotated, strict=True)]
+    expected = rotate(bases[0], algorithm._bounded(u, options, 0.98), bases[1])
+    left, right = algorithm._bounding(u, *bases, options)
+    torch.testing.assert_close(rotate(left, u, right), expected, rtol=1e-5, atol=1e-4)
