@@ -171,9 +171,10 @@ def clamp_rms(x: Tensor, most: float, rows: bool, columns: bool) -> Tensor:
     squares = x.square()  # of x as it was: with both, no row or column ends above `most` either
     of_dims = [squares.mean(dim, keepdim=True) for dim, scaled in ((-1, rows), (-2, columns)) if scaled]
     del squares
-    x = x.clone()
-    for mean in of_dims:
-        x *= (most / mean.sqrt()).clamp_max(1.0)
+    factors = [(most / mean.sqrt_()).clamp_max_(1.0) for mean in of_dims]
+    x = x * factors[0] if factors else x.clone()
+    for factor in factors[1:]:
+        x *= factor
     return x
 
 

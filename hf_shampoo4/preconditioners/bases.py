@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ..numerics.linalg import bjorck, finite_blocks, replace_bad_blocks, safe_qr
 from ..numerics.orthogonal import orthogonal_iteration
+from ..numerics.quantize import FLOAT32_MAX
 from ..numerics.storage import (
     SMALL,
     Blockwise,
@@ -86,16 +87,25 @@ class DecodedSide:
         """U, or None; orthogonal up to the rounding."""
         self.eigenvalues = state["eigenvalues"]["dense"]
         """lambda, (B, k), the buffer itself."""
+        self._largest: Tensor | None = None
 
     @property
     def has_basis(self) -> bool:
         """Whether the side has a basis."""
         return self.vectors is not None
 
+    @property
+    def largest(self) -> Tensor:
+        """The largest eigenvalue, (B, 1)."""
+        if self._largest is None:
+            self._largest = self.eigenvalues.amax(-1, keepdim=True)
+        return self._largest
+
     def start_eigenvalues(self, level: Tensor) -> None:
         """Give eigenvalues to the blocks that had no gradient before: `level` (B,), all alike."""
-        fresh = self.eigenvalues.amax(-1, keepdim=True) <= 0
-        self.eigenvalues.copy_(torch.where(fresh, level.unsqueeze(-1), self.eigenvalues))
+        fresh, level = self.largest <= 0, level.unsqueeze(-1)
+        torch.where(fresh, level, self.eigenvalues, out=self.eigenvalues)
+        self._largest = torch.where(fresh, level, self.largest)
 
     def update_eigenvalues(self, diagonal: Tensor, beta: float) -> None:
         """lambda <- beta lambda + (1 - beta) diagonal, but for blocks whose gradient is zero, or too large to square.
@@ -108,8 +118,9 @@ class DecodedSide:
             beta: the decay of a step.
         """
         largest = diagonal.amax(-1, keepdim=True)
-        tells = (largest > 0) & largest.isfinite()
+        tells = largest == largest.clamp(TINIEST, FLOAT32_MAX)  # > 0 and finite
         self.eigenvalues.lerp_(torch.where(tells, diagonal, self.eigenvalues), 1 - beta)
+        self._largest = None
 
     def update_basis(self, sample: Tensor, decay: float, rows: Index) -> tuple[Tensor, Tensor]:
         """One step of orthogonal iteration of some blocks' bases towards the eigenvectors of their factors.
@@ -137,6 +148,7 @@ class DecodedSide:
         del sample
         q, diagonal, good = iterate(factor.pop())  # whose it is alone, to be freed as soon as it has served
         torch.where(good[:, None], diagonal, eigenvalues, out=eigenvalues)
+        self._largest = None
         # U <- U Q
         u = bjorck(self.vectors[rows].mT, self._side.bjorck_steps)
         write_good(basis, state["basis"], (q.mT @ u).mT, good)

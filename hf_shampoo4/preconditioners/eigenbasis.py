@@ -133,9 +133,9 @@ class Eigenbasis(TwoSided):
             return self._update_eigenvalues_in_passes(left, right, g, o)
         squares = g.square()
         level = squares.mean((-2, -1))
-        good = level.isfinite()
-        g.masked_fill_(~good[:, None, None], 0.0)
-        level = level.where(good, 0.0)  # what eigenvalues start from
+        bad = (level < torch.inf).logical_not_()
+        g.masked_fill_(bad[:, None, None], 0.0)
+        level = level.masked_fill_(bad, 0.0)  # what eigenvalues start from
         level = level.sqrt() if self.whitened else level  # KL: lambda_L lambda_R^T is the mean square
         left.start_eigenvalues(level)
         right.start_eigenvalues(level)
@@ -144,13 +144,13 @@ class Eigenbasis(TwoSided):
             of_left = squares.div_(self._whitening(right).unsqueeze(-2)).mean(-1)
             left.update_eigenvalues(of_left, o.factor_beta)
             right.update_eigenvalues(of_right.squeeze(-2), o.factor_beta)
-            return ~good
+            return bad
         diagonal, rotated, squares = (left, right, squares) if right.has_basis else (right, left, squares.mT)
         of_diagonal = squares @ (self._whitening(rotated).reciprocal() / squares.shape[-1]).unsqueeze(-1)
         diagonal.update_eigenvalues(of_diagonal.squeeze(-1), o.vocabulary_beta if o.vocabulary else o.factor_beta)
         of_rotated = (self._whitening(diagonal).reciprocal() / squares.shape[-2]).unsqueeze(-2) @ squares
         rotated.update_eigenvalues(of_rotated.squeeze(-2), o.factor_beta)
-        return ~good
+        return bad
 
     def _update_eigenvalues_in_passes(self, left: DecodedSide, right: DecodedSide, g: Tensor, o: Options) -> Tensor:
         """As `_update_eigenvalues`, by kernels that sum squares and keep none: one pass over g, or two."""
@@ -215,7 +215,7 @@ class Eigenbasis(TwoSided):
         if not self.whitened:
             return torch.ones_like(side.eigenvalues)
         # directions without any gradient for long have decayed to 0: the first one there must not overflow
-        return torch.maximum(side.eigenvalues, FLOOR * side.eigenvalues.amax(-1, keepdim=True)).clamp_min(TINY)
+        return torch.maximum(side.eigenvalues, (FLOOR * side.largest).clamp_min_(TINY))
 
     def _weights(self, side: DecodedSide) -> Tensor:
         """What the squares of the other side's sample are multiplied by, (B, k)."""
@@ -256,9 +256,9 @@ class Eigenbasis(TwoSided):
 
 def _scales(left: DecodedSide, right: DecodedSide, o: Options) -> tuple[Tensor, Tensor]:
     """lambda_L^1/2 and lambda_R^1/2, damped: (B, m, 1) and (B, 1, n)."""
-    damping = max(o.damping, FLOOR)
-    of_left, of_right = (
-        (side.eigenvalues + damping * side.eigenvalues.amax(-1, keepdim=True)).clamp_min(TINY).sqrt()
-        for side in (left, right)
-    )
-    return of_left.unsqueeze(-1), of_right.unsqueeze(-2)
+    sides = (left, right)
+    least = torch._foreach_mul([side.largest for side in sides], max(o.damping, FLOOR))
+    damped = [side.eigenvalues + of_side for side, of_side in zip(sides, least, strict=True)]
+    torch._foreach_clamp_min_(damped, TINY)
+    torch._foreach_sqrt_(damped)
+    return damped[0].unsqueeze(-1), damped[1].unsqueeze(-2)
