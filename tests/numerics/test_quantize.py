@@ -157,6 +157,23 @@ def test_pieces_are_the_whole(name: str, bits: int, fit: Fit, monkeypatch: pytes
                 assert all(torch.equal(a, b) for a, b in zip(result, results[-1], strict=True))
 
 
+@pytest.mark.parametrize("fit", ["largest", "least_squares"])
+@pytest.mark.parametrize(("name", "bits"), [("linear2", 4), ("nf4", 4), ("dynamic0", 4), ("dynamic", 8)])
+def test_a_gpus_few_operations_give_the_same_bits(
+    name: str, bits: int, fit: Fit, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x = torch.cat([numbers((5, 64), name, 1), torch.zeros(1, 64), 1e-42 * numbers((1, 64), name, 2)])
+    x[2, 17] = torch.inf
+    x[3, :16] = torch.tensor(levels(name, bits))[torch.arange(16) % len(levels(name, bits))]
+    expected = quantize_block(x, name, bits, 16, None, fit)
+    decoded = dequantize_block(*expected, name, bits, 16, 64)
+    monkeypatch.setattr(quantize, "_has_whole_blocks", lambda device, length, block: length % block == 0)
+    for piece in (20, 1 << 18):
+        monkeypatch.setattr(quantize, "CPU_PIECE", piece)
+        assert all(map(torch.equal, quantize_block(x, name, bits, 16, None, fit), expected))
+    assert torch.equal(dequantize_block(*expected, name, bits, 16, 64), decoded)
+
+
 @pytest.mark.parametrize("shape", [(3, 7, 9), (1, 1, 50), (40, 2, 3), (2, 3, 5, 4)])
 def test_rank1_in_pieces_is_the_whole(shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     x = numbers(shape, "linear0", 0)
