@@ -35,8 +35,8 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList
 
 from .execution.blocking import blocks_of
-from .options import NAMES, Options
-from .preconditioners.algorithms import Elementwise
+from .options import ALGORITHMS, FALLBACK, NAMES, Options
+from .preconditioners.algorithms import algorithm_class
 from .sharding.local_parameter import full_shape, note_flat_ranges, note_purpose, noted_purpose
 
 # The names that Trainer.get_decay_parameter_names leaves undecayed.
@@ -57,7 +57,7 @@ _TREATMENTS: dict[str, dict[str, Any]] = {
     "matrix": {},
     "conv1d": {"matrix_view": "flatten"},  # (out, in, width): one matrix, not `out` matrices as a 3-D expert weight is
     "vocabulary": {"vocabulary": True},
-    "elementwise": {"algorithm": "elementwise"},
+    "elementwise": {"algorithm": FALLBACK},
 }
 
 
@@ -157,19 +157,20 @@ def require_preconditioned(groups: Iterable[Mapping[str, Any]], chosen: Mapping[
         ValueError: none would be, and `algorithm="elementwise"` does not ask for that.
     """
     trained = [(p, options_of(group, chosen)) for group in groups for _, p in group["params"]]
-    if chosen.get("algorithm") == "elementwise" or any(_preconditions(full_shape(p), o) for p, o in trained):
+    algorithm = chosen.get("algorithm", Options.algorithm)
+    if not algorithm_class(algorithm).preconditions or any(_preconditions(full_shape(p), o) for p, o in trained):
         return
     found = sorted({f"{noted_purpose(p)} {full_shape(p)}" for p, _ in trained})
     raise ValueError(
         f"nothing to precondition: the {len(trained)} trained parameters are {'; '.join(found[:4])}"
         f"{', ...' if len(found) > 4 else ''}, which the base optimizer alone updates"
-        + (" beside algorithm='shampoo'" if chosen.get("algorithm") == "shampoo" else "")
+        + (f" beside {algorithm=}" if ALGORITHMS[algorithm].vocabulary == FALLBACK else "")
         + ".  For that use --optim adamw4bit (algorithm='elementwise')."
     )
 
 
 def _preconditions(shape: tuple[int, ...], options: Options) -> bool:
-    return any(not isinstance(block.algorithm, Elementwise) for block in blocks_of(shape, options))
+    return any(block.algorithm.preconditions for block in blocks_of(shape, options))
 
 
 def _purpose(places: list[_Place], shape: tuple[int, ...], is_head: bool) -> Purpose:

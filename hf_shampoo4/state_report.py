@@ -11,18 +11,13 @@ from torch import Tensor
 
 from .execution.blocking import Block, blocks_of
 from .execution.state_layout import StateKey
-from .numerics.storage import SMALL, Blockwise, nbytes
+from .numerics.storage import SMALL, nbytes
 from .options import Options
-from .preconditioners.algorithms import Elementwise
-from .preconditioners.eigenbasis import Eigenbasis
+from .preconditioners.algorithms import algorithm_class
 from .sharding.local_parameter import full_shape
 
 if TYPE_CHECKING:
     from .optimizer import Shampoo4bit
-
-BASES = {"adamw": "AdamW", "sgdm": "SGDM"}
-_BASES = tuple(BASES.values())
-EIGENBASES = {"soap": "SOAP", "kl_shampoo": "KL-Shampoo", "kl_soap": "KL-SOAP"}
 
 _NO_MODEL = """no model was given: embeddings, the output head and tables count as matrices;
 pass hf_shampoo4.param_groups(model) instead of model.parameters()"""
@@ -43,6 +38,7 @@ class Row:
     kind: str
     rate: float
     """Factor on the learning rate."""
+    preconditioned: bool
 
 
 def rows(optimizer: Shampoo4bit) -> list[Row]:
@@ -58,9 +54,9 @@ def rows(optimizer: Shampoo4bit) -> list[Row]:
                 blocks = blocks_of(shape, options)
                 treatment, why = _treatment(blocks, options), _why(blocks, options, purpose)
                 row = Row(treatment, why, shape, 1, _cut(blocks), numel, block_bytes(blocks), options.kind,
-                          options.rate)  # fmt: skip
+                          options.rate, blocks[0].algorithm.preconditions)  # fmt: skip
                 found.append(row)
-    return sorted(map(_sum, Counter(found).items()), key=lambda row: (row.treatment.startswith(_BASES), -row.bytes))
+    return sorted(map(_sum, Counter(found).items()), key=lambda row: (not row.preconditioned, -row.bytes))
 
 
 def block_bytes(blocks: list[Block]) -> int:
@@ -130,24 +126,15 @@ def _line(cells: tuple[str, ...], widths: list[int]) -> str:
 def _treatment(blocks: list[Block], options: Options) -> str:
     stored = options.moments in ("fp32", "bf16") or sum(block.numel for block in blocks) >= SMALL
     moments = options.moments if stored else "fp32"
-    if isinstance(blocks[0].algorithm, Elementwise):
-        return f"{BASES[options.base]} {moments}"
-    if isinstance(blocks[0].algorithm, Eigenbasis):
-        sides = "two-sided" if blocks[0].algorithm.is_two_sided else "one-sided"
-        first = blocks[0].algorithm.moments.first
-        if isinstance(first, Blockwise) and first.bits == 8:  # a vocabulary's, which is all that it has
-            moments = "8bit"
-        return f"{EIGENBASES[options.algorithm]} {sides} {options.bits}-bit, {moments} moments"
-    over = "" if options.base == "adamw" else f" over {BASES[options.base]}"
-    return f"Shampoo {options.factor} {options.bits}-bit{over}, {moments} moments"
+    return blocks[0].algorithm.label(options, moments)
 
 
 def _why(blocks: list[Block], options: Options, purpose: str) -> str:
     """What a parameter is for, and what of its shape keeps a preconditioner away."""
-    elementwise = isinstance(blocks[0].algorithm, Elementwise)
+    preconditioned = blocks[0].algorithm.preconditions
     if not purpose:
-        return "parameters without a matrix" if elementwise else "matrices"
-    if elementwise and options.algorithm != "elementwise":
+        return "matrices" if preconditioned else "parameters without a matrix"
+    if not preconditioned and algorithm_class(options.algorithm).preconditions:
         return f"{purpose} of {'too few rows' if options.vocabulary else 'one row or column'}"
     return purpose
 

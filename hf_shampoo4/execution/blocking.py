@@ -19,21 +19,16 @@ import torch
 
 from ..exceptions import OptionError
 from ..numerics.storage import SMALL, nbytes
-from ..options import Options
-from ..preconditioners.algorithms import make_algorithm
-from ..preconditioners.bases import rotated_sides
+from ..options import FALLBACK, Options
+from ..preconditioners.algorithms import algorithm_class
 from ..preconditioners.operations import amortised
 from ..preconditioners.protocols import Algorithm
-from ..preconditioners.schedule import intervals
 from ..sharding.geometry import MatrixView, Rect, entries_view, matrix_view, partition
 from ..sharding.owners import Load
 
 WAVE_ELEMENTS = 1 << 24  # of a wave on a CPU: 64 MiB of float32 gradient, and the least elsewhere
 WAVE_SHARE = 16  # of a GPU's memory a wave may take one part in so many, for a step's launches are as many as its waves
 WAVE_BYTES = 20  # that an entry of it takes: gradient, update, and three more float32 numbers in between
-STRIP = 1 << 20  # entries of a small strip: as many as a block of 1024 x 1024
-TALL, LEAST = 8, 2  # times the order of its basis: how long a strip is (the basis takes 1/14 byte an entry), at least
-LARGEST = WAVE_ELEMENTS  # entries of a strip, unless it has to have more
 VOCABULARY = 4  # a vocabulary has at least this many times as many rows as columns
 
 
@@ -67,26 +62,29 @@ def blocks_of(shape: tuple[int, ...], options: Options) -> list[Block]:
     if not numel:
         return []
     quantise = numel >= SMALL
-    view = matrix_view(shape, options.matrix_view) if options.algorithm != "elementwise" else None
+    algorithm = algorithm_class(options.algorithm)
+    view = matrix_view(shape, options.matrix_view) if algorithm.preconditions else None
     if view is not None and options.vocabulary and view.rows < VOCABULARY * view.columns:
         view = None  # hardly a vocabulary: learned positions, a class token, the classes of a classifier
     if view is None:
-        view, options = entries_view(shape), dataclasses.replace(options, algorithm="elementwise", row_splits=())
+        view, options = entries_view(shape), dataclasses.replace(options, algorithm=FALLBACK, row_splits=())
+        algorithm = algorithm_class(FALLBACK)
     fused = options.row_splits if sum(options.row_splits) == view.rows else (view.rows,)
     ends = list(accumulate(fused))
-    found: dict[tuple[tuple[int, int], tuple[bool, bool]], Algorithm] = {}
+    found: dict[tuple[tuple[int, int], int], Algorithm] = {}
     blocks = []
-    for rect in partition(view, lambda rows, columns: largest_block(rows, columns, options), fused):
-        kind = rect.shape, rotated_sides(fused[bisect_right(ends, rect.r0)], view.columns, options)
+    for rect in partition(view, lambda rows, columns: algorithm.largest_block(rows, columns, options), fused):
+        kind = rect.shape, fused[bisect_right(ends, rect.r0)]
         if kind not in found:
-            found[kind] = make_algorithm(rect.shape if len(shape) > 1 else (numel,), options, quantise, kind[1])
+            of_block, whole = rect.shape if len(shape) > 1 else (numel,), (kind[1], view.columns)
+            found[kind] = algorithm.make(of_block, options, quantise, whole)
         blocks.append(Block(view, rect, found[kind]))
-    if len({algorithm.shape for algorithm in found.values()}) < len(set(found.values())):
+    if len({of_block.shape for of_block in found.values()}) < len(set(found.values())):
         raise OptionError(
             f"row_splits={options.row_splits} cut a parameter of shape {shape} into matrices with blocks of one shape, "
             "of which some have two bases and some have one: set sides=both or sides=short"
         )
-    return blocks if options.algorithm != "elementwise" else [_by_last_dimension(block, shape) for block in blocks]
+    return blocks if algorithm.preconditions else [_by_last_dimension(block, shape) for block in blocks]
 
 
 def _by_last_dimension(block: Block, shape: tuple[int, ...]) -> Block:
@@ -95,23 +93,6 @@ def _by_last_dimension(block: Block, shape: tuple[int, ...]) -> Block:
     times = block.view.columns // columns
     rows = Rect(0, block.rect.r0 * times, block.rect.r1 * times, 0, columns)
     return Block(MatrixView(1, block.view.rows * times, columns), rows, block.algorithm)
-
-
-def largest_block(rows: int, columns: int, options: Options) -> tuple[int, int]:
-    """The most rows and columns of a block of a matrix.
-
-    With two bases both sides are cut to `block_size`.  With one, its side is cut to `basis_order`, and the other into
-    strips: as many times as long as the basis that its bytes do not count, but within what a wave holds.
-    """
-    if options.algorithm == "elementwise":
-        return max(1, STRIP // columns), columns
-    rotated = rotated_sides(rows, columns, options)
-    if options.algorithm == "shampoo" or all(rotated):
-        return options.block_size, options.block_size
-    short = columns if rotated[1] else rows
-    order = -(-short // -(-short // options.basis_order))
-    strip = max(LEAST * order, min(TALL * order, LARGEST // order), STRIP // order)
-    return (strip, order) if rotated[1] else (order, strip)
 
 
 def loads_of(blocks: Sequence[Block], options: Options) -> list[Load]:
@@ -124,7 +105,7 @@ def loads_of(blocks: Sequence[Block], options: Options) -> list[Load]:
 
 
 def _load(block: Block, options: Options) -> Load:
-    work = amortised(block.algorithm.work(), intervals(options))
+    work = amortised(block.algorithm.work(), block.algorithm.intervals(options))
     return Load(work.cost(block.numel), sum(nbytes(storage) for storage in block.algorithm.storages().values()))
 
 

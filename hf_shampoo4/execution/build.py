@@ -10,7 +10,6 @@ import torch
 from ..numerics.precision import lacks
 from ..numerics.storage import allocate
 from ..options import Options, require
-from ..preconditioners.algorithms import Elementwise
 from ..preconditioners.protocols import Algorithm
 from ..sharding.agreement import gather_or_raise
 from ..sharding.dtensor import Sharding, placed, sharding_of
@@ -127,7 +126,7 @@ def assign_owners(groups: list[list[WaveParameter]], options: list[Options], wor
         for member in members:
             for k, load in enumerate(loads_of(member.blocks, of_group)):
                 block = member.blocks[k]
-                if isinstance(block.algorithm, Elementwise) and not member.placement.whole:
+                if not block.algorithm.preconditions and not member.placement.whole:
                     r, view = block.rect, block.view
                     middle = (r.matrix * view.rows + (r.r0 + r.r1) // 2) * view.columns + (r.c0 + r.c1) // 2
                     holders = member.placement.holders(middle)

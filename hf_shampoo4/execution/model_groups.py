@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..exceptions import OptionError
 from ..options import NAMES, Options, check_rates, require_kind
-from ..preconditioners.moments import make_moments
+from ..preconditioners.moments import make_base
 from ..sharding.geometry import matrix_view
 from ..sharding.local_parameter import (
     check_trainable,
@@ -212,7 +212,7 @@ def check_group(group: Group) -> None:
         raise OptionError(f"betas={betas!r} is not allowed: nesterov needs a momentum, the first number in (0, 1)")
     group["betas"] = tuple(betas)
     require_kind(group)
-    make_moments((1,), Options.of(group), quantise=True)  # raises if a storage needs a package that is missing
+    make_base((1,), Options.of(group), quantise=True)  # raises if a storage needs a package that is missing
     if len({id(p) for p in group["params"]}) < len(group["params"]):
         raise ValueError("a parameter is in its group twice: it would be updated twice a step")
     for p in group["params"]:

@@ -6,8 +6,8 @@ default.  Nothing here imports torch or transformers, so a bad option is refused
 """
 
 from ..exceptions import InputError, OptionError
+from .algorithms import ALGORITHMS, FALLBACK, Entry, auto_of, register, users_of
 from .fields import (
-    EIGENBASIS,
     KINDS,
     NAMES,
     OF_ADAMW,
@@ -17,18 +17,19 @@ from .fields import (
     STOCHASTIC_HEAD,
     STRUCTURAL,
     TYPES,
-    USED_BY,
-    USED_BY_FACTOR,
     Options,
     check_rates,
     require,
     require_kind,
+    what_uses,
 )
 from .parsing import CONFIG_ENV, parse_optim_args, resolve, saved_options
 
 __all__ = [
+    "ALGORITHMS",
     "CONFIG_ENV",
-    "EIGENBASIS",
+    "Entry",
+    "FALLBACK",
     "InputError",
     "KINDS",
     "NAMES",
@@ -41,12 +42,14 @@ __all__ = [
     "STOCHASTIC_HEAD",
     "STRUCTURAL",
     "TYPES",
-    "USED_BY",
-    "USED_BY_FACTOR",
+    "auto_of",
     "check_rates",
     "parse_optim_args",
+    "register",
     "require",
     "require_kind",
     "resolve",
     "saved_options",
+    "users_of",
+    "what_uses",
 ]

@@ -11,13 +11,14 @@ from typing import Any, Literal, get_type_hints
 
 from ..exceptions import OptionError
 from ..numerics.codebooks import ONLY_4_BITS
+from .algorithms import ALGORITHMS, FALLBACK, auto_of, users_of
 
 
 @dataclass(frozen=True)
 class Options:
     """What one parameter group does; stored key by key in `optimizer.param_groups`."""
 
-    algorithm: Literal["shampoo", "soap", "kl_shampoo", "kl_soap", "elementwise"] = "kl_shampoo"
+    algorithm: str = "kl_shampoo"
     """`shampoo`: Kronecker preconditioner per matrix, with inverse roots, as in the papers; `soap`, `kl_shampoo`,
     `kl_soap`: moments in the eigenbasis of the factors; `elementwise`: the base optimizer alone."""
     embeddings: Literal["auto", "elementwise"] = "auto"
@@ -147,8 +148,9 @@ class Options:
         require("oblong", self.oblong, 1.0 < self.oblong < math.inf, "a number above 1")
         require("damping", self.damping, 0.0 < self.damping < 1.0, "a number in (0, 1)")
         require("row_splits", self.row_splits, all(n >= 1 for n in self.row_splits), "positive sizes")
-        if self.algorithm != "elementwise":  # which carries its neighbours' options along
-            changed = [name for name in USED_BY if getattr(self, name) != getattr(Options, name)]
+        require("algorithm", self.algorithm, self.algorithm in ALGORITHMS, f"one of {', '.join(ALGORITHMS)}")
+        if self.algorithm != FALLBACK:  # which carries its neighbours' options along
+            changed = [name for name in NAMES if getattr(self, name) != getattr(Options, name)]
             refuse_unused(changed, self.algorithm, self.factor)
         _check_factors_by_kind(self.rates)
         _check_factor(self)
@@ -160,23 +162,17 @@ class Options:
         lloyd16 errs by .072; in blocks of 64 nf4 does by .092 and linear2 by .11."""
         if self.codebook != "auto":
             return self.codebook
-        return "lloyd16" if self.algorithm in EIGENBASIS and self.bits == 4 else "linear2"
+        return auto_of(self.algorithm, "codebook") if self.bits == 4 else "linear2"
 
     @property
     def factor_block(self) -> int:
         """`quant_block`, chosen."""
-        return self.quant_block or (16 if self.algorithm in EIGENBASIS else 64)
+        return self.quant_block or auto_of(self.algorithm, "quant_block")
 
     @property
     def rate(self) -> float:
         """What the learning rate is multiplied by: the factor of `rates` for this kind."""
         return dict(self.rates).get(self.kind, 1.0)
-
-    def basis_interval(self, updates: int) -> int:
-        """Steps between two updates of a basis after so many: bases change fast at first, and slowly later."""
-        if not self.refresh_warmup:
-            return self.stats_every
-        return min(self.stats_every, max(1, updates // self.refresh_warmup))
 
     @classmethod
     def of(cls, group: Mapping[str, Any]) -> Options:
@@ -191,35 +187,23 @@ class Options:
         """With the algorithm that `embeddings` and `vocabulary` mean."""
         if not self.vocabulary:
             return self
-        preconditioned = self.embeddings == "auto" and self.algorithm in EIGENBASIS
-        return dataclasses.replace(self, algorithm="kl_shampoo" if preconditioned else "elementwise")
+        theirs = ALGORITHMS[self.algorithm].vocabulary if self.embeddings == "auto" else FALLBACK
+        return dataclasses.replace(self, algorithm=theirs)
 
 
 KINDS = ("embedding", "head", "matrix", "vector")
 
-EIGENBASIS = ("soap", "kl_shampoo", "kl_soap")
-
-# 2405.18144 and 2412.10663: factors are updated rarely, and all of them at once
-SHAMPOO_DEFAULTS = {"factor_beta": 0.95, "stagger": False}
-
-# Which algorithms use an option that not all of them use, and which of Shampoo's factors.
-USED_BY: dict[str, tuple[str, ...]] = {
-    **dict.fromkeys(("factor", "roots_every", "rectify_roots", "root", "graft", "error_beta"), ("shampoo",)),
-    **dict.fromkeys(("base", "nesterov"), ("shampoo", "elementwise")),
-    **dict.fromkeys(
-        ("refresh_warmup", "vocabulary_beta", "sides", "oblong", "basis_order", "orthogonalise"), EIGENBASIS
-    ),
-}
+# Which of Shampoo's factors use an option that not all of them use.
 USED_BY_FACTOR = {"rectify_stats": ("eigen",), "rectify_roots": ("eigen",), "error_beta": ("cholesky_ef",)}
 
 
 def what_uses(name: str, algorithm: str, factor: str) -> str:
     """Why an option has no effect with this algorithm, or with this factor of Shampoo, and what to add; "" if it has
     one."""
-    users, factors = USED_BY.get(name, (algorithm,)), USED_BY_FACTOR.get(name, (factor,))
+    users, factors = users_of(name), USED_BY_FACTOR.get(name, (factor,))
     if algorithm not in users:
         return f"with algorithm={algorithm}: remove it, or add algorithm={' or '.join(users)}"
-    if algorithm == "shampoo" and factor not in factors:
+    if algorithm in users_of("factor") and factor not in factors:
         return f"with factor={factor}: remove it, or add factor={' or '.join(factors)}"
     return ""
 
@@ -294,7 +278,7 @@ def _carried_out(values: tuple[Any, ...]) -> Options:
     return Options(*values).carried_out()
 
 
-TYPES: dict[str, Any] = get_type_hints(Options)
+TYPES: dict[str, Any] = {**get_type_hints(Options), "algorithm": Literal[tuple(ALGORITHMS)]}
 
 # What a checkpoint cannot change: the shapes and the meaning of the state depend on these.
 STRUCTURAL: tuple[str, ...] = (

@@ -10,14 +10,13 @@ from typing import Any, Literal, Union, get_args, get_origin
 
 from ..exceptions import OptionError
 from ..utils.yaml import read_yaml
+from .algorithms import ALGORITHMS, FALLBACK
 from .fields import (
     KINDS,
     NAMES,
     OF_ADAMW,
     PRESETS,
-    SHAMPOO_DEFAULTS,
     TYPES,
-    USED_BY,
     Options,
     refuse_unused,
     require,
@@ -91,9 +90,9 @@ def _merged(beneath: Mapping[str, Any], preset: Mapping[str, Any], explicit: Map
     if not set(NAMES) <= set(explicit):  # which is a whole group of another optimizer, not somebody's choice
         refuse_unused(explicit, algorithm, factor)
     taken = {name: value for name, value in preset.items() if not what_uses(name, algorithm, factor)}
-    if algorithm == "elementwise":  # carries its neighbours' options along
+    if algorithm == FALLBACK:  # carries its neighbours' options along
         return {**taken, **explicit}
-    usual = {name: getattr(Options, name) for name in USED_BY if what_uses(name, algorithm, factor)}
+    usual = {name: getattr(Options, name) for name in NAMES if what_uses(name, algorithm, factor)}
     reset = {name: value for name, value in usual.items() if beneath.get(name, value) != value}
     return {**reset, **_defaults_of(algorithm, beneath), **taken, **explicit}
 
@@ -109,10 +108,11 @@ def _without_adamws(given: Mapping[str, Any]) -> dict[str, Any]:
 
 def _defaults_of(algorithm: str, beneath: Mapping[str, Any]) -> dict[str, Any]:
     """What depends on the algorithm, unless `beneath` has something else than its own algorithm's default."""
-    usual = {name: getattr(Options, name) for name in SHAMPOO_DEFAULTS}
-    theirs = SHAMPOO_DEFAULTS if beneath.get("algorithm") == "shampoo" else usual
+    of_theirs = ALGORITHMS[beneath.get("algorithm", Options.algorithm)].defaults
+    mine = ALGORITHMS[algorithm].defaults
+    usual = {name: getattr(Options, name) for name in (*of_theirs, *mine)}
+    theirs, mine = {**usual, **of_theirs}, {**usual, **mine}
     left_alone = [name for name in usual if beneath.get(name, theirs[name]) == theirs[name]]
-    mine = SHAMPOO_DEFAULTS if algorithm == "shampoo" else usual
     return {name: mine[name] for name in left_alone if mine[name] != beneath.get(name, usual[name])}
 
 
@@ -166,10 +166,11 @@ def _cast(name: str, value: Any) -> Any:
         raise OptionError(f"unknown option {name!r}{hint}; valid options: {', '.join((*NAMES, 'preset', 'config'))}")
     kind = TYPES[name]
     if get_origin(kind) is Literal:
-        for allowed in get_args(kind):
+        choices = tuple(ALGORITHMS) if name == "algorithm" else get_args(kind)
+        for allowed in choices:
             if isinstance(value, (str, int, float)) and value in (allowed, str(allowed)):
                 return allowed
-        require(name, value, False, "one of " + ", ".join(str(a) for a in get_args(kind)))
+        require(name, value, False, "one of " + ", ".join(map(str, choices)))
     caster = {bool: _as_bool, int: _as_int, float: _as_float, TYPES["rates"]: _as_rates}.get(kind, _as_sizes)
     try:
         return caster(value)

@@ -14,8 +14,8 @@ from torch import nn
 
 from ..exceptions import OptionError
 from ..execution.waves import WaveParameter
-from ..options import resolve
-from ..preconditioners.algorithms import Elementwise
+from ..options import Options, resolve
+from ..preconditioners.algorithms import algorithm_class
 from ..training.arguments import DTYPES, ModelArguments
 from ..utils.extras import named
 from .figures import OverRanks, Plan
@@ -86,7 +86,7 @@ def plan_of(
     groups = planned_groups(model, chosen, layout)
     members = [member for group in groups for member in group.members]
     factored = [member for member in members if _is_factored(member)]
-    if not factored and chosen.get("algorithm") != "elementwise":
+    if not factored and algorithm_class(chosen.get("algorithm", Options.algorithm)).preconditions:
         raise OptionError(f"nothing to precondition: {name} has no matrix that is not left to the base optimizer")
     blocks = [block for member in factored for block in member.blocks]
     tally = Tally(world_size)
@@ -153,4 +153,4 @@ def _training(model: nn.Module, layout: Sharding, batch: Batch | None) -> Traini
 
 
 def _is_factored(member: WaveParameter) -> bool:
-    return bool(member.blocks) and not isinstance(member.blocks[0].algorithm, Elementwise)
+    return bool(member.blocks) and member.blocks[0].algorithm.preconditions

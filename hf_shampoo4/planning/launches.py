@@ -30,7 +30,8 @@ from ..groups import param_groups
 from ..integrations.trainer import head_options
 from ..numerics import quantize
 from ..optimizer import Shampoo4bit
-from ..options import EIGENBASIS, Options
+from ..options import Options, users_of
+from ..preconditioners.algorithms import algorithm_class
 
 ALLOCATIONS = {
     "empty", "empty_strided", "empty_like", "new_empty", "new_empty_strided", "resize_", "lift_fresh", "detach", "set_",
@@ -190,20 +191,23 @@ def steps_of(model: nn.Module, options: Mapping[str, Any], triton: bool = True) 
         )
     found = {}
     algorithm = options.get("algorithm", Options.algorithm)
-    refreshed = {"stats_every": 1, **({"roots_every": 1} if algorithm == "shampoo" else {})}
-    for name, changed in (("late", {}), ("all", refreshed)):
-        given = {**options, **(changed if algorithm != "elementwise" else {})}
-        if algorithm in EIGENBASIS:
+    all_refreshed = dict.fromkeys(algorithm_class(algorithm).every.values(), 1)
+    for name, changed in (("late", {}), ("all", all_refreshed)):
+        given = {**options, **changed}
+        if algorithm in users_of("orthogonalise"):
             iteration = options.get("orthogonalise", "auto")  # auto's choice on CUDA:
-            given |= {"orthogonalise": "cholesky_qr" if iteration == "auto" else iteration, "refresh_warmup": 0}
+            given |= {"orthogonalise": "cholesky_qr" if iteration == "auto" else iteration}
+        if algorithm in users_of("refresh_warmup"):
+            given |= {"refresh_warmup": 0}
         found[name] = _one_step(model, given, triton)
     return found
 
 
 def _one_step(model: nn.Module, options: Mapping[str, Any], triton: bool) -> Counted:
     precision = {"auto": "tf32"}.get(chosen := options.get("rotation_precision", "auto"), chosen)
-    plain = {**options, "rotation_precision": "float32"}  # the others are emulated where there is no GPU
-    plain = plain if plain.get("algorithm", Options.algorithm) in EIGENBASIS else dict(options)
+    plain = dict(options)
+    if options.get("algorithm", Options.algorithm) in users_of("rotation_precision"):
+        plain["rotation_precision"] = "float32"  # the others are emulated where there is no GPU
     optimizer = Shampoo4bit(param_groups(model, head=head_options(options)), **plain)
     for p in model.parameters():
         p.grad = torch.empty_like(p) if p.requires_grad else None

@@ -20,7 +20,7 @@ from ..exceptions import OptionError
 from ..execution.blocking import meta_has_memory
 from ..groups import is_of_matrices, param_groups
 from ..options import Options
-from ..preconditioners.schedule import intervals
+from ..preconditioners.algorithms import intervals
 from .ceilings import Ceilings
 from .figures import Plan
 from .launches import Counted, Launch, LaunchCounter, steps_of
@@ -158,9 +158,7 @@ def _ours(counted: Mapping[str, Counted], plan: Plan, ceilings: Ceilings) -> Sec
         none = (late - worst / every) / (1 - 1 / every) if every > 1 else late
     else:
         none, late = late, late + (worst - late) / every
-    updates = 1 / every
-    if "basis" in intervals(options):
-        updates = sum(1 / intervals(options, step)["basis"] for step in range(1, FIRST + 1)) / FIRST
+    updates = sum(1 / max(intervals(options, step).values(), default=1) for step in range(1, FIRST + 1)) / FIRST
     return Seconds(late, worst, max(none + updates * (worst - none), 0.0))
 
 

@@ -14,7 +14,6 @@ from ..execution.blocking import Block, in_parts, in_waves, loads_of
 from ..execution.waves import WaveParameter
 from ..numerics.storage import nbytes
 from ..preconditioners.protocols import Algorithm
-from ..preconditioners.schedule import intervals
 from ..sharding.geometry import Rect
 from ..sharding.placement import Placement
 from ..sharding.regions import Region
@@ -128,7 +127,7 @@ def _changed(
     for (algorithm, owner), count in blocks.items() if group.replicated else ():
         sizes = {name: count * nbytes(storage) for name, storage in algorithm.storages().items()}
         for refresh, names in algorithm.refreshes().items():
-            seldom.setdefault(intervals(group.options)[refresh], np.zeros(world, np.int64))[owner] += sum(
+            seldom.setdefault(algorithm.intervals(group.options)[refresh], np.zeros(world, np.int64))[owner] += sum(
                 sizes.pop(name) for name in names
             )
         often[owner] += sum(sizes.values())

@@ -1,80 +1,29 @@
-"""How a block's gradient becomes a direction: Shampoo (two factors, graft, moments), the eigenbasis family (moments in
-the factors' eigenbasis) or the base alone.
-
-An algorithm is a frozen description of one block shape; equal descriptions are computed as one stack.  Its state is
-{tensor name: buffers}; `compute_updates` runs the stacks of a wave together, as the graft goes over whole parameters.
-"""
+"""The algorithms by name, and the step of all stacks of a wave together: a graft goes over whole parameters."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import ClassVar
+from importlib import import_module
 
 import torch
 from torch import Tensor
 
-from ..numerics.storage import Dense, State, Storage
-from ..options import Options
-from .bases import make_sides
-from .eigenbasis import Eigenbasis
-from .factors import make_factor
-from .moments import Base, make_base, make_moments
-from .operations import Work
+from ..options import ALGORITHMS, Options
 from .protocols import Algorithm, Context, Stack
-from .shampoo import Shampoo
 
 
-@dataclass(frozen=True)
-class Elementwise:
-    """No preconditioner: norms, biases, and what is left to the base."""
-
-    shape: tuple[int, ...]
-    moments: Base
-
-    grafted: ClassVar[bool] = False
-
-    def storages(self) -> dict[str, Storage]:
-        return {"steps": Dense(()), **self.moments.storages()}
-
-    def initialise(self, state: State) -> None:
-        """Zeros are right."""
-
-    def work(self) -> dict[str, Work]:
-        return {"step": Work()}
-
-    def workspace(self, blocks: int) -> dict[str, int]:
-        return {"step": self.moments.workspace(blocks * math.prod(self.shape))}
-
-    def refreshes(self) -> dict[str, list[str]]:
-        return {}
-
-    def update(self, stack: Stack, g: Tensor, context: Context) -> Tensor:
-        """u, (B, *shape) float32: the base's direction.
-
-        Args:
-            g: (B, *shape) float32, the gradient.
-        """
-        return self.moments.direction(stack.state, g, context.moment_step(stack))
+def algorithm_class(name: str) -> type[Algorithm]:
+    """The class of the algorithm of a name."""
+    found = ALGORITHMS[name].implementation
+    if isinstance(found, str):
+        module, _, cls = found.partition(":")
+        found = getattr(import_module(module), cls)
+    return found
 
 
-def make_algorithm(
-    shape: tuple[int, ...], options: Options, quantise_moments: bool, rotated: tuple[bool, bool] = (True, True)
-) -> Algorithm:
-    """The algorithm for blocks of `shape` that the options name.
-
-    Args:
-        quantise_moments: see `make_base`.
-        rotated: which sides have a basis, see `rotated_sides`.
-    """
-    if options.algorithm == "elementwise":
-        return Elementwise(shape, make_base(shape, options, quantise_moments))
-    if options.algorithm == "shampoo":
-        factors = make_factor(shape[0], options), make_factor(shape[1], options)
-        return Shampoo(shape, make_base(shape, options, quantise_moments), *factors)
-    moments = make_moments(shape, options, quantise_moments)
-    return Eigenbasis(shape, moments, *make_sides(shape, options, rotated), whitened=options.algorithm != "soap")
+def intervals(options: Options, updates: int | None = None) -> dict[str, int]:
+    """`Algorithm.intervals` of the options' algorithm."""
+    return algorithm_class(options.algorithm).intervals(options, updates)
 
 
 Total = Callable[[Tensor], Tensor]
@@ -112,7 +61,7 @@ def compute_updates(
 
 
 def graft(stacks: Sequence[Stack], gradients: Sequence[Tensor], context: Context, total: Total) -> list[Tensor]:
-    """Of Shampoo's stacks P <- P |G|_F / |P|_F, the norms over each parameter (`norm`) or block (`block`), or P alone.
+    """Where `grafted` says so P <- P |G|_F / |P|_F, the norms over each parameter or block (`graft`), or P alone.
 
     A zero P stays zero.  A P that is not finite (a gradient whose square overflows) becomes zero.
 
@@ -123,22 +72,22 @@ def graft(stacks: Sequence[Stack], gradients: Sequence[Tensor], context: Context
         total: see `Total`.
 
     Returns:
-        For each stack (B, *shape) float32; the gradients of stacks that are not Shampoo's as they are.
+        For each stack (B, *shape) float32; the gradients of stacks that are not grafted as they are.
     """
     values, over = list(gradients), context.options.graft
-    chosen = [(i, stack.algorithm) for i, stack in enumerate(stacks) if isinstance(stack.algorithm, Shampoo)]
+    chosen = [i for i, stack in enumerate(stacks) if stack.algorithm.grafted]
     if not chosen:
         return values
-    for i, shampoo in chosen:
-        values[i] = shampoo.precondition(stacks[i], gradients[i], context)
-    p2 = [_squared_norms(values[i]) for i, _ in chosen]
-    g2 = [_squared_norms(gradients[i]) for i, _ in chosen] if over != "none" else p2
+    for i in chosen:
+        values[i] = stacks[i].algorithm.precondition(stacks[i], gradients[i], context)
+    p2 = [_squared_norms(values[i]) for i in chosen]
+    g2 = [_squared_norms(gradients[i]) for i in chosen] if over != "none" else p2
     if over == "norm":
-        members = [stacks[i].membership.double() for i, _ in chosen]
+        members = [stacks[i].membership.double() for i in chosen]
         # products with the membership matrices, not a scatter-add, whose order is not fixed on a GPU
         sums = [torch.stack([m @ x for m, x in zip(members, squares, strict=True)]).sum(0) for squares in (g2, p2)]
         g2, p2 = ([m.T @ over_all for m in members] for over_all in total(torch.stack(sums)))
-    for (i, _), numerator, denominator in zip(chosen, g2, p2, strict=True):
+    for i, numerator, denominator in zip(chosen, g2, p2, strict=True):
         ratio = torch.nan_to_num((numerator / denominator).sqrt(), nan=0.0, posinf=0.0).float()[:, None, None]
         values[i] = torch.where(ratio > 0, values[i] * ratio, 0.0)
     return values

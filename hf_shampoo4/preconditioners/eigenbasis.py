@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import reduce
 from typing import ClassVar
@@ -13,16 +14,18 @@ from torch import Tensor
 from ..numerics.linalg import clamp_rms, transpose
 from ..numerics.precision import rotate, rotation_precision
 from ..numerics.quantize import has_kernels, kernels
-from ..numerics.storage import Dense, add_rows
-from ..options import Options
-from .bases import MIN_DECAY, TINY, DecodedSide, Side, statistic
-from .moments import Adam, Momentum
+from ..numerics.storage import Blockwise, Dense, add_rows
+from ..options import ALGORITHMS, Options
+from .bases import MIN_DECAY, TINY, DecodedSide, Side, make_sides, rotated_sides, statistic
+from .moments import Adam, Momentum, make_moments
 from .operations import Work, coding_workspace, product, total
-from .protocols import Context, Stack
+from .protocols import Context, Stack, strip
 from .two_sided import TwoSided, side_state
 from .whitened import DENSE_BLOCK, BasisUpdate, FusedMoment, WhitenedMoment, can_fuse, carried
 
 FLOOR = 1e-7  # of a side's largest eigenvalue, about float32's epsilon: the least that is divided by
+TALL, SHORTEST = 8, 2  # how long a strip is, in orders of its basis (that takes 1/14 byte an entry), and at least
+LONGEST = 1 << 24  # entries of a strip, unless it has to have more: what a wave holds (execution/blocking.py)
 LIMIT = 32.0  # of an entry of SOAP's direction: Adam's own is at most 1 / sqrt(1 - b2), which is this with b2 = 0.999
 
 
@@ -37,7 +40,38 @@ class Eigenbasis(TwoSided):
     whitened: bool
     """KL: each factor is whitened by the other one."""
 
-    grafted: ClassVar[bool] = False
+    every: ClassVar[Mapping[str, str]] = {"basis": "stats_every"}
+
+    @classmethod
+    def make(cls, shape: tuple[int, ...], options: Options, quantise: bool, whole: tuple[int, int]) -> Eigenbasis:
+        moments = make_moments(shape, options, quantise, second=options.algorithm != "kl_shampoo")
+        sides = make_sides(shape, options, rotated_sides(*whole, options))
+        return cls(shape, moments, *sides, whitened=options.algorithm != "soap")
+
+    @classmethod
+    def largest_block(cls, rows: int, columns: int, options: Options) -> tuple[int, int]:
+        """With two bases both sides are cut to `block_size`.  With one, its side is cut to `basis_order`, and the other
+        into strips: as many times as long as the basis that its bytes do not count, but within what a wave holds."""
+        rotated = rotated_sides(rows, columns, options)
+        if all(rotated):
+            return options.block_size, options.block_size
+        short = columns if rotated[1] else rows
+        order = -(-short // -(-short // options.basis_order))
+        length = max(SHORTEST * order, min(TALL * order, LONGEST // order), strip(order))
+        return (length, order) if rotated[1] else (order, length)
+
+    @classmethod
+    def intervals(cls, options: Options, updates: int | None = None) -> dict[str, int]:
+        """Bases change fast at first, and slowly later."""
+        if updates is None or not options.refresh_warmup:
+            return {"basis": options.stats_every}
+        return {"basis": min(options.stats_every, max(1, updates // options.refresh_warmup))}
+
+    def label(self, options: Options, moments: str) -> str:
+        sides = "two-sided" if self.is_two_sided else "one-sided"
+        if isinstance(self.moments.first, Blockwise) and self.moments.first.bits == 8:  # a vocabulary's, its only one
+            moments = "8bit"
+        return f"{ALGORITHMS[options.algorithm].label} {sides} {options.bits}-bit, {moments} moments"
 
     @property
     def is_two_sided(self) -> bool:

@@ -13,8 +13,11 @@ from torch import Tensor
 from ..numerics.quantize import has_kernels, kernels, padded
 from ..numerics.rounding import Noise, PreconditionerSpace, Stochastic, to_bfloat16
 from ..numerics.storage import Bitsandbytes, Blockwise, Dense, Factored, RankOne, State, Storage
-from ..options import EIGENBASIS, SECOND_CODEBOOKS, Options
+from ..options import SECOND_CODEBOOKS, Options, auto_of
 from .operations import ZIP_CODER, coding_workspace
+
+BASES = {"adamw": "AdamW", "sgdm": "SGDM"}
+"""What people call them."""
 
 MOMENT_BLOCK = 128  # 2309.01507: smaller than 8-bit's 256, because outliers cost a 4-bit block more
 
@@ -193,7 +196,7 @@ def make_base(shape: tuple[int, ...], options: Options, quantise: bool) -> Base:
     return _adam(shape, options, quantise)
 
 
-def make_moments(shape: tuple[int, ...], options: Options, quantise: bool) -> Adam | Momentum:
+def make_moments(shape: tuple[int, ...], options: Options, quantise: bool, second: bool) -> Adam | Momentum:
     """Those of the eigenbasis family, stored as `make_base` says.
 
     The first moment is stored whitened, and so without outliers: nf4.
@@ -201,7 +204,7 @@ def make_moments(shape: tuple[int, ...], options: Options, quantise: bool) -> Ad
     A 4-bit first moment of embeddings or the output head without a second one (KL-Shampoo) has 8 bits, dynamic, block
     256, unless `first_codebook` asks for another: 4 bits lose half of what preconditioning them gains.
     """
-    if options.algorithm != "kl_shampoo":
+    if second:
         return _adam(shape, options, quantise)
     first, _ = _storages(shape, options, quantise)
     in_8_bits = options.vocabulary and isinstance(first, Blockwise) and options.first_codebook == "auto"
@@ -251,7 +254,7 @@ def _storages(shape: tuple[int, ...], options: Options, quantise: bool) -> tuple
     if recipe == "8bit":
         return Bitsandbytes(shape, signed=True), Bitsandbytes(shape, signed=False)
     modern = recipe in ("4bit_eden", "4bit_zipsr")
-    default = "nf4" if modern or options.algorithm in EIGENBASIS else "dynamic"
+    default = "nf4" if modern else auto_of(options.algorithm, "first_codebook")
     first = Blockwise(shape, default if options.first_codebook == "auto" else options.first_codebook, 4, MOMENT_BLOCK)
     has_sides = len(shape) == 2 and 4 * sum(shape) <= math.prod(shape)
     if recipe == "4bit_factored" and has_sides:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import ClassVar
@@ -10,8 +10,9 @@ from typing import ClassVar
 from torch import Tensor
 
 from ..numerics.storage import Index, State, gather_rows, scatter_rows
-from .factors import Factor
-from .moments import Base
+from ..options import Options
+from .factors import Factor, make_factor
+from .moments import BASES, Base, make_base
 from .operations import Work, coding_workspace, product
 from .protocols import Context, Stack
 from .two_sided import TwoSided, side_state
@@ -26,6 +27,16 @@ class Shampoo(TwoSided):
     right: Factor
 
     grafted: ClassVar[bool] = True
+    every: ClassVar[Mapping[str, str]] = {"stats": "stats_every", "roots": "roots_every"}
+
+    @classmethod
+    def make(cls, shape: tuple[int, ...], options: Options, quantise: bool, whole: tuple[int, int]) -> Shampoo:
+        factors = make_factor(shape[0], options), make_factor(shape[1], options)
+        return cls(shape, make_base(shape, options, quantise), *factors)
+
+    def label(self, options: Options, moments: str) -> str:
+        over = "" if options.base == "adamw" else f" over {BASES[options.base]}"
+        return f"Shampoo {options.factor} {options.bits}-bit{over}, {moments} moments"
 
     def work(self) -> dict[str, Work]:
         m, n = self.shape

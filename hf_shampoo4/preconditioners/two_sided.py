@@ -8,7 +8,7 @@ from typing import Protocol
 import torch
 
 from ..numerics.storage import Dense, State, Storage
-from .moments import Moments
+from .protocols import Algorithm
 
 
 class SideState(Protocol):
@@ -22,12 +22,9 @@ class SideState(Protocol):
 
 
 @dataclass(frozen=True)
-class TwoSided:
-    """A block of m x n with a Kronecker factor on each side."""
+class TwoSided(Algorithm):
+    """A block of m x n, its shape, with a Kronecker factor on each side."""
 
-    shape: tuple[int, ...]
-    """(m, n)."""
-    moments: Moments
     left: SideState
     """Of order m."""
     right: SideState

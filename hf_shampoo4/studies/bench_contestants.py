@@ -5,10 +5,11 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, get_args, get_type_hints
+from typing import Any
 
 from hf_shampoo4.exceptions import OptionError
-from hf_shampoo4.options import Options
+from hf_shampoo4.options import ALGORITHMS, FALLBACK, users_of
+from hf_shampoo4.preconditioners.algorithms import algorithm_class
 
 
 @dataclass(frozen=True)
@@ -49,13 +50,9 @@ class Contestant:
     """Keyword that takes the largest order of a factor, if longer sides are cut (and not left alone)."""
 
 
-ALGORITHMS: tuple[str, ...] = get_args(get_type_hints(Options)["algorithm"])
-
-
 def _ours(label: str, **options: Any) -> Contestant:
-    intervals = {"elementwise": (), "shampoo": ("stats_every", "roots_every")}
-    every: tuple[str, ...] = intervals.get(options["algorithm"], ("stats_every",))
-    if every == ("stats_every",):
+    every = tuple(algorithm_class(options["algorithm"]).every.values())
+    if options["algorithm"] in users_of("refresh_warmup"):
         options["refresh_warmup"] = 0  # the others' bases are not updated at every step to begin with
     return Contestant(label, "hf_shampoo4:Shampoo4bit", "", options, every, "block_size" if every else "")
 
@@ -76,7 +73,7 @@ CONTESTANTS: dict[str, Contestant] = {
         ("preconditioning_compute_steps", "statistics_compute_steps"), "block_size",
     ),
     "heavyball_soap": Contestant("HeavyBall SOAP", "heavyball:SOAP", "heavyball", every=("precondition_frequency",)),
-    **{f"ours_{name}": _ours(f"ours: {name}, 4-bit", algorithm=name) for name in ALGORITHMS if name != "elementwise"},
+    **{f"ours_{name}": _ours(f"ours: {name}, 4-bit", algorithm=name) for name in ALGORITHMS if name != FALLBACK},
     "ours_shampoo_staggered": _ours("ours: shampoo, 4-bit, staggered", algorithm="shampoo", stagger=True),
     "ours_kl_shampoo_together": _ours("ours: kl_shampoo, 4-bit, all at once", algorithm="kl_shampoo", stagger=False),
     "ours_shampoo32": _ours("ours: shampoo, 32-bit", algorithm="shampoo", factor="direct", bits=32, moments="fp32"),

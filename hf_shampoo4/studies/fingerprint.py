@@ -12,7 +12,7 @@ from torch import nn
 
 from hf_shampoo4.integrations.trainer import optim_options
 from hf_shampoo4.optimizer import Shampoo4bit
-from hf_shampoo4.options import EIGENBASIS, Options
+from hf_shampoo4.options import Options, users_of
 
 # One of each kind and geometry, and one that is cut into blocks.
 GROUPS: tuple[tuple[dict[str, Any], tuple[tuple[int, ...], ...]], ...] = (
@@ -44,7 +44,7 @@ def _fingerprint(optim: str, optim_args: str, beta2: float) -> str:
         for kind, shapes in GROUPS
     ]
     options = optim_options(optim, optim_args)
-    if (chosen := Options(**options)).algorithm in EIGENBASIS:
+    if (chosen := Options(**options)).algorithm in users_of("refresh_warmup"):
         options["refresh_warmup"] = chosen.refresh_warmup // FASTER
     optimizer = Shampoo4bit(groups, lr=1e-2, betas=(0.9, beta2), weight_decay=0.1, **options)
     weights: list[nn.Parameter] = [p for group in optimizer.param_groups for p in group["params"]]

@@ -19,8 +19,8 @@ from typing import Any
 import torch
 
 from hf_shampoo4.integrations.trainer import OPTIMS, optim_options
-from hf_shampoo4.options import Options
-from hf_shampoo4.preconditioners.schedule import intervals
+from hf_shampoo4.options import Options, users_of
+from hf_shampoo4.preconditioners.algorithms import intervals
 from hf_shampoo4.studies.bench import counted
 from hf_shampoo4.studies.code_version import commit
 from hf_shampoo4.studies.grid import Contestant, Settings
@@ -83,9 +83,10 @@ class Times:
 
 def pace_of(settings: Settings) -> Callable[[int], float]:
     """How many of its bases a run turns at step n, as a share of all of them; 1 for optimizers without a schedule."""
-    if (options := _options(settings)) is None or not options.refresh_warmup:
+    options = _options(settings)
+    if options is None or options.algorithm not in users_of("refresh_warmup") or not options.refresh_warmup:
         return lambda n: 1.0
-    return lambda n: 1 / intervals(options, n).get("basis", 1)
+    return lambda n: 1 / max(intervals(options, n).values())
 
 
 def _options(settings: Settings) -> Options | None:
