@@ -17,7 +17,7 @@ from torch import nn
 from hf_shampoo4 import Shampoo4bit
 from hf_shampoo4.exceptions import CheckpointError
 from hf_shampoo4.numerics import linalg as matrix
-from hf_shampoo4.options import EIGENBASIS
+from hf_shampoo4.options import users_of
 
 SHAPES = [(70, 66), (64, 64), (3, 20, 30), (9,), (5000,)]
 OFTEN = {"algorithm": "shampoo", "stats_every": 1, "roots_every": 2}
@@ -219,7 +219,7 @@ SIZES = (1e-40, 1e-25, 1e-10, 1e10, 1e18, 1e19, 1e25, 1e38)
     "options",
     [
         *({"algorithm": "shampoo", "graft": graft} for graft in ("norm", "block", "none")),
-        *({"algorithm": name} for name in EIGENBASIS),
+        *({"algorithm": name} for name in users_of("refresh_warmup")),
     ],
     ids=lambda options: "-".join(options.values()),
 )

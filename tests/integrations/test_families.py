@@ -19,7 +19,6 @@ from torch.nn.utils import weight_norm as old_weight_norm
 
 from hf_shampoo4.execution.blocking import blocks_of
 from hf_shampoo4.groups import options_of, param_groups
-from hf_shampoo4.preconditioners.algorithms import Elementwise
 from hf_shampoo4.state_report import block_bytes
 from tests.support.tiny import llama
 
@@ -184,7 +183,7 @@ def treatments(model: nn.Module) -> dict[str, str]:
         options = options_of(group, {})
         for name, p in group["params"]:
             blocks = blocks_of(tuple(p.shape), options)
-            elementwise = all(isinstance(block.algorithm, Elementwise) for block in blocks)
+            elementwise = not any(block.algorithm.preconditions for block in blocks)
             kind = ADAMW if elementwise else VOCABULARY if options.vocabulary else MATRIX
             if p.dim() > 1:
                 found[name] = kind

@@ -21,7 +21,7 @@ from hf_shampoo4.numerics.precision import rotate
 from hf_shampoo4.numerics.storage import Index, allocate
 from hf_shampoo4.options import Options, parse_optim_args
 from hf_shampoo4.preconditioners import eigenbasis
-from hf_shampoo4.preconditioners.algorithms import Elementwise
+from hf_shampoo4.preconditioners.algorithms import intervals
 from hf_shampoo4.preconditioners.bases import DecodedSide, factor_in_basis, make_sides, rotated_sides, statistic
 from hf_shampoo4.preconditioners.two_sided import side_state
 
@@ -146,10 +146,10 @@ def test_32_bit_whole_run_agrees_with_the_literal_one(
 
 def test_basis_updates_are_rarer_and_rarer() -> None:
     options = Options(stats_every=10, refresh_warmup=100)
-    updates = [step for step in range(1, 2001) if step % options.basis_interval(step) == 0]
+    updates = [step for step in range(1, 2001) if step % intervals(options, step)["basis"] == 0]
     assert updates[:200] == [*range(1, 200), 200]
     assert [sum(a < step <= a + 100 for step in updates) for a in (100, 200, 300, 900, 1500)] == [100, 50, 34, 12, 10]
-    assert {Options(stats_every=10, refresh_warmup=0).basis_interval(step) for step in (1, 50, 10**6)} == {10}
+    assert {intervals(Options(stats_every=10, refresh_warmup=0), n)["basis"] for n in (1, 50, 10**6)} == {10}
 
 
 def test_soap_in_the_first_basis_is_adamw() -> None:
@@ -482,7 +482,7 @@ def test_a_vocabulary_without_a_preconditioner(shape: tuple[int, int], options: 
     parameters = [nn.Parameter(torch.zeros(64, 64)), nn.Parameter(torch.zeros(shape))]
     optimizer = Shampoo4bit([{"params": parameters[:1]}, {"params": parameters[1:], "vocabulary": True}], **chosen)
     (block,) = blocks_of(shape, Options.of(optimizer.param_groups[1]))
-    assert isinstance(block.algorithm, Elementwise)
+    assert not block.algorithm.preconditions
 
 
 @pytest.mark.parametrize(

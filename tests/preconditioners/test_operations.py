@@ -15,8 +15,8 @@ from hf_shampoo4 import Shampoo4bit
 from hf_shampoo4.exceptions import OptionError
 from hf_shampoo4.execution.blocking import blocks_of
 from hf_shampoo4.options import Options
+from hf_shampoo4.preconditioners.algorithms import intervals
 from hf_shampoo4.preconditioners.operations import amortised, product, qr_work, total
-from hf_shampoo4.preconditioners.schedule import intervals
 from tests.support.allocated import Allocated
 
 

@@ -17,7 +17,7 @@ from torch.distributed.tensor.placement_types import _StridedShard
 
 from hf_shampoo4.execution.blocking import blocks_of, loads_of
 from hf_shampoo4.options import Options
-from hf_shampoo4.preconditioners.algorithms import make_algorithm
+from hf_shampoo4.preconditioners.eigenbasis import Eigenbasis
 from hf_shampoo4.sharding.dtensor import Sharding, placed, sharded, splits_of
 from hf_shampoo4.sharding.geometry import MatrixView, Rect, matrix_view
 from hf_shampoo4.sharding.owners import Load, assign
@@ -215,7 +215,8 @@ def test_parts_of_a_large_wave_keep_all_its_owners_at_work(found: list[tuple[int
     options, owners = Options(vocabulary=True), [owner for _, owner in found]
     view = MatrixView(1, sum(rows for rows, _ in found), 1)
     blocks = [
-        module.Block(view, Rect(0, 0, rows, 0, 1), make_algorithm((rows, 1), options, False)) for rows, _ in found
+        module.Block(view, Rect(0, 0, rows, 0, 1), Eigenbasis.make((rows, 1), options, False, (rows, 1)))
+        for rows, _ in found
     ]
     parts = module.in_parts(blocks, owners, ranks=1, room=largest)
     assert sorted(i for part in parts for i in part) == list(range(len(blocks)))

@@ -29,7 +29,7 @@ from hf_shampoo4 import Shampoo4bit  # noqa: E402
 from hf_shampoo4.checkpointing.completeness import incomplete, last_complete  # noqa: E402
 from hf_shampoo4.checkpointing.convert import described, read  # noqa: E402
 from hf_shampoo4.exceptions import CheckpointError, OptionError  # noqa: E402
-from hf_shampoo4.options import NAMES, PRESETS, USED_BY, USED_BY_FACTOR, Options, parse_optim_args, resolve  # noqa: E402
+from hf_shampoo4.options import NAMES, PRESETS, Options, parse_optim_args, resolve, users_of, what_uses  # noqa: E402
 
 # ------------------------------------------------------------------------------------------------------ what is odd
 
@@ -78,17 +78,12 @@ def without_effect(options: dict[str, Any]) -> list[str]:
     """The options that the chosen algorithm, or Shampoo's factor, does not use."""
     chosen = {**vars(Options()), **PRESETS.get(options.get("preset"), {}), **options}
     algorithm, factor = chosen["algorithm"], chosen["factor"]
-    return [
-        name
-        for name in options
-        if algorithm not in USED_BY.get(name, (algorithm,))
-        or (algorithm == "shampoo" and factor not in USED_BY_FACTOR.get(name, (factor,)))
-    ]
+    return [name for name in options if what_uses(name, algorithm, factor)]
 
 
 def legal(options: dict[str, Any]) -> dict[str, Any]:
     """With Shampoo for what only that uses, unless another algorithm is there; without what is still not used."""
-    if "algorithm" not in options and any("shampoo" in USED_BY.get(name, ()) for name in options):
+    if "algorithm" not in options and any("kl_shampoo" not in users_of(name) for name in options):
         options = {**options, "algorithm": "shampoo"}
     idle = without_effect(options)
     return {name: value for name, value in options.items() if name not in idle}

@@ -42,6 +42,7 @@ from hf_shampoo4.checkpointing.convert import by_position, read  # noqa: E402
 from hf_shampoo4.execution import gradients  # noqa: E402
 from hf_shampoo4.execution.blocking import blocks_of, loads_of  # noqa: E402
 from hf_shampoo4.options import Options  # noqa: E402
+from hf_shampoo4.preconditioners import protocols  # noqa: E402
 from hf_shampoo4.sharding.local_parameter import clean_name, full_shape, local_tensor, note_flat_ranges  # noqa: E402
 from hf_shampoo4.utils.files import write_json  # noqa: E402
 from tests.support import LONGEST_CHILD  # noqa: E402
@@ -1028,7 +1029,7 @@ def worker(folder: Path, cases: list[Case], checkpoints: Path) -> None:
     """Run the cases on this rank and write what came out; then end without any teardown."""
     torch.set_num_threads(1)
     plan: Any = importlib.import_module("hf_shampoo4.execution.blocking")
-    plan.STRIP = 2048  # vocabularies and what the base alone updates are cut into several blocks
+    protocols.STRIP = 2048  # vocabularies and what the base alone updates are cut into several blocks
     plan.WAVE_ELEMENTS = 2048  # several waves, that of `words` of several parts
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)

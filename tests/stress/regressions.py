@@ -26,7 +26,7 @@ import torch  # noqa: E402
 from torch import nn  # noqa: E402
 
 from hf_shampoo4 import Shampoo4bit  # noqa: E402
-from hf_shampoo4.options import EIGENBASIS  # noqa: E402
+from hf_shampoo4.options import users_of  # noqa: E402
 from hf_shampoo4.utils.files import write_json  # noqa: E402
 from tests.stress import soak  # noqa: E402
 from tests.stress.soak import WIDTHS, Problem  # noqa: E402
@@ -72,7 +72,7 @@ def drift(recorded: dict[str, list[float]], found: dict[str, list[float]]) -> di
 
 def _warm(options: dict[str, Any]) -> dict[str, Any]:
     """Without the refreshes at every step that a training begins with."""
-    return {"refresh_warmup": 0} if options["algorithm"] in EIGENBASIS else {}
+    return {"refresh_warmup": 0} if options["algorithm"] in users_of("refresh_warmup") else {}
 
 
 def ratios(rounds: int = 5, steps: int = 20) -> dict[str, float]:

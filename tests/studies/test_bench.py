@@ -11,9 +11,10 @@ import torch
 
 import hf_shampoo4
 from hf_shampoo4.exceptions import OptionError
+from hf_shampoo4.options import ALGORITHMS
+from hf_shampoo4.preconditioners import protocols
 from hf_shampoo4.studies import bench, commands
 from hf_shampoo4.studies.bench import CONTESTANTS, Racer, Result, Settings, apply_operations, counted
-from hf_shampoo4.studies.bench_contestants import ALGORITHMS
 
 TINY = Settings(model="tiny", layers=1, block=64, every=2, warmup=2, steps=2, threads=1)
 CPU = torch.device("cpu")
@@ -70,7 +71,7 @@ def test_a_steps_transient_memory_does_not_grow_with_the_number_of_parameters(mo
 def test_nor_does_it_with_the_size_of_an_embedding(monkeypatch: pytest.MonkeyPatch) -> None:
     module = importlib.import_module("hf_shampoo4.execution.blocking")
     monkeypatch.setattr(module, "WAVE_ELEMENTS", 4 * 512 * 64)
-    monkeypatch.setattr(module, "STRIP", 512 * 64)
+    monkeypatch.setattr(protocols, "STRIP", 512 * 64)
 
     def transient(rows: int) -> int:
         embedding = torch.nn.Parameter(torch.randn(rows, 64))
