@@ -13,6 +13,7 @@ from hf_shampoo4 import Shampoo4bit
 from hf_shampoo4.exceptions import OptionError
 from hf_shampoo4.numerics import quantize
 from hf_shampoo4.state_report import rows
+from tests.support import used
 
 SHAPES = [(70, 40), (64, 64), (3, 20, 30), (6, 4, 3, 3), (9,), (), (5000,), (7, 1)]
 OFTEN = {"algorithm": "shampoo", "stats_every": 1, "roots_every": 1}
@@ -160,7 +161,7 @@ def test_float32_gradients_of_bfloat16_parameters_are_used_as_they_are(options: 
     half, full = parameters(shapes, torch.bfloat16), parameters(shapes)
     for p in half:
         p.grad_dtype = torch.float32
-    a, b = (Shampoo4bit(ps, lr=1e-2, block_size=32, **options) for ps in (half, full))
+    a, b = (Shampoo4bit(ps, lr=1e-2, **used({**options, "block_size": 32})) for ps in (half, full))
     for t in range(3):
         for p, q, g in zip(half, full, gradients(shapes, t), strict=True):
             p.grad, q.grad = g, g.clone()

@@ -19,6 +19,7 @@ from hf_shampoo4.checkpointing.command import main
 from hf_shampoo4.exceptions import CheckpointError, OptionError
 from hf_shampoo4.options import NAMES
 from hf_shampoo4.state_report import rows, table
+from tests.support import used
 
 OFTEN: dict[str, Any] = {"stats_every": 1}
 ALGORITHMS: list[dict[str, Any]] = [
@@ -69,7 +70,7 @@ def test_an_argument_of_adamw_that_asks_for_nothing_is_no_error_and_any_other_va
 
 @pytest.mark.parametrize("options", ALGORITHMS, ids=lambda o: o.get("algorithm", "sgdm"))
 def test_maximize_follows_the_gradient_up(options: dict[str, Any]) -> None:
-    settings = {"lr": 0.1, "weight_decay": 0.1, **OFTEN, **options}
+    settings = used({"lr": 0.1, "weight_decay": 0.1, **OFTEN, **options})
     up = Shampoo4bit(parameters((80, 70), (9,)), maximize=True, **settings)
     down = Shampoo4bit(parameters((80, 70), (9,)), **settings)
     for t in range(3):

@@ -26,6 +26,7 @@ from hf_shampoo4.sharding.exchange import Ranks
 from hf_shampoo4.sharding.local_parameter import local_parameter
 from hf_shampoo4.training.arguments import ModelArguments
 from hf_shampoo4.training.model import build_model, load_model_config
+from tests.support import used
 from tests.support.allocated import Allocated
 from tests.support.tiny import ROOT, llama
 
@@ -105,8 +106,7 @@ def test_working_memory_is_what_a_step_allocates(options: dict[str, Any]) -> Non
     model = torch.nn.Sequential(*[torch.nn.Linear(256, 256, bias=False) for _ in range(4)])
     model.append(torch.nn.Linear(256, 640, bias=False))
     model.append(torch.nn.Linear(1000, 8, bias=False))  # an adapter: its long side's factor is far larger than it
-    often = {"roots_every": 1} if options.get("algorithm") == "shampoo" else {}
-    optimizer = s4.Shampoo4bit(model.parameters(), stats_every=1, **often, **options)
+    optimizer = s4.Shampoo4bit(model.parameters(), **used({**options, "stats_every": 1, "roots_every": 1}))
     stepped(model, optimizer)
     for p in model.parameters():
         p.grad = torch.randn_like(p)

@@ -22,6 +22,7 @@ from hf_shampoo4.numerics.storage import Bitsandbytes, Blockwise, Factored, allo
 from hf_shampoo4.options import Options
 from hf_shampoo4.preconditioners.moments import FIRST_STREAM, SECOND_STREAM, make_base, radial_bias, unmoved
 from tests.support.reference import (
+from tests.support import used
     DYNAMIC,
     DYNAMIC_UNSIGNED,
     LINEAR0,
@@ -419,9 +420,8 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(base: str, recipe: s
     late = 3 if recipe.startswith("4bit") else 0
 
     def make(ps) -> Shampoo4bit:
-        often = {"stats_every": 2, "block_size": 50, "stochastic_rounding": True}
-        often |= {"roots_every": 3} if algorithm == "shampoo" else {}
-        return optimizer(ps, recipe, base, algorithm=algorithm, stochastic_from=late, seed=5, **often)
+        often = used({"algorithm": algorithm, "stats_every": 2, "roots_every": 3, "block_size": 50})
+        return optimizer(ps, recipe, base, stochastic_from=late, stochastic_rounding=True, seed=5, **often)
 
     whole = parameters(torch.bfloat16)
     uninterrupted = make(whole)

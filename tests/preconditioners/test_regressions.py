@@ -6,14 +6,14 @@ import json
 
 import pytest
 
-from tests.stress import regressions
+from tests.stress import regressions, soak
 
 RECORDED = json.loads(regressions.RECORDED.read_text())["loss"]
 
 
 @pytest.mark.parametrize("name", RECORDED)
 def test_the_loss_is_the_recorded_one(name: str) -> None:
-    found = {name: regressions.losses({**regressions.ALGORITHMS[name], **regressions.WIDTHS["4-bit"]})}
+    found = {name: regressions.losses(soak.of_width(regressions.ALGORITHMS[name], "4-bit"))}
     off = regressions.drift(RECORDED, found)[name]
     assert off <= regressions.BAND, (
         f"{name}: off by {off:.1%}; if that is meant: python -m tests.stress.regressions loss --record"

@@ -14,6 +14,7 @@ from hf_shampoo4.options import Options, resolve
 from hf_shampoo4.preconditioners.schedule import due
 from hf_shampoo4.sharding.exchange import Ranks
 from hf_shampoo4.sharding.local_parameter import local_parameter
+from tests.support import used
 
 ALGORITHMS: list[dict[str, Any]] = [
     {"algorithm": "shampoo"},
@@ -29,9 +30,8 @@ def optimizer(names: list[int], **options: Any) -> hf_shampoo4.Shampoo4bit:
     generator = torch.Generator().manual_seed(0)
     parameters = [torch.nn.Parameter(torch.randn(72, 80, generator=generator)) for _ in range(COUNT)]
     named = [(f"layer{i}", parameters[i]) for i in names]
-    if options["algorithm"] == "shampoo":
-        options.setdefault("roots_every", EVERY)
-    return hf_shampoo4.Shampoo4bit(named, lr=1e-2, **{"stats_every": EVERY, "stagger": True, **options})
+    often = {"stats_every": EVERY, "roots_every": EVERY, "stagger": True}
+    return hf_shampoo4.Shampoo4bit(named, lr=1e-2, **used({**often, **options}))
 
 
 def step(opt: hf_shampoo4.Shampoo4bit, number: int) -> None:

@@ -214,10 +214,8 @@ def test_parts_of_a_large_wave_keep_all_its_owners_at_work(found: list[tuple[int
     module: Any = import_module("hf_shampoo4.execution.blocking")
     options, owners = Options(vocabulary=True), [owner for _, owner in found]
     view = MatrixView(1, sum(rows for rows, _ in found), 1)
-    blocks = [
-        module.Block(view, Rect(0, 0, rows, 0, 1), Eigenbasis.make((rows, 1), options, False, (rows, 1)))
-        for rows, _ in found
-    ]
+    algorithms = [Eigenbasis.make((rows, 1), options, False, (rows, 1)) for rows, _ in found]
+    blocks = [module.Block(view, Rect(0, 0, a.shape[0], 0, 1), a) for a in algorithms]
     parts = module.in_parts(blocks, owners, ranks=1, room=largest)
     assert sorted(i for part in parts for i in part) == list(range(len(blocks)))
     for owner in set(owners):

@@ -27,6 +27,7 @@ from hf_shampoo4.options import Options  # noqa: E402
 from hf_shampoo4.preconditioners.eigenbasis import LIMIT  # noqa: E402
 from hf_shampoo4.state_report import metrics  # noqa: E402
 from hf_shampoo4.utils.files import write_json  # noqa: E402
+from tests.support import used  # noqa: E402
 
 ALGORITHMS: dict[str, dict[str, Any]] = {
     **{factor: {"algorithm": "shampoo", "factor": factor} for factor in ("eigen", "direct", "cholesky", "cholesky_ef")},
@@ -48,7 +49,7 @@ SHAPES = [(64, 128), (130, 40), (9,), (4096,)]  # two blocks, one with a basis t
 def options_of(algorithm: str, moments: str) -> dict[str, Any] | None:
     """None: these two do not go together."""
     options = {**ALGORITHMS[algorithm], "moments": moments, "block_size": 64, "stats_every": 2}
-    options |= {"shampoo": {"roots_every": 3}, "elementwise": {}}.get(options["algorithm"], {"refresh_warmup": 3})
+    options = used({**options, "roots_every": 3, "refresh_warmup": 3})
     try:
         Options(**options)
     except OptionError:

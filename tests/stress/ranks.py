@@ -45,7 +45,7 @@ from hf_shampoo4.options import Options  # noqa: E402
 from hf_shampoo4.preconditioners import protocols  # noqa: E402
 from hf_shampoo4.sharding.local_parameter import clean_name, full_shape, local_tensor, note_flat_ranges  # noqa: E402
 from hf_shampoo4.utils.files import write_json  # noqa: E402
-from tests.support import LONGEST_CHILD  # noqa: E402
+from tests.support import LONGEST_CHILD, used  # noqa: E402
 from tests.support.regions import entries  # noqa: E402
 
 # Otherwise MKL's eigh and QR give a matrix other last bits when it lies elsewhere in memory, as in a smaller stack.
@@ -128,8 +128,7 @@ def named(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
 def optimizer_of(model: nn.Module, options: dict[str, Any]) -> Shampoo4bit:
     """Three groups, as the integrations make them: matrices, a vocabulary, and what the base alone updates."""
     chosen = {"lr": 1e-2, "weight_decay": 0.1, "algorithm": "shampoo", **OFTEN, **options}
-    if chosen["algorithm"] == "shampoo":
-        chosen["roots_every"] = 3
+    chosen = used({**chosen, "roots_every": 3})
     lookups = ("tied", "bias", "norm", "one", "short")
     matrices = [(n, p) for n, p in named(model) if not n.endswith((*lookups, "words"))]
     words = [(n, p) for n, p in named(model) if n.endswith("words")]

@@ -29,7 +29,7 @@ from hf_shampoo4 import Shampoo4bit  # noqa: E402
 from hf_shampoo4.options import users_of  # noqa: E402
 from hf_shampoo4.utils.files import write_json  # noqa: E402
 from tests.stress import soak  # noqa: E402
-from tests.stress.soak import WIDTHS, Problem  # noqa: E402
+from tests.stress.soak import Problem, of_width  # noqa: E402
 
 ALGORITHMS = {
     **soak.ALGORITHMS,
@@ -60,7 +60,7 @@ def losses(options: dict[str, Any]) -> list[float]:
 
 def curves() -> dict[str, list[float]]:
     """Of every algorithm in 4 bits."""
-    return {name: losses({**options, **WIDTHS["4-bit"]}) for name, options in ALGORITHMS.items()}
+    return {name: losses(of_width(options, "4-bit")) for name, options in ALGORITHMS.items()}
 
 
 def drift(recorded: dict[str, list[float]], found: dict[str, list[float]]) -> dict[str, float]:

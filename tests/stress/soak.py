@@ -30,6 +30,7 @@ from torch import Tensor, nn  # noqa: E402
 from hf_shampoo4 import Shampoo4bit  # noqa: E402
 from hf_shampoo4.state_report import metrics  # noqa: E402
 from hf_shampoo4.utils.files import write_json, write_text  # noqa: E402
+from tests.support import used  # noqa: E402
 
 ALGORITHMS: dict[str, dict[str, Any]] = {
     "eigen": {"algorithm": "shampoo", "factor": "eigen", "stats_every": 10, "roots_every": 20},
@@ -40,6 +41,13 @@ ALGORITHMS: dict[str, dict[str, Any]] = {
     "elementwise": {"algorithm": "elementwise"},
 }
 WIDTHS = {"4-bit": {"bits": 4, "moments": "4bit"}, "32-bit": {"bits": 32, "moments": "fp32"}}
+
+
+def of_width(options: dict[str, Any], width: str) -> dict[str, Any]:
+    """Options of an algorithm with those of `WIDTHS` that it uses."""
+    return used({**options, **WIDTHS[width]})
+
+
 PARTS = 10
 MEMORY_BAND = 8.0  # MB that the process may grow by from the second part on: the allocator's pages
 TIME_BAND = 1.5  # the median step of the last parts over that of the first ones
@@ -198,7 +206,7 @@ def main() -> None:
         results = json.loads(given.output.read_text())["results"]
     bad = 0
     for algorithm in given.algorithms.split(","):
-        found = {width: soak({**ALGORITHMS[algorithm], **o}, given.steps) for width, o in WIDTHS.items()}
+        found = {width: soak(of_width(ALGORITHMS[algorithm], width), given.steps) for width in WIDTHS}
         for width, one in found.items():
             one["wrong"] = verdicts(one)
             share = one["parts"][-1]["loss"] / found["32-bit"]["parts"][-1]["loss"]
