@@ -21,8 +21,8 @@ from hf_shampoo4.numerics.rounding import Noise, PreconditionerSpace, Stochastic
 from hf_shampoo4.numerics.storage import Bitsandbytes, Blockwise, Factored, allocate
 from hf_shampoo4.options import Options
 from hf_shampoo4.preconditioners.moments import FIRST_STREAM, SECOND_STREAM, make_base, radial_bias, unmoved
-from tests.support.reference import (
 from tests.support import used
+from tests.support.reference import (
     DYNAMIC,
     DYNAMIC_UNSIGNED,
     LINEAR0,
