@@ -51,7 +51,7 @@ def held(optimizer: torch.optim.Optimizer) -> int:
 @pytest.mark.parametrize("arguments", [{"model": "llama_tiny"}, SMALL_GPT2], ids=["llama", "gpt2"])
 def test_state_is_a_live_optimizers(arguments: dict[str, str], optim: str) -> None:
     model = build_model(ModelArguments(**arguments), 500)
-    options = {**OPTIMS[optim], "block_size": 96}
+    options = used({**OPTIMS[optim], "block_size": 96})
     made = s4.plan(model, **options)
     optimizer = stepped(model, s4.Shampoo4bit(s4.param_groups(model), **options))
     steps = sum(t.numel() * 4 for entry in optimizer.state.values() for k, t in entry.items() if not t.ndim)
