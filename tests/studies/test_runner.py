@@ -56,7 +56,7 @@ def test_equal_bits_have_one_fingerprint_and_other_options_another() -> None:
     told = {"optim": "adamw4bit", "adam_beta2": 0.99}
     found = fingerprint(told)
     _fingerprint.cache_clear()
-    assert fingerprint({**told, "learning_rate": 5, "optim_args": "stagger=false"}) == found
+    assert fingerprint({**told, "learning_rate": 5, "optim_args": "maximize=false"}) == found
     assert fingerprint({**told, "optim_args": "moments=fp32"}) != found
     assert fingerprint({"optim": "adamw4bit"}) != found
 
