@@ -60,7 +60,8 @@ def _find(path: Union[str, Path], folder: Path, kind: str) -> Path:
         raise ConfigError(f"config {str(path)!r} does not exist: {error}") from error
     if found is None:
         names = ", ".join(sorted(file.stem for file in shipped.glob("*.yaml")))
-        raise ConfigError(f"config {str(path)!r} does not exist; allowed: a YAML file, or one of {names}")
+        wrong = "is a folder" if candidates[0].is_dir() else "does not exist"
+        raise ConfigError(f"config {str(path)!r} {wrong}; allowed: a YAML file, or one of {names}")
     return found.resolve()
 
 

@@ -58,10 +58,17 @@ def _base_config(arguments: ModelArguments) -> tuple[PreTrainedConfig, Union[str
         asked = re.sub(r"[-.]", "_", arguments.model.rpartition("/")[2].lower())
         close = difflib.get_close_matches(asked, names, n=1, cutoff=0.7)
         hint = f"did you mean the preset {close[0]}? " if close else ""
+        why = "there is no such file or folder" if _is_no_file(arguments.model) else reason(error)
         raise ConfigError(
-            f"model {arguments.model or arguments.model_type!r} cannot be loaded ({reason(error)}); {hint}"
+            f"model {arguments.model or arguments.model_type!r} cannot be loaded ({why}); {hint}"
             f"allowed: one of {', '.join(names)}, a config.json, a folder or a hub name"
         ) from error
+
+
+def _is_no_file(model: str) -> bool:
+    """Whether it can only have been meant as a path, and nothing is there; the hub has names like `owner/name`."""
+    is_path = model.startswith((".", "/", "~")) or model.endswith(".json") or model.count("/") > 1
+    return is_path and not Path(model).exists()
 
 
 def _override(item: str, config: PreTrainedConfig) -> tuple[str, Any]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Sized
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Union
@@ -90,7 +90,7 @@ def run(
 def train_and_evaluate(trainer: Trainer, checkpoint: str | None, progress: TrainerCallback | None = None) -> Result:
     """Train, evaluate where there is something to evaluate on, write model, state and metrics."""
     if trainer.is_world_process_zero():
-        print(planned(trainer), flush=True)
+        print(planned(trainer, checkpoint), flush=True)
     if progress is not None:
         trainer.remove_callback(ProgressCallback)
         trainer.add_callback(progress)
@@ -106,14 +106,28 @@ def train_and_evaluate(trainer: Trainer, checkpoint: str | None, progress: Train
     return Result(metrics, trainer)
 
 
-def planned(trainer: Trainer) -> str:
+def planned(trainer: Trainer, checkpoint: str | None = None) -> str:
     """What will be trained, how long, and into which folder: a line to read before time is spent."""
     args, model = trainer.args, trainer.model
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    length = f"{args.max_steps:,} steps" if args.max_steps > 0 else f"{args.num_train_epochs:g} epochs"
-    sequences = args.train_batch_size * args.world_size * args.gradient_accumulation_steps
-    what = f"{trained:,} parameters by {getattr(args.optim, 'value', args.optim)}, {length} of {sequences:,} sequences"
-    return f"training: {what}, into {args.output_dir}"
+    batch = args.train_batch_size * args.world_size * args.gradient_accumulation_steps
+    optim = getattr(args.optim, "value", args.optim)
+    what = f"{trained:,} parameters by {optim}, {length(trainer)} of {batch:,} sequences"
+    return f"training: {what}, into {args.output_dir}" + (f", resumed from {checkpoint}" if checkpoint else "")
+
+
+def length(trainer: Trainer) -> str:
+    """Of a training, in steps; of epochs over a stream nobody knows how many those are."""
+    args = trainer.args
+    if args.max_steps > 0:
+        return f"{args.max_steps:,} steps"
+    epochs = f"{args.num_train_epochs:g} epochs"
+    if not isinstance(trainer.train_dataset, Sized):
+        return epochs
+    batches = len(trainer.train_dataset) / (args.train_batch_size * args.world_size)
+    batches = math.floor(batches) if args.dataloader_drop_last else math.ceil(batches)
+    steps = math.ceil(math.ceil(batches / args.gradient_accumulation_steps) * args.num_train_epochs)
+    return f"{epochs} ({steps:,} steps)"
 
 
 def _trainer(

@@ -287,6 +287,7 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--output", type=Path, help="the page (default: report.html in the first folder)")
     chosen = parser.parse_args(arguments)
     output = chosen.output or chosen.runs[0] / "report.html"
+    runs = _told_apart([read_run(folder) for folder in chosen.runs], chosen.runs)
     check_writable(output.parent)
-    write_text(output, page(_told_apart([read_run(folder) for folder in chosen.runs], chosen.runs)))
+    write_text(output, page(runs))
     print(output)

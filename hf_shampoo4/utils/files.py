@@ -35,6 +35,8 @@ def check_writable(folder: Path) -> None:
     Raises:
         OSError: no permission, a full disk, or a file of that name.
     """
+    if folder.is_file():
+        raise FileExistsError(f"{folder} is a file: name a folder")
     with replacing(folder / ".writable") as probe:
         probe.write_bytes(b" ")
     (folder / ".writable").unlink(missing_ok=True)

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from hf_shampoo4.training.commands import train as main
 from hf_shampoo4.training.config import read_config
 from hf_shampoo4.training.model import build_model, load_model_config
 from hf_shampoo4.training.output_dir import prepare_output
-from hf_shampoo4.training.pretrain import parse, run
+from hf_shampoo4.training.pretrain import length, parse, run
 from tests.support import LONGEST_CHILD
 
 
@@ -84,7 +85,7 @@ def test_optimizers_start_from_the_same_weights_and_batches(settings, tmp_path):
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-def test_a_resumed_run_equals_an_unbroken_one(streaming, settings, tmp_path):
+def test_a_resumed_run_equals_an_unbroken_one(streaming, settings, tmp_path, capsys):
     settings |= {
         "optim": "shampoo4bit",
         "optim_args": "algorithm=shampoo,stats_every=1,roots_every=2",
@@ -96,6 +97,7 @@ def test_a_resumed_run_equals_an_unbroken_one(streaming, settings, tmp_path):
     for name in ("checkpoint-4", "model.safetensors"):
         subprocess.run(["rm", "-r", str(tmp_path / "broken" / name)], check=True)
     resumed = run(parse(broken, ["--resume_from_checkpoint", "auto"]))
+    assert f", resumed from {tmp_path / 'broken'}/checkpoint-" in capsys.readouterr().out
     assert losses(resumed) == losses(whole)
     for name, value in weights(tmp_path / "out").items():
         assert torch.equal(value, weights(tmp_path / "broken")[name]), name
@@ -259,6 +261,23 @@ def test_models_from_a_file_and_a_folder(tmp_path):
 def test_a_bad_model_is_named(changes, message):
     with pytest.raises(ConfigError, match=message):
         load_model_config(ModelArguments(**changes))
+
+
+@pytest.mark.parametrize(
+    ("examples", "changes", "said"),
+    [
+        (range(19), {}, "2 epochs (2 steps)"),
+        (range(65), {"gradient_accumulation_steps": 2}, "2 epochs (2 steps)"),
+        (range(129), {"gradient_accumulation_steps": 2}, "2 epochs (4 steps)"),
+        (range(129), {"dataloader_drop_last": True}, "2 epochs (4 steps)"),
+        (iter(range(19)), {}, "2 epochs"),
+        (range(19), {"max_steps": 1000}, "1,000 steps"),
+    ],
+)
+def test_how_long_a_training_will_be_is_said_in_steps(examples, changes, said):
+    args = {"max_steps": -1, "num_train_epochs": 2.0, "train_batch_size": 64, "world_size": 1}
+    args |= {"gradient_accumulation_steps": 1, "dataloader_drop_last": False, **changes}
+    assert length(SimpleNamespace(args=SimpleNamespace(**args), train_dataset=examples)) == said
 
 
 # ---------------------------------------------------------------------------------------------------- processes

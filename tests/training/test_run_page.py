@@ -172,6 +172,9 @@ def test_default_output_and_errors(tmp_path, capsys):
     assert (run / "report.html").is_file()
     with pytest.raises(ConfigError, match=r"has neither trainer_state.json nor metrics.jsonl"):
         read_run(tmp_path)
+    assert main(["report", str(tmp_path / "nowhere")]) == 2
+    assert not (tmp_path / "nowhere").exists()
+    capsys.readouterr()
     (run / "trainer_state.json").write_text("{")
     assert main(["report", str(run)]) == 2
     assert "cannot be read" in capsys.readouterr().err
