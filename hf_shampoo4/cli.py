@@ -33,6 +33,7 @@ COMMANDS = {
     ),
     "plan": (".planning.command:main", "memory and traffic of a training, from geometry: MODEL --world-size N"),
     "report": (".training.run_page:main", "training runs as one HTML page: RUN_DIR..."),
+    "sweep": (".studies.commands:sweep", "a learning rate for your training, bracketed by short runs: CONFIG"),
     "train": (".training.commands:train", "pretrain by a YAML configuration: CONFIG [--key value ...]"),
 }
 

@@ -1,4 +1,4 @@
-"""The command lines of the studies: `hf-shampoo4 bench`, `demo`, `errors` and `race`.
+"""The command lines of the studies: `hf-shampoo4 bench`, `demo`, `errors`, `race` and `sweep`.
 
 What they take is checked before anything heavy is imported, so that `--help` and a mistake are answered at once, and a
 folder that cannot be written before any work is done.
@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
+import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import get_type_hints
 
 from hf_shampoo4.exceptions import ConfigError, OptionError
+from hf_shampoo4.options import KINDS
 from hf_shampoo4.studies.bench_contestants import CONTESTANTS, MODELS, Settings
 from hf_shampoo4.utils.files import check_writable, write_json, write_text
 
@@ -108,7 +111,7 @@ def _demo_parser() -> argparse.ArgumentParser:
 
 def _steps(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of steps, 1 or more")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number, 1 or more")
     return int(text)
 
 
@@ -169,6 +172,76 @@ def _shard(text: str) -> tuple[int, int]:
     if not (index.isdecimal() and processes.isdecimal() and int(index) < int(processes)):
         raise argparse.ArgumentTypeError(f"{text!r} is not I/N with I < N, such as 0/2")
     return int(index), int(processes)
+
+
+def sweep(arguments: Sequence[str]) -> None:
+    """`hf-shampoo4 sweep CONFIG [--key value ...]`: a learning rate for a training of your own, by short runs.
+
+    CONFIG and settings are those of `hf-shampoo4 train` or `finetune`.  Three runs of a few steps at the training's
+    rate, twice it and half of it, with its schedule in proportion; while the best is the highest or the lowest, another
+    one beyond it.  With `--kinds embedding,head` the factors of these kinds of parameter (`rates` in optim_args) are
+    sought instead, and with `--rates` too, both.  Finished runs are kept in DIR/runs and not made again.  Prints a
+    table of validation losses and the lines for the configuration.
+    """
+    chosen, overrides = _sweep_parser().parse_known_args(arguments)
+    if "LOCAL_RANK" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ConfigError(f"a sweep trains in one process, not in WORLD_SIZE={os.environ['WORLD_SIZE']}: "
+                          "without torchrun or accelerate launch, or train at each rate by hand")  # fmt: skip
+    from hf_shampoo4.training.commands import checked_settings
+
+    kind, given = checked_settings(chosen.config, overrides)
+    folder = chosen.output_dir or Path("runs/sweep") / Path(chosen.config).stem
+    from hf_shampoo4.integrations.trainer import register
+    from hf_shampoo4.studies.runner import Runs
+    from hf_shampoo4.studies.sweep import as_markdown, as_settings, carry_out, search_of, shortened, trainer_of
+
+    settings = as_settings(given)
+    search = search_of(settings, chosen.rates, chosen.kinds, chosen.factor)
+    short = shortened(settings, chosen.steps)
+    check_writable(folder)
+    register()
+    losses = carry_out(short, search, chosen.max_runs, Runs(folder / "runs"), trainer_of(kind, folder))
+    told = as_markdown(losses, search)
+    write_text(folder / "sweep.md", told)
+    print(f"{short['max_steps']} steps each\n\n{told}{folder}/sweep.md")
+
+
+def _sweep_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="hf-shampoo4 sweep", description=sweep.__doc__, allow_abbrev=False)
+    add = parser.add_argument
+    add("config", metavar="CONFIG", help="of train or finetune: a YAML file or a shipped name")
+    add("--rates", type=_rates, default=(), metavar="R,R,...", help="learning rates to begin with; default CONFIG's")
+    add("--kinds", type=_kinds, default=(), metavar="K,K,...", help=f"factors to seek, of {', '.join(KINDS)}")
+    add("--steps", type=_steps, help="of each run; default 200, or the training's own if it has fewer")
+    add("--factor", type=_factor, default=2.0, help="between a value and the next, such as 1.41; default 2")
+    add("--max_runs", type=_steps, default=8, help="at most so many runs, finished ones counted; default 8")
+    add("--output_dir", type=Path, help="default: runs/sweep/NAME of CONFIG")
+    return parser
+
+
+def _rates(text: str) -> tuple[float, ...]:
+    return tuple(dict.fromkeys(_number_in(item, 0.0) for item in text.split(",")))
+
+
+def _factor(text: str) -> float:
+    return _number_in(text, 1.0)
+
+
+def _number_in(text: str, above: float) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not above < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number above {above:g}")
+    return value
+
+
+def _kinds(text: str) -> tuple[str, ...]:
+    kinds = tuple(dict.fromkeys(item.strip() for item in text.split(",")))
+    if strange := [kind for kind in kinds if kind not in KINDS]:
+        raise argparse.ArgumentTypeError(f"{strange[0]!r} is no kind of parameter; kinds are {', '.join(KINDS)}")
+    return kinds
 
 
 def errors(arguments: Sequence[str]) -> None:

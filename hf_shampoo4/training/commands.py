@@ -5,10 +5,11 @@ Names and the folder are checked before anything heavy is imported, so that a mi
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from importlib.util import find_spec
-from itertools import zip_longest
 from pathlib import Path
+from typing import Any
 
 from ..exceptions import ConfigError, MissingPackage
 from ..utils.hub import offline_without_network
@@ -53,6 +54,38 @@ def finetune(arguments: Sequence[str]) -> None:
     result.trainer.log_metrics("all", result.metrics)
 
 
+def checked_settings(config: str, overrides: Sequence[str]) -> tuple[str, dict[str, Any]]:
+    """The settings of a training, CONFIG's and those of the command line, and which command's they are.
+
+    Args:
+        config: of `train` or of `finetune`, told by the name or by `model_name_or_path`.
+        overrides: `--key value` items.
+
+    Returns:
+        "train" or "finetune", and the settings.
+
+    Raises:
+        ConfigError: as `train` and `finetune` would.
+    """
+    given = overrides_as_settings(overrides)
+    kind = _kind_of(config, given)
+    ours = (ModelArguments, DataArguments, RunArguments) if kind == "train" else (ChatArguments, RunArguments)
+    fields, name = (TRAINER, "transformers.TrainingArguments") if kind == "train" else (SFT, "trl.SFTConfig")
+    _check(config, [*overrides, "--overwrite_output_dir", "true"], kind, ours, library_fields(fields), name)
+    return kind, {**read_config(config, kind), **given}
+
+
+def _kind_of(config: str, given: Mapping[str, Any]) -> str:
+    try:
+        content = read_config(config, "train")
+    except ConfigError:
+        with suppress(ConfigError):
+            read_config(config, "finetune")
+            return "finetune"
+        raise
+    return "finetune" if "model_name_or_path" in {**content, **given} else "train"
+
+
 def _split(arguments: Sequence[str]) -> tuple[str | None, Sequence[str]]:
     """CONFIG, which comes first, and the settings."""
     if arguments and not arguments[0].startswith("-"):
@@ -78,7 +111,7 @@ def _check(
         if stands_alone and (item is overrides[0] or is_config(item, kind)):
             raise ConfigError(f"{item!r} is no --key value: CONFIG comes first, and there is one")
     settings = {} if config is None else read_config(config, kind)
-    given = {**settings, **_values(overrides)}
+    given = {**settings, **overrides_as_settings(overrides)}
     if library is not None:
         check_names(given, ours, library, library_name)
     if given.get("output_dir") and not {"overwrite_output_dir", "resume_from_checkpoint"} & set(given):
@@ -86,11 +119,15 @@ def _check(
     offline_without_network()
 
 
-def _values(overrides: Sequence[str]) -> dict[str, str]:
-    """`--key value` and `--key=value` items; of a list the first."""
-    found: dict[str, str] = {}
-    for item, after in zip_longest(overrides, overrides[1:], fillvalue=""):
+def overrides_as_settings(overrides: Sequence[str]) -> dict[str, Any]:
+    """`--key value` and `--key=value` items as a file would have them; several values are a list, none is true."""
+    found: dict[str, list[str]] = {}
+    key = ""
+    for item in overrides:
         if item.startswith("--"):
-            key, equals, value = item[2:].partition("=")
-            found[key.replace("-", "_")] = value if equals else after
-    return found
+            name, equals, value = item[2:].partition("=")
+            key = name.replace("-", "_")
+            found[key] = [value] if equals else []
+        elif key:
+            found[key].append(item)
+    return {key: values[0] if len(values) == 1 else values or True for key, values in found.items()}

@@ -142,6 +142,11 @@ def _check_run(run: RunArguments, training: TrainingArguments) -> None:
 PAIRS = ("optim_args", "model_overrides")  # key=value,key=value on the command line, which YAML writes as a mapping
 
 
+def pairs_as_text(value: str | Mapping[str, Any]) -> str:
+    """One of `PAIRS` as the command line has it."""
+    return value if isinstance(value, str) else ",".join(map(_pair, value, value.values()))
+
+
 def _pair(key: str, value: Any) -> str:
     """`key=value`; a list is separated by semicolons, and so are the kinds of `rates`; what is no text is JSON."""
     if key == "rates" and isinstance(value, Mapping):
@@ -158,7 +163,7 @@ def _as_arguments(settings: Mapping[str, Any]) -> list[str]:
         if value is None:
             continue
         if key in PAIRS and isinstance(value, Mapping):
-            items += [f"--{key}={','.join(map(_pair, value, value.values()))}"]
+            items += [f"--{key}={pairs_as_text(value)}"]
         elif isinstance(value, Mapping):
             items += [f"--{key}={json.dumps(value)}"]
         else:

@@ -85,7 +85,7 @@ def test_quick_demo(tmp_path, capsys):
 def test_no_steps_are_refused(capsys):
     with pytest.raises(SystemExit):
         cli.main(["demo", "--steps", "0"])
-    assert "'0' is not a number of steps, 1 or more" in capsys.readouterr().err
+    assert "'0' is not a whole number, 1 or more" in capsys.readouterr().err
 
 
 def test_state_bytes_looks_into_tensor_subclasses():
