@@ -78,15 +78,16 @@ def as_markdown(grid: Grid, rows: Sequence[Row], times: Times | None = None) -> 
     """The table and how it was made."""
     baseline = next(row for row in rows if row.name == grid.baseline)
     target = next((row for row in rows if row.name == grid.target), None)
+    has_peaks = any(row.peak_bytes_per_parameter is not None for row in rows)  # known from `--time` alone
     columns = ["contestant", "learning rate", "times, by kind", "sweep", "seeds", "loss, mean ± spread",
-               f"steps to the loss of {baseline.label}", "seconds to it", "state, bytes a parameter", "at the peak",
-               "optimizer, ms a step"]  # fmt: skip
+               f"steps to the loss of {baseline.label}", "seconds to it", "state, bytes a parameter",
+               *(["at the peak"] if has_peaks else []), "optimizer, ms a step"]  # fmt: skip
     lines = [*_heading(grid, rows), *_how_it_was_made(grid, baseline, times)]
     if target:
         columns += ["share", "published"]
         lines += [*_question(baseline, target), ""]
     lines += [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
-    lines += [_line(row, baseline, target is not None) for row in rows]
+    lines += [_line(row, baseline, has_peaks, target is not None) for row in rows]
     swept = [row for row in rows if len(row.sweep) > 1]
     if swept:
         lines += ["", "All points of the first seed:", "", "| contestant | learning rate, times by kind: loss |"]
@@ -136,14 +137,15 @@ def _question(baseline: Row, target: Row) -> list[str]:
     ]
 
 
-def _line(row: Row, baseline: Row, shares: bool) -> str:
+def _line(row: Row, baseline: Row, has_peaks: bool, shares: bool) -> str:
     peak = row.peak_bytes_per_parameter
+    peaks = ["?" if peak is None else f"{peak:.2f}"] if has_peaks else []
     cells = [
         row.label, f"{row.point.learning_rate:g}", factors(row.point), sweep_state(row), str(len(row.losses)),
         f"{row.mean:.4f} ± {_number(row.spread)}",
         _of(row.steps_to_baseline, baseline.curve[-1][0], row.steps_spread),
-        _of(row.seconds_to_baseline, baseline.seconds[-1]), f"{row.bytes_per_parameter:.2f}",
-        "" if peak is None else f"{peak:.2f}", f"{row.optimizer_step_ms:.0f}",
+        _of(row.seconds_to_baseline, baseline.seconds[-1], row.seconds_spread), f"{row.bytes_per_parameter:.2f}",
+        *peaks, f"{row.optimizer_step_ms:.0f}",
     ]  # fmt: skip
     if shares:
         error = "" if not row.share_error else f" ± {100 * row.share_error:.0f}"

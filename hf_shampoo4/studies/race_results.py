@@ -43,6 +43,8 @@ class Row:
     steps_spread: float | None
     """Standard deviation of these steps over seeds, each against the baseline's loss at that seed."""
     seconds_to_baseline: float | None
+    seconds_spread: float | None
+    """As `steps_spread`, of the seconds."""
     share: float | None
     """Of the way from the baseline's loss to the target's, over the seeds that all three have finished."""
     share_error: float | None
@@ -86,12 +88,11 @@ class _Clock:
     """Of forward and backward, the median over runs."""
     times: Times | None
 
-    def seconds(self, name: str, runs: Sequence[Settings]) -> list[float]:
-        """Before each evaluation."""
+    def seconds(self, name: str, run: Settings) -> list[float]:
+        """Before each evaluation of a run."""
         if self.times:
-            return self.times.seconds(name, runs[0]["settings"], [step for step, _ in runs[0]["validation"]])
-        scaled = [[time_scale(run, self.unit_ms) * s for s in run["validation_seconds"]] for run in runs]
-        return [statistics.mean(values) for values in zip(*scaled, strict=True)]
+            return self.times.seconds(name, run["settings"], [step for step, _ in run["validation"]])
+        return [time_scale(run, self.unit_ms) * s for s in run["validation_seconds"]]
 
     def optimizer_ms(self, name: str, runs: Sequence[Settings]) -> float:
         """Of a step, the mean over a run."""
@@ -111,8 +112,12 @@ def _row(
 ) -> Row:
     contestant, point, runs = found
     name, first = contestant.name, grid.seeds[0]
-    curve, seconds = _mean_curve(runs), clock.seconds(contestant.name, runs)
-    by_seconds = [(s, loss) for s, (_, loss) in zip(seconds, curve, strict=True)]
+    curve, of_runs = _mean_curve(runs), [clock.seconds(name, run) for run in runs]
+    seconds = [statistics.mean(values) for values in zip(*of_runs, strict=True)]
+    by_seed = {
+        run["settings"]["seed"]: (run["validation"], _over(own, run["validation"]))
+        for run, own in zip(runs, of_runs, strict=True)
+    }
     goal = statistics.mean(goals.values()) if goals else None
     share = share_of_way(goals, losses.get(grid.target or "", {}), losses[name])
     times = clock.times
@@ -124,17 +129,23 @@ def _row(
         optimizer_step_ms=round(clock.optimizer_ms(name, runs), 1),
         model_step_ms=round(times.model_ms if times else clock.unit_ms, 1),
         steps_to_baseline=None if goal is None else steps_to(curve, goal),
-        steps_spread=_spread_of_steps(runs, goals),
-        seconds_to_baseline=None if goal is None else steps_to(by_seconds, goal),
+        steps_spread=_spread_to({seed: curves[0] for seed, curves in by_seed.items()}, goals),
+        seconds_to_baseline=None if goal is None else steps_to(_over(seconds, curve), goal),
+        seconds_spread=_spread_to({seed: curves[1] for seed, curves in by_seed.items()}, goals),
         share=share[0], share_error=share[1], paper=contestant.paper,
         commits=sorted({run["commit"] for run in runs}),
     )  # fmt: skip
 
 
-def _spread_of_steps(runs: Sequence[Settings], goals: Mapping[int, float]) -> float | None:
-    seeds = {run["settings"]["seed"]: run["validation"] for run in runs}
-    reached = [steps_to(seeds[seed], goal) for seed, goal in goals.items() if seed in seeds]
-    values = [steps for steps in reached if steps is not None]
+def _over(seconds: Sequence[float], curve: Curve) -> Curve:
+    """A curve over steps as one over seconds."""
+    return [(s, loss) for s, (_, loss) in zip(seconds, curve, strict=True)]
+
+
+def _spread_to(curves: Mapping[int, Curve], goals: Mapping[int, float]) -> float | None:
+    """Standard deviation of where each seed's curve comes down to the seed's goal; None: one seed, or it does not."""
+    reached = [steps_to(curves[seed], goal) for seed, goal in goals.items() if seed in curves]
+    values = [at for at in reached if at is not None]
     return statistics.stdev(values) if len(values) > 1 and len(values) == len(reached) else None
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import math
 import tempfile
@@ -173,7 +174,7 @@ def carry_out(
     while len(losses) < max_runs and (point := search.next_point(losses)) is not None:
         told = at_point(settings, point, by_kind)
         code = code_of({"optim": DEFAULT_OPTIM, **told})
-        loss = runs.once(told, code, lambda told=told: train(told))["final_loss"]
+        loss = runs.once(told, code, functools.partial(train, told))["final_loss"]
         losses[point] = loss if loss is not None and math.isfinite(loss) else math.inf
         print(f"run {len(losses)}: {named(point, by_kind)}: {_told(losses[point])}", flush=True)
     return losses

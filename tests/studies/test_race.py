@@ -115,7 +115,7 @@ def test_table_of_an_unfinished_race():
     text = as_markdown(GRID, rows)
     assert "From A to B: 0.2000" in text
     assert "0.1000, 2.0 times that" in text
-    assert "| C | 1 |  | one point | 1 | 3.9000 ± ? | 10 (95%) | 19 (95%) | 8.00 |  | 5 | 50% | 48% to 67% |" in text
+    assert "| C | 1 |  | one point | 1 | 3.9000 ± ? | 10 (95%) | 19 (95%) | 8.00 | 5 | 50% | 48% to 67% |" in text
 
 
 def test_remarks_of_the_report_survive(tmp_path):
@@ -170,7 +170,19 @@ def test_the_spread_of_steps_is_that_of_each_seed_against_its_own_baseline():
     rows = rows_of(GRID, results({"a": {0: 4.0, 1: 4.5}, "b": {0: 3.0, 1: 4.0}, "c": {0: 5.0, 1: 4.0}}))
     steps = [10 * (8 - 4.0) / (8 - 3.0), 10 * (8 - 4.5) / (8 - 4.0)]
     assert rows[1].steps_spread == pytest.approx(abs(steps[0] - steps[1]) / math.sqrt(2))
-    assert rows[2].steps_spread is None, "one seed never gets there"
+    assert rows[1].seconds_spread == pytest.approx(2 * rows[1].steps_spread), "a step takes two seconds"
+    assert rows[2].steps_spread is rows[2].seconds_spread is None, "one seed never gets there"
+    told = as_markdown(replace(GRID, target=None), rows)
+    assert "| B | 1 |  | one point | 2 | 3.5000 ± 0.7071 | 8 ± 1 (83%) | 17 ± 1 (83%) | 8.00 | 5 |" in told
+
+
+def test_bytes_at_the_peak_have_a_column_where_a_contestants_are_known():
+    rows = rows_of(GRID, results({"a": {0: 4.0}, "b": {0: 3.0}}))
+    assert "at the peak" not in as_markdown(GRID, rows)
+    told = as_markdown(GRID, [rows[0], replace(rows[1], peak_bytes_per_parameter=11.5)])
+    assert "| state, bytes a parameter | at the peak |" in told
+    assert "| 8.00 | ? | 5 |" in told
+    assert "| 8.00 | 11.50 | 5 |" in told
 
 
 def trained(done):
