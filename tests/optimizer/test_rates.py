@@ -99,3 +99,22 @@ def test_the_table_shows_the_factor_of_each_kind() -> None:
     text = table(Shampoo4bit(param_groups(llama(tie_word_embeddings=True)), rates=ALL))
     titles = [line.rpartition(": ")[2] for line in text.splitlines()]
     assert {"embedding, rate x6", "linear layer, rate x0.5"} <= set(titles)
+
+
+@pytest.mark.parametrize("algorithm", ["kl_shampoo", "soap", "shampoo", "elementwise"])
+def test_updates_have_adamws_root_mean_square_whatever_the_shape(algorithm: str) -> None:
+    """Muon needs a factor from the shape for that (.2 sqrt(max(m, n)), 2502.16982); these algorithms need none."""
+    generator = torch.Generator().manual_seed(0)
+    matrices = [nn.Parameter(torch.zeros(shape)) for shape in ((32, 32), (128, 32), (32, 128), (256, 64))]
+    optimizer = Shampoo4bit(matrices, lr=1.0, betas=(0.9, 0.99), weight_decay=0.0, algorithm=algorithm)
+    squares = torch.zeros(len(matrices))
+    for step in range(30):
+        before = [p.detach().clone() for p in matrices]
+        for p in matrices:
+            p.grad = torch.randn(p.shape, generator=generator)
+        optimizer.step()
+        if step >= 20:
+            moved = [(p.detach() - old).square().mean() for p, old in zip(matrices, before, strict=True)]
+            squares += torch.stack(moved) / 10
+    of_noise = ((1 - 0.9) / (1 + 0.9)) ** 0.5  # a moving average of independent entries of 1
+    assert squares.sqrt().tolist() == pytest.approx([of_noise] * len(matrices), rel=0.1)
