@@ -101,6 +101,10 @@ class DecodedSide:
             self._largest = self.eigenvalues.amax(-1, keepdim=True)
         return self._largest
 
+    def changed(self) -> None:
+        """Eigenvalues were changed elsewhere."""
+        self._largest = None
+
     def start_eigenvalues(self, level: Tensor) -> None:
         """Give eigenvalues to the blocks that had no gradient before: `level` (B,), all alike."""
         fresh, level = self.largest <= 0, level.unsqueeze(-1)

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import reduce
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -188,33 +188,28 @@ class Eigenbasis(TwoSided):
 
     def _update_eigenvalues_in_passes(self, left: DecodedSide, right: DecodedSide, g: Tensor, o: Options) -> Tensor:
         """As `_update_eigenvalues`, by kernels that sum squares and keep none: one pass over g, or two."""
-        passes, (m, n) = kernels("whitened"), self.shape
-        diagonal, rotated, flip = (left, right, False) if right.has_basis else (right, left, True)
-        # blocks without eigenvalues as yet are summed with weights of 1, which the level then replaces
-        fresh = [side.eigenvalues.amax(-1, keepdim=True) <= 0 for side in (left, right)]
-        weights = [self._weights(side).masked_fill(none, 1.0) for side, none in zip((left, right), fresh, strict=True)]
-        wanted = (True, True) if self.is_two_sided else (not flip, flip)
-        sums = passes.square_sums(g, *weights, rows=wanted[0], columns=wanted[1], whole=True)
-        level = sums.all / (m * n)
-        good = level.isfinite()
+        passes, vectors, floors = kernels("whitened"), kernels("eigenvalues"), self._floors
+        sides, (m, n) = (left.eigenvalues, right.eigenvalues), self.shape
+        flip = not right.has_basis  # of one basis: the left one
+        rows, columns = (True, True) if self.is_two_sided else (not flip, flip)
+        beta = o.vocabulary_beta if o.vocabulary and not self.is_two_sided else o.factor_beta
+        # blocks without eigenvalues as yet are summed with weights of 1, which `follow` knows
+        weights = vectors.weights(*sides, floors, self.whitened)
+        sums = passes.square_sums(g, *weights, rows=rows, columns=columns, whole=True)
+        good = vectors.follow(*sides, sums.rows, sums.columns, sums.all, 1 - beta, floors, self.whitened)
         passes.clear(g, good)
-        level = level.where(good, 0.0)
-        level = level.sqrt() if self.whitened else level
-        left.start_eigenvalues(level)
-        right.start_eigenvalues(level)
-        by_left, by_right = (
-            torch.where(none, self._weights(side)[:, :1], 1.0) for side, none in zip((left, right), fresh, strict=True)
-        )
-        if self.is_two_sided:
-            left.update_eigenvalues(sums.rows * by_right / n, o.factor_beta)
-            right.update_eigenvalues(sums.columns * by_left / m, o.factor_beta)
-            return ~good
-        beta = o.vocabulary_beta if o.vocabulary else o.factor_beta
-        diagonal.update_eigenvalues(sums.columns * by_left / m if flip else sums.rows * by_right / n, beta)
-        weights = [self._weights(side) for side in (left, right)]
-        sums = passes.square_sums(g, *weights, rows=flip, columns=not flip)
-        rotated.update_eigenvalues(sums.rows / n if flip else sums.columns / m, o.factor_beta)
-        return ~good
+        if not self.is_two_sided:
+            weights = vectors.weights(*sides, floors, self.whitened)
+            sums = passes.square_sums(g, *weights, rows=flip, columns=not flip)
+            of_rotated = (sides[0], sums.rows, n) if flip else (sides[1], sums.columns, m)
+            vectors.follow_alone(*of_rotated, 1 - o.factor_beta)
+        left.changed()
+        right.changed()
+        return good.logical_not_()
+
+    @property
+    def _floors(self) -> Any:
+        return kernels("eigenvalues").Floors(FLOOR, TINY)
 
     def _update_bases(
         self, stack: Stack, left: DecodedSide, right: DecodedSide, g: Tensor, context: Context
@@ -251,10 +246,6 @@ class Eigenbasis(TwoSided):
         # directions without any gradient for long have decayed to 0: the first one there must not overflow
         return torch.maximum(side.eigenvalues, (FLOOR * side.largest).clamp_min_(TINY))
 
-    def _weights(self, side: DecodedSide) -> Tensor:
-        """What the squares of the other side's sample are multiplied by, (B, k)."""
-        return self._whitening(side).reciprocal()
-
     def _bounding(self, u: Tensor, left: Tensor | None, right: Tensor | None, o: Options) -> list[Tensor | None]:
         """As `_bounded` of KL-Shampoo, on the bases: u is read once and not written.
 
@@ -290,6 +281,9 @@ class Eigenbasis(TwoSided):
 
 def _scales(left: DecodedSide, right: DecodedSide, o: Options) -> tuple[Tensor, Tensor]:
     """lambda_L^1/2 and lambda_R^1/2, damped: (B, m, 1) and (B, 1, n)."""
+    if has_kernels(left.eigenvalues.device, DENSE_BLOCK):
+        rows, columns = kernels("eigenvalues").roots(left.eigenvalues, right.eigenvalues, max(o.damping, FLOOR), TINY)
+        return rows.unsqueeze(-1), columns.unsqueeze(-2)
     sides = (left, right)
     least = torch._foreach_mul([side.largest for side in sides], max(o.damping, FLOOR))
     damped = [side.eigenvalues + of_side for side, of_side in zip(sides, least, strict=True)]

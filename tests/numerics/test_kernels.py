@@ -115,12 +115,13 @@ COMPILE = """
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from hf_shampoo4.numerics.kernels import blockwise, whitened
+from hf_shampoo4.numerics.kernels import blockwise, eigenvalues, whitened
 
 BITS = {4: "*u8", 8: "*u8", 16: "*bf16", 32: "*fp32"}
 types = {"x": "*bf16", "carried_at": "*i32", "good": "*i1"}
-types |= dict.fromkeys(("length", "blocks", "width", "height"), "i32")
-types |= dict.fromkeys(("beta1", "beta2", "weight1", "weight2", "eps", "weight", "most"), "fp32")
+types |= dict.fromkeys(("length", "blocks", "width", "height", "count"), "i32")
+types |= dict.fromkeys(("beta1", "beta2", "weight1", "weight2", "eps", "weight", "most", "damping"), "fp32")
+types |= dict.fromkeys(("floor", "tiny"), "fp32")
 coded = [(4, 64, 16), (8, 16, 128), (4, 1, 128), (4, 2, 4)]  # bits, tile, block
 dense = [(4, 16, 128), (8, 8, 256), (16, 1, 128), (32, 16, 128)]
 sums = [(True, True, True, True), (True, False, False, True), (False, True, True, False)]
@@ -132,6 +133,10 @@ kernels = (
     (whitened._lerped, dense),
     (whitened._square_sums, [(*which, 16, 128) for which in sums]),
     (whitened._clear, [(1024,)]),
+    (eigenvalues._roots, [(1024,)]),
+    (eigenvalues._weights, [(True, 1024)]),
+    (eigenvalues._follow, [(True, True, True, 1024), (True, False, True, 1024), (False, True, False, 1024)]),
+    (eigenvalues._follow_alone, [(1024,)]),
 )
 for kernel, variants in kernels:
     divides = []
@@ -161,6 +166,7 @@ def test_kernels_compile_for_a_gpu(tmp_path: os.PathLike[str]) -> None:
     environment.pop("TRITON_INTERPRET", None)
     done = subprocess.run([sys.executable, "-c", COMPILE], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-2000:]
-    divide, others = ["_quantize", "_adamw", "_moment"], ["_dequantize", "_lerped", "_square_sums", "_clear"]
+    divide = ["_quantize", "_adamw", "_moment", "_weights"]
+    others = ["_dequantize", "_lerped", "_square_sums", "_clear", "_roots", "_follow", "_follow_alone"]
     lines = dict(line.split() for line in done.stdout.splitlines())
     assert lines == {**dict.fromkeys(divide, "True"), **dict.fromkeys(others, "False")}
