@@ -17,6 +17,7 @@ from hf_shampoo4.studies.grid import RATE, Point
 from hf_shampoo4.studies.runner import Runs
 from hf_shampoo4.studies.sweep import as_markdown, carry_out, factors_as_text, search_of, shortened
 from hf_shampoo4.training.commands import checked_settings, overrides_as_settings
+from tests.support.tiny import chat_model, conversations
 
 SETTINGS: dict[str, Any] = {"optim": "shampoo4bit", RATE: 1e-3, "optim_args": "bits=8,rates=head:4"}
 
@@ -183,3 +184,19 @@ def test_a_sweep_of_a_users_own_configuration(tmp_path: Path, capsys, monkeypatc
     monkeypatch.setattr(sweep, "_loss_of", None)
     assert cli.main(words) == 0
     assert (tmp_path / "sweep" / "sweep.md").read_text() in capsys.readouterr().out
+
+
+def test_a_sweep_of_the_factors_of_a_fine_tuning(tmp_path: Path, capsys) -> None:
+    config = tmp_path / "mine.yaml"
+    config.write_text(yaml.safe_dump({
+        "model_name_or_path": str(chat_model(tmp_path / "model")), "learning_rate": 1e-3, "bf16": False,
+        "dataset": str(conversations(tmp_path / "chat.jsonl")), "per_device_train_batch_size": 4, "max_length": 48,
+        "gradient_checkpointing": False, "assistant_only_loss": True, "validation_fraction": 0.2, "num_train_epochs": 1,
+        "warmup_steps": 0.1, "disable_tqdm": True, "output_dir": str(tmp_path / "out"),
+    }))  # fmt: skip
+    words = ["sweep", str(config), "--kinds", "head", "--steps", "1", "--max_runs", "2"]
+    assert cli.main([*words, "--output_dir", str(tmp_path / "sweep")]) == 0
+    said = capsys.readouterr().out
+    assert "run 2: learning_rate 0.001, head x2: " in said
+    assert 'optim_args: "rates=embedding:1;head:' in said
+    assert "at an edge in head" in said
