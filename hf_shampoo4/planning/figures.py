@@ -66,6 +66,11 @@ class Plan:
     """Weights, gradients and activations."""
 
     @property
+    def optimizer(self) -> str:
+        """The name that a user types for these options."""
+        return {"soap": "soap4bit", "elementwise": "adamw4bit"}.get(self.options.get("algorithm", ""), "shampoo4bit")
+
+    @property
     def peak(self) -> int:
         """Optimizer memory of the fullest rank at the worst moment of a step."""
         return self.state.largest + self.working.largest + self.exchange.largest
@@ -100,10 +105,10 @@ def _lines(p: Plan) -> list[str]:
         f"{'optimizer state':<16}{'bytes/param':>12}{'a rank':>12}{'all ranks':>12}",
         *(
             f"{name:<16}{p.bytes_per_parameter(load):>12.2f}{bytes_text(load.largest):>12}{bytes_text(load.total):>12}"
-            for name, load in [("Shampoo4bit", p.state), *p.others.items()]
+            for name, load in [(p.optimizer, p.state), *p.others.items()]
         ),
         "",
-        "Shampoo4bit, the fullest rank",
+        f"{p.optimizer}, the fullest rank",
         f"{'  state':<40}{bytes_text(p.state.largest):>12}",
         f"{'  working memory of a step':<40}{bytes_text(p.working.largest):>12}",
         f"    for waves of up to {p.wave:,} entries",
@@ -124,7 +129,7 @@ def _whole_training(p: Plan) -> list[str]:
     if b:
         again = ", gradient checkpointing" if b.checkpointing else ""
         what = f"activations (estimate), {b.sequences} x {b.tokens:,}{again}"
-    totals = {"Shampoo4bit": t.peak(p.state.largest, p.working.largest + p.exchange.largest)}
+    totals = {p.optimizer: t.peak(p.state.largest, p.working.largest + p.exchange.largest)}
     totals |= {name: t.peak(load.largest, 0) for name, load in p.others.items()}
     return [
         "the whole training, the fullest rank (of the others the working memory of a step is not counted)",

@@ -229,6 +229,7 @@ def test_the_command_writes_table_json_and_picture(tmp_path, capsys) -> None:
     ]
     assert main(command) == 0
     printed = capsys.readouterr().out
+    assert "shampoo4bit, the fullest rank" in printed
     saved = json.loads((tmp_path / "plan.json").read_text())
     made = s4.plan("llama_tiny", world_size=2, block_size=64)
     assert saved == json.loads(json.dumps(made.to_dict()))
@@ -316,7 +317,7 @@ def test_the_command_says_what_a_whole_training_takes(capsys: pytest.CaptureFixt
     assert main(["plan", "llama_tiny", *words]) == 0
     said = capsys.readouterr().out
     assert "activations (estimate), 2 x 32, gradient checkpointing" in said
-    assert "all together with Shampoo4bit" in said
+    assert "all together with shampoo4bit" in said
     assert "all together with AdamW, 8-bit" in said
     assert main(["plan", "llama_tiny", "--batch", "0"]) == 2
     with pytest.raises(OptionError, match="a module has them already"):
