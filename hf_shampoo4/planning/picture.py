@@ -25,7 +25,8 @@ def draw(p: Plan, path: Path) -> None:
         axes.barh(names[1:], [load.largest / 1e9 for load in loads[1:]], color=COLOURS[0], label="state of others")
         ends = [p.peak, *(load.largest for load in loads[1:])]
         for name, end, load in zip(names, ends, loads, strict=True):
-            text = f"{'state ' * (load is p.state)}{bytes_text(load.largest)}, {p.bytes_per_parameter(load):.1f} bytes/param"
+            whose = "state " if load is p.state else ""
+            text = f"{whose}{bytes_text(load.largest)}, {p.bytes_per_parameter(load):.1f} bytes/param"
             axes.annotate(text, (end / 1e9, name), xytext=(5, 0), textcoords="offset points", va="center")
         axes.invert_yaxis()
         axes.set(xlim=(0, 1.7 * max(ends) / 1e9), xlabel="GB on the fullest rank")
