@@ -320,5 +320,5 @@ def test_the_command_says_what_a_whole_training_takes(capsys: pytest.CaptureFixt
     assert "all together with shampoo4bit" in said
     assert "all together with AdamW, 8-bit" in said
     assert main(["plan", "llama_tiny", "--batch", "0"]) == 2
-    with pytest.raises(OptionError, match="a module has them already"):
+    with pytest.raises(OptionError, match="a module has them"):
         s4.plan(llama(), batch=Batch(1, 1))
