@@ -18,6 +18,8 @@ from .algorithms import ALGORITHMS, FALLBACK, auto_of, users_of
 class Options:
     """What one parameter group does; stored key by key in `optimizer.param_groups`."""
 
+    # ---- all algorithms: what is trained how
+
     algorithm: str = "kl_shampoo"
     """`shampoo`: Kronecker preconditioner per matrix, with inverse roots, as in the papers; `soap`, `kl_shampoo`,
     `kl_soap`: moments in the eigenbasis of the factors; `elementwise`: the base optimizer alone."""
@@ -27,24 +29,29 @@ class Options:
     vocabulary: bool = False
     """The group's matrices are embeddings or the output head, one row for each entry of a vocabulary; `param_groups`
     says so."""
+    kind: Literal["any", "embedding", "head", "matrix", "vector"] = "any"
+    """What a group's parameters are, for `rates`; `param_groups` says so.  A weight that is both embedding and head
+    counts as an embedding: it begins as small and grows as far as one, and has one rate."""
     rates: tuple[tuple[str, float], ...] = ()
     """Factors on the learning rate by kind of parameter, such as `embedding:6,head:2` or {"embedding": 6, "head": 2};
     1 for a kind that is not named.  As a group's own `lr` would, they scale decoupled weight decay along; schedulers
     and logs keep to the rate that the factors multiply."""
-    kind: Literal["any", "embedding", "head", "matrix", "vector"] = "any"
-    """What a group's parameters are, for `rates`; `param_groups` says so.  A weight that is both embedding and head
-    counts as an embedding: it begins as small and grows as far as one, and has one rate."""
-    factor: Literal["eigen", "direct", "cholesky", "cholesky_ef"] = "eigen"
-    """What is kept of a Kronecker factor: its eigenvectors and eigenvalues, the matrix itself, or its Cholesky factor,
-    without or with error feedback."""
-    bits: Literal[4, 8, 32] = 4
-    """Bits of a stored factor entry (32: float32, no quantisation)."""
-    base: Literal["adamw", "sgdm"] = "adamw"
-    """The optimizer that the (preconditioned) gradient goes through; sgdm is `torch.optim.SGD`, momentum = betas[0]."""
-    nesterov: bool = False
-    """Nesterov's momentum, for sgdm."""
+    matrix_view: Literal["auto", "flatten", "batch"] = "auto"
+    """How a tensor of 3 or more dimensions is a matrix: (d0, d1*d2*...), or d0 matrices each (d1, d2)."""
+    row_splits: tuple[int, ...] = ()
+    """Sizes along dim 0 of matrices fused into one parameter (q, k, v); blocks never straddle them.
+
+    Applies to the parameters whose rows they add up to, of which there must be one."""
+    maximize: bool = False
+    """Go up along the gradient, as torch's optimizers have it: what is updated takes its negative for it."""
+    stochastic_rounding: bool = False
+    """Round bfloat16 parameters stochastically when they are written back."""
+
+    # ---- all algorithms: moments
+
     moments: Literal["fp32", "bf16", "8bit", "4bit", "4bit_factored", "4bit_eden", "4bit_zipsr"] = "4bit"
-    """Storage of the first and second moment; see `moments.make_moments`."""
+    """Storage of the first and second moment: as numbers of 32 or 16 bits; in blocks of 8 bits (needs bitsandbytes) or
+    4; the second one's as means of rows and columns (`4bit_factored`), or by the recipes of 2610.12444."""
     first_codebook: Literal["auto", "dynamic", "nf4", "linear2"] = "auto"
     """Levels of a 4-bit first moment (auto: nf4 for 4bit_eden, 4bit_zipsr and the eigenbasis family, dynamic for the
     others, and 8 bits where KL-Shampoo is given embeddings or the output head, which then have no second moment)."""
@@ -54,73 +61,9 @@ class Options:
     """Step from which a 4-bit first moment is rounded stochastically (0: never)."""
     stochastic_last: float = 0.0
     """The same as a share of training, from its end: the Trainer's callback, which knows the steps, sets the above."""
-    block_size: int = 1024
-    """Largest order of a factor of a matrix that has two: a larger side is cut into equal blocks."""
-    sides: Literal["auto", "both", "short"] = "auto"
-    """Which sides of a matrix have a basis with soap, kl_shampoo and kl_soap: both, the short one alone (of a square
-    the columns), or (auto) the short one of a matrix that is `oblong` and both of any other.  The factor of a side
-    without a basis is diagonal.  Of a vocabulary the columns have one."""
-    oblong: float = 2.5
-    """From how many times as long as wide `sides=auto` takes a matrix's short side alone."""
-    basis_order: int = 2048
-    """Largest order of the basis of a matrix that has one: a larger short side is cut into equal parts."""
-    quant_block: int = 0
-    """Entries of a factor's column that share one scale (0: 16 in a basis of SOAP and KL-Shampoo, whose scales have 8
-    bits, and 64 in shampoo's factors, with float32 scales)."""
-    codebook: Literal["auto", "linear2", "dynamic", "nf4", "lloyd16"] = "auto"
-    """Levels that a factor's entries are rounded to (auto: lloyd16 for the 4-bit bases of SOAP and KL-Shampoo, linear2
-    for all else; nf4 and lloyd16 have 4 bits only, and lloyd16 is made for blocks of 16)."""
-    stats_every: int = 10
-    """T1: steps between two updates of Shampoo's factors, or between two updates of SOAP's and KL-Shampoo's bases."""
-    roots_every: int = 10
-    """T2: steps between two computations of the inverse roots."""
-    stagger: bool = True
-    """Spread the refreshes of the blocks over the steps of a period, so that no step takes much longer than another
-    (for shampoo false unless it is given: as in the papers).
 
-    When a block is refreshed depends on its position among the blocks of the parameter group, and on how many updates
-    its parameter has had: steps on which that has no gradient do not count."""
-    refresh_warmup: int = 100
-    """SOAP's and KL-Shampoo's bases are updated at every step at first; their interval grows by one each time this many
-    steps have passed, up to `stats_every` (0: it is that from the start)."""
-    orthogonalise: Literal["auto", "qr", "cholesky_qr"] = "auto"
-    """How a basis is updated: by the `qr` of its factor, which CUDA computes one after another, or by Cholesky factors
-    (`cholesky_qr`), whole stacks at once, the same to rounding; auto: cholesky_qr on CUDA, and elsewhere qr, which
-    takes half of its time on a CPU."""
-    rotation_precision: Literal["auto", "float32", "tf32", "bfloat16"] = "auto"
-    """What the operands of the products into the bases and back are rounded to, which are summed in float32; factors,
-    eigenvalues and the bases' updates are float32 in any case.  auto: tf32 on a GPU that has it, else float32.  A CPU
-    rounds operands as a GPU would, and multiplies in float32: as a GPU's results are, but slower than float32."""
-    factor_beta: float = 0.9
-    """Decay of the factors' moving average, per step; for shampoo per update, and .95 unless it is given."""
-    vocabulary_beta: float = 0.99
-    """Decay of the eigenvalues of a vocabulary: most of its entries have no gradient for many steps."""
-    damping: float = 1e-6
-    """Added to a factor before its root, times its largest eigenvalue; for SOAP and KL-Shampoo to the eigenvalues that
-    their first moment is divided by when it is stored (1e-7 if it is less)."""
-    rectify_stats: int = 1
-    """t1: Bjorck steps on the decoded eigenvectors before a factor update."""
-    rectify_roots: int = 1
-    """t2: Bjorck steps on the decoded eigenvectors before an inverse root (the paper's 4 are 1 to 4% more accurate and
-    take a third of a refresh)."""
-    error_beta: float = 0.7
-    """Decay of the error state of a `cholesky_ef` factor, per update (the paper's .95 moves a 4-bit error state by less
-    than half a level, and stalls it)."""
-    root: Literal["eigh", "newton", "newton_db"] = "eigh"
-    """How inverse roots are computed: in the eigenbasis (which an `eigen` factor has at hand), by coupled Newton
-    ("Schur-Newton"), or by Newton-Denman-Beavers pairs."""
-    graft: Literal["norm", "block", "none"] = "norm"
-    """Give the preconditioned gradient the gradient's norm: over the parameter, over each block, or not."""
-    matrix_view: Literal["auto", "flatten", "batch"] = "auto"
-    """How a tensor of 3 or more dimensions is a matrix: (d0, d1*d2*...), or d0 matrices each (d1, d2)."""
-    row_splits: tuple[int, ...] = ()
-    """Sizes along dim 0 of matrices fused into one parameter (q, k, v); blocks never straddle them.
+    # ---- all algorithms: the run
 
-    Applies to the parameters whose rows they add up to, of which there must be one."""
-    maximize: bool = False
-    """Go up along the gradient: what is updated takes its negative for it."""
-    stochastic_rounding: bool = False
-    """Round bfloat16 parameters stochastically when they are written back."""
     max_skipped: int = 50
     """Steps in a row whose gradients are not finite after which `step` raises on every rank (0: never)."""
     diagnose_every: int = 0
@@ -133,6 +76,84 @@ class Options:
     """Work together with the other ranks of torch.distributed; false: every process trains parameters of its own."""
     seed: int = 0
     """Seed of stochastic rounding; the noise depends on seed, step and position alone."""
+
+    # ---- shampoo and elementwise: the base
+
+    base: Literal["adamw", "sgdm"] = "adamw"
+    """The optimizer that the (preconditioned) gradient goes through; sgdm is `torch.optim.SGD`, momentum = betas[0]."""
+    nesterov: bool = False
+    """Nesterov's momentum, for sgdm."""
+
+    # ---- shampoo, soap, kl_shampoo and kl_soap: factors
+
+    bits: Literal[4, 8, 32] = 4
+    """Of a stored entry of a factor or basis (32: float32, no quantisation)."""
+    quant_block: int = 0
+    """Entries of a factor's column that share one scale (0: 16 in a basis of SOAP and KL-Shampoo, whose scales have 8
+    bits, and 64 in shampoo's factors, with float32 scales)."""
+    codebook: Literal["auto", "linear2", "dynamic", "nf4", "lloyd16"] = "auto"
+    """Levels that a factor's entries are rounded to (auto: lloyd16 for the 4-bit bases of SOAP and KL-Shampoo, linear2
+    for all else; nf4 and lloyd16 have 4 bits only, and lloyd16 is made for blocks of 16)."""
+    block_size: int = 1024
+    """Largest order of a factor of a matrix that has two: a larger side is cut into equal blocks."""
+    stats_every: int = 10
+    """T1: steps between two updates of Shampoo's factors, or between two updates of SOAP's and KL-Shampoo's bases."""
+    stagger: bool = True
+    """Spread the refreshes of the blocks over the steps of a period, so that no step takes much longer than another
+    (the papers' Shampoo does not).
+
+    When a block is refreshed depends on its position among the blocks of the parameter group, and on how many updates
+    its parameter has had: steps on which that has no gradient do not count."""
+    factor_beta: float = 0.9
+    """Decay of the factors' moving average, per step; for shampoo per update."""
+    damping: float = 1e-6
+    """Added to a factor before its root, times its largest eigenvalue; for SOAP and KL-Shampoo to the eigenvalues that
+    their first moment is divided by when it is stored (1e-7 if it is less)."""
+    rectify_stats: int = 1
+    """t1: Bjorck steps on the decoded eigenvectors before a factor update."""
+
+    # ---- soap, kl_shampoo and kl_soap: eigenbases
+
+    sides: Literal["auto", "both", "short"] = "auto"
+    """Which sides of a matrix have a basis with soap, kl_shampoo and kl_soap: both, the short one alone (of a square
+    the columns), or (auto) the short one of a matrix that is `oblong` and both of any other.  The factor of a side
+    without a basis is diagonal.  Of a vocabulary the columns have one."""
+    oblong: float = 2.5
+    """From how many times as long as wide `sides=auto` takes a matrix's short side alone."""
+    basis_order: int = 2048
+    """Largest order of the basis of a matrix that has one: a larger short side is cut into equal parts."""
+    refresh_warmup: int = 100
+    """SOAP's and KL-Shampoo's bases are updated at every step at first; their interval grows by one each time this many
+    steps have passed, up to `stats_every` (0: it is that from the start)."""
+    orthogonalise: Literal["auto", "qr", "cholesky_qr"] = "auto"
+    """How a basis is updated: by the `qr` of its factor, which CUDA computes one after another, or by Cholesky factors
+    (`cholesky_qr`), whole stacks at once, the same to rounding; auto: cholesky_qr on CUDA, and elsewhere qr, which
+    takes half of its time on a CPU."""
+    rotation_precision: Literal["auto", "float32", "tf32", "bfloat16"] = "auto"
+    """What the operands of the products into the bases and back are rounded to, which are summed in float32; factors,
+    eigenvalues and the bases' updates are float32 in any case.  auto: tf32 on a GPU that has it, else float32.  A CPU
+    rounds operands as a GPU would, and multiplies in float32: as a GPU's results are, but slower than float32."""
+    vocabulary_beta: float = 0.99
+    """Decay of the eigenvalues of a vocabulary: most of its entries have no gradient for many steps."""
+
+    # ---- shampoo: inverse roots
+
+    factor: Literal["eigen", "direct", "cholesky", "cholesky_ef"] = "eigen"
+    """What is kept of a Kronecker factor: its eigenvectors and eigenvalues, the matrix itself, or its Cholesky factor,
+    without or with error feedback."""
+    error_beta: float = 0.7
+    """Decay of the error state of a `cholesky_ef` factor, per update (the paper's .95 moves a 4-bit error state by less
+    than half a level, and stalls it)."""
+    roots_every: int = 10
+    """T2: steps between two computations of the inverse roots."""
+    root: Literal["eigh", "newton", "newton_db"] = "eigh"
+    """How inverse roots are computed: in the eigenbasis (which an `eigen` factor has at hand), by coupled Newton
+    ("Schur-Newton"), or by Newton-Denman-Beavers pairs."""
+    rectify_roots: int = 1
+    """t2: Bjorck steps on the decoded eigenvectors before an inverse root (the paper's 4 are 1 to 4% more accurate and
+    take a third of a refresh)."""
+    graft: Literal["norm", "block", "none"] = "norm"
+    """Give the preconditioned gradient the gradient's norm: over the parameter, over each block, or not."""
 
     def __post_init__(self) -> None:
         for name in ("block_size", "basis_order", "stats_every", "roots_every"):

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from hf_shampoo4 import Shampoo4bit
+from hf_shampoo4 import Shampoo4bit, param_groups
 from hf_shampoo4.exceptions import OptionError
-from hf_shampoo4.options import CONFIG_ENV, NAMES, PRESETS, STRUCTURAL, Options, parse_optim_args, resolve
+from hf_shampoo4.options import CONFIG_ENV, NAMES, PRESETS, STRUCTURAL, Options, parse_optim_args, resolve, users_of
 
 
 def test_defaults_are_allowed_and_every_option_is_documented() -> None:
@@ -21,6 +22,8 @@ def test_defaults_are_allowed_and_every_option_is_documented() -> None:
         line = next(i for i, text in enumerate(source.splitlines()) if text.startswith(f"    {name}: "))
         assert source.splitlines()[line + 1].strip().startswith('"""'), name
     assert set(STRUCTURAL) <= set(NAMES)
+    users = [users for users, _ in itertools.groupby(NAMES, key=users_of)]
+    assert len(users) == len(set(users)), "the fields stand in groups by the algorithms that use them"
 
 
 @pytest.mark.parametrize("preset", sorted(PRESETS))
@@ -179,6 +182,14 @@ def test_another_algorithm_than_the_presets(preset: str, algorithm: str) -> None
         ({"base": "adamw"}, "base has no effect with algorithm=kl_shampoo: .* add algorithm=shampoo or elementwise"),
         ({"refresh_warmup": 5, "algorithm": "shampoo"}, "add algorithm=soap or kl_shampoo or kl_soap"),
         ({"root": "eigh", "algorithm": "elementwise"}, "root has no effect with algorithm=elementwise: "),
+        (
+            {"stats_every": 10, "algorithm": "elementwise"},
+            "stats_every has no effect with .*: remove it, or add alg.*soap",
+        ),
+        (
+            {"rotation_precision": "tf32", "algorithm": "shampoo"},
+            "rotation_precision has no effect with .* add .*=soap",
+        ),
         ({"error_beta": 0.7, "algorithm": "shampoo"}, "error_beta has no effect with factor=eigen: .* add factor=chol"),
         ({"rectify_roots": 4, "factor": "direct", "preset": "paper_eigen"}, "no effect with factor=direct"),
     ],
@@ -231,6 +242,17 @@ def test_a_group_of_another_algorithm_than_the_optimizers(ours: dict[str, Any]) 
     first, second = optimizer.param_groups
     assert first["algorithm"] == ours["algorithm"]
     assert (second["algorithm"], second["refresh_warmup"], second["vocabulary_beta"]) == ("kl_shampoo", 0, 0.9)
+
+
+def test_what_is_left_to_the_base_by_rule_is_not_refused_for_its_neighbours_options() -> None:
+    model = torch.nn.Sequential(torch.nn.Conv1d(8, 72, 9), torch.nn.Linear(8, 8))
+    groups = param_groups(model)
+    options = {"stats_every": 20, "bits": 8, "sides": "both"}
+    assert [group["algorithm"] for group in Shampoo4bit(groups, **options).param_groups][-1] == "elementwise"
+    alone = Shampoo4bit(param_groups(model), **parse_optim_args("moments=4bit_eden", {"algorithm": "elementwise"}))
+    with pytest.raises(OptionError, match="stats_every has no effect with algorithm=elementwise: remove it, or add "):
+        alone.add_param_group({"params": [torch.nn.Parameter(torch.zeros(8, 8))], **options})
+    assert {o["matrix_view"] for o in alone.param_groups} == {"auto", "flatten"}  # which says what a tensor is
 
 
 def test_what_the_usual_block_and_levels_are() -> None:

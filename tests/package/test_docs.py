@@ -16,6 +16,7 @@ import pytest
 import yaml
 from transformers import Trainer, TrainingArguments
 
+from benchmarks import options_page
 from hf_shampoo4.cli import main
 from tests.support.tiny import ROOT, Tokens, llama
 
@@ -119,3 +120,8 @@ def test_the_site_builds(tmp_path: Path) -> None:
     api = (tmp_path / "site" / "api" / "index.html").read_text()
     for name in ("Shampoo4bit", "param_groups", "trainer_kwargs", "stats_every", "hf_shampoo4.training.pretrain.run"):
         assert name in api
+
+
+def test_the_tables_of_options_are_what_the_options_say() -> None:
+    written = options_page.TABLES.search(options_page.PAGE.read_text(encoding="utf-8"))
+    assert written and written[0] == options_page.tables(), "run python -m benchmarks.options_page --write"
