@@ -14,9 +14,8 @@ from typing import Any, Literal, get_args, get_origin
 from hf_shampoo4.options import ALGORITHMS, TYPES, Options, fields, users_of
 
 PAGE = Path(__file__).parents[1] / "docs" / "options.md"
-TABLES = re.compile(
-    r"(?<=<!-- options: made by python -m benchmarks.options_page --write -->\n).*(?=<!-- end -->)", re.S
-)
+MARK = "<!-- options: made by python -m benchmarks.options_page --write -->\n"
+TABLES = re.compile(rf"(?<={re.escape(MARK)}).*(?=<!-- end -->)", re.DOTALL)
 KINDS = {bool: "`true`, `false`", int: "an integer", float: "a number"}
 
 
