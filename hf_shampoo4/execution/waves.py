@@ -23,7 +23,7 @@ from torch import Tensor
 
 from ..numerics.storage import Index, State, gather_rows, index_of, on_device, scatter_rows
 from ..options import Options
-from ..preconditioners.protocols import Algorithm, rows_that_change
+from ..preconditioners.protocols import Algorithm, blocks_that_change
 from ..sharding.exchange import Ranks
 from ..sharding.geometry import MatrixView, Rect
 from ..sharding.local_parameter import LocalParameter
@@ -107,12 +107,12 @@ class BlockStack:
     updates: list[int] = field(default_factory=list)
     """How many each block has had, while a step works on it: this one included."""
 
-    def select(self, rows: list[int]) -> tuple[BlockStack, Callable[[], None]]:
+    def select(self, positions: list[int]) -> tuple[BlockStack, Callable[[], None]]:
         """Some blocks of it, as a view where they follow each other, and what brings changed state back."""
-        if len(rows) == len(self.blocks):
+        if len(positions) == len(self.blocks):
             return self, lambda: None
-        index = index_of(rows, self.seed_offsets.device)
-        blocks, phases = [self.blocks[i] for i in rows], [self.phases[i] for i in rows]
+        index = index_of(positions, self.seed_offsets.device)
+        blocks, phases = [self.blocks[i] for i in positions], [self.phases[i] for i in positions]
         state = gather_rows(self.state, index)
         some = BlockStack(self.algorithm, blocks, self.membership[:, index], self.seed_offsets[index], phases, state)
         return some, lambda: scatter_rows(self.state, index, state)
@@ -206,7 +206,7 @@ class Wave:
             for i, block in enumerate(stack.blocks):
                 if block in blocks:
                     rows.setdefault(self.owners[block], []).append(i)
-            rare = rows_that_change(stack.algorithm, options, self.updates(stack), stack.phases)
+            rare = blocks_that_change(stack.algorithm, options, self.updates(stack), stack.phases)
             for tensor, buffers in stack.state.items():
                 due = rare.get(tensor)
                 for owner, of_owner in rows.items():
@@ -239,7 +239,7 @@ def _blocked(member: WaveParameter) -> BlockedParameter:
 
 def changing_rows(stack: BlockStack, options: Options) -> list[tuple[Tensor, Index]]:
     """The buffers of a stack's state that a step changes, and which rows of them."""
-    rare = rows_that_change(stack.algorithm, options, stack.updates, stack.phases)
+    rare = blocks_that_change(stack.algorithm, options, stack.updates, stack.phases)
     device, found = stack.seed_offsets.device, list[tuple[Tensor, Index]]()
     for tensor, buffers in stack.state.items():
         rows = sorted(rare.get(tensor, range(len(stack.blocks))))

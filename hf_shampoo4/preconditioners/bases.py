@@ -126,13 +126,13 @@ class DecodedSide:
         self.eigenvalues.lerp_(torch.where(tells, diagonal, self.eigenvalues), 1 - beta)
         self._largest = None
 
-    def update_basis(self, sample: Tensor, decay: float, rows: Index) -> tuple[Tensor, Tensor]:
+    def update_basis(self, sample: Tensor, decay: float, blocks: Index) -> tuple[Tensor, Tensor]:
         """One step of orthogonal iteration of some blocks' bases towards the eigenvectors of their factors.
 
         Args:
             sample: (b, k, k), the factors' new statistic in the coordinates of U.
             decay: the old factor's weight in the new one.
-            rows: which b of the B blocks.
+            blocks: which b of the B blocks.
 
         Returns:
             rotation: (b, k, k), Q: the bases after it in coordinates of those before.
@@ -144,7 +144,7 @@ class DecodedSide:
         basis = self._side.basis
         if self.vectors is None or basis is None:
             raise ValueError("a side without a basis has none to update")
-        state = gather_rows(self._state, rows)
+        state = gather_rows(self._state, blocks)
         eigenvalues = state["eigenvalues"]["dense"]
         # Q R = A', one orthogonal iteration from U;  lambda <- diag(Q^T A' Q)
         iterate = _by_cholesky if self._side.by_cholesky(sample.device) else _by_qr
@@ -154,15 +154,15 @@ class DecodedSide:
         torch.where(good[:, None], diagonal, eigenvalues, out=eigenvalues)
         self._largest = None
         # U <- U Q
-        u = bjorck(self.vectors[rows].mT, self._side.bjorck_steps)
+        u = bjorck(self.vectors[blocks].mT, self._side.bjorck_steps)
         write_good(basis, state["basis"], (q.mT @ u).mT, good)
         del u
-        scatter_rows(self._state, rows, state)
+        scatter_rows(self._state, blocks, state)
         new = basis.read(state["basis"])
-        if covers(rows, len(self.vectors)):
+        if covers(blocks, len(self.vectors)):
             self.vectors = new
         else:
-            self.vectors[rows] = new
+            self.vectors[blocks] = new
         return q, ~good
 
 

@@ -223,20 +223,20 @@ class Eigenbasis(TwoSided):
             g: (B, m, n), the gradient in the bases as they are.
         """
         found = []
-        for rows, every in context.due(stack, "basis"):
-            some, decay = g[rows], max(context.options.factor_beta**every, MIN_DECAY)
+        for blocks, every in context.due(stack, "basis"):
+            some, decay = g[blocks], max(context.options.factor_beta**every, MIN_DECAY)
             with context.stopwatch.on(g.device):
                 # both from the eigenvalues before either is updated; a side without a basis needs no statistic
                 samples = {
-                    side: statistic(x, self._whitening(other)[rows])
+                    side: statistic(x, self._whitening(other)[blocks])
                     for side, other, x in ((left, right, some), (right, left, some.mT))
                     if side.has_basis
                 }
-                updated = {side: side.update_basis(samples.pop(side), decay, rows) for side in tuple(samples)}
+                updated = {side: side.update_basis(samples.pop(side), decay, blocks) for side in tuple(samples)}
                 failed = reduce(torch.logical_or, (failed for _, failed in updated.values()))
-                add_rows(stack.state["failures"]["dense"], rows, failed)
+                add_rows(stack.state["failures"]["dense"], blocks, failed)
             rotations = (updated.get(side, (None,))[0] for side in (left, right))
-            found.append(BasisUpdate(rows, *rotations))
+            found.append(BasisUpdate(blocks, *rotations))
         return found
 
     def _whitening(self, side: DecodedSide) -> Tensor:

@@ -55,12 +55,12 @@ class Context:
     """bool of no dimension, on the device: whether anything is to change; None: it is."""
 
     def due(self, stack: Stack, refresh: str) -> list[tuple[Index, int]]:
-        """Rows of a stack that are due, and how many steps lie between two of theirs.
+        """Positions in a stack of the blocks that are due, and how many steps lie between two of theirs.
 
         All that are due at once have one interval, unless their parameters have had other numbers of updates.
         """
         found = due(stack.algorithm, self.options, stack.updates, stack.phases).get(refresh, {})
-        return [(index_of(rows, stack.seed_offsets.device), every) for every, rows in found.items()]
+        return [(index_of(blocks, stack.seed_offsets.device), every) for every, blocks in found.items()]
 
     def moment_step(self, stack: Stack) -> MomentStep:
         """One more step of a stack's blocks, as their moments see it."""
@@ -167,10 +167,10 @@ class Algorithm(ABC):
         """
 
 
-def rows_that_change(
+def blocks_that_change(
     algorithm: Algorithm, options: Options, updates: Sequence[int], phases: Sequence[float]
 ) -> dict[str, set[int]]:
     """Tensors that a step changes in some blocks only, and the positions of these; all other tensors change in all."""
     refreshed = due(algorithm, options, updates, phases)
-    rows = {refresh: {i for some in of_refresh.values() for i in some} for refresh, of_refresh in refreshed.items()}
-    return {name: rows.get(refresh, set()) for refresh, names in algorithm.refreshes().items() for name in names}
+    blocks = {refresh: {i for some in of_refresh.values() for i in some} for refresh, of_refresh in refreshed.items()}
+    return {name: blocks.get(refresh, set()) for refresh, names in algorithm.refreshes().items() for name in names}

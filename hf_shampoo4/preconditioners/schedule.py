@@ -14,7 +14,9 @@ Due = Mapping[str, Mapping[int, list[int]]]
 """Refresh -> steps between two of a block's -> positions of the blocks that are due."""
 
 
-def due(algorithm: Algorithm, options: Options, updates: Sequence[int], phases: Sequence[float]) -> Due:
+def due(
+    algorithm: Algorithm | type[Algorithm], options: Options, updates: Sequence[int], phases: Sequence[float]
+) -> Due:
     """Which blocks are due: of every block once in a period, as its own updates are counted.
 
     A parameter may have no gradient on many steps, just those perhaps on which the optimizer's count would refresh it.

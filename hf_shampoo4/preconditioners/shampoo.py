@@ -61,24 +61,24 @@ class Shampoo(TwoSided):
     def precondition(self, stack: Stack, g: Tensor, context: Context) -> Tensor:
         """P, (B, m, n), from the gradient: what is then grafted, over all blocks of a parameter."""
         # every T1 steps: L <- beta L + (1 - beta) G G^T;  R <- beta R + (1 - beta) G^T G
-        for rows, _ in context.due(stack, "stats"):
-            with self._some(stack, rows, context) as (some, left, right):
-                some["failures"]["dense"] += self.left.update(left, g[rows] @ g[rows].mT).int()
-                some["failures"]["dense"] += self.right.update(right, g[rows].mT @ g[rows])
+        for blocks, _ in context.due(stack, "stats"):
+            with self._some(stack, blocks, context) as (some, left, right):
+                some["failures"]["dense"] += self.left.update(left, g[blocks] @ g[blocks].mT).int()
+                some["failures"]["dense"] += self.right.update(right, g[blocks].mT @ g[blocks])
         # every T2 steps: L^-1/4, R^-1/4
-        for rows, _ in context.due(stack, "roots"):
-            with self._some(stack, rows, context) as (some, left, right):
+        for blocks, _ in context.due(stack, "roots"):
+            with self._some(stack, blocks, context) as (some, left, right):
                 some["failures"]["dense"] += self.left.refresh(left).int() + self.right.refresh(right)
         # P = L^-1/4 G R^-1/4
         return self.left.root(side_state(stack.state, "left")) @ g @ self.right.root(side_state(stack.state, "right"))
 
     @contextmanager
-    def _some(self, stack: Stack, rows: Index, context: Context) -> Iterator[tuple[State, State, State]]:
+    def _some(self, stack: Stack, blocks: Index, context: Context) -> Iterator[tuple[State, State, State]]:
         """The state of some blocks and of their sides, to be changed in place; timed."""
         with context.stopwatch.on(stack.seed_offsets.device):
-            some = gather_rows(stack.state, rows)
+            some = gather_rows(stack.state, blocks)
             yield some, side_state(some, "left"), side_state(some, "right")
-            scatter_rows(stack.state, rows, some)
+            scatter_rows(stack.state, blocks, some)
 
     def update(self, stack: Stack, g: Tensor, context: Context) -> Tensor:
         # the base on P |G| / |P|: AdamW m <- b1 m + (1 - b1) P, v <- b2 v + (1 - b2) P^2, u = m / (sqrt(v) + eps)

@@ -26,7 +26,7 @@ Scales = tuple[Tensor, Tensor]
 class BasisUpdate(NamedTuple):
     """Bases that were updated."""
 
-    rows: Index
+    blocks: Index
     """Of the stack: b blocks."""
     left: Tensor | None
     """Q_L, (b, m, m): the bases in coordinates of those before; None: the side has none."""
@@ -36,11 +36,11 @@ class BasisUpdate(NamedTuple):
 
 def carried(x: Tensor, updates: Iterable[BasisUpdate]) -> Tensor:
     """Q_L^T x Q_R of the blocks (B, m, n) whose bases were updated, in place unless all of them did."""
-    for rows, left, right in updates:
-        some = rotate(left, x[rows], right)
-        if covers(rows, len(x)):
+    for blocks, left, right in updates:
+        some = rotate(left, x[blocks], right)
+        if covers(blocks, len(x)):
             return some
-        x[rows] = some
+        x[blocks] = some
     return x
 
 
@@ -97,11 +97,11 @@ class FusedMoment:
         """As `WhitenedMoment.carry`: the blocks whose bases were updated, and no others, are decoded."""
         found, start = list[Tensor](), 0
         at = torch.full((len(self._g),), -1, dtype=torch.int32, device=self._g.device) if updates else self._g
-        for rows, left, right in updates:
-            scales = (self._scales[0][rows], self._scales[1][rows])
-            some = {name: buffer[rows] for name, buffer in self._buffers.items()}
-            m = kernels("whitened").lerped(self._g[rows], self._stored(some), scales, self._weight)
-            at[rows] = torch.arange(start, start + len(m), dtype=torch.int32, device=at.device)
+        for blocks, left, right in updates:
+            scales = (self._scales[0][blocks], self._scales[1][blocks])
+            some = {name: buffer[blocks] for name, buffer in self._buffers.items()}
+            m = kernels("whitened").lerped(self._g[blocks], self._stored(some), scales, self._weight)
+            at[blocks] = torch.arange(start, start + len(m), dtype=torch.int32, device=at.device)
             start += len(m)
             found.append(rotate(left, m, right))
         if found:

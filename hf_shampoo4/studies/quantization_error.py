@@ -103,7 +103,6 @@ def _through(storage: Any, x: Tensor) -> Tensor:
     return roundtrip(storage, x.float().unsqueeze(0))[0].double()
 
 
-REAL_ORDER = 1200
 RUN: dict[str, Any] = {  # W is 1200 x 768, the shape of the paper's block of Swin-Tiny
     "model": "llama_tiny",
     "model_overrides": "hidden_size=768,intermediate_size=1200,num_hidden_layers=1,num_attention_heads=12,"

@@ -11,6 +11,7 @@ import hf_shampoo4
 from hf_shampoo4.execution import build
 from hf_shampoo4.execution.blocking import phases_of
 from hf_shampoo4.options import Options, resolve
+from hf_shampoo4.preconditioners.eigenbasis import Eigenbasis
 from hf_shampoo4.preconditioners.schedule import due
 from hf_shampoo4.sharding.exchange import Ranks
 from hf_shampoo4.sharding.local_parameter import local_parameter
@@ -47,7 +48,9 @@ def result(opt: hf_shampoo4.Shampoo4bit) -> dict[str, torch.Tensor]:
 
 def updated(options: Options, step: int, phases: list[float]) -> list[int]:
     """Blocks that are refreshed at a step, if all have a gradient at every one."""
-    return sorted(i for rows in due(options, [step] * len(phases), phases).get("basis", {}).values() for i in rows)
+    return sorted(
+        i for rows in due(Eigenbasis, options, [step] * len(phases), phases).get("basis", {}).values() for i in rows
+    )
 
 
 def test_every_block_once_in_a_period_and_not_later_than_all_together() -> None:
@@ -62,7 +65,7 @@ def test_every_block_once_in_a_period_and_not_later_than_all_together() -> None:
 
 def test_blocks_of_other_numbers_of_updates_are_due_in_other_steps() -> None:
     options = Options(refresh_warmup=2, stagger=False, stats_every=3)
-    assert due(options, [1, 2, 3, 5, 6, 7, 300], [0.0] * 7) == {"basis": {1: [0, 1, 2], 3: [4, 6]}}
+    assert due(Eigenbasis, options, [1, 2, 3, 5, 6, 7, 300], [0.0] * 7) == {"basis": {1: [0, 1, 2], 3: [4, 6]}}
 
 
 @each
