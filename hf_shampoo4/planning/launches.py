@@ -98,8 +98,12 @@ class Counted(Counter[tuple[str, Launch]]):
             of_part["bytes"] += times * launch.bytes
         return dict(sorted(found.items(), key=lambda item: -item[1]["launches"]))
 
-    def summary(self) -> dict[str, Any]:
-        """Launches, bytes, operations of products by precision, matrices decomposed by operation and order."""
+    def summary(self, steps: int = 1) -> dict[str, Any]:
+        """Launches, bytes, operations of products by precision, matrices decomposed by operation and order.
+
+        Args:
+            steps: that were counted; the figures are of one, rounded down but for the matrices.
+        """
         products: Counter[str] = Counter()
         matrices: Counter[str] = Counter()
         for launch, times in self.launches().items():
@@ -108,10 +112,10 @@ class Counted(Counter[tuple[str, Launch]]):
             if launch.matrices:
                 matrices[f"{launch.operation} {launch.order}"] += times * launch.matrices
         return {
-            "launches": self.total(),
-            "bytes": sum(launch.bytes * times for (_, launch), times in self.items()),
-            "products": dict(products),
-            "decompositions": dict(matrices),
+            "launches": self.total() // steps,
+            "bytes": sum(launch.bytes * times for (_, launch), times in self.items()) // steps,
+            "products": {precision: count // steps for precision, count in products.items()},
+            "decompositions": {what: count if steps == 1 else count / steps for what, count in matrices.items()},
         }
 
 
@@ -171,14 +175,18 @@ class LaunchCounter(TorchDispatchMode):
             yield
 
 
-def steps_of(model: nn.Module, options: Mapping[str, Any], triton: bool = True) -> dict[str, Counted]:
-    """What a step of `Shampoo4bit` launches on a GPU: "late", when bases are updated as rarely as they ever are, and
-    "all", when all of them are.
+def steps_of(
+    model: nn.Module, options: Mapping[str, Any], triton: bool = True, device: str = "cuda", late: int = 1
+) -> dict[str, Counted]:
+    """What a step of `Shampoo4bit` launches: "late", when bases are updated as rarely as they ever are, and "all", when
+    all of them are.
 
     Args:
         model: on the meta device.
         options: of the optimizer, resolved.
         triton: with Triton's kernels, which must be installed then.
+        device: where the step would be: "cuda" or "cpu", which choose differently where options say auto.
+        late: steps that are counted as "late".
 
     Raises:
         OptionError: an iteration whose length depends on numbers.
@@ -194,17 +202,19 @@ def steps_of(model: nn.Module, options: Mapping[str, Any], triton: bool = True) 
     all_refreshed = dict.fromkeys(algorithm_class(algorithm).every.values(), 1)
     for name, changed in (("late", {}), ("all", all_refreshed)):
         given = {**options, **changed}
-        if algorithm in users_of("orthogonalise"):
+        if algorithm in users_of("orthogonalise") and device == "cuda":
             iteration = options.get("orthogonalise", "auto")  # auto's choice on CUDA:
             given |= {"orthogonalise": "cholesky_qr" if iteration == "auto" else iteration}
         if algorithm in users_of("refresh_warmup"):
             given |= {"refresh_warmup": 0}
-        found[name] = _one_step(model, given, triton)
+        auto = "tf32" if device == "cuda" else "float32"
+        found[name] = _counted(model, given, triton, auto, late if name == "late" else 1)
     return found
 
 
-def _one_step(model: nn.Module, options: Mapping[str, Any], triton: bool) -> Counted:
-    precision = {"auto": "tf32"}.get(chosen := options.get("rotation_precision", "auto"), chosen)
+def _counted(model: nn.Module, options: Mapping[str, Any], triton: bool, auto: str, steps: int) -> Counted:
+    """Some steps after the first; `auto` is what `rotation_precision=auto` means."""
+    precision = {"auto": auto}.get(chosen := options.get("rotation_precision", "auto"), chosen)
     plain = dict(options)
     if options.get("algorithm", Options.algorithm) in users_of("rotation_precision"):
         plain["rotation_precision"] = "float32"  # the others are emulated where there is no GPU
@@ -215,7 +225,8 @@ def _one_step(model: nn.Module, options: Mapping[str, Any], triton: bool) -> Cou
     try:
         optimizer.step()
         with counter.with_triton() if triton else ExitStack(), counter:
-            optimizer.step()
+            for _ in range(steps):
+                optimizer.step()
     finally:
         for p in model.parameters():
             p.grad = None

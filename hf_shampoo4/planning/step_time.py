@@ -42,6 +42,14 @@ class Seconds:
     first: float
     """On average over the first 1,000 steps."""
 
+    @classmethod
+    def over_schedule(cls, late: float, worst: float, options: Options) -> Seconds:
+        """From the mean of late steps, over whole periods, and one that updates all bases."""
+        every = max(intervals(options).values(), default=1)
+        none = (late - worst / every) / (1 - 1 / every) if every > 1 else late
+        updates = sum(1 / max(intervals(options, step).values(), default=1) for step in range(1, FIRST + 1)) / FIRST
+        return cls(late, worst, max(none + updates * (worst - none), 0.0))
+
 
 @dataclass(frozen=True)
 class Prediction:
@@ -154,12 +162,9 @@ def _ours(counted: Mapping[str, Counted], plan: Plan, ceilings: Ceilings) -> Sec
     )
     options = Options(**plan.options)
     every = max(intervals(options).values(), default=1)
-    if options.stagger or every == 1:  # a late step has a part of the updates already
-        none = (late - worst / every) / (1 - 1 / every) if every > 1 else late
-    else:
-        none, late = late, late + (worst - late) / every
-    updates = sum(1 / max(intervals(options, step).values(), default=1) for step in range(1, FIRST + 1)) / FIRST
-    return Seconds(late, worst, max(none + updates * (worst - none), 0.0))
+    if not options.stagger:  # the late step that was counted updates nothing; staggered it has its part of the updates
+        late += (worst - late) / every
+    return Seconds.over_schedule(late, worst, options)
 
 
 def _others(model: nn.Module, ceilings: Ceilings) -> dict[str, Seconds]:

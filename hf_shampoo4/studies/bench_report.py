@@ -2,105 +2,128 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from hf_shampoo4.execution.blocking import blocks_of
-from hf_shampoo4.options import Options
 from hf_shampoo4.studies.bench_contestants import Settings
 from hf_shampoo4.studies.machine import machine
 from hf_shampoo4.utils.plots import COLOURS, picture
 
+AGREE = 0.3
+"""Prediction and measurement on one machine agree if they are within this share of each other."""
+
 
 @dataclass
 class Result:
-    """One contestant's figures."""
+    """One contestant's figures; times in milliseconds: late, worst and first as in `planning.step_time.Seconds`."""
 
     name: str
     label: str
     missing: str = ""
     """Why there are no figures."""
-    milliseconds: list[float] = field(default_factory=list)
+    first_ms: float = 0.0
+    """The first step, in which the state is made."""
+    late_ms: list[float] = field(default_factory=list)
+    """Of each late step."""
+    all_ms: list[float] = field(default_factory=list)
+    """Of each step that updates all bases."""
+    measured_ms: dict[str, float] = field(default_factory=dict)
+    predicted_ms: dict[str, float] = field(default_factory=dict)
+    counts: dict[str, Any] = field(default_factory=dict)
+    """Of a late step and one that updates all bases: launches, bytes, products, decompositions."""
+    not_counted: str = ""
+    """Why there are no counts and no prediction."""
+    unknown: list[str] = field(default_factory=list)
+    """What the prediction is without."""
     state_bytes: int = 0
     transient_bytes: int = 0
-    """The most that one step allocates beyond what it keeps."""
-    products: list[int] = field(default_factory=list)
-    """Operations of the matrix products of each step of a period (factorisations are not counted)."""
+    """The most that a late step holds beyond what it keeps."""
 
-    @property
-    def median(self) -> float:
-        """Milliseconds."""
-        return statistics.median(self.milliseconds)
-
-    @property
-    def p90(self) -> float:
-        """Milliseconds, the 90th percentile."""
-        return sorted(self.milliseconds)[-(-9 * len(self.milliseconds) // 10) - 1]
-
-    @property
-    def worst(self) -> float:
-        """Milliseconds."""
-        return max(self.milliseconds)
-
-    @property
-    def amortised(self) -> float:
-        """Milliseconds a step, over whole refresh periods."""
-        return statistics.fmean(self.milliseconds)
+    def off(self, which: str) -> float | None:
+        """By what share of the measurement the prediction is off; None: there is no prediction."""
+        return self.predicted_ms[which] / self.measured_ms[which] - 1 if self.predicted_ms else None
 
 
-def apply_operations(shapes: Sequence[tuple[int, int]], block: int) -> int:
-    """What L^-1/4 G R^-1/4 takes, by the closed form (preconditioners/operations.py): 2mn(m + n) for every block."""
-    options = Options(algorithm="shampoo", block_size=block)
-    return sum(b.algorithm.work()["step"].products for shape in shapes for b in blocks_of(shape, options))
-
-
-def summary(settings: Settings, results: Sequence[Result], ceilings: Mapping[str, float]) -> dict[str, Any]:
+def summary(
+    settings: Settings, parameters: int, ceilings: Mapping[str, Any], results: Sequence[Result]
+) -> dict[str, Any]:
     """Everything, for the JSON file."""
-    operations = apply_operations(settings.shapes(), settings.block)
-    figures = [
-        {**asdict(r), **({} if r.missing else {n: getattr(r, n) for n in ("median", "p90", "worst", "amortised")})}
-        for r in results
-    ]
+    offs = {r.name: off for r in results if (off := r.off("late")) is not None and not r.missing}
     return {
         "settings": asdict(settings),
+        "title": settings.title(),
         "machine": machine(),
-        "parameters": sum(m * n for m, n in settings.shapes()),
+        "parameters": parameters,
         "ceilings": dict(ceilings),
-        "apply_operations": operations,
-        "apply_floor_ms": 1e3 * operations / ceilings["product_operations"],
-        "results": figures,
+        "agree_within": AGREE,
+        "off": offs,
+        "results": [asdict(r) for r in results],
     }
 
 
 def as_markdown(told: Mapping[str, Any]) -> str:
     """The table, with what it was measured on above it."""
-    s, m = told["settings"], told["machine"]
-    load = "" if m["load"] is None else f", load {m['load']:.1f}"
+    s, m, n = told["settings"], told["machine"], told["parameters"]
     lines = [
-        f"{s['layers']} layers of {s['model']}, {told['parameters'] / 1e6:.1f}M parameters, block order {s['block']}, "
-        f"refresh every {s['every']} steps, {s['threads']} threads of {m['accelerator'] or m['processor']} "
-        f"({m['cores']} cores{load}), torch {m['torch']}, {s['clock']} time.",
-        f"float32 products {told['ceilings']['product_operations'] / 1e9:.0f} GFLOP/s, copies "
-        f"{told['ceilings']['copy_bytes'] / 1e9:.1f} GB/s: the floor of Shampoo's apply is "
-        f"{told['apply_floor_ms']:.0f} ms ({told['apply_operations'] / 1e9:.1f} GFLOP).",
+        f"{told['title']}, {n / 1e6:.1f}M parameters, embeddings and head included; {s['threads']} threads of "
+        f"{m['accelerator'] or m['processor']}, torch {m['torch']}, {s['clock']} time.",
+        ceilings_line(told["ceilings"]),
         "",
-        "| | amortised ms | median | p90 | worst | worst / median | GFLOP a step | state MB | transient MB |",
-        "|---|---:|---:|---:|---:|---:|---:|---:|---:|",
+        "| | late ms | predicted | first 1,000 | predicted | all bases | predicted | launches | bytes a parameter | "
+        "GFLOP | state, bytes a parameter | transient MB |",
+        "|---|" + "---:|" * 11,
     ]
     for r in told["results"]:
         if r["missing"]:
-            lines.append(f"| {r['label']} | {r['missing']} | | | | | | | |")
+            lines.append(f"| {r['label']} | {r['missing']} |" + " |" * 10)
             continue
-        operations = statistics.fmean(r["products"]) / 1e9
+        times = [
+            f"{_ms(r['measured_ms'], which)} | {_ms(r['predicted_ms'], which)}" for which in ("late", "first", "worst")
+        ]
+        counts = "not counted | | "
+        if r["counts"]:
+            late = r["counts"]["late"]
+            gflop = sum(late["products"].values()) / 1e9
+            counts = f"{late['launches']:,} | {late['bytes'] / n:.0f} | {gflop:.1f}"
         lines.append(
-            f"| {r['label']} | {r['amortised']:.0f} | {r['median']:.0f} | {r['p90']:.0f} | {r['worst']:.0f} | "
-            f"{r['worst'] / r['median']:.1f} | {operations:.1f} | {r['state_bytes'] / 1e6:.1f} | "
-            f"{r['transient_bytes'] / 1e6:.1f} |"
+            f"| {r['label']} | {' | '.join(times)} | {counts} | {r['state_bytes'] / n:.2f} | "
+            f"{r['transient_bytes'] / 1e6:.0f} |"
         )
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, "", *_remarks(told)]) + "\n"
+
+
+def _ms(times: Mapping[str, float], which: str) -> str:
+    if not times:
+        return ""
+    return f"{times[which]:.0f}" if times[which] >= 10 else f"{times[which]:.2g}"
+
+
+def ceilings_line(row: Mapping[str, Any]) -> str:
+    """What was measured before the contestants, in a sentence."""
+    products = ", ".join(f"{name} {rate / 1e9:,.0f}" for name, rate in row["products"].items())
+    qr = ", ".join(f"{order}: {1e3 * taken:.1f}" for order, taken in row["decompositions"]["linalg_qr_ms"].items())
+    fresh = f", of new memory {row['fresh'] / 1e9:.1f}" if "fresh" in row else ""
+    return (
+        f"Measured at the start: products of {products} GFLOP/s; a copy {row['memory'] / 1e9:.1f} GB/s{fresh}; "
+        f"a launch {1e6 * row['launch']:.1f} us; a QR by order, ms: {qr}."
+    )
+
+
+def _remarks(told: Mapping[str, Any]) -> list[str]:
+    within = [name for name, off in told["off"].items() if abs(off) <= told["agree_within"]]
+    outside = [f"{name} {off:+.0%}" for name, off in told["off"].items() if abs(off) > told["agree_within"]]
+    found = [
+        f"Predictions of late steps within {told['agree_within']:.0%} of the measurement: {', '.join(within) or 'none'}"
+        + (f"; outside: {', '.join(outside)}." if outside else ".")
+    ]
+    for r in told["results"]:
+        if r["not_counted"]:
+            found.append(f"{r['label']} cannot be counted: {r['not_counted']}.")
+        if r["unknown"]:
+            found.append(f"The prediction for {r['label']} is without {', '.join(r['unknown'])}.")
+    return found
 
 
 def draw(told: Mapping[str, Any], path: Path) -> None:
@@ -111,31 +134,32 @@ def draw(told: Mapping[str, Any], path: Path) -> None:
         path: the file, replaced at once.
     """
     shown = [r for r in told["results"] if not r["missing"]]
-    size = (12, 1.8 + 0.42 * len(shown))
+    size = (12, 1.8 + 0.5 * len(shown))
     with picture(path, size, (1, 2), grid="x", sharey=True, width_ratios=(3, 2)) as (figure, panels):
         times, sizes = panels[0]
         for place, r in enumerate(shown):
             colour = COLOURS[2] if r["label"].startswith("ours") else COLOURS[0]
-            times.barh(place, r["amortised"], color=colour, height=0.62)
-            times.plot([r["amortised"], r["worst"]], [place, place], color="#111827", linewidth=0.8, linestyle=":")
-            times.plot(r["median"], place, "|", color="#111827", markersize=11)
-            times.plot(r["worst"], place, ">", color="#111827", markersize=4)
-            inside = {"xytext": (-3, 0), "textcoords": "offset points", "ha": "right", "color": "white"}
-            times.annotate(f"{r['amortised']:.0f}", (r["amortised"], place), va="center", fontsize=9, **inside)
-            after = {"xytext": (5, 0), "textcoords": "offset points", "color": "#6b7280"}
-            times.annotate(f"worst {r['worst']:.0f}", (r["worst"], place), va="center", fontsize=8, **after)
-            sizes.barh(place, r["state_bytes"] / 1e6, color=colour, height=0.62)
-            left = r["state_bytes"] / 1e6
-            sizes.barh(place, r["transient_bytes"] / 1e6, left=left, color=colour, height=0.62, alpha=0.35)
+            late, worst = r["measured_ms"]["late"], r["measured_ms"]["worst"]
+            times.barh(place, late, color=colour, height=0.62)
+            times.plot([late, worst], [place, place], color="#111827", linewidth=0.8, linestyle=":")
+            times.plot(r["measured_ms"]["first"], place, "d", color="#111827", markersize=5)
+            times.plot(worst, place, ">", color="#111827", markersize=4)
+            if r["predicted_ms"]:
+                times.plot(r["predicted_ms"]["late"], place, "|", color=COLOURS[1], markersize=16, markeredgewidth=2)
+            inside = {"xytext": (-4, 0), "textcoords": "offset points", "ha": "right", "color": "white"}
+            times.annotate(_ms(r["measured_ms"], "late"), (late, place), va="center", fontsize=9, **inside)
+            state = r["state_bytes"] / told["parameters"]
+            sizes.barh(place, state, color=colour, height=0.62)
+            sizes.barh(
+                place, r["transient_bytes"] / told["parameters"], left=state, color=colour, height=0.62, alpha=0.35
+            )
         times.set_yticks(range(len(shown)), [r["label"] for r in shown])
         times.invert_yaxis()
         times.set(
-            title="Optimizer step: mean (bar and number in it), median (|), worst (>)",
+            title="Step: late (bar), first 1,000 (diamond), all bases (>), predicted late (|)",
             xlabel=f"milliseconds ({told['settings']['clock']} time)",
             xscale="log",
         )
-        sizes.set(title="State (dark), working memory (pale)", xlabel="MB")
-        given = told["settings"]
-        figure.suptitle(
-            f"{given['layers']} layers of {given['model']} on {told['machine'].get('accelerator') or 'a CPU'}"
-        )
+        sizes.set(title="State (dark), working memory (pale)", xlabel="bytes a parameter")
+        where = told["machine"].get("accelerator") or "a CPU"
+        figure.suptitle(f"{told['title']}, {told['parameters'] / 1e6:.1f}M parameters, on {where}")

@@ -7,7 +7,6 @@ folder that cannot be written before any work is done.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import os
 from collections.abc import Sequence
@@ -17,65 +16,72 @@ from typing import get_type_hints
 
 from hf_shampoo4.exceptions import ConfigError, OptionError
 from hf_shampoo4.options import KINDS
-from hf_shampoo4.studies.bench_contestants import CONTESTANTS, MODELS, Settings
-from hf_shampoo4.utils.files import check_writable, write_json, write_text
+from hf_shampoo4.studies.bench_contestants import CONTESTANTS, Settings, models
+from hf_shampoo4.utils.files import check_writable
 
 
 def bench(arguments: Sequence[str]) -> None:
-    """`hf-shampoo4 bench`: what an optimizer step costs, in time, memory and operations, beside other optimizers.
+    """`hf-shampoo4 bench`: what a step of a whole model costs, beside other optimizers, and beside what is predicted.
 
-    All contestants live in one process and take their steps in turn, so that whatever else the machine does falls on
-    all of them.  Gradients are random: the cost does not depend on their values.
+    Embeddings and head are included.  Late steps, the average of the first 1,000 and steps that update all bases are
+    told apart; cost is time, operations, bytes moved and launches.  First this machine's ceilings are measured, from
+    which `plan` would predict.  A finished contestant is kept: a second call goes on where the first was stopped.
     """
     chosen = _bench_parser().parse_args(arguments)
+    if chosen.gpu_check is not None:
+        _gpu_check(chosen)
+        return
     settings = _bench_settings(chosen)
     names = [name for name in chosen.contestants.split(",") if name] or list(CONTESTANTS)
     unknown = [name for name in names if name not in CONTESTANTS]
     if unknown:
         raise OptionError(f"unknown contestants {', '.join(unknown)}; known: {', '.join(CONTESTANTS)}")
-    check_writable(chosen.output_dir)
+    folder = chosen.output_dir
+    check_writable(folder)
     import torch
 
-    from hf_shampoo4.studies.bench import race, rates, sweep
-    from hf_shampoo4.studies.bench_report import as_markdown, draw, summary
+    from hf_shampoo4.studies.bench import write_report
 
     torch.set_num_threads(settings.threads)
-    folder = chosen.output_dir
-    steps = f"{settings.warmup} steps of warm-up and {settings.steps} on the clock"
-    print(f"{len(names)} optimizers of {settings.model} on {settings.device}, {steps}", flush=True)
-    told = summary(settings, race(names, settings), rates(settings))
-    if chosen.sweep:
-        told["sweep"] = sweep(settings, [name for name in names if name.startswith("ours")])
-        print(json.dumps(told["sweep"], indent=1))
-    write_json(folder / "bench.json", told)
-    write_text(folder / "bench.md", as_markdown(told))
-    draw(told, folder / "bench.png")
-    print(as_markdown(told) + f"\n{folder}/bench.json, bench.md, bench.png")
+    print(f"{len(names)} optimizers of {settings.title()} on {settings.device}", flush=True)
+    print(write_report(names, settings, folder) + f"\n{folder}/bench.json, bench.md, bench.png")
+
+
+def _gpu_check(chosen: argparse.Namespace) -> None:
+    if not chosen.minutes > 0:
+        raise OptionError(f"--minutes {chosen.minutes} is not allowed: it must be a number above 0")
+    check_writable(chosen.gpu_check)
+    from hf_shampoo4.studies.gpu_check import check
+
+    check(chosen.gpu_check, chosen.cpu, chosen.minutes)
+    print((chosen.gpu_check / "gpu_check.md").read_text(encoding="utf-8"))
+    print(f"{chosen.gpu_check}/gpu_check.json, gpu_check.md, gpu_check.png")
 
 
 def _bench_settings(chosen: argparse.Namespace) -> Settings:
     names = get_type_hints(Settings)
     given = {name: found for name in names if (found := getattr(chosen, name, None)) is not None}
-    quick = {"model": "tiny", "layers": 1, "block": 64, "every": 2, "warmup": 4, "steps": 4} if chosen.quick else {}
+    quick = {"model": "llama_tiny", "layers": 1, "steps": 2, "turning": 1} if chosen.quick else {}
     return Settings(**{**quick, **given})
 
 
 def _bench_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="hf-shampoo4 bench", description=bench.__doc__)
     add, default = parser.add_argument, Settings()
-    add("--model", help=f"{', '.join(MODELS)}; default {default.model}")
-    add("--layers", type=int, help=f"how many of its layers; default {default.layers}")
-    add("--block", type=int, help=f"largest order of a factor; default {default.block}")
-    add("--every", type=int, help=f"steps between two refreshes; default {default.every}")
-    add("--warmup", type=int, help=f"steps before the clock runs; default {default.warmup}")
-    add("--steps", type=int, help=f"steps that are timed; default {default.steps}")
+    add("--model", help=f"{', '.join(models())}; default {default.model}")
+    add("--layers", type=int, help="how many of its layers; default all")
+    add("--steps", type=int, help=f"late steps that are timed; default {default.steps}")
+    add("--turning", type=int, help=f"timed steps that update all bases; default {default.turning}")
+    add("--seconds", type=float, help="after which no further step of a contestant begins; default none")
     add("--threads", type=int, help=f"default {default.threads}")
     add("--clock", help=f"wall, or cpu: the process's own time, on a busy machine; default {default.clock}")
     add("--device", help=f"default {default.device}")
     add("--contestants", default="", help=f"comma-separated; default all: {','.join(CONTESTANTS)}")
-    add("--sweep", action="store_true", help="ours again over block orders and sizes")
     add("--output_dir", type=Path, default=Path("runs/bench"), help="default: runs/bench")
     add("--quick", action="store_true", help="a tiny model: does it work here?")
+    add("--gpu-check", "--gpu_check", type=Path, metavar="DIR", help="instead: all about one GPU, offline, resumable")
+    add("--minutes", type=float, default=8.0, help="that --gpu-check may take; default %(default)g")
+    add("--cpu", action="store_true", help="a small form of --gpu-check on the CPU: would it work there?")
     return parser
 
 

@@ -21,7 +21,7 @@ import torch
 from hf_shampoo4.integrations.trainer import OPTIMS, optim_options
 from hf_shampoo4.options import Options, users_of
 from hf_shampoo4.preconditioners.algorithms import intervals
-from hf_shampoo4.studies.bench import counted
+from hf_shampoo4.studies.bench import peak_beyond
 from hf_shampoo4.studies.code_version import commit
 from hf_shampoo4.studies.grid import Contestant, Settings
 from hf_shampoo4.studies.machine import machine, state_bytes
@@ -133,7 +133,7 @@ class Racer:
     def bytes(self) -> tuple[float, float]:
         """State, and at the peak of a step; a parameter's."""
         parameters = sum(p.numel() for p in self.model.parameters())
-        _, beyond = counted(self.optimizer.step, torch.device("cpu"))
+        beyond = peak_beyond(self.optimizer.step, torch.device("cpu"))
         state = state_bytes(self.optimizer)
         return state / parameters, (state + beyond) / parameters
 

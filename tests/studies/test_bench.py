@@ -1,4 +1,4 @@
-"""`hf-shampoo4 bench`: its counts against theory, its figures against a hand-made list, and that it runs."""
+"""`hf-shampoo4 bench`: its figures against theory and against hand-made lists, and that it runs and resumes."""
 
 from __future__ import annotations
 
@@ -11,35 +11,59 @@ import torch
 
 import hf_shampoo4
 from hf_shampoo4.exceptions import OptionError
-from hf_shampoo4.options import ALGORITHMS
+from hf_shampoo4.groups import is_of_matrices, param_groups
+from hf_shampoo4.integrations.trainer import OPTIMS
+from hf_shampoo4.options import Options
+from hf_shampoo4.planning.launches import LaunchCounter, steps_of
+from hf_shampoo4.planning.step_time import Seconds
 from hf_shampoo4.preconditioners import protocols
 from hf_shampoo4.studies import bench, commands
-from hf_shampoo4.studies.bench import CONTESTANTS, Racer, Result, Settings, apply_operations, counted
+from hf_shampoo4.studies.bench import Bench, peak_beyond
+from hf_shampoo4.studies.bench_contestants import CONTESTANTS, Contestant, Settings
+from hf_shampoo4.studies.ceilings_here import Timer, as_ceilings, measured_ceilings
 
-TINY = Settings(model="tiny", layers=1, block=64, every=2, warmup=2, steps=2, threads=1)
+TINY = Settings(model="llama_tiny", layers=1, steps=2, turning=1, threads=1)
 CPU = torch.device("cpu")
 
 
-def test_counts_are_those_of_theory() -> None:
+def test_the_peak_is_that_of_theory() -> None:
     a, b = torch.randn(3, 40, 50), torch.randn(3, 50, 60)
-    operations, peak = counted(lambda: torch.bmm(a, b), CPU)
-    assert operations == 2 * 3 * 40 * 50 * 60
-    assert 4 * 3 * 40 * 60 <= peak < 4 * 3 * 40 * 60 + 4096
+    assert 4 * 3 * 40 * 60 <= peak_beyond(lambda: torch.bmm(a, b), CPU) < 4 * 3 * 40 * 60 + 4096
 
 
-def test_a_steady_step_takes_the_operations_of_its_floor_and_no_more() -> None:
-    racer = Racer("ours_shampoo", TINY)
-    gradients = [torch.randn(shape) for shape in TINY.shapes()]
-    for _ in range(3):
-        racer.inspect(gradients)
-    steady, refresh = racer.result.products[2], racer.result.products[1]
-    assert apply_operations(TINY.shapes(), 64) == steady < refresh
-    assert apply_operations([(64, 128)], 64) == 2 * 2 * 64 * 64 * 128
+def test_a_late_step_multiplies_here_what_is_counted_on_the_meta_device() -> None:
+    racer = Bench(CONTESTANTS["shampoo4bit"], TINY)
+    racer.step()
+    with LaunchCounter("cpu") as counter:
+        racer.step()
+    meta = steps_of(bench.model_of(TINY, "meta"), {}, triton=False, device="cpu")["late"].summary()
+    assert counter.found.summary()["products"] == meta["products"]
 
 
-def test_figures_of_a_result() -> None:
-    result = Result("x", "X", milliseconds=[float(i) for i in range(1, 11)])
-    assert (result.median, result.p90, result.worst, result.amortised) == (5.5, 9.0, 10.0, 5.5)
+def test_the_first_steps_follow_from_late_ones_and_those_that_update_all_bases() -> None:
+    options = Options(stats_every=10, refresh_warmup=100)
+    found = Seconds.over_schedule(late=2.0, worst=11.0, options=options)  # 1 without an update
+    paces = sum(1 / min(10, max(1, n // 100)) for n in range(1, 1001)) / 1000
+    assert found.first == pytest.approx(1 + 10 * paces)
+    assert Seconds.over_schedule(2.0, 2.0, Options(algorithm="elementwise")).first == 2.0
+
+
+def test_whole_models_are_measured_and_muon_has_the_hidden_matrices_alone() -> None:
+    racer = Bench(CONTESTANTS["muon"], TINY)
+    names = {name for name, _ in racer.model.named_parameters()}
+    assert {"model.embed_tokens.weight", "lm_head.weight"} <= names
+    hidden = {id(p) for g in param_groups(racer.model) if is_of_matrices(g) for _, p in g["params"]}
+    muon = {id(p) for g in racer.optimizer.param_groups if g["use_muon"] for p in g["params"]}
+    assert muon == hidden
+    assert 0 < len(muon) < len(racer.parameters)
+
+
+def test_all_bases_can_be_updated_where_there_are_some() -> None:
+    racer = Bench(CONTESTANTS["shampoo4bit"], TINY)
+    assert racer.update_all_bases()
+    racer.step()
+    assert {g["stats_every"] for g in racer.optimizer.param_groups if g["algorithm"] != "elementwise"} == {1}
+    assert not Bench(CONTESTANTS["adamw4bit"], TINY).update_all_bases()
 
 
 def test_bytes_of_the_state_are_counted_once_whatever_they_are_nested_in() -> None:
@@ -47,10 +71,19 @@ def test_bytes_of_the_state_are_counted_once_whatever_they_are_nested_in() -> No
     cycle: dict[str, object] = {"views": [x[:50], (x[50:],)]}
     cycle["self"] = cycle
     assert len(list(bench.tensors_of(cycle))) == 2
-    racer = Racer("adamw_foreach", TINY)
-    racer.take([torch.randn(shape) for shape in TINY.shapes()])
-    sizes = [m * n for m, n in TINY.shapes()]
+    racer = Bench(CONTESTANTS["adamw_fused"], TINY)
+    racer.step()
+    sizes = [p.numel() for p in racer.parameters]
     assert bench.held_bytes(racer) == 2 * 4 * sum(sizes) + 4 * len(sizes)  # two moments, and a step counter each
+
+
+def test_a_measured_row_of_ceilings_is_a_card() -> None:
+    row = json.loads(json.dumps(measured_ceilings(Timer(CPU), orders=(8, 16), product=64)))
+    found = as_ceilings(row)
+    assert 0 < found.products["float32"]
+    assert 0 < found.memory < float("inf")
+    assert found.decomposition("linalg_qr", 16) == row["decompositions"]["linalg_qr_ms"]["16"]
+    assert found.decomposition("_linalg_eigh", 16) is not None
 
 
 def test_a_steps_transient_memory_does_not_grow_with_the_number_of_parameters(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -63,7 +96,7 @@ def test_a_steps_transient_memory_does_not_grow_with_the_number_of_parameters(mo
         for p in parameters:
             p.grad = torch.randn_like(p)
         optimizer.step()
-        return counted(lambda: optimizer.step(), CPU)[1]
+        return peak_beyond(lambda: optimizer.step(), CPU)
 
     assert transient(32) < 1.1 * transient(8)
 
@@ -81,32 +114,45 @@ def test_nor_does_it_with_the_size_of_an_embedding(monkeypatch: pytest.MonkeyPat
         for p in (embedding, matrix):
             p.grad = torch.randn_like(p)
         optimizer.step()
-        return counted(lambda: optimizer.step(), CPU)[1]
+        return peak_beyond(lambda: optimizer.step(), CPU)
 
     assert transient(512 * 32) < 1.1 * transient(512 * 8)
 
 
-def test_run(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(CONTESTANTS, "absent", bench.Contestant("Absent", "no_such_module:X", "no-such-package"))
-    monkeypatch.setitem(CONTESTANTS, "broken", bench.Contestant("Broken", "torch.optim:Adam", keywords={"colour": 1}))
-    names = "adamw_fused,ours_shampoo,absent,broken"
-    quick = ["--quick", "--every", "1", "--warmup", "1", "--steps", "2", "--threads", str(torch.get_num_threads())]
-    commands.bench([*quick, "--contestants", names, "--output_dir", str(tmp_path)])
+def test_it_runs_says_what_is_missing_and_goes_on_where_it_was_stopped(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(CONTESTANTS, "absent", Contestant("Absent", "no_such_module:X", "no-such-package"))
+    monkeypatch.setitem(CONTESTANTS, "broken", Contestant("Broken", "torch.optim:Adam", keywords={"colour": 1}))
+    row = measured_ceilings(Timer(CPU), orders=(64,), product=128)
+    monkeypatch.setattr(bench, "measured_ceilings", lambda timer, **sizes: row)
+    quick = ["--quick", "--threads", str(torch.get_num_threads()), "--output_dir", str(tmp_path)]
+    commands.bench([*quick, "--contestants", "adamw_fused,adamw4bit,absent,broken"])
     told = json.loads((tmp_path / "bench.json").read_text())
-    adamw, shampoo, absent, broken = told["results"]
-    assert len(adamw["milliseconds"]) == len(shampoo["milliseconds"]) == 2
-    assert 0 < shampoo["state_bytes"] < adamw["state_bytes"]
+    adamw, ours, absent, broken = told["results"]
+    assert 0 < ours["state_bytes"] < adamw["state_bytes"]
+    assert ours["counts"]["late"]["launches"] > adamw["counts"]["late"]["launches"] > 0
+    assert ours["predicted_ms"]["late"] > 0
+    assert told["off"]["adamw4bit"] == ours["predicted_ms"]["late"] / ours["measured_ms"]["late"] - 1
     assert absent["missing"] == "not installed: pip install no-such-package"
     assert broken["missing"].startswith("failed: TypeError")
     assert (tmp_path / "bench.png").read_bytes().startswith(b"\x89PNG")
     table = (tmp_path / "bench.md").read_text()
-    assert "| ours: shampoo, 4-bit |" in table
+    assert "| ours: adamw4bit |" in table
     assert table in capsys.readouterr().out
 
+    def again(*_: object) -> None:
+        raise AssertionError("a finished contestant is measured again")
 
-def test_every_algorithm_of_ours_is_a_contestant() -> None:
-    ours = {c.keywords["algorithm"] for name, c in CONTESTANTS.items() if name.startswith("ours")}
-    assert ours == set(ALGORITHMS)
+    monkeypatch.setattr(bench, "_made", again)
+    commands.bench([*quick, "--contestants", "adamw_fused,adamw4bit"])
+    assert json.loads((tmp_path / "bench.json").read_text())["results"] == [adamw, ours]
+
+
+def test_every_name_of_optim_is_a_contestant() -> None:
+    ours = {tuple(sorted(c.keywords.items())) for c in CONTESTANTS.values() if c.ours}
+    named = {tuple(sorted(options.items())) for name, options in OPTIMS.items() if name != "kl_shampoo4bit"}
+    assert named <= ours
 
 
 @pytest.mark.parametrize(
@@ -114,8 +160,9 @@ def test_every_algorithm_of_ours_is_a_contestant() -> None:
     [
         (["--model", "gpt5"], "unknown model 'gpt5'; known: gpt2_124m"),
         (["--layers", "13"], "llama_130m has 1 to 12"),
-        (["--steps", "15"], "--steps 15 must be whole refresh periods of 10"),
+        (["--steps", "0"], "--steps 0 is not allowed: it must be at least 1"),
         (["--contestants", "adam"], "unknown contestants adam; known: adamw_fused"),
+        (["--gpu-check", "x", "--minutes", "0"], "--minutes 0.0 is not allowed"),
     ],
 )
 def test_bad_arguments_are_told(arguments: list[str], message: str) -> None:
