@@ -1,9 +1,11 @@
-"""What a step launches, by model, with and without Triton's kernels: docs/results/launches.json and the table in docs/gpu.md.
+"""What a step launches, by model, with and without Triton's kernels.
+
+Written are docs/results/launches.json and the table in docs/gpu.md.
 
 python -m benchmarks.launches            count this checkout ("after"), a minute of one core
 python -m benchmarks.launches --table    only write the table again
 
-"before" stays as it is: commit dc47a37, counted by the same counter copied into it, at step 1,234 (late) and step 50 (all).
+"before" stays: commit dc47a37, by the same counter copied into it, at its steps 1,234 (late) and 50 (all).
 """
 
 from __future__ import annotations
@@ -41,7 +43,7 @@ def counted() -> dict[str, Any]:
 def table(told: Mapping[str, Any]) -> str:
     """Markdown: launches and bytes a parameter, before -> after."""
     lines = [
-        f"Before: {told['before']['commit']}; after: {told['after']['commit']}. Default options, counted on the meta device (`launches.json`).",
+        f"Before: {told['before']['commit']}; after: {told['after']['commit']}. Default options, counted on the meta device.",
         "",
         "| launches, bytes a parameter | with Triton, late | all bases | without, late | all bases |",
         "|---|---:|---:|---:|---:|",
@@ -51,9 +53,9 @@ def table(told: Mapping[str, Any]) -> str:
         for kind in ("triton", "plain"):
             for of in ("late", "all"):
                 pair = [told[when]["models"][name][kind][of] for when in ("before", "after")]
-                parameters = told["after"]["models"][name]["parameters"]
-                launches = " -> ".join(f"{of_one['launches']:,}" for of_one in pair)
-                cells.append(f"{launches}, {' -> '.join(f'{c["bytes"] / parameters:.0f}' for c in pair)}")
+                launches = " -> ".join(f"{one['launches']:,}" for one in pair)
+                moved = " -> ".join(f"{one['bytes'] / told['after']['models'][name]['parameters']:.0f}" for one in pair)
+                cells.append(f"{launches}, {moved}")
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 

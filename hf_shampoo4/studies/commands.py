@@ -17,7 +17,7 @@ from typing import get_type_hints
 from hf_shampoo4.exceptions import ConfigError, OptionError
 from hf_shampoo4.options import KINDS
 from hf_shampoo4.studies.bench_contestants import CONTESTANTS, Settings, models
-from hf_shampoo4.utils.files import check_writable
+from hf_shampoo4.utils.files import check_writable, write_text
 
 
 def bench(arguments: Sequence[str]) -> None:
