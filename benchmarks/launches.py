@@ -43,7 +43,7 @@ def counted() -> dict[str, Any]:
 def table(told: Mapping[str, Any]) -> str:
     """Markdown: launches and bytes a parameter, before -> after."""
     lines = [
-        f"Before: {told['before']['commit']}; after: {told['after']['commit']}. Default options, counted on the meta device.",
+        f"Before: {told['before']['commit']}; after: {told['after']['commit']}. Default options.",
         "",
         "| launches, bytes a parameter | with Triton, late | all bases | without, late | all bases |",
         "|---|---:|---:|---:|---:|",
