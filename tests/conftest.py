@@ -24,6 +24,8 @@ os.environ.update(
     MPLBACKEND="Agg",
     TRITON_INTERPRET="1",  # read when triton is imported, by us or by somebody else
 )
+if os.environ.get("HF_SHAMPOO4_TEST_DEVICE", "cpu") != "cpu":  # kernels on a GPU: tests/support/on_device.py
+    del os.environ["TRITON_INTERPRET"]
 # Left over from a user's shell, these would change what the tests see.
 for name in ("HF_SHAMPOO4_CONFIG", "HF_SHAMPOO4_REGISTER"):
     os.environ.pop(name, None)

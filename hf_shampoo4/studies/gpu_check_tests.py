@@ -11,10 +11,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import hf_shampoo4
 from hf_shampoo4.studies.gpu_check import Notes, Scale
 
-TESTS = Path(hf_shampoo4.__file__).parents[1] / "tests" / "numerics" / "test_kernels.py"
+ROOT = Path(__file__).parents[2]
+PLUGIN = "tests.support.on_device"
 
 
 def tests(notes: Notes, scale: Scale, seconds: float) -> None:
@@ -37,31 +37,25 @@ def _can_test(notes: Notes, what: str) -> bool:
         if find_spec(package) is None:
             notes.leave_out(what, f"{package} is not installed")
             return False
-    if not TESTS.exists():
-        notes.leave_out(what, f"{TESTS} is not there: tests are in a clone, not in an installed package")
+    if not _files():
+        notes.leave_out(what, f"they are not in {ROOT}: a clone has them, an installed package has not")
         return False
     return True
 
 
 def _pytest(before: list[str], scale: Scale, seconds: float) -> dict[str, Any]:
-    chosen = [
-        *before,
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-x",
-        "-p",
-        "no:cacheprovider",
-        "-m",
-        "not slow",
-        str(TESTS),
-    ]
+    chosen = [*before, sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", PLUGIN, "-m", "not slow"]
+    if scale.tests:
+        chosen += ["-k", scale.tests]
     environment = {**os.environ, "HF_SHAMPOO4_TEST_DEVICE": scale.device}
     began = time.monotonic()
     done = subprocess.run(
-        [*chosen, *(["-k", scale.tests] if scale.tests else [])],
-        capture_output=True, text=True, env=environment, cwd=TESTS.parents[2], timeout=max(seconds - 3, 1), check=False,
+        [*chosen, *map(str, _files())],
+        capture_output=True, text=True, env=environment, cwd=ROOT, timeout=max(seconds - 3, 1), check=False,
     )  # fmt: skip
     tail = "\n".join((done.stdout + done.stderr).strip().splitlines()[-12:])
     return {"exit_code": done.returncode, "tail": tail[-3000:], "seconds": round(time.monotonic() - began, 1)}
+
+
+def _files() -> list[Path]:
+    return sorted((ROOT / "tests" / "numerics").glob("test_*kernel*.py"))
