@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..numerics.blocks import on_device
 from ..numerics.rounding import noise_at, to_bfloat16
-from ..numerics.storage import on_device
 from ..preconditioners.protocols import Context
 from ..sharding.route import Piece
 from .waves import Wave

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..numerics.storage import Index, index_of
+from ..numerics.blocks import Index, index_of
 from ..sharding.agreement import all_or_none
 from ..sharding.dtensor import sharded
 from ..sharding.exchange import Form, packed

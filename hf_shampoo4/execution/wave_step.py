@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from ..numerics.blocks import changed_if
 from ..numerics.precision import exact_float32
-from ..numerics.storage import changed_if
 from ..options import Options
 from ..preconditioners.algorithms import compute_updates
 from ..preconditioners.protocols import Context

@@ -21,7 +21,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from ..numerics.storage import Index, State, gather_rows, index_of, on_device, scatter_rows
+from ..numerics.blocks import Index, State, gather_blocks, index_of, on_device, scatter_blocks
 from ..options import Options
 from ..preconditioners.protocols import Algorithm, blocks_that_change
 from ..sharding.exchange import Ranks
@@ -113,9 +113,9 @@ class BlockStack:
             return self, lambda: None
         index = index_of(positions, self.seed_offsets.device)
         blocks, phases = [self.blocks[i] for i in positions], [self.phases[i] for i in positions]
-        state = gather_rows(self.state, index)
+        state = gather_blocks(self.state, index)
         some = BlockStack(self.algorithm, blocks, self.membership[:, index], self.seed_offsets[index], phases, state)
-        return some, lambda: scatter_rows(self.state, index, state)
+        return some, lambda: scatter_blocks(self.state, index, state)
 
 
 @dataclass(frozen=True)

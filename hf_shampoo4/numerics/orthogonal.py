@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .storage import on_device
+from .blocks import on_device
 
 SETTLED = 0.5  # |Q1^T Q1 - I|_F after the first round below which the second one leaves no more than rounding
 DISORDER = 1000.0  # how many times as large as an earlier one an entry of a diagonal may be: 3.5 is what trainings show

@@ -18,23 +18,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..numerics.blocks import Index, State, covers, gather_blocks, scatter_blocks  # fmt: skip
 from ..numerics.linalg import bjorck, finite_blocks, replace_bad_blocks, safe_qr
 from ..numerics.orthogonal import orthogonal_iteration
 from ..numerics.quantize import FLOAT32_MAX
-from ..numerics.storage import (
-    SMALL,
-    Blockwise,
-    Dense,
-    DoubleQuantized,
-    Index,
-    State,
-    Storage,
-    covers,
-    gather_rows,
-    scatter_rows,
-    transposed,
-    write_good,
-)  # fmt: skip
+from ..numerics.storage import SMALL, Blockwise, Dense, DoubleQuantized, Storage, transposed, write_good  # fmt: skip
 from ..options import Options
 from .operations import Work, bjorck_work, cholesky_qr_work, product, qr_work
 
@@ -144,7 +132,7 @@ class DecodedSide:
         basis = self._side.basis
         if self.vectors is None or basis is None:
             raise ValueError("a side without a basis has none to update")
-        state = gather_rows(self._state, blocks)
+        state = gather_blocks(self._state, blocks)
         eigenvalues = state["eigenvalues"]["dense"]
         # Q R = A', one orthogonal iteration from U;  lambda <- diag(Q^T A' Q)
         iterate = _by_cholesky if self._side.by_cholesky(sample.device) else _by_qr
@@ -157,7 +145,7 @@ class DecodedSide:
         u = bjorck(self.vectors[blocks].mT, self._side.bjorck_steps)
         write_good(basis, state["basis"], (q.mT @ u).mT, good)
         del u
-        scatter_rows(self._state, blocks, state)
+        scatter_blocks(self._state, blocks, state)
         new = basis.read(state["basis"])
         if covers(blocks, len(self.vectors)):
             self.vectors = new

@@ -11,10 +11,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from ..numerics.blocks import add_to_blocks
 from ..numerics.linalg import clamp_rms, transpose
 from ..numerics.precision import rotate, rotation_precision
 from ..numerics.quantize import has_kernels, kernels
-from ..numerics.storage import Blockwise, Dense, add_rows
+from ..numerics.storage import Blockwise, Dense
 from ..options import ALGORITHMS, Options
 from .bases import MIN_DECAY, TINY, DecodedSide, Side, make_sides, rotated_sides, statistic
 from .moments import Adam, Momentum, make_moments
@@ -234,7 +235,7 @@ class Eigenbasis(TwoSided):
                 }
                 updated = {side: side.update_basis(samples.pop(side), decay, blocks) for side in tuple(samples)}
                 failed = reduce(torch.logical_or, (failed for _, failed in updated.values()))
-                add_rows(stack.state["failures"]["dense"], blocks, failed)
+                add_to_blocks(stack.state["failures"]["dense"], blocks, failed)
             rotations = (updated.get(side, (None,))[0] for side in (left, right))
             found.append(BasisUpdate(blocks, *rotations))
         return found

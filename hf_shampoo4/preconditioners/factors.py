@@ -17,19 +17,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from ..numerics.blocks import Buffers, State
 from ..numerics.linalg import ROOTS, bjorck, finite_blocks, power_qr, replace_bad_blocks, safe_cholesky, symmetric_power
-from ..numerics.storage import (
-    SMALL,
-    Blockwise,
-    Buffers,
-    Dense,
-    OffDiagonal,
-    State,
-    Storage,
-    Triangles,
-    roundtrip,
-    write_good,
-)
+from ..numerics.storage import SMALL, Blockwise, Dense, OffDiagonal, Storage, Triangles, roundtrip, write_good
 from ..options import Options
 from .operations import Work, bjorck_work, cholesky_work, coding_workspace, product, qr_work, root_work
 

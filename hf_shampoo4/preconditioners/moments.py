@@ -10,9 +10,10 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from ..numerics.blocks import State
 from ..numerics.quantize import has_kernels, kernels, padded
 from ..numerics.rounding import Noise, PreconditionerSpace, Stochastic, to_bfloat16
-from ..numerics.storage import Bitsandbytes, Blockwise, Dense, Factored, RankOne, State, Storage
+from ..numerics.storage import Bitsandbytes, Blockwise, Dense, Factored, RankOne, Storage
 from ..options import SECOND_CODEBOOKS, Options, auto_of
 from .operations import ZIP_CODER, coding_workspace
 

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, ClassVar, Protocol
 
 from torch import Tensor
 
+from ..numerics.blocks import Index, State, index_of
 from ..numerics.rounding import Noise
-from ..numerics.storage import Dense, Index, State, Storage, index_of
+from ..numerics.storage import Dense, Storage
 from ..options import ALGORITHMS, Options
 from ..utils.stopwatch import Stopwatch
 from .moments import Moments, MomentStep

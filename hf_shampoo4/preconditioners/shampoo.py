@@ -9,7 +9,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from ..numerics.storage import Index, State, gather_rows, scatter_rows
+from ..numerics.blocks import Index, State, gather_blocks, scatter_blocks
 from ..options import Options
 from .factors import Factor, make_factor
 from .moments import BASES, Base, make_base
@@ -76,9 +76,9 @@ class Shampoo(TwoSided):
     def _some(self, stack: Stack, blocks: Index, context: Context) -> Iterator[tuple[State, State, State]]:
         """The state of some blocks and of their sides, to be changed in place; timed."""
         with context.stopwatch.on(stack.seed_offsets.device):
-            some = gather_rows(stack.state, blocks)
+            some = gather_blocks(stack.state, blocks)
             yield some, side_state(some, "left"), side_state(some, "right")
-            scatter_rows(stack.state, blocks, some)
+            scatter_blocks(stack.state, blocks, some)
 
     def update(self, stack: Stack, g: Tensor, context: Context) -> Tensor:
         # the base on P |G| / |P|: AdamW m <- b1 m + (1 - b1) P, v <- b2 v + (1 - b2) P^2, u = m / (sqrt(v) + eps)

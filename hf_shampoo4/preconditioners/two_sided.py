@@ -7,7 +7,8 @@ from typing import Protocol
 
 import torch
 
-from ..numerics.storage import Dense, State, Storage
+from ..numerics.blocks import State
+from ..numerics.storage import Dense, Storage
 from .protocols import Algorithm
 
 

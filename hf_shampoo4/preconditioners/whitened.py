@@ -11,9 +11,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..numerics.blocks import Buffers, Index, covers
 from ..numerics.precision import rotate
 from ..numerics.quantize import has_kernels, kernels, padded
-from ..numerics.storage import Blockwise, Buffers, Dense, Index, Storage, covers
+from ..numerics.storage import Blockwise, Dense, Storage
 from .moments import MomentStep, bias, write_first
 
 LARGEST = 1e30  # of a whitened moment, which grows while no gradient comes and eigenvalues are forgotten faster

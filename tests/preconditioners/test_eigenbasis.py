@@ -16,9 +16,10 @@ from hf_shampoo4 import state_report as report
 from hf_shampoo4.exceptions import CheckpointError, OptionError
 from hf_shampoo4.execution.blocking import blocks_of
 from hf_shampoo4.integrations.trainer import OPTIMS
+from hf_shampoo4.numerics.blocks import Index
 from hf_shampoo4.numerics.linalg import bjorck, transpose
 from hf_shampoo4.numerics.precision import rotate
-from hf_shampoo4.numerics.storage import Index, allocate
+from hf_shampoo4.numerics.storage import allocate
 from hf_shampoo4.options import Options, parse_optim_args
 from hf_shampoo4.preconditioners import eigenbasis
 from hf_shampoo4.preconditioners.algorithms import intervals

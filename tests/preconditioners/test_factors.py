@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from hf_shampoo4.exceptions import OptionError
-from hf_shampoo4.numerics.storage import Blockwise, Buffers, Dense, Triangles, allocate, nbytes, roundtrip
+from hf_shampoo4.numerics.blocks import Buffers
+from hf_shampoo4.numerics.storage import Blockwise, Dense, Triangles, allocate, nbytes, roundtrip
 from hf_shampoo4.optimizer import Shampoo4bit
 from hf_shampoo4.options import PRESETS, Options
 from hf_shampoo4.preconditioners.factors import Cholesky, Factor, make_factor
