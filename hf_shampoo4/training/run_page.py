@@ -93,7 +93,8 @@ def read_run(folder: Path) -> Run:
             optimizer = next((str(entry["optimizer"]) for entry in log if "optimizer" in entry), "")
             seconds = {entry["step"]: entry["seconds"] for entry in log if {"step", "seconds"} <= set(entry)}
         else:
-            raise ConfigError("it has neither trainer_state.json nor metrics.jsonl")
+            missing = "it has neither trainer_state.json nor metrics.jsonl"
+            raise ConfigError(missing if folder.is_dir() else "there is no such folder")
         found = json.loads(results.read_text(encoding="utf-8")) if results.is_file() else {}
         _check([*log, found, *({"step": step, "seconds": spent} for step, spent in seconds.items())])
     except (ValueError, TypeError, KeyError, RecursionError) as error:  # ConfigError is a ValueError too

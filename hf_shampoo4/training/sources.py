@@ -46,6 +46,8 @@ def open_dataset(source: str, split: str, config: str | None = None, streaming: 
         return load_dataset(**arguments, streaming=streaming)
     except Exception as error:  # hub, network, decoding, schema: dozens of types, and every message names the matter
         why = reason(error.__cause__ or error)
+        if "data_files" in arguments:
+            raise ConfigError(f"dataset {source!r} cannot be loaded ({why})") from error
         hint = "" if config else "; a dataset of several configurations needs dataset_config"
         raise ConfigError(f"dataset {source!r} cannot be loaded ({why}{hint}); {ALLOWED}") from error
 

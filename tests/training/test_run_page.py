@@ -174,7 +174,7 @@ def test_default_output_and_errors(tmp_path, capsys):
         read_run(tmp_path)
     assert main(["report", str(tmp_path / "nowhere")]) == 2
     assert not (tmp_path / "nowhere").exists()
-    capsys.readouterr()
+    assert "nowhere' cannot be read: there is no such folder" in capsys.readouterr().err
     (run / "trainer_state.json").write_text("{")
     assert main(["report", str(run)]) == 2
     assert "cannot be read" in capsys.readouterr().err
