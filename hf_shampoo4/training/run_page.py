@@ -64,10 +64,10 @@ class Run:
         return sorted({entry["step"]: entry[key] for entry in self.log if key in entry and "step" in entry}.items())
 
     def curve_in_time(self, key: str) -> list[tuple[float, float]]:
-        """(minutes, value); of an evaluation, the time of the last log before it."""
+        """(seconds, value); of an evaluation, the time of the last log before it."""
         logged = sorted(self.seconds)
         before = [(bisect_right(logged, step), value) for step, value in self.curve(key)]
-        return [(self.seconds[logged[count - 1]] / 60, value) for count, value in before if count]
+        return [(self.seconds[logged[count - 1]], value) for count, value in before if count]
 
     def last(self, key: str) -> float | None:
         """The last value logged."""
@@ -192,7 +192,7 @@ def _table(runs: Sequence[Run]) -> str:
     rows = [_figures(run) for run in runs]
     columns = [name for name in rows[0] if any(row[name] for row in rows)]
     head = "".join(f"<th>{name}</th>" for name in ("run", *columns))
-    best = min((row[BEST] for row in rows if row[BEST]), default="")
+    best = min((row[BEST] for row in rows if row[BEST]), key=float, default="")
     body = ""
     for i, (run, row) in enumerate(zip(runs, rows, strict=True)):
         bold = {BEST: f"<b>{best}</b>"} if len(runs) > 1 and best and row[BEST] == best else {}
@@ -206,7 +206,7 @@ def _cell(column: str, value: str) -> str:
 
 
 def _mark(i: int) -> str:
-    """A piece of run number `i`'s line, with its marker."""
+    """A piece of run number `i`'s line."""
     look = style(i)
     dashes = {"-": "", "--": "6 3", ":": "1.5 2.5", "-.": "7 2 1.5 2"}[look["linestyle"]]
     line = (
@@ -247,8 +247,15 @@ def _pictures(key: str, runs: Sequence[Run], timed: bool) -> list[str]:
     found = [_picture(title, unit, "steps", key, [run.curve(key) for run in runs], runs)]
     if timed:
         against = [run.curve_in_time(key) for run in runs]
-        found.append(_picture(f"{title}, against time", unit, "minutes", key, against, runs))
+        across, length = _unit_of_time(max((at for curve in against for at, _ in curve), default=0.0))
+        against = [[(at / length, value) for at, value in curve] for curve in against]
+        found.append(_picture(f"{title}, against time", unit, across, key, against, runs))
     return found
+
+
+def _unit_of_time(longest: float) -> tuple[str, int]:
+    """What an axis up to so many seconds counts, and how many seconds that is."""
+    return next((unit for unit in (("hours", 3600), ("minutes", 60)) if longest >= 2 * unit[1]), ("seconds", 1))
 
 
 def _picture(
@@ -269,6 +276,7 @@ def _picture(
                 axes.plot(xs, ys, linewidth=1.8, markersize=5, markevery=max(1, len(xs) // 8), **style(i))
                 ends.append((xs[-1], ys[-1], run.name[:24], style(i)["color"]))
         axes.set(title=title, xlabel=across, ylabel=unit)
+        axes.xaxis.set_major_locator(MaxNLocator(6, integer=across == "steps"))
         if key in COUNTS:
             axes.yaxis.set_major_locator(MaxNLocator(integer=True))
         if 1 < len(ends) <= LABELLED:

@@ -15,7 +15,7 @@ from transformers import Trainer
 import hf_shampoo4 as s4
 from hf_shampoo4.cli import main
 from hf_shampoo4.exceptions import ConfigError
-from hf_shampoo4.training.run_page import page, read_run
+from hf_shampoo4.training.run_page import _unit_of_time, page, read_run
 from tests.support.tiny import Tokens, arguments, llama
 
 
@@ -114,12 +114,28 @@ def test_the_optimizer_its_options_and_time_are_on_the_page(tmp_path):
     assert run.optimizer == "adamw_torch"
     assert [step for step, _ in run.curve("loss")] == list(run.seconds) == [1, 2, 3, 4]
     assert list(run.seconds.values()) == sorted(run.seconds.values())
-    minutes = [at for at, _ in run.curve_in_time("loss")]
-    assert minutes == [spent / 60 for spent in run.seconds.values()]
+    assert [at for at, _ in run.curve_in_time("loss")] == list(run.seconds.values())
     text = page([run])
     assert '<td class="text">adamw_torch</td>' in text
     assert "Training loss, against time" in text
     assert "nats a token" in text
+
+
+@pytest.mark.parametrize(
+    ("longest", "unit"), [(7199.0, ("minutes", 60)), (7200.0, ("hours", 3600)), (119.0, ("seconds", 1))]
+)
+def test_time_is_told_in_units_of_its_size(longest, unit):
+    assert _unit_of_time(longest) == unit
+
+
+def test_the_lowest_loss_is_bold_above_ten_too(tmp_path):
+    runs = [own_loop(tmp_path / name) for name in ("a", "b")]
+    for run, loss in zip(runs, (10.2, 9.8), strict=True):
+        with (run / "metrics.jsonl").open("a") as file:
+            file.write(json.dumps({"step": 4, "eval_loss": loss}) + "\n")
+    text = page([read_run(run) for run in runs])
+    assert "<b>9.8000</b>" in text
+    assert "<b>10.2000</b>" not in text
 
 
 def test_time_goes_on_where_a_checkpoint_was(tmp_path):
