@@ -113,6 +113,11 @@ def plan_of(
     return made, model
 
 
+def model_on_meta(name: str, dtype: str = "float32", lora: int = 0) -> nn.Module:
+    """The parameters' shapes of a model by name, as `plan` takes it."""
+    return _named_model(Described(name, dtype, lora))[1]
+
+
 def _config(given: Union[PreTrainedConfig, str]) -> PreTrainedConfig:
     with named():
         from ..training.model import load_model_config

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import copy
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
@@ -18,6 +20,8 @@ from hf_shampoo4.options import ALGORITHMS, Entry, Options, parse_optim_args, re
 from hf_shampoo4.preconditioners.moments import make_moments, write_first
 from hf_shampoo4.preconditioners.protocols import Algorithm, Context, Stack
 from hf_shampoo4.state_report import rows, table
+
+ROOT, BUILT_IN = Path(s4.__file__).parent, dict(ALGORITHMS)
 
 
 @dataclass(frozen=True)
@@ -122,3 +126,16 @@ def test_every_entry_names_options_that_there_are() -> None:
         assert {*entry.uses, *entry.auto} <= known.keys()
         assert entry.defaults.keys() <= {*entry.uses}
         assert entry.vocabulary in ALGORITHMS
+
+
+def test_no_module_but_its_own_asks_which_algorithm_it_has() -> None:
+    """By name or by class: what has to be known of an algorithm is asked of it."""
+    files = {cls: module for module, cls in (str(entry.implementation).split(":") for entry in BUILT_IN.values())}
+    for path in sorted(ROOT.rglob("*.py")):
+        module = ".".join((ROOT.name, *path.relative_to(ROOT).with_suffix("").parts))
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Compare) and "algorithm" in ast.unparse(node):
+                asked = {n.value for n in ast.walk(node) if isinstance(n, ast.Constant)} & BUILT_IN.keys()
+                assert not asked or module in files.values(), f"{module}:{node.lineno}: {ast.unparse(node)}"
+            if isinstance(node, ast.Name) and node.id in files:
+                assert module == files[node.id], f"{module}:{node.lineno}: {node.id}"
