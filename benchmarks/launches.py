@@ -24,6 +24,7 @@ from hf_shampoo4.utils.files import write_json, write_text
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 COUNTS, PAGE = DOCS / "results" / "launches.json", DOCS / "gpu.md"
 MODELS = ("llama_130m", "llama_350m", "llama_1b")
+MARK = "<!-- numbers: launches.json */models/*/*/*/launches */models/*/*/*/bytes_a_parameter -->"
 BEGIN, END = "<!-- launches: begin -->\n", "<!-- launches: end -->\n"
 
 
@@ -36,6 +37,8 @@ def counted() -> dict[str, Any]:
         for kind, triton in (("triton", True), ("plain", False)):
             steps = steps_of(model, {}, triton)
             found[name][kind] = {of: step.summary() for of, step in steps.items()}
+            for told in found[name][kind].values():
+                told["bytes_a_parameter"] = told["bytes"] / found[name]["parameters"]
             print(name, kind, {of: step["launches"] for of, step in found[name][kind].items()}, flush=True)
     return found
 
@@ -45,6 +48,7 @@ def table(told: Mapping[str, Any]) -> str:
     lines = [
         f"Before: {told['before']['commit']}; after: {told['after']['commit']}. Default options.",
         "",
+        MARK,
         "| launches, bytes a parameter | with Triton, late | all bases | without, late | all bases |",
         "|---|---:|---:|---:|---:|",
     ]
@@ -54,7 +58,7 @@ def table(told: Mapping[str, Any]) -> str:
             for of in ("late", "all"):
                 pair = [told[when]["models"][name][kind][of] for when in ("before", "after")]
                 launches = " -> ".join(f"{one['launches']:,}" for one in pair)
-                moved = " -> ".join(f"{one['bytes'] / told['after']['models'][name]['parameters']:.0f}" for one in pair)
+                moved = " -> ".join(f"{one['bytes_a_parameter']:.0f}" for one in pair)
                 cells.append(f"{launches}, {moved}")
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"

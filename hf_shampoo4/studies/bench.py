@@ -74,14 +74,15 @@ class Bench:
             p.grad = gradient.clone()
         self.optimizer = optimizer_of(contestant, self.model, settings.device)
 
-    def step(self) -> float:
-        """A step on fresh gradients (some optimizers change them); its milliseconds."""
+    def step(self, counter: LaunchCounter | None = None) -> float:
+        """A step on fresh gradients (some optimizers change them), counted or not; its milliseconds."""
         for p, gradient in zip(self.parameters, self._gradients, strict=True):
             if p.grad is None:
                 p.grad = torch.empty_like(gradient)
             p.grad.copy_(gradient)
         began = self.timer.now()
-        self.optimizer.step()
+        with counter or nullcontext():
+            self.optimizer.step()
         return 1e3 * (self.timer.now() - began)
 
     def update_all_bases(self) -> bool:
@@ -223,11 +224,10 @@ def _period(contestant: Contestant) -> int:
 
 def _warm(bench: Bench, steps: int, result: Result, counts: Counted | None) -> None:
     """Steps off the clock, which may be counted."""
-    counter = LaunchCounter(str(bench.timer.device.type))
+    counter = LaunchCounter(bench.timer.device.type)
     try:
-        with counter if counts is not None else nullcontext():
-            for _ in range(steps):
-                bench.step()
+        for _ in range(steps):
+            bench.step(counter if counts is not None else None)
     except RuntimeError as error:  # a compiled optimizer does not let itself be counted
         result.not_counted = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
         bench.step()

@@ -34,8 +34,8 @@ def test_the_peak_is_that_of_theory() -> None:
 def test_a_late_step_multiplies_here_what_is_counted_on_the_meta_device() -> None:
     racer = Bench(CONTESTANTS["shampoo4bit"], TINY)
     racer.step()
-    with LaunchCounter("cpu") as counter:
-        racer.step()
+    counter = LaunchCounter("cpu")
+    racer.step(counter)
     meta = steps_of(bench.model_of(TINY, "meta"), {}, triton=False, device="cpu")["late"].summary()
     assert counter.found.summary()["products"] == meta["products"]
 
