@@ -16,8 +16,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from hf_shampoo4.planning.estimate import model_on_meta
 from hf_shampoo4.planning.launches import steps_of
+from hf_shampoo4.studies.bench import model_of
+from hf_shampoo4.studies.bench_contestants import Settings
 from hf_shampoo4.studies.code_version import commit
 from hf_shampoo4.utils.files import write_json, write_text
 
@@ -32,7 +33,7 @@ def counted() -> dict[str, Any]:
     """Of this checkout, as `planning.launches.Counted.summary`."""
     found: dict[str, Any] = {}
     for name in MODELS:
-        model = model_on_meta(name)
+        model = model_of(Settings(model=name), "meta")
         found[name] = {"parameters": sum(p.numel() for p in model.parameters())}
         for kind, triton in (("triton", True), ("plain", False)):
             steps = steps_of(model, {}, triton)
