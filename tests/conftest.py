@@ -45,6 +45,7 @@ CORE = (
 )
 LONGER = (
     "numerics/test_kernels.py",
+    "numerics/test_descent_kernel.py",
     "numerics/test_whitened_kernels.py",
     "optimizer/test_fuzz.py",
     "preconditioners/test_fused_steps.py",

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from ..numerics.blocks import on_device
+from ..numerics.quantize import has_kernels, kernels
 from ..numerics.rounding import noise_at, to_bfloat16
 from ..preconditioners.protocols import Context
 from ..sharding.route import Piece
@@ -42,10 +44,20 @@ class Descent:
             targets = [p.of_flat(flats[p.member]) for p in changed]
             if new_weights:
                 torch._foreach_copy_(targets, values)
+            elif self.in_one_pass:
+                self._descend_in_one_pass(changed, targets, values)
             else:
                 self.descend(changed, targets, values)
             for m, flat in flats.items() if copied else ():
                 self.wave.members[m].local.write_back(flat)
+
+    @cached_property
+    def in_one_pass(self) -> bool:
+        """Whether a Triton kernel does it, which leaves everything as it is in a step that does not count."""
+        if not has_kernels(self.wave.device, 2):
+            return False
+        found = [member.local for member in self.wave.members]
+        return all(local.is_flat and local.buffer.dtype in kernels("descent").DTYPES for local in found)
 
     def _in_order(self, members: Iterable[int]) -> list[tuple[list[int], bool]]:
         """Parameters that are changed together, and whether `weights` is a copy: it may lie in another one's memory."""
@@ -74,6 +86,30 @@ class Descent:
                 noise = noise_at(seed_offsets, self.context.step, options.seed, at)
                 exact = to_bfloat16(exact, noise.view_as(exact))
             torch._foreach_copy_([targets[i] for i in found], list(exact.unbind(0)))
+
+    def _descend_in_one_pass(
+        self, pieces: Sequence[Piece], targets: Sequence[Tensor], updates: Sequence[Tensor]
+    ) -> None:
+        """As `descend`, up to the rounding of its sum: a launch for all pieces of one shape."""
+        options, device, dtype = self.context.options, self.wave.device, targets[0].dtype
+        stochastic = options.stochastic_rounding and dtype == torch.bfloat16
+        alike: dict[tuple[int, tuple[int, ...], tuple[int, int], tuple[int, int, int]], list[int]] = {}
+        for i, (piece, target, update) in enumerate(zip(pieces, targets, updates, strict=True)):
+            memory = update.untyped_storage()._cdata
+            strides = (target.stride(0), update.stride(0))
+            at = (piece.row, piece.column, self.wave.rects[piece.block].shape[1]) if stochastic else (0, 0, 0)
+            alike.setdefault((memory, tuple(update.shape), strides, at), []).append(i)
+        for (_, shape, strides, at), found in alike.items():
+            update = updates[found[0]]
+            memory = torch.empty(0, dtype=update.dtype, device=device).set_(update.untyped_storage())
+            addresses = tuple(targets[i].data_ptr() for i in found)  # fixed, as are places in a stack: tables are kept
+            places = tuple(updates[i].storage_offset() for i in found)
+            seeds = tuple(self.wave.seed_offsets[pieces[i].block] for i in found)
+            noise = (on_device(seeds, torch.int32, device), self.context.step, options.seed) if stochastic else None
+            kernels("descent").descend(
+                on_device(addresses, torch.int64, device), dtype, memory, on_device(places, torch.int64, device), shape,
+                strides, 1 - self.lr * self.weight_decay, self.lr, self.context.counts, noise, at,
+            )  # fmt: skip
 
     def _keep(self, target: Tensor) -> float | Tensor:
         """1 - lr wd, or 1 in a step that does not count (its updates are 0)."""

@@ -132,7 +132,7 @@ class WaveStep:
             counts = self.context.counts
             with exact_float32(self.wave.device.type), changed_if(counts, changing):
                 updates = compute_updates(stacks, gradients, self.context, next(iter(weights), None), sums.total)
-            if counts is not None:
+            if counts is not None and not self.descent.in_one_pass:
                 updates = [torch.where(counts, update, 0.0) for update in updates]
             for _, write_back in parts:
                 write_back()

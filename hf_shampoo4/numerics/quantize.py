@@ -75,12 +75,23 @@ def quantize_block(
     return pack(codes, bits).view(*x.shape[:-1], -1), scales.view(*x.shape[:-1], -1)
 
 
-def dequantize_block(codes: Tensor, scales: Tensor, codebook: str, bits: int, block: int, length: int) -> Tensor:
-    """Inverse of `quantize_block`: float32 (..., length)."""
+def dequantize_block(
+    codes: Tensor, scales: Tensor, codebook: str, bits: int, block: int, length: int, largest: Tensor | None = None
+) -> Tensor:
+    """Inverse of `quantize_block`: float32 (..., length).
+
+    Args:
+        largest: float32 (..., 1): scales are uint8, (255ths)^2 of it, a row's largest.
+    """
     rows, scale_rows = codes.reshape(-1, codes.shape[-1]), scales.reshape(-1, scales.shape[-1])
     if has_kernels(codes.device, block):
-        x = kernels().dequantize(rows, scale_rows, padded(codebook, bits, codes.device)[0], bits, block, length)
+        of_rows = None if largest is None else largest.reshape(-1)
+        table = padded(codebook, bits, codes.device)[0]
+        x = kernels().dequantize(rows, scale_rows, table, bits, block, length, of_rows)
         return x.view(*codes.shape[:-1], length)
+    if largest is not None:
+        scales = (scales.float() / 255).square_().mul_(largest)
+        scale_rows = scales.reshape(-1, scales.shape[-1])
     if _has_whole_blocks(codes.device, length, block):
         x = decode(rows, codebook, bits, length)
         return x.unflatten(-1, (-1, block)).mul_(scale_rows.unsqueeze(-1)).view(*codes.shape[:-1], length)

@@ -140,8 +140,9 @@ class Blockwise:
 
     def read(self, buffers: Buffers) -> Tensor:
         rows = dequantize_block(
-            buffers["codes"], buffers["scales"], self.codebook, self.bits, self.block, self._rows[-1]
-        )
+            buffers["codes"], buffers["scales"], self.codebook, self.bits, self.block, self._rows[-1],
+            buffers.get("largest"),
+        )  # fmt: skip
         return rows.transpose(-1, -2) if self.columns else rows.unflatten(1, self.shape)
 
 
@@ -176,8 +177,7 @@ class DoubleQuantized:
         return {**exact, "scales": shares.to(torch.uint8), "largest": largest}
 
     def read(self, buffers: Buffers) -> Tensor:
-        scales = (buffers["scales"].float() / 255).square_().mul_(buffers["largest"])
-        return self.of.read({"codes": buffers["codes"], "scales": scales})
+        return self.of.read(buffers)
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ import torch
 
 from hf_shampoo4.numerics import quantize
 from hf_shampoo4.numerics.codebooks import CODEBOOKS
-from hf_shampoo4.numerics.storage import allocate
+from hf_shampoo4.numerics.storage import Blockwise, DoubleQuantized, allocate
 from hf_shampoo4.options import Options
 from hf_shampoo4.preconditioners import moments
 from hf_shampoo4.preconditioners.moments import MomentStep, make_base
@@ -106,6 +106,20 @@ def test_adamw_in_one_pass(kernels: ModuleType, eden: bool, length: int, monkeyp
         assert torch.isclose(fused_decoded[name], decoded[name], rtol=1e-5, atol=1e-9).float().mean() > 0.995
 
 
+@pytest.mark.parametrize("order", [16, 65])
+def test_scales_that_are_shares_are_decoded_in_the_same_pass_bit_for_bit(
+    kernels: ModuleType, order: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    storage = DoubleQuantized(Blockwise((order, order), "lloyd16", 4, 16, columns=True, fit="least_squares"))
+    buffers = allocate(storage, 2, "cpu")
+    x = torch.randn(2, order, order) ** 3
+    x[1, :, 3] = 0
+    storage.write(buffers, x)
+    expected = storage.read(buffers)
+    monkeypatch.setattr(quantize, "has_kernels", lambda device, block: True)
+    assert torch.equal(storage.read(buffers), expected)
+
+
 def test_blocks_that_do_not_fit_are_left_to_torch(kernels: ModuleType) -> None:
     assert [block for block in range(1, 70) if kernels.can_run(block)] == [2, 4, 8, 16, 32, 64]
     assert not quantize.has_kernels(CPU, 64)
@@ -113,21 +127,30 @@ def test_blocks_that_do_not_fit_are_left_to_torch(kernels: ModuleType) -> None:
 
 COMPILE = """
 import triton
+import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from hf_shampoo4.numerics.kernels import blockwise, eigenvalues, whitened
+from hf_shampoo4.numerics.kernels import blockwise, descent, eigenvalues, whitened
 
 BITS = {4: "*u8", 8: "*u8", 16: "*bf16", 32: "*fp32"}
-types = {"x": "*bf16", "carried_at": "*i32", "good": "*i1"}
-types |= dict.fromkeys(("length", "blocks", "width", "height", "count"), "i32")
-types |= dict.fromkeys(("beta1", "beta2", "weight1", "weight2", "eps", "weight", "most", "damping"), "fp32")
-types |= dict.fromkeys(("floor", "tiny"), "fp32")
+types = {"x": "*bf16", "carried_at": "*i32", "seeds": "*i32", "good": "*i1", "counts": "*i1"}
+types |= dict.fromkeys(("targets", "offsets"), "*i64")
+types |= dict.fromkeys(("length", "blocks", "width", "height", "row", "column", "count"), "i32")
+types |= dict.fromkeys(("seed_term", "step_term", "target_stride", "update_stride"), "i32")
+types |= dict.fromkeys(("beta1", "beta2", "weight1", "weight2", "eps", "weight", "most", "keep", "lr"), "fp32")
+types |= dict.fromkeys(("damping", "floor", "tiny"), "fp32")
+WITHOUT = {
+    "CODES": ("scales", "table", "thresholds"), "CARRIED": ("carried", "carried_at"), "COUNTED": ("counts",),
+    "STOCHASTIC": ("seeds",), "ROWS": ("of_rows",), "COLUMNS": ("of_columns",), "ALL": ("of_all",),
+    "SHARES": ("largest",), "WEIGHTED": ("row_weights", "column_weights"),
+}
 coded = [(4, 64, 16), (8, 16, 128), (4, 1, 128), (4, 2, 4)]  # bits, tile, block
 dense = [(4, 16, 128), (8, 8, 256), (16, 1, 128), (32, 16, 128)]
 sums = [(True, True, True, True), (True, False, False, True), (False, True, True, False)]
 kernels = (
     (blockwise._quantize, [(fit, *c) for fit, c in zip((True, False, False, True), coded)]),
-    (blockwise._dequantize, coded),
+    (blockwise._dequantize, [(False, *c) for c in coded]),
+    (blockwise._dequantize, [(True, *c) for c in coded]),
     (blockwise._adamw, [(fit, *c) for fit, c in zip((True, False, False, True), coded)]),
     (whitened._moment, [(carried, *c) for carried, c in zip((True, False, False, True), dense)]),
     (whitened._lerped, dense),
@@ -137,19 +160,30 @@ kernels = (
     (eigenvalues._weights, [(True, 1024)]),
     (eigenvalues._follow, [(True, True, True, 1024), (True, False, True, 1024), (False, True, False, 1024)]),
     (eigenvalues._follow_alone, [(1024,)]),
+    (descent._descend, [(True, True, tl.bfloat16, 1024), (False, False, tl.float32, 1024)]),
 )
 for kernel, variants in kernels:
     divides = []
-    for values in variants:
+    for values in [*variants, variants[-1]]:
         constants = dict(zip([name for name in kernel.arg_names if name.isupper()], values, strict=True))
+        if len(divides) == len(variants):  # Triton makes constants of all that is 1
+            small = {"width", "height", "row", *(("rows", "columns") if kernel is descent._descend else ())}
+            constants |= dict.fromkeys(small & set(kernel.arg_names), 1)
+        for flag, unused in WITHOUT.items():
+            if not (constants["BITS"] <= 8 if flag == "CODES" and "BITS" in constants else constants.get(flag, True)):
+                constants |= dict.fromkeys(set(unused) & set(kernel.arg_names))
         codes = dict.fromkeys(("codes", "codes1", "codes2"), BITS[constants.get("BITS", 4)])
         known = {**types, **codes, **({"x": "*fp32"} if "BITS" not in constants else {})}
+        others = {"rows": "i32", "columns": "i32"} if kernel is descent._descend else {}
+        if constants.get("SHARES"):
+            others = {"scales": "*u8"}
+        known |= others
         signature = {name: "constexpr" if name in constants else known.get(name, "*fp32") for name in kernel.arg_names}
         aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(kernel.arg_names) if "*" in signature[name]}
         source = ASTSource(kernel, signature, constants, aligned)
         divides.append("div.rn.f32" in triton.compile(source, target=GPUTarget("cuda", 90, 32)).asm["ptx"])
     assert len(set(divides)) == 1
-    print(kernel.__name__, divides[0])
+    print(kernel.__name__ + "_shares" * constants.get("SHARES", False), divides[0])
 """
 
 
@@ -166,7 +200,7 @@ def test_kernels_compile_for_a_gpu(tmp_path: os.PathLike[str]) -> None:
     environment.pop("TRITON_INTERPRET", None)
     done = subprocess.run([sys.executable, "-c", COMPILE], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-2000:]
-    divide = ["_quantize", "_adamw", "_moment", "_weights"]
-    others = ["_dequantize", "_lerped", "_square_sums", "_clear", "_roots", "_follow", "_follow_alone"]
+    divide = ["_quantize", "_adamw", "_moment", "_weights", "_dequantize_shares"]
+    others = ["_dequantize", "_lerped", "_square_sums", "_clear", "_roots", "_follow", "_follow_alone", "_descend"]
     lines = dict(line.split() for line in done.stdout.splitlines())
     assert lines == {**dict.fromkeys(divide, "True"), **dict.fromkeys(others, "False")}

@@ -88,11 +88,17 @@ def _quantize(
 
 
 @triton.jit
-def _dequantize(codes, scales, x, table, length, blocks, BITS: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr):
+def _dequantize(
+    codes, scales, largest, x, table, length, blocks,
+    SHARES: tl.constexpr, BITS: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     block = tl.program_id(1) * TILE + tl.arange(0, TILE)
     j = block[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
-    scale = tl.load(scales + row * blocks + block, mask=block < blocks, other=0.0)
+    scale = tl.load(scales + row * blocks + block, mask=block < blocks, other=0).to(tl.float32)
+    if SHARES:  # roots of shares of the largest, in 255ths
+        scale = tl.div_rn(scale, tl.full((TILE,), 255.0, tl.float32))
+        scale = scale * scale * tl.load(largest + row)
     levels = _load_levels(codes, table, row, j, length, BITS, TILE, BLOCK)
     tl.store(x + row * length + j, levels * scale[:, None], mask=j < length)
 
@@ -162,19 +168,23 @@ def quantize(
     return codes, scales
 
 
-def dequantize(codes: Tensor, scales: Tensor, table: Tensor, bits: int, block: int, length: int) -> Tensor:
+def dequantize(
+    codes: Tensor, scales: Tensor, table: Tensor, bits: int, block: int, length: int, largest: Tensor | None = None
+) -> Tensor:
     """Inverse of `quantize`: float32 (rows, length).
 
     Args:
         table: float32, the levels, 2^bits of them.
+        largest: float32 (rows,): scales are uint8, as `storage.DoubleQuantized` has them.
     """
     rows, blocks = scales.shape
     x = torch.empty((rows, length), dtype=torch.float32, device=codes.device)
     tile = _tile(block, blocks)
     with torch.cuda.device_of(x):
         _dequantize[rows, triton.cdiv(blocks, tile)](
-            codes.contiguous(), scales.contiguous(), x, table, length, blocks, BITS=bits, TILE=tile, BLOCK=block
-        )
+            codes.contiguous(), scales.contiguous(), None if largest is None else largest.contiguous(), x, table,
+            length, blocks, SHARES=largest is not None, BITS=bits, TILE=tile, BLOCK=block,
+        )  # fmt: skip
     return x
 
 

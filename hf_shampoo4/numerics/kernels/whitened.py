@@ -37,20 +37,21 @@ def _moment(
     j = block[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
     inside, height = j < length, length // width
     i, k = row * height + j // width, row * width + j % width
-    at = tl.full((), -1, tl.int32)
+    needed = inside
     if CARRIED:
-        at = tl.load(carried_at + row)
-    if at >= 0:
-        m = tl.load(carried + at.to(tl.int64) * length + j, mask=inside, other=0.0)
+        at = tl.load(carried_at + row).to(tl.int64)
+        needed = j < tl.where(at < 0, length, 0)
+    # m' <- b1 m' + (1 - b1) G'
+    if BITS > 8:
+        m = tl.load(codes + row * length + j, mask=needed, other=0.0).to(tl.float32)
     else:
-        # m' <- b1 m' + (1 - b1) G'
-        if BITS > 8:
-            m = tl.load(codes + row * length + j, mask=inside, other=0.0).to(tl.float32)
-        else:
-            m = _load_levels(codes, table, row, j, length, BITS, TILE, BLOCK)
-            m = m * tl.load(scales + row * blocks + block, mask=block < blocks, other=0.0)[:, None]
-        m = m * tl.load(rows + i, mask=inside, other=1.0) * tl.load(columns + k, mask=inside, other=1.0)
-        m = _lerp(m, tl.load(g + row * length + j, mask=inside, other=0.0), weight)
+        m = _load_levels(codes, table, row, j, length, BITS, TILE, BLOCK)
+        m = m * tl.load(scales + row * blocks + block, mask=block < blocks, other=0.0)[:, None]
+    m = m * tl.load(rows + i, mask=inside, other=1.0) * tl.load(columns + k, mask=inside, other=1.0)
+    m = _lerp(m, tl.load(g + row * length + j, mask=needed, other=0.0), weight)
+    if CARRIED:
+        given = j < tl.where(at < 0, 0, length)
+        m = tl.where(given, tl.load(carried + at * length + j, mask=given, other=0.0), m)
     m = tl.div_rn(m, tl.load(new_rows + i, mask=inside, other=1.0))
     m = tl.div_rn(m, tl.load(new_columns + k, mask=inside, other=1.0))
     m = tl.clamp(m, -most, most, propagate_nan=tl.PropagateNan.ALL)
