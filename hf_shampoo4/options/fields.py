@@ -123,8 +123,8 @@ class Options:
     basis_order: int = 2048
     """Largest order of the basis of a matrix that has one: a larger short side is cut into equal parts."""
     refresh_warmup: int = 100
-    """SOAP's and KL-Shampoo's bases are updated at every step at first; their interval grows by one each time this many
-    steps have passed, up to `stats_every` (0: it is that from the start)."""
+    """SOAP's and KL-Shampoo's bases are updated at every step at first: the interval is the number of steps over this,
+    rounded down, from 1 up to `stats_every` (100: every second step from step 200 on; 0: `stats_every` at once)."""
     orthogonalise: Literal["auto", "qr", "cholesky_qr"] = "auto"
     """How a basis is updated: by the `qr` of its factor, which CUDA computes one after another, or by Cholesky factors
     (`cholesky_qr`), whole stacks at once, the same to rounding; auto: cholesky_qr on CUDA, and elsewhere qr, which

@@ -67,7 +67,7 @@ def draw_bytes(grid: Grid, rows: Sequence[Row], path: Path) -> None:
             axes.plot([r.bytes_per_parameter for r in front], [r.mean for r in front], color=COLOURS[0], linewidth=1.2)
         for row, height in zip(finite, heights if finite else (), strict=True):
             best = row in front
-            colour = PALETTE[1] if row.name == first else PALETTE[0] if best else COLOURS[0]
+            colour = PALETTE[0] if row.name == first else PALETTE[1] if best else COLOURS[0]  # as in the curves
             look = {"fmt": "D" if row.name == first else "o" if best else "s", "markersize": 8 if best else 6}
             axes.errorbar(
                 row.bytes_per_parameter, row.mean, yerr=row.spread or 0, color=colour, capsize=2, elinewidth=0.8, **look
@@ -83,7 +83,8 @@ def draw_bytes(grid: Grid, rows: Sequence[Row], path: Path) -> None:
             axes.set_xticks(ticks, [f"{t:g}" for t in ticks])
             axes.set_xticks([], minor=True)
         axes.set(title=f"{grid.title}: final loss against state", ylabel="validation loss (bar: spread over seeds)")
-        axes.set_xlabel("bytes of optimizer state a parameter, logarithmic; the line joins the best at their bytes")
+        joined = "; the line joins the best at their bytes" if len(front) > 1 else ""
+        axes.set_xlabel(f"bytes of optimizer state a parameter, logarithmic{joined}")
 
 
 def frontier(rows: Sequence[Row]) -> list[Row]:
