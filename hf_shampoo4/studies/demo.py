@@ -48,6 +48,8 @@ def demo(
     draw(outcomes, folder / "demo.png")
     print_table(outcomes)
     print(f"\nCurves: {folder / 'demo.png'}   numbers: {folder / 'demo.json'}")
+    if quick:
+        print("All of it works here. So few steps do not tell which optimizer is better: leave --quick out for that.")
     return outcomes
 
 
