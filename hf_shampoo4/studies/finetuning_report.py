@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,7 +18,8 @@ from hf_shampoo4.utils.files import write_json
 from hf_shampoo4.utils.plots import picture, style
 
 COLUMNS = ("task, way", "optimizer", "learning rate", "sweep", "seeds", "loss, mean ± spread", "steps to AdamW's loss",
-           "seconds to it", "first corpus: loss more than before", "state, bytes a trained parameter",
+           "seconds to it", "first corpus: loss more than before", "loss at AdamW's rise of that one",
+           "state, bytes a trained parameter",
            "optimizer, ms a step")  # fmt: skip
 
 
@@ -35,6 +37,19 @@ class Line:
     def base_mean(self) -> float:
         """Over seeds."""
         return statistics.mean(self.base_losses)
+
+    def loss_at(self, base_loss: float) -> float | None:
+        """Loss of the task where that of the pretraining is `base_loss`, on a line between two rates of the first seed;
+        None: it is outside of what was tried."""
+        for (_, loss_a, a), (_, loss_b, b) in itertools.pairwise(self.tried):
+            if a <= base_loss <= b:
+                return loss_a + (loss_b - loss_a) * (base_loss - a) / (b - a) if b > a else loss_a
+        return None
+
+    @property
+    def base_at_best(self) -> float:
+        """Loss of the pretraining at the best rate, at the first seed."""
+        return next(base for rate, _, base in self.tried if rate == self.row.point.learning_rate)
 
 
 Lines = dict[str, list[Line]]
@@ -98,14 +113,16 @@ def as_json(grids: Sequence[Grid], lines: Lines, base: Base) -> Settings:
                 "title": grid.title,
                 "settings": {key: value for key, value in grid.common.items() if key != "pretraining"},
                 "loss_before": lines[grid.name][0].row.curve[0][1],
-                "contestants": {line.row.name: _entry(line, before(base)) for line in lines[grid.name]},
+                "contestants": {
+                    line.row.name: _entry(line, lines[grid.name][0], before(base)) for line in lines[grid.name]
+                },
             }
             for grid in grids
         },
     }
 
 
-def _entry(line: Line, loss_before: float) -> Settings:
+def _entry(line: Line, baseline: Line, loss_before: float) -> Settings:
     row = line.row
     return {
         "label": row.label,
@@ -122,6 +139,7 @@ def _entry(line: Line, loss_before: float) -> Settings:
         "base_losses": line.base_losses,
         "base_mean": line.base_mean,
         "forgetting": line.base_mean - loss_before,
+        "loss_at_baselines_forgetting": line.loss_at(baseline.base_at_best),
         "bytes_per_parameter": row.bytes_per_parameter,
         "optimizer_step_ms": row.optimizer_step_ms,
         "model_step_ms": row.model_step_ms,
@@ -145,7 +163,8 @@ def as_markdown(grids: Sequence[Grid], lines: Lines, base: Base) -> str:
         f"{grids[0].common['max_steps'] if grids else 0} steps. Loss: validation, of the task, at the best rate; the "
         "last rates of a sweep lie factors of 2 apart, and it is closed when the best has a worse one on either side. "
         "Seconds: processor time for training, on one thread. First corpus: how much the validation loss of the "
-        "pretraining has risen, at that rate.",
+        "pretraining has risen, at that rate; and the loss of the task where that rise is AdamW's, on a line "
+        "between two rates of the first seed.",
         "",
         f"| {' | '.join(COLUMNS)} |",
         "|---" * len(COLUMNS) + "|",
@@ -165,6 +184,7 @@ def as_markdown(grids: Sequence[Grid], lines: Lines, base: Base) -> str:
 
 def _cells(title: str, line: Line, beside: Sequence[Line], loss_before: float) -> str:
     row = line.row
+    level = line.loss_at(beside[0].base_at_best)
     best = row.mean == min(other.row.mean for other in beside)
     loss = f"{row.mean:.3f}" + ("" if row.spread is None else f" ± {row.spread:.3f}")
     cells = [
@@ -172,7 +192,8 @@ def _cells(title: str, line: Line, beside: Sequence[Line], loss_before: float) -
         f"**{loss}**" if best else loss,
         "never" if row.steps_to_baseline is None else f"{row.steps_to_baseline:.0f}",
         "never" if row.seconds_to_baseline is None else f"{row.seconds_to_baseline:.1f}",
-        f"{line.base_mean - loss_before:+.3f}", f"{row.bytes_per_parameter:.2f}", f"{row.optimizer_step_ms:.0f}",
+        f"{line.base_mean - loss_before:+.3f}", "not tried" if level is None else f"{level:.3f}",
+        f"{row.bytes_per_parameter:.2f}", f"{row.optimizer_step_ms:.0f}",
     ]  # fmt: skip
     return f"| {' | '.join(cells)} |"
 

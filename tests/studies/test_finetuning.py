@@ -111,6 +111,7 @@ def test_the_report_has_every_grid_that_has_runs(tmp_path: Path, capsys: pytest.
     assert ours["closed"]
     assert ours["mean"] == pytest.approx(3.005)
     assert ours["forgetting"] == pytest.approx(0.18)
+    assert ours["loss_at_baselines_forgetting"] == pytest.approx(3.0)
     assert (
         "| the King James Bible, all parameters | shampoo4bit | 0.008 | closed: rate | 2 |" in capsys.readouterr().out
     )
