@@ -21,7 +21,9 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--quick", action="store_true", help="a few steps of a tiny model: does it work here?")
     parser.add_argument("--size", default="", help="of the model: tiny (1.8M parameters, the default) or small (4.7M)")
-    parser.add_argument("--grids", default="", help="these alone, comma-separated, such as kjv_full,instructions_lora8; default: all")
+    parser.add_argument(
+        "--grids", default="", help="these alone, comma-separated, such as kjv_full,instructions_lora8; default: all"
+    )
     parser.add_argument("--seeds", type=int, default=3, help="how many; default: 3")
     parser.add_argument("--report_only", action="store_true", help="no runs")
     chosen = parser.parse_args()
@@ -31,7 +33,12 @@ def main() -> None:
     for seeds in (1, chosen.seeds) if not chosen.report_only else ():
         for grid in (grid for grid in grids if grid.name in names):
             carry_out(replace(grid, seeds=grid.seeds[:seeds]), runs, sweep=not chosen.quick, study=study(chosen.folder))
-    report([grid for grid in grids if grid.name in names], runs.of(code_of), base_model(grids[0].common["pretraining"], chosen.folder), chosen.folder)
+    report(
+        [grid for grid in grids if grid.name in names],
+        runs.of(code_of),
+        base_model(grids[0].common["pretraining"], chosen.folder),
+        chosen.folder,
+    )
 
 
 if __name__ == "__main__":
