@@ -211,7 +211,7 @@ def _measure(bench: Bench, settings: Settings, result: Result, counts: Counts) -
         triton = find_spec("triton") is not None
         counts |= steps_of(model_of(settings, "meta"), bench.contestant.keywords, triton, settings.device, period)
     late = statistics.fmean(result.late_ms)
-    worst = statistics.fmean(result.all_ms or [max(result.late_ms)])
+    worst = statistics.fmean(result.all_ms) if result.all_ms else late if bench.contestant.ours else max(result.late_ms)
     result.measured_ms = asdict(_over_schedule(bench.contestant, late, worst))
 
 
@@ -224,13 +224,11 @@ def _period(contestant: Contestant) -> int:
 
 def _warm(bench: Bench, steps: int, result: Result, counts: Counted | None) -> None:
     """Steps off the clock, which may be counted."""
+    if bench.contestant.compiled:
+        result.not_counted, counts = "its step is compiled", None
     counter = LaunchCounter(bench.timer.device.type)
-    try:
-        for _ in range(steps):
-            bench.step(counter if counts is not None else None)
-    except RuntimeError as error:  # a compiled optimizer does not let itself be counted
-        result.not_counted = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-        bench.step()
+    for _ in range(steps):
+        bench.step(counter if counts is not None else None)
     if counts is not None:
         counts.update(counter.found)
 

@@ -28,6 +28,8 @@ class Contestant:
     period: int = 1
     """Steps after which its work repeats, where it is not ours."""
     ours: bool = False
+    compiled: bool = False
+    """Whether its step is compiled: what it launches cannot be counted then."""
 
 
 def _ours(label: str, **options: Any) -> Contestant:
@@ -38,7 +40,7 @@ def _ours(label: str, **options: Any) -> Contestant:
 CONTESTANTS: dict[str, Contestant] = {
     "adamw_fused": Contestant("torch AdamW, fused", "torch.optim:AdamW", keywords={"fused": True}),
     "bnb_adamw8bit": Contestant("bitsandbytes AdamW8bit", "bitsandbytes.optim:AdamW8bit", "bitsandbytes"),
-    "torchao_adamw4bit": Contestant("torchao AdamW4bit", "torchao.optim:AdamW4bit", "torchao"),
+    "torchao_adamw4bit": Contestant("torchao AdamW4bit", "torchao.optim:AdamW4bit", "torchao", compiled=True),
     "adamw4bit": _ours("ours: adamw4bit", algorithm="elementwise", moments="4bit"),
     "muon": Contestant("torch Muon, fused AdamW for the rest", "torch.optim:Muon", rest="torch.optim:AdamW"),
     "shampoo4bit": _ours("ours: shampoo4bit"),
