@@ -189,7 +189,8 @@ def _made(name: str, settings: Settings, ceilings: Mapping[str, Any]) -> dict[st
         bench = Bench(contestant, settings)
         counts = {"late": Counted(), "all": Counted()}
         _measure(bench, settings, result, counts)
-        _predict(contestant, as_ceilings(ceilings), result, counts)
+        steps = _period(contestant) if _is_counted_here(contestant, settings) else 1
+        _predict(contestant, as_ceilings(ceilings), result, counts, steps)
     except Exception as error:  # somebody else's optimizer on this torch: the others' figures are still wanted
         result.missing = f"failed: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
     return asdict(result)
@@ -199,7 +200,7 @@ def _measure(bench: Bench, settings: Settings, result: Result, counts: Counts) -
     """Steps that make the state, late steps, and steps that update all bases; counted are those before the clock."""
     until = time.perf_counter() + settings.seconds
     result.first_ms = bench.step()
-    period, live = _period(bench.contestant), not bench.contestant.ours or settings.device == "cpu"
+    period, live = _period(bench.contestant), _is_counted_here(bench.contestant, settings)
     _warm(bench, period, result, counts["late"] if live else None)
     result.late_ms = _timed(bench, settings.steps if period > 1 else min(settings.steps, 3), until)
     result.state_bytes = held_bytes(bench)
@@ -209,7 +210,7 @@ def _measure(bench: Bench, settings: Settings, result: Result, counts: Counts) -
         result.all_ms = _timed(bench, settings.turning, until)
     if not live:
         triton = find_spec("triton") is not None
-        counts |= steps_of(model_of(settings, "meta"), bench.contestant.keywords, triton, settings.device, period)
+        counts |= steps_of(model_of(settings, "meta"), bench.contestant.keywords, triton, settings.device)
     late = statistics.fmean(result.late_ms)
     worst = statistics.fmean(result.all_ms) if result.all_ms else late if bench.contestant.ours else max(result.late_ms)
     result.measured_ms = asdict(_over_schedule(bench.contestant, late, worst))
@@ -220,6 +221,11 @@ def _period(contestant: Contestant) -> int:
     if not contestant.ours:
         return contestant.period
     return max(intervals(Options(**contestant.keywords)).values(), default=1)
+
+
+def _is_counted_here(contestant: Contestant, settings: Settings) -> bool:
+    """Whether steps are counted on the device, a whole period; else one is on the meta device, with Triton's kernels."""
+    return not contestant.ours or settings.device == "cpu"
 
 
 def _warm(bench: Bench, steps: int, result: Result, counts: Counted | None) -> None:
@@ -246,13 +252,12 @@ def _timed(bench: Bench, steps: int, until: float) -> list[float]:
     return taken
 
 
-def _predict(contestant: Contestant, ceilings: Ceilings, result: Result, counts: Counts) -> None:
-    """What was counted would take this."""
+def _predict(contestant: Contestant, ceilings: Ceilings, result: Result, counts: Counts, steps: int) -> None:
+    """What was counted, late in so many steps, would take this."""
     if result.not_counted:
         return
-    period = _period(contestant)
-    late = 1e3 * seconds(counts["late"].launches(), ceilings) / period
+    late = 1e3 * seconds(counts["late"].launches(), ceilings) / steps
     worst = 1e3 * seconds(counts["all"].launches(), ceilings) if counts["all"] else late
     result.predicted_ms = asdict(_over_schedule(contestant, late, worst))
-    result.counts = {"late": counts["late"].summary(period), "all": counts["all"].summary()}
+    result.counts = {"late": counts["late"].summary(steps), "all": counts["all"].summary()}
     result.unknown = unknown(Counted(counts["late"] + counts["all"]).launches(), ceilings)

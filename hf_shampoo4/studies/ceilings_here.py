@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from hf_shampoo4.numerics.precision import exact_float32, lacks
+from hf_shampoo4.numerics.precision import exact_float32, lacks, rotate
 from hf_shampoo4.planning.ceilings import DECOMPOSITIONS, Ceilings
 from hf_shampoo4.studies.bench_contestants import CLOCKS
 from hf_shampoo4.studies.machine import machine
@@ -85,15 +85,13 @@ def _precisions(device: torch.device) -> list[str]:
 
 def _product_rate(timer: Timer, precision: str, order: int) -> float:
     a = torch.randn(order, order, device=timer.device, dtype=torch.bfloat16 if precision == "bfloat16" else None)
-    cuda = timer.device.type == "cuda"
-    before = torch.backends.cuda.matmul.allow_tf32
-    if precision == "tf32":
-        torch.backends.cuda.matmul.allow_tf32 = True
-        taken = timer.seconds(lambda: a @ a, inner=20 if cuda else 1)
-        torch.backends.cuda.matmul.allow_tf32 = before
-    else:
-        with exact_float32(timer.device.type):
-            taken = timer.seconds(lambda: a @ a, inner=20 if cuda else 1)
+    inner = 20 if timer.device.type == "cuda" else 1
+    with exact_float32(timer.device.type):
+        if precision == "tf32":
+            stack = a[None]
+            taken = timer.seconds(lambda: rotate(None, stack, stack, "tf32"), inner=inner)
+        else:
+            taken = timer.seconds(lambda: a @ a, inner=inner)
     return 2 * order**3 / taken
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -124,7 +125,8 @@ def steps(notes: Notes, scale: Scale, seconds: float) -> None:
     from hf_shampoo4.studies.bench import write_report
 
     each = seconds / len(scale.models) / len(scale.contestants)
-    for model, layers in scale.models:
+    first = scale.contestants[:3]  # of all models, before the others of any
+    for names, (model, layers) in itertools.product((first, scale.contestants), scale.models):
         settings = Settings(
             model=model, layers=layers, seconds=each, threads=torch.get_num_threads(), device=scale.device,
             clock="wall" if scale.device == "cuda" else "cpu",
@@ -132,7 +134,7 @@ def steps(notes: Notes, scale: Scale, seconds: float) -> None:
         folder = notes.path.parents[1] / "steps" / model
         print(f"{model}, each at most {each:.1f} s", flush=True)
         notes.put(model, str(folder / "bench.json"))
-        write_report(scale.contestants, settings, folder)
+        write_report(names, settings, folder)
 
 
 def _timer(scale: Scale) -> Timer:
