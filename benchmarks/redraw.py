@@ -53,7 +53,8 @@ def by_epoch(told: dict[str, Any], path: Path) -> None:
 
 DRAWN = {
     "moments": shares, "seeds": shares, "errors": quantization_report.draw, "vision": by_epoch,
-    "bench": bench_report.draw, "bench_tiny": bench_report.draw, **{f"race/{p.stem}": curves for p in (RESULTS / "race").glob("*.json")},
+    "bench": bench_report.draw, "bench_tiny": bench_report.draw,
+    **{f"race/{p.stem}": curves for p in (RESULTS / "race").glob("*.json")},
 }  # fmt: skip
 
 if __name__ == "__main__":

@@ -224,7 +224,7 @@ def _period(contestant: Contestant) -> int:
 
 
 def _is_counted_here(contestant: Contestant, settings: Settings) -> bool:
-    """Whether steps are counted on the device, a whole period; else one is on the meta device, with Triton's kernels."""
+    """Whether a period of steps is counted on the device; else one is on the meta device, with Triton's kernels."""
     return not contestant.ours or settings.device == "cpu"
 
 
