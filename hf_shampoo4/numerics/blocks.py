@@ -54,6 +54,36 @@ def scatter_blocks(state: State, index: Index, some: State) -> None:
             state[tensor][name][index] = buffer
 
 
+def joined(states: Sequence[State]) -> State:
+    """The state of the blocks of several, one after the other: a copy, unless it is of one alone."""
+    if len(states) == 1:
+        return states[0]
+    return {
+        tensor: {name: torch.cat([state[tensor][name] for state in states]) for name in buffers}
+        for tensor, buffers in states[0].items()
+    }
+
+
+def scatter_joined(places: Sequence[tuple[State, Index]], some: Sequence[State], state: State) -> None:
+    """Copy what `gather_blocks` and `joined` have copied back.
+
+    Args:
+        places: whole states and rows, of which `some` were gathered.
+        some: what was joined.
+        state: what it was joined to.
+    """
+    targets: list[Tensor] = []
+    values: list[Tensor] = []
+    for tensor, buffers in state.items() if len(some) > 1 else ():
+        for name, buffer in buffers.items():
+            targets += [of_one[tensor][name] for of_one in some]
+            values += buffer.split([len(of_one[tensor][name]) for of_one in some])
+    if targets:
+        torch._foreach_copy_(targets, values)
+    for (whole, rows), of_one in zip(places, some, strict=True):
+        scatter_blocks(whole, rows, of_one)
+
+
 def add_to_blocks(buffer: Tensor, index: Index, x: Tensor) -> None:
     """Add x (b, ...) to some rows of a buffer."""
     if isinstance(index, slice):

@@ -51,14 +51,14 @@ ITERATED = ("newton", "newton_db")  # of `Options.root`: they end by their resid
 # basis update calls is of that.
 BASIS_UPDATE = "basis update"
 PARTS = {
-    "_update_bases": BASIS_UPDATE, "carry": BASIS_UPDATE, "carried": BASIS_UPDATE,
+    "update_bases": BASIS_UPDATE, "_update_bases": BASIS_UPDATE, "carry": BASIS_UPDATE, "carried": BASIS_UPDATE,
     "are_finite": "finite",
     "collect": "collect", "_collected": "collect",
     "read": "decode", "write": "encode", "write_first": "encode",
     "rotate": "rotate",
     "_update_eigenvalues": "eigenvalues", "_update_eigenvalues_in_passes": "eigenvalues", "_scales": "eigenvalues",
     "_bounded": "bound", "_bounding": "bound",
-    "update": "moments", "direction": "moments",
+    "update": "moments", "steps": "moments", "direction": "moments",
     "send": "send", "apply": "apply",
 }  # fmt: skip
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..options import ALGORITHMS, Options
 from .protocols import Algorithm, Context, Stack
+from .together import updated
 
 
 def algorithm_class(name: str) -> type[Algorithm]:
@@ -54,7 +55,7 @@ def compute_updates(
     gradients = graft(stacks, gradients, context, total)
     if weights is not None:
         gradients = [(w * context.coupled_decay).add_(g) for w, g in zip(weights, gradients, strict=True)]
-    found = [stack.algorithm.update(stack, g, context) for stack, g in zip(stacks, gradients, strict=True)]
+    found = updated(stacks, gradients, context)
     if context.probe:
         context.probe.after(stacks)
     return found

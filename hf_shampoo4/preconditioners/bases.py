@@ -13,12 +13,14 @@ m' / sqrt(lambda_L lambda_R^T), without a second moment.  KL-SOAP: KL-Shampoo's 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..numerics.blocks import Index, State, covers, gather_blocks, scatter_blocks  # fmt: skip
+from ..numerics.blocks import Index, State, covers, gather_blocks, joined, scatter_joined
 from ..numerics.linalg import bjorck, finite_blocks, replace_bad_blocks, safe_qr
 from ..numerics.orthogonal import orthogonal_iteration
 from ..numerics.quantize import FLOAT32_MAX
@@ -70,7 +72,7 @@ class DecodedSide:
     """A stack's side while a step works on it: decoded once, written through."""
 
     def __init__(self, side: Side, state: State) -> None:
-        self._side, self._state = side, state
+        self.described, self.state = side, state
         self.vectors = None if side.basis is None else side.basis.read(state["basis"])
         """U, or None; orthogonal up to the rounding."""
         self.eigenvalues = state["eigenvalues"]["dense"]
@@ -92,6 +94,14 @@ class DecodedSide:
     def changed(self) -> None:
         """Eigenvalues were changed elsewhere."""
         self._largest = None
+
+    def take_over(self, blocks: Index, vectors: Tensor) -> None:
+        """New bases of some blocks, (b, k, k), whose eigenvalues are new too."""
+        self._largest = None
+        if self.vectors is None or covers(blocks, len(self.vectors)):
+            self.vectors = vectors
+        else:
+            self.vectors[blocks] = vectors
 
     def start_eigenvalues(self, level: Tensor) -> None:
         """Give eigenvalues to the blocks that had no gradient before: `level` (B,), all alike."""
@@ -115,43 +125,59 @@ class DecodedSide:
         self._largest = None
 
     def update_basis(self, sample: Tensor, decay: float, blocks: Index) -> tuple[Tensor, Tensor]:
-        """One step of orthogonal iteration of some blocks' bases towards the eigenvectors of their factors.
+        """`update_bases` of one step."""
+        return update_bases([BasisStep(self, blocks, [sample], decay)])[0]
 
-        Args:
-            sample: (b, k, k), the factors' new statistic in the coordinates of U.
-            decay: the old factor's weight in the new one.
-            blocks: which b of the B blocks.
 
-        Returns:
-            rotation: (b, k, k), Q: the bases after it in coordinates of those before.
-            failed: bool (b,), blocks that kept their basis.
+class BasisStep(NamedTuple):
+    """One step of orthogonal iteration of some blocks' bases towards the eigenvectors of their factors."""
 
-        Raises:
-            ValueError: the side has no basis.
-        """
-        basis = self._side.basis
-        if self.vectors is None or basis is None:
-            raise ValueError("a side without a basis has none to update")
-        state = gather_blocks(self._state, blocks)
-        eigenvalues = state["eigenvalues"]["dense"]
-        # Q R = A', one orthogonal iteration from U;  lambda <- diag(Q^T A' Q)
-        iterate = _by_cholesky if self._side.by_cholesky(sample.device) else _by_qr
-        factor = [factor_in_basis(eigenvalues, sample, decay)]
-        del sample
-        q, diagonal, good = iterate(factor.pop())  # whose it is alone, to be freed as soon as it has served
-        torch.where(good[:, None], diagonal, eigenvalues, out=eigenvalues)
-        self._largest = None
-        # U <- U Q
-        u = bjorck(self.vectors[blocks].mT, self._side.bjorck_steps)
-        write_good(basis, state["basis"], (q.mT @ u).mT, good)
-        del u
-        scatter_blocks(self._state, blocks, state)
-        new = basis.read(state["basis"])
-        if covers(blocks, len(self.vectors)):
-            self.vectors = new
-        else:
-            self.vectors[blocks] = new
-        return q, ~good
+    side: DecodedSide
+    blocks: Index
+    """Which b of the B blocks."""
+    sample: list[Tensor]
+    """(b, k, k), the factors' new statistic in the coordinates of U; taken out, to be freed when it has served."""
+    decay: float
+    """The old factor's weight in the new one."""
+
+
+def update_bases(steps: Sequence[BasisStep]) -> list[tuple[Tensor, Tensor]]:
+    """Take some steps at once, all of one kind: order, storage and decay.
+
+    Returns:
+        Of each:
+        rotation: (b, k, k), Q: the bases after it in coordinates of those before.
+        failed: bool (b,), blocks that kept their basis.
+
+    Raises:
+        ValueError: a side has no basis.
+    """
+    side = steps[0].side.described
+    vectors = [step.side.vectors[step.blocks].mT for step in steps if step.side.vectors is not None]
+    if side.basis is None or len(vectors) < len(steps):
+        raise ValueError("a side without a basis has none to update")
+    states = [gather_blocks(step.side.state, step.blocks) for step in steps]
+    state = joined(states)
+    eigenvalues = state["eigenvalues"]["dense"]
+    # Q R = A', one orthogonal iteration from U;  lambda <- diag(Q^T A' Q)
+    iterate = _by_cholesky if side.by_cholesky(eigenvalues.device) else _by_qr
+    factor = [factor_in_basis(eigenvalues, _all_of([step.sample.pop() for step in steps]), steps[0].decay)]
+    q, diagonal, good = iterate(factor.pop())
+    torch.where(good[:, None], diagonal, eigenvalues, out=eigenvalues)
+    # U <- U Q
+    u = bjorck(_all_of(vectors), side.bjorck_steps)
+    del vectors
+    write_good(side.basis, state["basis"], (q.mT @ u).mT, good)
+    del u
+    sizes = [len(of_one["eigenvalues"]["dense"]) for of_one in states]
+    scatter_joined([(step.side.state, step.blocks) for step in steps], states, state)
+    for step, new in zip(steps, side.basis.read(state["basis"]).split(sizes), strict=True):
+        step.side.take_over(step.blocks, new)
+    return list(zip(q.split(sizes), good.logical_not().split(sizes), strict=True))
+
+
+def _all_of(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def rotated_sides(rows: int, columns: int, options: Options) -> tuple[bool, bool]:

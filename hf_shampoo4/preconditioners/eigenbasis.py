@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
 from dataclasses import dataclass
 from functools import reduce
 from typing import Any, ClassVar
@@ -17,10 +17,11 @@ from ..numerics.precision import rotate, rotation_precision
 from ..numerics.quantize import has_kernels, kernels
 from ..numerics.storage import Blockwise, Dense
 from ..options import ALGORITHMS, Options
-from .bases import MIN_DECAY, TINY, DecodedSide, Side, make_sides, rotated_sides, statistic
+from .bases import MIN_DECAY, TINY, BasisStep, DecodedSide, Side, make_sides, rotated_sides, statistic
 from .moments import Adam, Momentum, make_moments
 from .operations import Work, coding_workspace, product, total
 from .protocols import Context, Stack, strip
+from .together import BasisResult, Steps, together
 from .two_sided import TwoSided, side_state
 from .whitened import DENSE_BLOCK, BasisUpdate, FusedMoment, WhitenedMoment, can_fuse, carried
 
@@ -107,12 +108,19 @@ class Eigenbasis(TwoSided):
         return {"basis": [name for name in self.storages() if name.endswith(".basis")]}
 
     def update(self, stack: Stack, g: Tensor, context: Context) -> Tensor:
-        """The whole update of SOAP, KL-Shampoo or KL-SOAP, in the order of docs/design.md.
+        """The whole update of SOAP, KL-Shampoo or KL-SOAP; (B, m, n) float32."""
+        return together([self.steps(stack, g, context)], context, g.device)[0]
+
+    def steps(self, stack: Stack, g: Tensor, context: Context) -> Steps:
+        """`update` in the order of docs/design.md, which pauses where bases are to be updated.
 
         Args:
             stack: of B blocks; its state is changed in place.
             g: (B, m, n) float32, the gradient; not changed.
             context: of the step.
+
+        Yields:
+            Steps of bases, for `together` to take.
 
         Returns:
             (B, m, n) float32.
@@ -136,7 +144,7 @@ class Eigenbasis(TwoSided):
         if kl_shampoo:
             m.add(g, 1 - b1)
         # every T1 steps: Q R = A', U <- U Q, lambda <- diag(Q^T A' Q), m' <- Q_L^T m' Q_R
-        updates = self._update_bases(stack, left, right, g, context)
+        updates = yield from self._update_bases(stack, left, right, g, context)
         m.carry(updates)
         # KL-Shampoo: u = m' / sqrt(lambda_L lambda_R^T);  SOAP: v' <- b2 v' + (1 - b2) G'^2, u = m' / (sqrt(v') + eps)
         if isinstance(self.moments, Adam) and isinstance(m, WhitenedMoment):
@@ -214,7 +222,7 @@ class Eigenbasis(TwoSided):
 
     def _update_bases(
         self, stack: Stack, left: DecodedSide, right: DecodedSide, g: Tensor, context: Context
-    ) -> list[BasisUpdate]:
+    ) -> Generator[list[BasisStep], list[BasisResult], list[BasisUpdate]]:
         """Bring the bases of the blocks that are due closer to the eigenvectors of their factors.
 
         Args:
@@ -228,14 +236,15 @@ class Eigenbasis(TwoSided):
             some, decay = g[blocks], max(context.options.factor_beta**every, MIN_DECAY)
             with context.stopwatch.on(g.device):
                 # both from the eigenvalues before either is updated; a side without a basis needs no statistic
-                samples = {
-                    side: statistic(x, self._whitening(other)[blocks])
+                wanted = [
+                    BasisStep(side, blocks, [statistic(x, self._whitening(other)[blocks])], decay)
                     for side, other, x in ((left, right, some), (right, left, some.mT))
                     if side.has_basis
-                }
-                updated = {side: side.update_basis(samples.pop(side), decay, blocks) for side in tuple(samples)}
-                failed = reduce(torch.logical_or, (failed for _, failed in updated.values()))
-                add_to_blocks(stack.state["failures"]["dense"], blocks, failed)
+                ]
+            sides = [step.side for step in wanted]
+            updated = dict(zip(sides, (yield wanted), strict=True))
+            failed = reduce(torch.logical_or, (failed for _, failed in updated.values()))
+            add_to_blocks(stack.state["failures"]["dense"], blocks, failed)
             rotations = (updated.get(side, (None,))[0] for side in (left, right))
             found.append(BasisUpdate(blocks, *rotations))
         return found

@@ -16,14 +16,21 @@ from hf_shampoo4 import state_report as report
 from hf_shampoo4.exceptions import CheckpointError, OptionError
 from hf_shampoo4.execution.blocking import blocks_of
 from hf_shampoo4.integrations.trainer import OPTIMS
-from hf_shampoo4.numerics.blocks import Index
 from hf_shampoo4.numerics.linalg import bjorck, transpose
 from hf_shampoo4.numerics.precision import rotate
 from hf_shampoo4.numerics.storage import allocate
 from hf_shampoo4.options import Options, parse_optim_args
 from hf_shampoo4.preconditioners import eigenbasis
+from hf_shampoo4.preconditioners import together as together_
 from hf_shampoo4.preconditioners.algorithms import intervals
-from hf_shampoo4.preconditioners.bases import DecodedSide, factor_in_basis, make_sides, rotated_sides, statistic
+from hf_shampoo4.preconditioners.bases import (
+    BasisStep,
+    DecodedSide,
+    factor_in_basis,
+    make_sides,
+    rotated_sides,
+    statistic,
+)
 from hf_shampoo4.preconditioners.two_sided import side_state
 
 FAMILY = ("soap", "kl_shampoo", "kl_soap")
@@ -221,13 +228,12 @@ def test_the_momentum_is_rotated_at_every_basis_update(algorithm: str, bits: int
 def test_a_wrong_carry_over_is_found(
     wrong: Callable[[Tensor], Tensor | None], algorithm: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    right = DecodedSide.update_basis
+    right = together_.update_bases
 
-    def update_basis(self: DecodedSide, sample: Tensor, decay: float, rows: Index) -> tuple[Tensor | None, Tensor]:
-        q, failed = right(self, sample, decay, rows)
-        return wrong(q), failed
+    def update_bases(steps: list[BasisStep]) -> list[tuple[Tensor | None, Tensor]]:
+        return [(wrong(q), failed) for q, failed in right(steps)]
 
-    monkeypatch.setattr(DecodedSide, "update_basis", update_basis)
+    monkeypatch.setattr(together_, "update_bases", update_bases)
     assert moment_error((96, 80), algorithm=algorithm, bits=32, moments="fp32") > 0.3
 
 
@@ -329,6 +335,35 @@ def test_by_cholesky_factors_a_training_is_that_by_qr(algorithm: str) -> None:
         for how in ("qr", "cholesky_qr")
     )
     assert torch.linalg.matrix_norm(of_cholesky - of_qr) < 1e-3 * torch.linalg.matrix_norm(of_qr)
+
+
+@pytest.mark.parametrize("stats_every", [1, 3])
+@pytest.mark.parametrize("algorithm", FAMILY)
+def test_bases_of_all_stacks_at_once_are_those_of_one_after_the_other(
+    algorithm: str, stats_every: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU, where it takes fewer launches; of one order and of others, whole stacks and some of their blocks."""
+
+    def trained() -> list[Tensor]:
+        generator = torch.Generator().manual_seed(0)
+        shapes = ((80, 80), (80, 80), (80, 72), (72, 80), (300, 80), (80, 80))
+        ps = [nn.Parameter(torch.randn(shape, generator=generator)) for shape in shapes]
+        options = {"stats_every": stats_every, "refresh_warmup": 0, "orthogonalise": "cholesky_qr"}
+        optimizer = Shampoo4bit(ps, lr=0.1, algorithm=algorithm, **options)
+        for t in range(7):
+            for i, p in enumerate(ps):
+                p.grad = None if (i, t) == (1, 2) else torch.randn(p.shape, generator=generator)
+            optimizer.step()
+        state = [t for entry in optimizer.state.values() for t in entry.values()]
+        return [*(p.detach() for p in ps), *state]
+
+    alone, calls = trained(), list[int]()
+    monkeypatch.setattr(together_, "ALONE", ())
+    right = together_.update_bases
+    monkeypatch.setattr(together_, "update_bases", lambda steps: calls.append(len(steps)) or right(steps))
+    for one, other in zip(trained(), alone, strict=True):
+        assert torch.equal(one, other)
+    assert max(calls) > 2
 
 
 @pytest.mark.parametrize("how", ["qr", "cholesky_qr"])
