@@ -266,7 +266,8 @@ class _Sums:
 
     def close(self) -> None:
         """Take part, if `total` was not called."""
-        self.total(torch.zeros(2, len(self._wave.members), dtype=torch.float64, device=self._wave.device))
+        if self._open:
+            self.total(torch.zeros(2, len(self._wave.members), dtype=torch.float64, device=self._wave.device))
 
 
 def _forms(pieces: Sequence[Piece], dtype: torch.dtype) -> list[Form]:

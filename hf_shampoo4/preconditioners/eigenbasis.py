@@ -272,7 +272,7 @@ class Eigenbasis(TwoSided):
         most = (1 - o.factor_beta) ** -0.5
         found = ((left, sums.rows, u.shape[-1]), (right, sums.columns, u.shape[-2]))
         return [
-            None if basis is None else basis * (most / (of / count).sqrt()).clamp_max(1.0).unsqueeze(-1)
+            None if basis is None else basis * of.rsqrt_().mul_(most * count**0.5).clamp_max_(1.0).unsqueeze(-1)
             for basis, of, count in found
         ]
 
