@@ -163,6 +163,18 @@ class Eigenbasis(TwoSided):
             u = self._bounded(u, o, context.betas[1])
         return rotate(back[0], u, back[1], precision)
 
+    def held(self, blocks: int) -> int:
+        """See `together.Pausing`: m', G' and the decoded bases."""
+        return blocks * (2 * math.prod(self.shape) + self._squares)
+
+    def basis_entries(self, stack: Stack, context: Context) -> int:
+        """See `together.Pausing`."""
+        return self._squares * context.number_due(stack, "basis")
+
+    @property
+    def _squares(self) -> int:
+        return sum(side.order**2 for side in (self.left, self.right) if side.basis)
+
     def _update_eigenvalues(self, left: DecodedSide, right: DecodedSide, g: Tensor, o: Options) -> Tensor:
         """Eigenvalues follow the squares of the rotated gradient at every step.
 

@@ -63,6 +63,11 @@ class Context:
         found = due(stack.algorithm, self.options, stack.updates, stack.phases).get(refresh, {})
         return [(index_of(blocks, stack.seed_offsets.device), every) for every, blocks in found.items()]
 
+    def number_due(self, stack: Stack, refresh: str) -> int:
+        """How many blocks of a stack are due."""
+        found = due(stack.algorithm, self.options, stack.updates, stack.phases).get(refresh, {})
+        return sum(map(len, found.values()))
+
     def moment_step(self, stack: Stack) -> MomentStep:
         """One more step of a stack's blocks, as their moments see it."""
         o, probe = self.options, self.probe

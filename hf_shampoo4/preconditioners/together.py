@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from .bases import BasisStep, update_bases
-from .protocols import Context, Stack
+from .protocols import Algorithm, Context, Stack
 
 ALONE = ("cpu",)  # devices on which each step of bases is taken alone: as fast there, and in less memory
+AT_ONCE = 1 << 25  # entries of bases that are updated at once, at most: several copies are made of them
+COPIES = 6  # of them
 
 BasisResult = tuple[Tensor, Tensor]
 """See `update_bases`."""
@@ -50,12 +52,30 @@ class Pausing(Protocol):
     def steps(self, stack: Stack, g: Tensor, context: Context) -> Steps:
         """As `Algorithm.update`."""
 
+    def held(self, blocks: int) -> int:
+        """float32 numbers that so many blocks keep while it pauses."""
+
+    def basis_entries(self, stack: Stack, context: Context) -> int:
+        """Of the bases that the step updates."""
+
+
+def workspace(blocks: Mapping[Algorithm, int]) -> int:
+    """float32 numbers that a step of all stacks takes at once while their bases are updated, on a GPU.
+
+    Args:
+        blocks: of each algorithm, how many there are in a wave.
+    """
+    held = sum(a.held(count) for a, count in blocks.items() if isinstance(a, Pausing))
+    return held + COPIES * min(held, AT_ONCE)
+
 
 def updated(stacks: Sequence[Stack], gradients: Sequence[Tensor], context: Context) -> list[Tensor]:
     """`Algorithm.update` of each stack; on a GPU all bases at once, whose updates are many small operations."""
     found, running = dict[int, Tensor](), dict[int, Steps]()
+    pausing = [(s.algorithm, s) for s in stacks if isinstance(s.algorithm, Pausing)]
+    few = sum(algorithm.basis_entries(stack, context) for algorithm, stack in pausing) <= AT_ONCE
     for i, (stack, g) in enumerate(zip(stacks, gradients, strict=True)):
-        if isinstance(stack.algorithm, Pausing) and g.device.type not in ALONE:
+        if isinstance(stack.algorithm, Pausing) and few and g.device.type not in ALONE:
             running[i] = stack.algorithm.steps(stack, g, context)
         else:
             found[i] = stack.algorithm.update(stack, g, context)
