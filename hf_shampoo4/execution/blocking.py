@@ -28,7 +28,7 @@ from ..sharding.owners import Load
 
 WAVE_ELEMENTS = 1 << 24  # of a wave on a CPU: 64 MiB of float32 gradient, and the least elsewhere
 WAVE_SHARE = 16  # of a GPU's memory a wave may take one part in so many, for a step's launches are as many as its waves
-WAVE_BYTES = 20  # that an entry of it takes: gradient, update, and three more float32 numbers in between
+WAVE_BYTES = 24  # that an entry of it takes: gradient, update, and four more float32 numbers in between
 VOCABULARY = 4  # a vocabulary has at least this many times as many rows as columns
 
 

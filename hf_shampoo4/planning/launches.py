@@ -12,7 +12,7 @@ import re
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import cache
 from importlib.util import find_spec
 from types import FrameType
@@ -26,6 +26,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from ..exceptions import OptionError
+from ..execution.blocking import meta_has_memory
 from ..groups import param_groups
 from ..integrations.trainer import head_options
 from ..numerics import quantize
@@ -210,7 +211,8 @@ def steps_of(
         if algorithm in users_of("refresh_warmup"):
             given |= {"refresh_warmup": 0}
         auto = "tf32" if device == "cuda" else "float32"
-        found[name] = _counted(model, given, triton, auto, late if name == "late" else 1)
+        with meta_has_memory(0) if device == "cpu" else nullcontext():  # whose waves are small
+            found[name] = _counted(model, given, triton, auto, late if name == "late" else 1)
     return found
 
 

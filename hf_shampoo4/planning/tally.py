@@ -14,6 +14,7 @@ from ..execution.blocking import Block, in_parts, in_waves, loads_of
 from ..execution.waves import WaveParameter
 from ..numerics.storage import nbytes
 from ..preconditioners.protocols import Algorithm
+from ..preconditioners.together import ALONE, workspace
 from ..sharding.geometry import Rect
 from ..sharding.placement import Placement
 from ..sharding.regions import Region
@@ -62,7 +63,10 @@ class Tally:
                 self.work[owner] += load.flops
         self.state += state.sum() if group.replicated else state
         split = _parts(members)
-        self.working = np.maximum(self.working, 4 * _working(blocks, owned, split))
+        working = _working(blocks, owned, split)
+        if members[0].parameter.device.type not in ALONE:
+            working = np.maximum(working, _at_once(blocks, split) + 2 * -(-owned // split))
+        self.working = np.maximum(self.working, 4 * working)
         if self.world > 1:
             self._add_traffic(members, group, split, *counts)
 
@@ -154,6 +158,19 @@ def _before(block: Block, position: int) -> int:
     rows = min(max(row - r.r0, 0), r.r1 - r.r0)
     part = min(max(column - r.c0, 0), r.c1 - r.c0) if r.r0 <= row < r.r1 else 0
     return rows * (r.c1 - r.c0) + part
+
+
+def _at_once(blocks: Mapping[Algorithm, np.ndarray], split: int) -> np.ndarray:
+    """float32 numbers that each rank has at once while bases of all stacks are updated, beside gradients and updates.
+
+    Args:
+        blocks: as `_working`'s.
+        split: the same.
+    """
+    counts = np.stack([-(-of_ranks // split) for of_ranks in blocks.values()])
+    each, which = np.unique(counts, axis=1, return_inverse=True)
+    found = np.array([workspace(dict(zip(blocks, map(int, column), strict=True))) for column in each.T])
+    return found[which.reshape(-1)]
 
 
 def _working(blocks: Mapping[Algorithm, np.ndarray], owned: np.ndarray, split: int) -> np.ndarray:

@@ -80,6 +80,41 @@ def test_products_are_those_of_the_closed_form_and_rotations_have_their_precisio
     assert products["tf32"] > 0.9 * said
 
 
+class Layer(nn.Module):
+    """LLaMA-130M's matrices and norms."""
+
+    def __init__(self, width: int = 768, inner: int = 2048) -> None:
+        super().__init__()
+        self.attention = nn.ModuleList(nn.Linear(width, width, bias=False) for _ in range(4))
+        self.up, self.gate = (nn.Linear(width, inner, bias=False) for _ in range(2))
+        self.down = nn.Linear(inner, width, bias=False)
+        self.norms = nn.ModuleList(nn.RMSNorm(width) for _ in range(2))
+
+
+class Llama(nn.Module):
+    def __init__(self, layers: int, words: int = 32_000, width: int = 768) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(words, width)
+        self.layers = nn.ModuleList(Layer(width) for _ in range(layers))
+        self.norm = nn.RMSNorm(width)
+        self.lm_head = nn.Linear(width, words, bias=False)
+
+
+def late_launches(layers: int, triton: bool) -> int:
+    with torch.device("meta"):
+        model = Llama(layers)
+    return steps_of(model, {}, triton)["late"].total()
+
+
+def test_a_late_step_of_llama_130m_takes_few_launches_and_twice_the_layers_hardly_more() -> None:
+    pytest.importorskip("triton")
+    with_kernels, without = (late_launches(12, triton) for triton in (True, False))
+    assert with_kernels <= 600
+    assert without <= 1100
+    assert late_launches(24, True) <= 1.1 * with_kernels
+    assert late_launches(24, False) <= 1.1 * without
+
+
 def test_triton_kernels_count_once_and_nothing_is_run() -> None:
     pytest.importorskip("triton")
     model = on_meta()
