@@ -123,3 +123,21 @@ def test_triton_kernels_count_once_and_nothing_is_run() -> None:
     assert {"triton dequantize", "triton moment"} <= names
     assert kernels.total() < without.total()
     assert all(p.grad is None for p in model.parameters())
+
+
+def test_a_late_step_of_llama_130m_moves_at_most_120_bytes_a_parameter() -> None:
+    pytest.importorskip("triton")
+    with torch.device("meta"):
+        model = nn.ModuleDict(
+            {
+                "embed_tokens": nn.Embedding(32_000, 768),
+                "attention": nn.ModuleList(nn.Linear(768, 768, bias=False) for _ in range(4 * 12)),
+                "up": nn.ModuleList(nn.Linear(768, 2048, bias=False) for _ in range(2 * 12)),
+                "down": nn.ModuleList(nn.Linear(2048, 768, bias=False) for _ in range(12)),
+                "norms": nn.ModuleList(nn.LayerNorm(768) for _ in range(25)),
+                "lm_head": nn.Linear(768, 32_000, bias=False),
+            }
+        )
+    count = sum(p.numel() for p in model.parameters())
+    late = steps_of(model, {}, triton=True)["late"]
+    assert late.summary()["bytes"] <= 120 * count
