@@ -98,7 +98,9 @@ class Eigenbasis(TwoSided):
         base = self.moments.workspace(entries)
         # m', G' and its squares, or u;  SOAP: G', and m' unless the base has it decoded, beside the base
         own = 2 if self.moments.first == Dense(self.shape) else 1
-        step = decoded + (3 * entries + base if isinstance(self.moments, Momentum) else own * entries + base)
+        step = decoded + (
+            max(3 * entries, 2 * entries + base) if isinstance(self.moments, Momentum) else own * entries + base
+        )
         # one side is updated while the other one's statistic, or Q, is kept; the Qs until m' is carried over
         coder = coding_workspace(max(squares)) if decoded else 0
         updating = decoded + 2 * entries + 3 * max(squares) + sum(squares) + coder
