@@ -103,7 +103,7 @@ class Eigenbasis(TwoSided):
         )
         # one side is updated while the other one's statistic, or Q, is kept; the Qs until m' is carried over
         coder = coding_workspace(max(squares)) if decoded else 0
-        updating = decoded + 2 * entries + 3 * max(squares) + sum(squares) + coder
+        updating = decoded + 2 * entries + max(3 * max(squares), 2 * max(squares) + coder) + sum(squares)
         return {"step": step, "basis": max(step + sum(squares), updating)}
 
     def refreshes(self) -> dict[str, list[str]]:
