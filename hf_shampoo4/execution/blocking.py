@@ -137,14 +137,19 @@ def meta_has_memory(size: int) -> Iterator[None]:
         _of_meta.reset(token)
 
 
-def wave_elements(device: torch.device) -> int:
+def wave_elements(device: torch.device, working_memory: float = 0.0) -> int:
     """How many entries a wave may have on a device.
 
     A CPU has few, which stay near its caches.  A GPU has as many as a share of its memory allows: what it takes to
     launch a step's operations is what small waves cost there.
+
+    Args:
+        working_memory: GB that a step may take there, see the option.
     """
     if device.type not in ("cuda", "meta"):
         return WAVE_ELEMENTS
+    if working_memory:
+        return max(WAVE_ELEMENTS, int(working_memory * 1e9) // WAVE_BYTES)
     memory = _of_meta.get() if device.type == "meta" else torch.cuda.get_device_properties(device).total_memory
     return max(WAVE_ELEMENTS, memory // (WAVE_SHARE * WAVE_BYTES))
 

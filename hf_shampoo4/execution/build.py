@@ -35,9 +35,11 @@ def build(groups: Sequence[tuple[Options, Sequence[LocalParameter], Shapes]], ra
         ValueError: a parameter that lives in a way that is not known, or not completely on these ranks, or that shares
             memory with another one where owners send new weights.
     """
-    every = [local for _, of_group, _ in groups for local in of_group]
-    reports = zip(*gather_or_raise(ranks, lambda: [_reported(local, ranks) for local in every]), strict=True)
-    found = iter([(placement_of(local, of), min(r.room for r in of)) for local, of in zip(every, reports, strict=True)])
+    every = [(local, options.working_memory) for options, of_group, _ in groups for local in of_group]
+    reports = zip(*gather_or_raise(ranks, lambda: [_reported(*one, ranks) for one in every]), strict=True)
+    found = iter(
+        [(placement_of(local, of), min(r.room for r in of)) for (local, _), of in zip(every, reports, strict=True)]
+    )
     members = []
     for options, of_group, shapes in groups:
         _require_precision(options, of_group)
@@ -77,8 +79,8 @@ class _Report(NamedTuple):
     """How many entries a wave may have on its device."""
 
 
-def _reported(local: LocalParameter, ranks: Ranks) -> _Report:
-    room = wave_elements(local.buffer.device)
+def _reported(local: LocalParameter, working_memory: float, ranks: Ranks) -> _Report:
+    room = wave_elements(local.buffer.device, working_memory)
     if local.range is not None:
         return _Report((local.range.start, local.range.start + local.range.numel), None, [], room)
     sharding = sharding_of(local.parameter)

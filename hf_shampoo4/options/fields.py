@@ -64,6 +64,9 @@ class Options:
 
     # ---- all algorithms: the run
 
+    working_memory: float = 0.0
+    """GB that a step on a GPU may take beside the state, about, and at least .4 (0: a sixteenth of the GPU's memory).  With
+    less, fewer parameters are updated together: the step is the same and launches more kernels."""
     max_skipped: int = 50
     """Steps in a row whose gradients are not finite after which `step` raises on every rank (0: never)."""
     diagnose_every: int = 0
@@ -166,6 +169,7 @@ class Options:
             require(name, getattr(self, name), getattr(self, name) >= 0, "an integer >= 0")
         for name in ("factor_beta", "vocabulary_beta"):
             require(name, getattr(self, name), 0.0 <= getattr(self, name) < 1.0, "a number in [0, 1)")
+        require("working_memory", self.working_memory, 0.0 <= self.working_memory < math.inf, "a number >= 0, in GB")
         require("oblong", self.oblong, 1.0 < self.oblong < math.inf, "a number above 1")
         require("damping", self.damping, 0.0 < self.damping < 1.0, "a number in (0, 1)")
         require("row_splits", self.row_splits, all(n >= 1 for n in self.row_splits), "positive sizes")
@@ -309,7 +313,7 @@ STRUCTURAL: tuple[str, ...] = (
 )  # fmt: skip
 
 # What belongs to a run, not to what it trains: a checkpoint does not change these.
-OF_THE_RUN: tuple[str, ...] = ("shard_state", "wire", "communicate", "kind", "max_skipped")
+OF_THE_RUN: tuple[str, ...] = ("shard_state", "wire", "communicate", "kind", "max_skipped", "working_memory")
 
 PRESETS: dict[str, dict[str, Any]] = {
     # 2405.18144, LLM runs: T1 = T2 = 200, t1 = 1, t2 = 4, order <= 1200 (LLaMA-350M), first-order states in 16 bits.

@@ -126,7 +126,13 @@ def planned_groups(model: nn.Module, chosen: Mapping[str, Any], layout: Sharding
         for unit in layout.units(group["params"]):
             placements = layout.placements([tuple(p.shape) for _, p in unit])
             members = [
-                WaveParameter(local_parameter(name, p), placement, blocks, [0] * len(blocks), wave_elements(p.device))
+                WaveParameter(
+                    local_parameter(name, p),
+                    placement,
+                    blocks,
+                    [0] * len(blocks),
+                    wave_elements(p.device, options.working_memory),
+                )
                 for (name, p), placement in zip(unit, placements, strict=True)
                 for blocks in [cut[tuple(p.shape)]]
             ]
