@@ -65,8 +65,8 @@ class Options:
     # ---- all algorithms: the run
 
     working_memory: float = 0.0
-    """GB that a step on a GPU may take beside the state, about, and at least .4 (0: a sixteenth of the GPU's memory).  With
-    less, fewer parameters are updated together: the step is the same and launches more kernels."""
+    """GB that a step on a GPU may take beside the state, about (0: a sixteenth of the GPU's memory; the least is .4).
+    With less, fewer parameters are updated together: the step is the same, and launches more kernels."""
     max_skipped: int = 50
     """Steps in a row whose gradients are not finite after which `step` raises on every rank (0: never)."""
     diagnose_every: int = 0

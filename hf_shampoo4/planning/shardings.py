@@ -126,15 +126,10 @@ def planned_groups(model: nn.Module, chosen: Mapping[str, Any], layout: Sharding
         for unit in layout.units(group["params"]):
             placements = layout.placements([tuple(p.shape) for _, p in unit])
             members = [
-                WaveParameter(
-                    local_parameter(name, p),
-                    placement,
-                    blocks,
-                    [0] * len(blocks),
-                    wave_elements(p.device, options.working_memory),
-                )
+                WaveParameter(local_parameter(name, p), placement, blocks, [0] * len(blocks), room)
                 for (name, p), placement in zip(unit, placements, strict=True)
                 for blocks in [cut[tuple(p.shape)]]
+                for room in [wave_elements(p.device, options.working_memory)]
             ]
             groups.append(PlannedGroup(options, members, replicated))
     for assigned in [[group] for group in groups] if layout.in_deepspeed else [groups]:
