@@ -1,4 +1,4 @@
-"""The code tables, against ALGORITHMS.md and against the libraries that they come from."""
+"""The code tables, against the papers and docs/design.md, and against the libraries that they come from."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from hf_shampoo4.numerics.codebooks import CODEBOOKS, levels
+from hf_shampoo4.numerics.codebooks import CODEBOOKS, ONLY_4_BITS, levels
 from tests.support.reference import LEVELS
 
 
@@ -27,13 +27,13 @@ def test_linear2_in_full() -> None:
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("name", sorted(CODEBOOKS))
 def test_shape_of_every_codebook(name: str, bits: int) -> None:
-    if name in ("nf4", "lloyd16") and bits == 8:
+    if name in ONLY_4_BITS and bits == 8:
         pytest.skip(f"{name} has 4 bits")
     table = levels(name, bits)
     assert list(table) == sorted(set(table))
     assert len(table) == 2**bits - (name == "dynamic0")
     assert table[-1] == 1.0
-    signed = name in ("linear2", "dynamic", "nf4", "lloyd16")
+    signed = name in ("linear2", "dynamic", *ONLY_4_BITS)
     assert (table[0] < 0) == signed
     assert table[0] >= -1.0
     assert (0.0 in table) == (name not in ("linear0", "dynamic0"))
@@ -75,7 +75,7 @@ def test_refusals() -> None:
         levels("nf5", 4)
     with pytest.raises(ValueError, match="4 or 8 bits, not 3"):
         levels("linear2", 3)
-    for name in ("nf4", "lloyd16"):
+    for name in ONLY_4_BITS:
         with pytest.raises(ValueError, match=f"{name} has 4 bits, not 8"):
             levels(name, 8)
 

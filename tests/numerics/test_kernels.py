@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from hf_shampoo4.numerics import quantize
-from hf_shampoo4.numerics.codebooks import CODEBOOKS
+from hf_shampoo4.numerics.codebooks import CODEBOOKS, ONLY_4_BITS, levels
 from hf_shampoo4.numerics.storage import Blockwise, DoubleQuantized, allocate
 from hf_shampoo4.options import Options
 from hf_shampoo4.preconditioners import moments
@@ -22,7 +22,7 @@ from hf_shampoo4.preconditioners.moments import MomentStep, make_base
 
 pytest.importorskip("triton", reason="Triton is not installed (the extra `triton`): its kernels are not tested")
 
-KINDS = [(name, bits) for name in sorted(CODEBOOKS) for bits in (4, 8) if bits == 4 or name not in ("nf4", "lloyd16")]
+KINDS = [(name, bits) for name in sorted(CODEBOOKS) for bits in (4, 8) if bits == 4 or name not in ONLY_4_BITS]
 SHAPES = [(3, 200, 64), (2, 77, 16), (1, 5, 64), (5, 1, 2), (2, 4200, 128)]  # rows, length, block
 CPU = torch.device("cpu")
 
@@ -40,7 +40,7 @@ def numbers(rows: int, length: int, name: str, dtype: torch.dtype = torch.float3
     if rows > 2:
         x[1] = 0
         x[2, 0], x[2, -1] = torch.inf, torch.nan
-    return (x if name in ("linear2", "dynamic", "nf4", "lloyd16") else x.abs()).to(dtype)
+    return (x if levels(name, 4)[0] < 0 else x.abs()).to(dtype)
 
 
 @pytest.mark.parametrize(("name", "bits"), KINDS)

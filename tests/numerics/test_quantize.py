@@ -11,7 +11,7 @@ import torch
 from hypothesis import given
 
 from hf_shampoo4.numerics import quantize
-from hf_shampoo4.numerics.codebooks import CODEBOOKS, levels
+from hf_shampoo4.numerics.codebooks import CODEBOOKS, ONLY_4_BITS, levels
 from hf_shampoo4.numerics.quantize import (
     FLOAT32_MAX,
     Fit,
@@ -27,9 +27,9 @@ from hf_shampoo4.numerics.quantize import (
 from hf_shampoo4.numerics.rounding import PreconditionerSpace, Stochastic
 from tests.support.reference import PROPERTY, excess_error, nearest, scales_of_rank1, scales_of_rows
 
-SIGNED = ["linear2", "dynamic", "nf4", "lloyd16"]
-UNSIGNED = ["linear0", "dynamic_unsigned", "dynamic0"]
-KINDS = [(name, bits) for name in sorted(CODEBOOKS) for bits in (4, 8) if bits == 4 or name not in ("nf4", "lloyd16")]
+SIGNED = [name for name in CODEBOOKS if levels(name, 4)[0] < 0]
+UNSIGNED = [name for name in CODEBOOKS if name not in SIGNED]
+KINDS = [(name, bits) for name in sorted(CODEBOOKS) for bits in (4, 8) if bits == 4 or name not in ONLY_4_BITS]
 
 kinds = st.sampled_from(KINDS)
 dtypes = st.sampled_from([torch.float32, torch.bfloat16, torch.float16])

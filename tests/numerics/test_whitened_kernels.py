@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from hf_shampoo4.numerics import quantize
-from hf_shampoo4.numerics.codebooks import CODEBOOKS
+from hf_shampoo4.numerics.codebooks import CODEBOOKS, ONLY_4_BITS, levels
 from hf_shampoo4.numerics.storage import Blockwise, Dense, allocate
 from hf_shampoo4.preconditioners import whitened
 from hf_shampoo4.preconditioners.moments import MomentStep
@@ -18,8 +18,8 @@ from hf_shampoo4.preconditioners.whitened import BasisUpdate, FusedMoment, White
 
 pytest.importorskip("triton", reason="Triton is not installed (the extra `triton`): its kernels are not tested")
 
-SIGNED = sorted(set(CODEBOOKS) - {"linear0", "dynamic0", "dynamic_unsigned"})
-STORAGES = [("codes", name, bits) for name in SIGNED for bits in (4, 8) if bits == 4 or name not in ("nf4", "lloyd16")]
+SIGNED = sorted(name for name in CODEBOOKS if levels(name, 4)[0] < 0)
+STORAGES = [("codes", name, bits) for name in SIGNED for bits in (4, 8) if bits == 4 or name not in ONLY_4_BITS]
 STORAGES += [("dense", "", 32), ("dense", "", 16)]
 SHAPES = [(2, 12, 24), (3, 7, 33), (1, 1, 5), (2, 33, 1)]
 CPU = torch.device("cpu")

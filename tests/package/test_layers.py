@@ -102,10 +102,10 @@ def test_every_room_has_a_place() -> None:
 
 
 @pytest.mark.parametrize("room", sorted(ROOMS))
-def test_imports_point_down(room: str) -> None:
+def test_imports_point_up(room: str) -> None:
     own = _own_imports(ROOMS[room]) - {room}
-    up = {other for other in own if LEVELS[other] >= LEVELS[room]}
-    assert not up, f"{room} imports {sorted(up)}, which do not lie below it"
+    wrong = {other for other in own if LEVELS[other] >= LEVELS[room]}
+    assert not wrong, f"{room} imports {sorted(wrong)}, which are not above it in LAYERS"
 
 
 @pytest.mark.parametrize("room", sorted(MATHEMATICS))

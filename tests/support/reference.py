@@ -1,4 +1,4 @@
-"""Literal float64 references, written from ALGORITHMS.md and the papers alone: plain loops, one matrix at a time.
+"""Literal float64 references, written from the papers and docs/design.md alone: plain loops, one matrix each.
 
 Nothing here imports hf_shampoo4.  The references read the optimizer's stored bytes with their own decoder, so that a
 step can be checked from whatever state the optimizer was in.
@@ -162,7 +162,7 @@ class AdamW:
 
 
 class Shampoo32:
-    """ALGORITHMS.md section 2 on one parameter: L, R, roots; the norm graft; AdamW on the result."""
+    """Shampoo in 32 bits (docs/design.md) on one parameter: L, R, roots; the norm graft; AdamW on the result."""
 
     def __init__(
         self, x: Array, *, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, block_size=1024,
@@ -235,7 +235,7 @@ class Checked:
 
 
 class Shampoo4:
-    """ALGORITHMS.md section 3, a step at a time, from the optimizer's own stored state.
+    """Shampoo in 4 bits (2405.18144, docs/design.md), a step at a time, from the optimizer's own stored state.
 
     Rounding to 16 levels is discontinuous, so two arithmetics drift apart after one code that falls the other way.
     Each phase is therefore computed from the bytes that the optimizer had stored before the phase, and what it then
