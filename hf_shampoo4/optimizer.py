@@ -211,8 +211,8 @@ class Shampoo4bit(torch.optim.Optimizer):
         """Take over a saved state, every tensor in the dtype it was saved in.
 
         What changes the state's layout (bits, factor, block size, ...) must be the same here as there; other options
-        and the learning rate come from the checkpoint, as torch has it, but `shard_state`, `wire` and `communicate`,
-        which are the run's own.  Hooks that adapt a state dict run before anything is checked.
+        and the learning rate come from the checkpoint, as torch has it, but those that are the run's own
+        (`options.OF_THE_RUN`).  Hooks that adapt a state dict run before anything is checked.
 
         Raises:
             CheckpointError: written by another optimizer, for another model or with other structural options,
@@ -377,7 +377,10 @@ class Shampoo4bit(torch.optim.Optimizer):
         return self._process_group.ranks(of_an_engine=any(map(in_deepspeed, self.groups.every_parameter())))
 
     def _wave_steps(self, unit: Unit, agreed: View) -> list[WaveStep]:
-        """A step of each part of a unit's waves that has a gradient on some rank."""
+        """A step of each part of a unit's waves that has a gradient on some rank.
+
+        It counts the group's step and the parameters' updates.
+        """
         group, plan = unit.group, self._plans.of_unit[unit.key]
         options, step, decay = Options.of(group), plan.count(group), group["weight_decay"]
         coupled, decoupled = (decay, 0.0) if options.base == "sgdm" else (0.0, decay)

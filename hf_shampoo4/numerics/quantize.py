@@ -8,7 +8,8 @@ Special values, on the way in:
 * a block of zeros has scale 0 and decodes to zeros, also with a codebook that has no zero;
 * denormals are kept (numbers are divided by the scale, never multiplied by its reciprocal, which would overflow);
 * +-Inf becomes +-the largest finite float32, which then is the scale of its block;
-* a block that holds a NaN decodes to zeros.  The optimizer never stores a non-finite number: see `optimizer.py`.
+* a block that holds a NaN decodes to zeros.  The optimizer never stores a non-finite number: see
+  `execution/gradients.py`.
 """
 
 from __future__ import annotations

@@ -100,7 +100,8 @@ class Options:
     block_size: int = 1024
     """Largest order of a factor of a matrix that has two: a larger side is cut into equal blocks."""
     stats_every: int = 10
-    """T1: steps between two updates of Shampoo's factors, or between two updates of SOAP's and KL-Shampoo's bases."""
+    """T1: steps between two updates of Shampoo's factors, or, in the long run (see `refresh_warmup`), between two
+    updates of SOAP's and KL-Shampoo's bases."""
     stagger: bool = True
     """Spread the refreshes of the blocks over the steps of a period, so that no step takes much longer than another
     (the papers' Shampoo does not).
@@ -126,8 +127,9 @@ class Options:
     basis_order: int = 2048
     """Largest order of the basis of a matrix that has one: a larger short side is cut into equal parts."""
     refresh_warmup: int = 100
-    """SOAP's and KL-Shampoo's bases are updated at every step at first: the interval is the number of steps over this,
-    rounded down, from 1 up to `stats_every` (100: every second step from step 200 on; 0: `stats_every` at once)."""
+    """SOAP's and KL-Shampoo's bases are updated at every step at first: the interval is the number of a parameter's
+    updates over this, rounded down, from 1 up to `stats_every` (100: every second step from update 200 on; 0:
+    `stats_every` at once)."""
     orthogonalise: Literal["auto", "qr", "cholesky_qr"] = "auto"
     """How a basis is updated: by the `qr` of its factor, which CUDA computes one after another, or by Cholesky factors
     (`cholesky_qr`), whole stacks at once, the same to rounding; auto: cholesky_qr on CUDA, and elsewhere qr, which

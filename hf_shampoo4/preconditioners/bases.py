@@ -4,8 +4,9 @@ A side keeps an orthogonal basis U (its columns quantised) and eigenvalues; the 
 
     G' = U_L^T G U_R
 
-where the factors are nearly diagonal.  Eigenvalues are updated at every step.  A *basis update*, every T1 steps, is
-one step of orthogonal iteration (a QR) towards the factors' eigenvectors; the first moment is rotated along.
+where the factors are nearly diagonal.  Eigenvalues are updated at every step.  A *basis update*, when due
+(`Eigenbasis.intervals`), is one step of orthogonal iteration (a QR) towards the factors' eigenvectors; the first
+moment is rotated along.
 
 SOAP (2409.11321): Adam on G'.  KL-Shampoo (2509.03378): each factor is whitened by the other, and the step is
 m' / sqrt(lambda_L lambda_R^T), without a second moment.  KL-SOAP: KL-Shampoo's bases, SOAP's moments.
@@ -213,9 +214,8 @@ def _side(order: int, has_basis: bool, options: Options) -> Side:
     if not has_basis:
         return Side(order, None)
     if options.bits == 32 or order * order < SMALL:
-        return Side(
-            order, Dense(shape), 1, options.orthogonalise
-        )  # float32's rounding adds up too, to 3e-3 in 100,000 updates
+        # one Bjorck step: float32's rounding adds up too, to 3e-3 in 100,000 updates
+        return Side(order, Dense(shape), 1, options.orthogonalise)
     columns = Blockwise(
         shape, options.factor_codebook, options.bits, options.factor_block, columns=True, fit="least_squares"
     )

@@ -114,7 +114,7 @@ class Eigenbasis(TwoSided):
         return together([self.steps(stack, g, context)], context, g.device)[0]
 
     def steps(self, stack: Stack, g: Tensor, context: Context) -> Steps:
-        """`update` in the order of docs/design.md, which pauses where bases are to be updated.
+        """`update`, in the order of docs/design.md; pauses where bases are to be updated.
 
         Args:
             stack: of B blocks; its state is changed in place.
@@ -145,7 +145,7 @@ class Eigenbasis(TwoSided):
         # m' <- b1 m' + (1 - b1) G', before the basis update if nothing but m' sees G': both are rotated as one sum
         if kl_shampoo:
             m.add(g, 1 - b1)
-        # every T1 steps: Q R = A', U <- U Q, lambda <- diag(Q^T A' Q), m' <- Q_L^T m' Q_R
+        # when due (`Eigenbasis.intervals`): Q R = A', U <- U Q, lambda <- diag(Q^T A' Q), m' <- Q_L^T m' Q_R
         updates = yield from self._update_bases(stack, left, right, g, context)
         m.carry(updates)
         # KL-Shampoo: u = m' / sqrt(lambda_L lambda_R^T);  SOAP: v' <- b2 v' + (1 - b2) G'^2, u = m' / (sqrt(v') + eps)
@@ -244,6 +244,13 @@ class Eigenbasis(TwoSided):
             left: its rows' side.
             right: its columns' side.
             g: (B, m, n), the gradient in the bases as they are.
+            context: of the step.
+
+        Yields:
+            Steps of bases, as `steps` does; takes their results.
+
+        Returns:
+            The blocks whose bases were updated, with the rotations.
         """
         found = []
         for blocks, every in context.due(stack, "basis"):

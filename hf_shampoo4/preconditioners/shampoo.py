@@ -81,7 +81,6 @@ class Shampoo(TwoSided):
             scatter_blocks(stack.state, blocks, some)
 
     def update(self, stack: Stack, g: Tensor, context: Context) -> Tensor:
-        # the base on P |G| / |P|: AdamW m <- b1 m + (1 - b1) P, v <- b2 v + (1 - b2) P^2, u = m / (sqrt(v) + eps)
         """The base (AdamW or SGD) on P |G| / |P| in the gradient's place.
 
         Args:
@@ -92,4 +91,5 @@ class Shampoo(TwoSided):
         Returns:
             (B, m, n) float32.
         """
+        # the base on P |G| / |P|: AdamW m <- b1 m + (1 - b1) P, v <- b2 v + (1 - b2) P^2, u = m / (sqrt(v) + eps)
         return self.moments.direction(stack.state, g, context.moment_step(stack))

@@ -1,8 +1,9 @@
 """`hf-shampoo4 race GRID --time`: what a step of every contestant takes, measured side by side on a quiet machine.
 
 All contestants live in one process and take their steps in turn, on one thread, so that whatever else the machine does
-falls on all of them.  Model and optimizer are timed apart, and so are the first steps, which allocate.  Bases turn at
-every step to begin with and seldom later: both paces are measured, and what lies between follows from the schedule.
+falls on all of them.  Model and optimizer are timed apart, and so are the first steps, which allocate.  Bases are
+updated at every step to begin with and seldom later: both paces are measured, and what lies between follows from the
+schedule.
 """
 
 from __future__ import annotations
