@@ -1,4 +1,4 @@
-"""Literal float64 references, written from the papers and docs/design.md alone: plain loops, one matrix each.
+"""Literal float64 references, written from the papers and docs/design.md alone: plain loops, one matrix at a time.
 
 Nothing here imports hf_shampoo4.  The references read the optimizer's stored bytes with their own decoder, so that a
 step can be checked from whatever state the optimizer was in.
