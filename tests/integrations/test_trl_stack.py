@@ -25,6 +25,7 @@ LOOP = '''
 import json, os, sys
 from accelerate import Accelerator
 from torch.utils.data import DataLoader
+from tests.support import used
 from tests.support.tiny import Tokens, llama
 from hf_shampoo4 import Shampoo4bit, param_groups
 from hf_shampoo4.integrations.trainer import OPTIMS
@@ -34,7 +35,7 @@ def main():
     accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
     for optim, options in OPTIMS.items():
         model = llama()
-        optimizer = Shampoo4bit(param_groups(model, 0.1), lr=1e-2, stats_every=2, **options)
+        optimizer = Shampoo4bit(param_groups(model, 0.1), lr=1e-2, **used({"stats_every": 2, **options}))
         model, optimizer, batches = accelerator.prepare(model, optimizer, DataLoader(Tokens(32), batch_size=4))
         losses = []
         for batch in batches:

@@ -90,6 +90,8 @@ def arguments(folder: Path, **changes: Any) -> TrainingArguments:
 
 def often(optim: str) -> str:
     """`--optim_args` that refresh often; for shampoo4bit those of the papers' Shampoo, which has roots."""
+    if optim == "adamw4bit":
+        return ""  # has nothing to refresh
     return "algorithm=shampoo,stats_every=2,roots_every=2" if optim == "shampoo4bit" else "stats_every=2"
 
 

@@ -253,7 +253,7 @@ def test_models_from_a_file_and_a_folder(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model": "no-one/nothing"}, r"model 'no-one/nothing' cannot be loaded .* one of gpt2_124m, .*llama_tiny"),
+        ({"model": "no-one/nothing"}, r"model 'no-one/nothing' cannot be loaded .* one of .*gpt2_124m, .*llama_tiny"),
         ({"model_overrides": "hiden_size=3"}, "'hiden_size=3' is not key=value .* did you mean hidden_size"),
         ({"model": "", "model_type": "no_such"}, "model 'no_such' cannot be loaded"),
     ],
