@@ -11,8 +11,10 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
@@ -25,7 +27,7 @@ from hf_shampoo4.execution.blocking import loads_of
 from hf_shampoo4.execution.build import build
 from hf_shampoo4.execution.waves import Wave
 from hf_shampoo4.options import Options
-from hf_shampoo4.sharding.dtensor import sharded
+from hf_shampoo4.sharding.dtensor import sharded, sharding_of
 from hf_shampoo4.sharding.exchange import Ranks
 from hf_shampoo4.sharding.local_parameter import local_parameter
 from hf_shampoo4.sharding.placement import Layout, Split
@@ -73,9 +75,25 @@ def planned(model: str, world: int, sharding: str, options: Options) -> dict[str
         (o, [local_parameter(f"{i}.{k}", parameter(shape, mesh, placements, rank)) for k, shape in enumerate(of_group)])
         for i, (o, of_group) in enumerate([(options, matrices), (Options(algorithm="elementwise"), rest)])
     ]
+    every = [p for _, of_group in groups for p in of_group]
+
+    def reports(_: Ranks, make: Callable[[], list[Any]]) -> list[list[Any]]:
+        """What all ranks would say: the same, and each how many entries it has."""
+        mine = make()
+        cuts = [sharding_of(p.parameter) for p in every]
+        placed = [sharded(p.shape, Layout((s.mesh,), s.shape, s.splits)) for p, s in zip(every, cuts, strict=True)]
+        return [
+            [
+                said._replace(sharding=said.sharding._replace(held=placement.shard_of[rank].region.numel))
+                for said, placement in zip(mine, placed, strict=True)
+            ]
+            for rank in range(world)
+        ]
+
     start = time.perf_counter()
     with_shapes = [(o, members, {p.name: p.shape for p in members}) for o, members in groups]
-    waves: list[Wave] = [wave for of_group in build(with_shapes, Ranks(rank, world)) for wave in of_group]
+    with mock.patch("hf_shampoo4.execution.build.gather_or_raise", reports):
+        waves: list[Wave] = [wave for of_group in build(with_shapes, Ranks(rank, world)) for wave in of_group]
     routes = [part.route for wave in waves for part in wave.parts]
     seconds = time.perf_counter() - start
     flops, held = np.zeros(world), np.zeros(world)

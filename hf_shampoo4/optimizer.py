@@ -275,6 +275,8 @@ class Shampoo4bit(torch.optim.Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        for name in NAMES:  # an older pickle lacks what is newer
+            self.defaults.setdefault(name, getattr(Options, name))
         for group in self.param_groups:  # an older checkpoint's lack what is newer
             for name, value in self.defaults.items():
                 if name not in OF_ADAMW:  # torch has put `differentiable` there

@@ -27,8 +27,8 @@ from ..sharding.geometry import MatrixView, Rect, entries_view, matrix_view, par
 from ..sharding.owners import Load
 
 WAVE_ELEMENTS = 1 << 24  # of a wave on a CPU: 64 MiB of float32 gradient, and the least elsewhere
-WAVE_SHARE = 16  # of a GPU's memory a wave may take one part in so many, for a step's launches are as many as its waves
-WAVE_BYTES = 24  # that an entry of it takes: gradient, update, and four more float32 numbers in between
+WAVE_SHARE = 8  # of a GPU's memory a wave may take one part in so many, for a step's launches are as many as its waves
+WAVE_BYTES = 44  # that an entry takes at most: gradient, update, and nine float32 numbers while two bases are updated
 VOCABULARY = 4  # a vocabulary has at least this many times as many rows as columns
 
 

@@ -65,7 +65,7 @@ class Options:
     # ---- all algorithms: the run
 
     working_memory: float = 0.0
-    """GB that a step on a GPU may take beside the state, about (0: a sixteenth of the GPU's memory; the least is .4).
+    """GB that a step on a GPU may take beside the state, about (0: up to an eighth of the GPU's memory; at least .7).
     With less, fewer parameters are updated together: the step is the same, and launches more kernels."""
     max_skipped: int = 50
     """Steps in a row whose gradients are not finite after which `step` raises on every rank (0: never)."""

@@ -73,6 +73,9 @@ def saved_options(group: Mapping[str, Any]) -> dict[str, Any]:
         OptionError: a value of the wrong type or out of range.
     """
     options = {name: _cast(name, group[name]) for name in NAMES if name in group}
+    algorithm, factor = options.get("algorithm", Options.algorithm), options.get("factor", Options.factor)
+    if algorithm in ALGORITHMS and algorithm != FALLBACK:  # what an older version took and had no use for
+        options |= {name: getattr(Options, name) for name in options if what_uses(name, algorithm, factor)}
     Options(**options)
     return options
 

@@ -111,7 +111,7 @@ class Eigenbasis(TwoSided):
 
     def update(self, stack: Stack, g: Tensor, context: Context) -> Tensor:
         """The whole update of SOAP, KL-Shampoo or KL-SOAP; (B, m, n) float32."""
-        return together([self.steps(stack, g, context)], context, g.device)[0]
+        return together([self.steps(stack, g, context)], context, g.device, alone=True)[0]
 
     def steps(self, stack: Stack, g: Tensor, context: Context) -> Steps:
         """`update`, in the order of docs/design.md; pauses where bases are to be updated.

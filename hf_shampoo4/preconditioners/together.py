@@ -21,8 +21,8 @@ Steps = Generator[list[BasisStep], list[BasisResult], Tensor]
 """Of an update: gives steps of bases, takes their results, and ends with the update."""
 
 
-def together(running: Sequence[Steps], context: Context, device: torch.device) -> list[Tensor]:
-    """Finish some updates; what they want of bases is taken at once as far as it is of one kind, unless `ALONE`."""
+def together(running: Sequence[Steps], context: Context, device: torch.device, alone: bool = False) -> list[Tensor]:
+    """Finish some updates; what they want of bases is taken at once as far as it is of one kind, unless `alone`."""
     found: dict[int, Tensor] = {}
     answers: dict[int, list[BasisResult] | None] = dict.fromkeys(range(len(running)))
     while answers:
@@ -35,7 +35,7 @@ def together(running: Sequence[Steps], context: Context, device: torch.device) -
                 found[i] = end.value
         kinds: dict[Any, list[tuple[int, int]]] = {}
         for at, step in wanted.items():
-            kinds.setdefault(at if device.type in ALONE else (step.side.described, step.decay), []).append(at)
+            kinds.setdefault(at if alone or device.type in ALONE else (step.side.described, step.decay), []).append(at)
         results: dict[tuple[int, int], BasisResult] = {}
         for places in kinds.values():
             with context.stopwatch.on(device):

@@ -528,6 +528,26 @@ def test_an_option_that_an_older_checkpoint_lacks_takes_its_default() -> None:
     run(second, range(1, 2))
 
 
+def test_an_option_without_effect_that_an_older_version_took_goes_back_to_its_default() -> None:
+    first = Shampoo4bit(parameters(), algorithm="shampoo")
+    run(first, range(1))
+    state_dict = saved(first)
+    state_dict["param_groups"][0]["rotation_precision"] = "float32"
+    second = Shampoo4bit(parameters(), algorithm="shampoo")
+    second.load_state_dict(state_dict)
+    assert second.param_groups[0]["rotation_precision"] == "auto"
+
+
+def test_a_pickled_optimizer_that_lacks_an_option_takes_its_default() -> None:
+    optimizer = Shampoo4bit(parameters(), **OFTEN)
+    run(optimizer, range(1))
+    for of_one in (optimizer.defaults, *optimizer.param_groups):
+        del of_one["working_memory"]
+    clone = pickle.loads(pickle.dumps(optimizer))
+    run(clone, range(1, 2))
+    assert clone.param_groups[0]["working_memory"] == 0.0
+
+
 # ---------------------------------------------------------------------------------------------- refused checkpoints
 
 

@@ -167,14 +167,14 @@ for kernel, variants in kernels:
     for values in [*variants, variants[-1]]:
         constants = dict(zip([name for name in kernel.arg_names if name.isupper()], values, strict=True))
         if len(divides) == len(variants):  # Triton makes constants of all that is 1
-            small = {"width", "height", "row", *(("rows", "columns") if kernel is descent._descend else ())}
+            small = {"width", "height", "row", *(("chunks", "rows", "columns") if kernel is descent._descend else ())}
             constants |= dict.fromkeys(small & set(kernel.arg_names), 1)
         for flag, unused in WITHOUT.items():
             if not (constants["BITS"] <= 8 if flag == "CODES" and "BITS" in constants else constants.get(flag, True)):
                 constants |= dict.fromkeys(set(unused) & set(kernel.arg_names))
         codes = dict.fromkeys(("codes", "codes1", "codes2"), BITS[constants.get("BITS", 4)])
         known = {**types, **codes, **({"x": "*fp32"} if "BITS" not in constants else {})}
-        others = {"rows": "i32", "columns": "i32"} if kernel is descent._descend else {}
+        others = dict.fromkeys(("chunks", "rows", "columns"), "i32") if kernel is descent._descend else {}
         if constants.get("SHARES"):
             others = {"scales": "*u8"}
         known |= others

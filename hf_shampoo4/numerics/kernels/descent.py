@@ -26,12 +26,12 @@ def _mix(x):
 
 @triton.jit(do_not_specialize=["seed_term", "step_term"])
 def _descend(
-    targets, updates, offsets, seeds, counts, keep, lr, seed_term, step_term, rows, columns, target_stride,
+    chunks, targets, updates, offsets, seeds, counts, keep, lr, seed_term, step_term, rows, columns, target_stride,
     update_stride, row, column, width,
     COUNTED: tl.constexpr, STOCHASTIC: tl.constexpr, DTYPE: tl.constexpr, NUMBERS: tl.constexpr,
 ):  # fmt: skip
-    piece = tl.program_id(1)
-    j = tl.program_id(0).to(tl.int64) * NUMBERS + tl.arange(0, NUMBERS)
+    piece, chunk = tl.program_id(0) // chunks, tl.program_id(0) % chunks  # the grid's other axes end at 65,535
+    j = chunk.to(tl.int64) * NUMBERS + tl.arange(0, NUMBERS)
     i, k = j // columns, j % columns
     inside = i < rows
     if COUNTED:
@@ -73,8 +73,9 @@ def descend(
     (rows, columns), pieces = shape, len(targets)
     if rows * columns * pieces:
         with torch.cuda.device_of(updates):
-            _descend[triton.cdiv(rows * columns, NUMBERS), pieces](
-                targets, updates, offsets, seeds, counts, keep, lr, _as_int32(seed * 0x9E3779B9),
+            chunks = triton.cdiv(rows * columns, NUMBERS)
+            _descend[(chunks * pieces,)](
+                chunks, targets, updates, offsets, seeds, counts, keep, lr, _as_int32(seed * 0x9E3779B9),
                 _as_int32(step * 0x85EBCA6B), rows, columns, *strides, *at, COUNTED=counts is not None,
                 STOCHASTIC=noise is not None, DTYPE=DTYPES[dtype], NUMBERS=NUMBERS,
             )  # fmt: skip
