@@ -134,7 +134,8 @@ class ModelGroups:
                 [(name, full_shape(p), p.dtype) for name, p in self.named(index)] for index in range(len(self.groups))
             ]
             self._digest = hashlib.sha256(repr(shapes).encode()).hexdigest()
-        options = [[group[name] for name in (*NAMES, "step")] for group in self.groups]
+        # cards of other sizes may give other memory, of which the least is taken
+        options = [[group[n] for n in (*NAMES, "step") if n != "working_memory"] for group in self.groups]
         trained = [p.requires_grad for p in self.every_parameter()]
         return repr((self._digest, options, trained, sorted(planned)))
 
