@@ -33,6 +33,7 @@ Fit = Literal["largest", "eden", "least_squares"]
 FLOAT32_MAX = torch.finfo(torch.float32).max
 
 CPU_PIECE = 1 << 18  # numbers worked on at a time: what lies between input and codes stays in a CPU's cache
+DENSE_BLOCK = 128  # numbers that a kernel works on together where none share a scale
 GPU_PIECE = 1 << 26  # a GPU wants few launches: bounds the memory of what lies between, 9 bytes a number
 
 

@@ -75,7 +75,7 @@ def saved_options(group: Mapping[str, Any]) -> dict[str, Any]:
     options = {name: _cast(name, group[name]) for name in NAMES if name in group}
     algorithm, factor = options.get("algorithm", Options.algorithm), options.get("factor", Options.factor)
     if algorithm in ALGORITHMS and algorithm != FALLBACK:  # what an older version took and had no use for
-        options |= {name: getattr(Options, name) for name in options if what_uses(name, algorithm, factor)}
+        options |= {name: usual for name, usual in _without_use(algorithm, factor).items() if name in options}
     Options(**options)
     return options
 
@@ -95,9 +95,13 @@ def _merged(beneath: Mapping[str, Any], preset: Mapping[str, Any], explicit: Map
     taken = {name: value for name, value in preset.items() if not what_uses(name, algorithm, factor)}
     if algorithm == FALLBACK:  # carries its neighbours' options along
         return {**taken, **explicit}
-    usual = {name: getattr(Options, name) for name in NAMES if what_uses(name, algorithm, factor)}
-    reset = {name: value for name, value in usual.items() if beneath.get(name, value) != value}
+    reset = {n: usual for n, usual in _without_use(algorithm, factor).items() if beneath.get(n, usual) != usual}
     return {**reset, **_defaults_of(algorithm, beneath), **taken, **explicit}
+
+
+def _without_use(algorithm: str, factor: str) -> dict[str, Any]:
+    """The options that these have no use for, at their defaults."""
+    return {name: getattr(Options, name) for name in NAMES if what_uses(name, algorithm, factor)}
 
 
 def _without_adamws(given: Mapping[str, Any]) -> dict[str, Any]:

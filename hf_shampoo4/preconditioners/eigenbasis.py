@@ -14,7 +14,7 @@ from torch import Tensor
 from ..numerics.blocks import add_to_blocks
 from ..numerics.linalg import clamp_rms, transpose
 from ..numerics.precision import rotate, rotation_precision
-from ..numerics.quantize import has_kernels, kernels
+from ..numerics.quantize import DENSE_BLOCK, has_kernels, kernels
 from ..numerics.storage import Blockwise, Dense
 from ..options import ALGORITHMS, Options
 from .bases import MIN_DECAY, TINY, BasisStep, DecodedSide, Side, make_sides, rotated_sides, statistic
@@ -23,7 +23,7 @@ from .operations import Work, coding_workspace, product, total
 from .protocols import Context, Stack, strip
 from .together import BasisResult, Steps, together
 from .two_sided import TwoSided, side_state
-from .whitened import DENSE_BLOCK, BasisUpdate, FusedMoment, WhitenedMoment, can_fuse, carried
+from .whitened import BasisUpdate, FusedMoment, WhitenedMoment, can_fuse, carried
 
 FLOOR = 1e-7  # of a side's largest eigenvalue, about float32's epsilon: the least that is divided by
 TALL, SHORTEST = 8, 2  # how long a strip is, in orders of its basis (that takes 1/14 byte an entry), and at least

@@ -11,7 +11,7 @@ from torch import Tensor
 from .bases import BasisStep, update_bases
 from .protocols import Algorithm, Context, Stack
 
-ALONE = ("cpu",)  # devices on which each step of bases is taken alone: as fast there, and in less memory
+ALONE = ("cpu",)  # devices on which stacks do not wait for each other: as fast there, and in less memory
 AT_ONCE = 1 << 25  # entries of bases that are updated at once, at most: several copies are made of them
 COPIES = 6  # of them
 
@@ -35,7 +35,7 @@ def together(running: Sequence[Steps], context: Context, device: torch.device, a
                 found[i] = end.value
         kinds: dict[Any, list[tuple[int, int]]] = {}
         for at, step in wanted.items():
-            kinds.setdefault(at if alone or device.type in ALONE else (step.side.described, step.decay), []).append(at)
+            kinds.setdefault(at if alone else (step.side.described, step.decay), []).append(at)
         results: dict[tuple[int, int], BasisResult] = {}
         for places in kinds.values():
             with context.stopwatch.on(device):

@@ -13,12 +13,11 @@ from torch import Tensor
 
 from ..numerics.blocks import Buffers, Index, covers
 from ..numerics.precision import rotate
-from ..numerics.quantize import has_kernels, kernels, padded
+from ..numerics.quantize import DENSE_BLOCK, has_kernels, kernels, padded
 from ..numerics.storage import Blockwise, Dense, Storage
 from .moments import MomentStep, bias, write_first
 
 LARGEST = 1e30  # of a whitened moment, which grows while no gradient comes and eigenvalues are forgotten faster
-DENSE_BLOCK = 128  # numbers that are worked on together where none share a scale
 
 Scales = tuple[Tensor, Tensor]
 """Of the rows (B, m, 1) and the columns (B, 1, n), float32."""

@@ -52,6 +52,18 @@ class Point:
         return all(self.get(c) == other.get(c) for c in COORDINATES if c != coordinate)
 
 
+def best_of(losses: Mapping[Point, float]) -> Point:
+    """The point of lowest loss."""
+    return min(losses, key=lambda point: losses[point])
+
+
+def sides(losses: Mapping[Point, float], coordinate: str) -> tuple[bool, bool]:
+    """Whether along a coordinate there is a point below, and above, the best one."""
+    best = best_of(losses)
+    values = [point.get(coordinate) for point in losses if point.same_but(best, coordinate)]
+    return min(values) < best.get(coordinate), max(values) > best.get(coordinate)
+
+
 def _next_rate(rate: float, steps: int) -> float:
     """So many places up among 1e-3, 1.4e-3, 2e-3, 2.8e-3, 4e-3, 5.6e-3, 8e-3, ...: powers of sqrt(2), of two digits."""
     k = round(2 * math.log2(rate / 1e-3)) + steps
@@ -100,7 +112,7 @@ class Contestant:
     def best(self, seed: int, finished: Sequence[Settings]) -> Point | None:
         """The point of lowest loss at a seed; None: no run."""
         losses = self.losses(seed, finished)
-        return min(losses, key=lambda point: losses[point], default=None)
+        return best_of(losses) if losses else None
 
     def next_point(self, seed: int, finished: Sequence[Settings]) -> Point | None:
         """What the sweep tries next: the first missing neighbour of the best point; None: there is none missing."""
@@ -112,13 +124,9 @@ class Contestant:
 
     def closed(self, seed: int, finished: Sequence[Settings]) -> dict[str, bool]:
         """Coordinate that is swept, or has several values -> whether worse points lie on both sides of the best one."""
-        best, points = self.best(seed, finished), self.losses(seed, finished)
-        found = {}
-        for coordinate in COORDINATES if best else ():
-            values = sorted({p.get(coordinate) for p in points if best and p.same_but(best, coordinate)})
-            if best and (len(values) > 1 or coordinate in self.sweep):
-                found[coordinate] = best.get(coordinate) not in (values[0], values[-1])
-        return found
+        losses = self.losses(seed, finished)
+        found = {c: sides(losses, c) for c in COORDINATES} if losses else {}
+        return {c: all(both) for c, both in found.items() if any(both) or c in self.sweep}
 
     def edges(self, seed: int, finished: Sequence[Settings]) -> list[str]:
         """The coordinates along which the best point is the first or the last of several, or the only one swept."""

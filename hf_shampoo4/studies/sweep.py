@@ -13,7 +13,7 @@ from pathlib import Path
 from hf_shampoo4.exceptions import ConfigError
 from hf_shampoo4.integrations.trainer import OPTIMS, optim_options
 from hf_shampoo4.options import KINDS
-from hf_shampoo4.studies.grid import RATE, Point, Settings
+from hf_shampoo4.studies.grid import RATE, Point, Settings, best_of, sides
 from hf_shampoo4.studies.peers import code_of
 from hf_shampoo4.studies.runner import Runs
 from hf_shampoo4.training.config import DEFAULT_OPTIM, pairs_as_text
@@ -47,7 +47,8 @@ class Search:
         if losses[best] == math.inf:  # all diverged
             lowest = min(losses, key=lambda point: point.learning_rate)
             return self._moved(lowest, RATE, 1 / self.factor) if RATE in self.coordinates else None
-        for coordinate, (lower, upper) in sides(losses, self.coordinates).items():
+        for coordinate in self.coordinates:
+            lower, upper = sides(losses, coordinate)
             if not upper:
                 return self._moved(best, coordinate, self.factor)
             if not lower:
@@ -60,21 +61,6 @@ class Search:
         if coordinate == RATE:
             return replace(point, learning_rate=value)
         return Point.of({RATE: point.learning_rate, "rates": {**dict(point.rates), coordinate: value}})
-
-
-def best_of(losses: Losses) -> Point:
-    """The point of lowest loss."""
-    return min(losses, key=lambda point: losses[point])
-
-
-def sides(losses: Losses, coordinates: Sequence[str]) -> dict[str, tuple[bool, bool]]:
-    """Coordinate -> whether there is a worse point below, and above, the best one."""
-    best = best_of(losses)
-    found = {}
-    for c in coordinates:
-        values = [point.get(c) for point in losses if point.same_but(best, c)]
-        found[c] = (min(values) < best.get(c), max(values) > best.get(c))
-    return found
 
 
 def search_of(settings: Settings, rates: Sequence[float], kinds: Sequence[str], factor: float) -> Search:
@@ -234,7 +220,7 @@ def _conclusion(losses: Losses, search: Search, by_kind: bool) -> list[str]:
     best = best_of(losses)
     if losses[best] == math.inf:
         return ["Every run diverged: begin lower, with --rates, or look at the data and max_grad_norm."]
-    open_ = [c for c, (lower, upper) in sides(losses, search.coordinates).items() if not (lower and upper)]
+    open_ = [c for c in search.coordinates if not all(sides(losses, c))]
     rest = f"at an edge in {', '.join(open_)}: more runs (--max_runs) may find a better one"
     written = [f"learning_rate: {best.learning_rate:g}"] if RATE in search.coordinates else []
     if by_kind:

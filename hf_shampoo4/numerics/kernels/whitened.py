@@ -13,9 +13,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..quantize import DENSE_BLOCK
 from .blockwise import _encode, _load_levels, _scale, _store_codes, _tile
 
-DENSE_BLOCK = 128  # numbers that a row of a tile has where nothing is in blocks
 HIGH, WIDE = 16, 128  # of a tile whose rows and columns are summed
 CLEARED = 1024  # numbers that a program clears at a time
 
@@ -24,6 +24,20 @@ CLEARED = 1024  # numbers that a program clears at a time
 def _lerp(m, g, weight):
     """As torch.lerp: exact at both ends."""
     return tl.where(weight < 0.5, m + weight * (g - m), g - (g - m) * (1 - weight))
+
+
+@triton.jit
+def _read(
+    codes, scales, table, rows, columns, row, block, j, i, k, inside, needed, length, blocks,
+    BITS: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """m' as it was before it was stored over `rows` and `columns`."""
+    if BITS > 8:
+        m = tl.load(codes + row * length + j, mask=needed, other=0.0).to(tl.float32)
+    else:
+        m = _load_levels(codes, table, row, j, length, BITS, TILE, BLOCK)
+        m = m * tl.load(scales + row * blocks + block, mask=block < blocks, other=0.0)[:, None]
+    return m * tl.load(rows + i, mask=inside, other=1.0) * tl.load(columns + k, mask=inside, other=1.0)
 
 
 @triton.jit
@@ -42,12 +56,9 @@ def _moment(
         at = tl.load(carried_at + row).to(tl.int64)
         needed = j < tl.where(at < 0, length, 0)
     # m' <- b1 m' + (1 - b1) G'
-    if BITS > 8:
-        m = tl.load(codes + row * length + j, mask=needed, other=0.0).to(tl.float32)
-    else:
-        m = _load_levels(codes, table, row, j, length, BITS, TILE, BLOCK)
-        m = m * tl.load(scales + row * blocks + block, mask=block < blocks, other=0.0)[:, None]
-    m = m * tl.load(rows + i, mask=inside, other=1.0) * tl.load(columns + k, mask=inside, other=1.0)
+    m = _read(
+        codes, scales, table, rows, columns, row, block, j, i, k, inside, needed, length, blocks, BITS, TILE, BLOCK
+    )
     m = _lerp(m, tl.load(g + row * length + j, mask=needed, other=0.0), weight)
     if CARRIED:
         given = j < tl.where(at < 0, 0, length)
@@ -75,12 +86,9 @@ def _lerped(
     j = block[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
     inside, height = j < length, length // width
     i, k = row * height + j // width, row * width + j % width
-    if BITS > 8:
-        x = tl.load(codes + row * length + j, mask=inside, other=0.0).to(tl.float32)
-    else:
-        x = _load_levels(codes, table, row, j, length, BITS, TILE, BLOCK)
-        x = x * tl.load(scales + row * blocks + block, mask=block < blocks, other=0.0)[:, None]
-    x = x * tl.load(rows + i, mask=inside, other=1.0) * tl.load(columns + k, mask=inside, other=1.0)
+    x = _read(
+        codes, scales, table, rows, columns, row, block, j, i, k, inside, inside, length, blocks, BITS, TILE, BLOCK
+    )
     x = _lerp(x, tl.load(g + row * length + j, mask=inside, other=0.0), weight)
     tl.store(m + row * length + j, x, mask=inside)
 
