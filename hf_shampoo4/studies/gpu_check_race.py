@@ -17,17 +17,18 @@ import torch
 from torch import Tensor
 
 from hf_shampoo4.studies.gpu_check import Notes, Scale
-from hf_shampoo4.studies.grid import read_plan
+from hf_shampoo4.studies.grid import read_grid, read_plan
 from hf_shampoo4.studies.peers import optimizer_of, train_settings
 from hf_shampoo4.training.data import load_text
 from hf_shampoo4.training.model import build_model
 from hf_shampoo4.training.pretrain import parse
 
-# The best of the long grid of a smaller model (docs/results/race/tiny_long.md); not swept for this one.
+RATES_OF = "tiny_long"
+"""The grid of `configs/race.yaml`, of a smaller model, whose rates are taken; they were not swept for this one."""
 CONTESTANTS: dict[str, dict[str, Any]] = {
-    "shampoo4bit": {"optim": "shampoo4bit", "learning_rate": 5.6e-3, "rates": {"embedding": 6, "head": 3}},
-    "adamw": {"optim": "adamw_torch_fused", "learning_rate": 2e-3, "rates": {"embedding": 8, "head": 8}},
-    "muon": {"peer": "torch_muon", "learning_rate": 5.6e-3, "rates": {"embedding": 4, "head": 4}},
+    "shampoo4bit": {"optim": "shampoo4bit"},
+    "adamw": {"optim": "adamw_torch_fused"},
+    "muon": {"peer": "torch_muon"},
 }
 WARMUP = 0.1
 """Share of the time in which the rate rises."""
@@ -44,13 +45,16 @@ def race(notes: Notes, scale: Scale, seconds: float) -> None:
         text = load_text(chosen.data)
     train, validation = (_tokens(part, scale.device) for part in (text.train, text.validation))
     notes.put("text", {"tokens": train.numel(), "validation": validation.numel(), "vocabulary": len(text.tokenizer)})
+    rates = {contestant.name: contestant.points[0].settings() for contestant in read_grid(RATES_OF).contestants}
     left = [name for name in CONTESTANTS if name not in notes.found]
     for i, name in enumerate(left):
         each = min(scale.race_seconds, 0.85 * (seconds - (time.monotonic() - began)) / (len(left) - i))
         if each < LEAST * scale.race_seconds:
             notes.leave_out(name, "the stage's time is over")
             continue
-        run = Run({**settings, **CONTESTANTS[name]}, len(text.tokenizer), scale.device, train, validation)
+        run = Run(
+            {**settings, **CONTESTANTS[name], **rates[name]}, len(text.tokenizer), scale.device, train, validation
+        )
         notes.once(name, lambda run=run, each=each: run.until(each))  # type: ignore[misc]
 
 
