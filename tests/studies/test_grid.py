@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 
 import pytest
+import torch
+from transformers import get_scheduler
 
 from hf_shampoo4.exceptions import ConfigError
 from hf_shampoo4.integrations.trainer import OPTIMS
@@ -12,6 +14,8 @@ from hf_shampoo4.options import parse_optim_args
 from hf_shampoo4.studies.grid import Contestant, Point, read_grid, some_of
 from hf_shampoo4.studies.peers import PEERS
 from hf_shampoo4.training.config import config_root, read_config
+from hf_shampoo4.training.model import build_model
+from hf_shampoo4.training.pretrain import parse
 
 START = Point(2e-3, (("embedding", 4.0),))
 
@@ -112,9 +116,27 @@ def test_a_grid_with_some_of_anothers_contestants_changes_a_part_of_each() -> No
     assert tokens / 1_840_256 > 2.6
 
 
-def test_the_longest_grid_sees_20_tokens_a_parameter() -> None:
-    common = read_grid("tiny_20").common
-    assert common["max_steps"] * common["per_device_train_batch_size"] * common["seq_len"] / 1_840_256 > 20
+@pytest.mark.parametrize(
+    ("name", "parameters"), [("tiny_20", 1_840_256), ("nano_20", 279_744), ("nano_20_wsd", 279_744)]
+)
+def test_the_long_grids_see_20_tokens_a_parameter(name: str, parameters: int, tmp_path) -> None:
+    common = read_grid(name).common
+    tokens = common["max_steps"] * common["per_device_train_batch_size"] * common["seq_len"]
+    assert 20 <= tokens / parameters < 21
+    model = parse({**common, "output_dir": str(tmp_path)}).model
+    assert build_model(model, common["vocab_size"]).num_parameters() == parameters
+
+
+def test_the_schedule_of_warmup_and_decay_has_a_long_even_part_and_ends_at_zero(tmp_path) -> None:
+    args = parse({**read_grid("nano_20_wsd").common, "output_dir": str(tmp_path)}).training
+    steps = args.max_steps
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], 1.0)
+    scheduler = get_scheduler(
+        args.lr_scheduler_type, optimizer, args.get_warmup_steps(steps), steps, args.lr_scheduler_kwargs
+    )
+    factors = [scheduler.lr_lambdas[0](step) for step in range(steps + 1)]
+    assert factors[0] == factors[-1] == 0
+    assert factors.count(1.0) / steps == pytest.approx(0.7, abs=0.01)
 
 
 def test_some_contestants_alone() -> None:
