@@ -1,14 +1,16 @@
 """In which precision matrices are multiplied.
 
 Everything is float32 proper but rotations, which may have the operands of tensor cores: their sums are float32 still.
-On devices without such cores, CPUs among them, operands are rounded as they would be, which shows what that does to a
-training, and takes longer than float32.
+A CPU with bfloat16 products of its own (avx512_bf16, amx) uses them, which takes half of float32's time; it gives their
+sums rounded to bfloat16.  On other devices without such cores operands are rounded as they would be, which shows what
+that does to a training, and takes longer than float32.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -35,12 +37,12 @@ def rotate(a: Tensor | None, x: Tensor, b: Tensor | None, precision: str = "floa
         precision: of the operands of both products: "float32", "tf32" or "bfloat16".
 
     Returns:
-        (B, m, n) float32.
+        (B, m, n) float32; of bfloat16 products on a CPU that has them, rounded to bfloat16.
     """
     on_cores = precision == "tf32" and x.is_cuda
     with _float32_products("cuda", exact=False) if on_cores else nullcontext():
         x = x if a is None else _product(a.mT, x, precision)
-        return x if b is None else _product(x, b, precision)
+        return (x if b is None else _product(x, b, precision)).float()
 
 
 def rotation_precision(option: str, device: torch.device) -> str:
@@ -75,12 +77,20 @@ def rounded(x: Tensor, precision: str) -> Tensor:
     return bits.add(bits >> TF32_DROPS & 1).add_(half).bitwise_and_(-1 << TF32_DROPS).view(torch.float32)
 
 
+@cache
+def multiplies_bfloat16() -> bool:
+    """Whether this CPU has products of bfloat16 (avx512_bf16, as every CPU with amx), at twice float32's rate."""
+    return getattr(torch.cpu, "_is_avx512_bf16_supported", bool)() and torch.backends.mkldnn.is_available()
+
+
 def _product(a: Tensor, b: Tensor, precision: str) -> Tensor:
-    """A B, (B, m, k) times (B, k, n), summed in float32."""
+    """A B, (B, m, k) times (B, k, n), summed in float32; the sums are bfloat16 where a CPU multiplies in it."""
     if precision == "float32" or (precision == "tf32" and a.is_cuda):
         return a @ b
     if precision == "bfloat16" and a.is_cuda:
         return torch.bmm(a.bfloat16(), b.bfloat16(), out_dtype=torch.float32)
+    if precision == "bfloat16" and a.device.type == "cpu" and multiplies_bfloat16():
+        return torch.bmm(a.bfloat16(), b.bfloat16())
     return rounded(a, precision) @ rounded(b, precision)
 
 

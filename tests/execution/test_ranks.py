@@ -22,10 +22,10 @@ from tests.support import LONGEST_CHILD
 STEPS = "8"
 CASES = {
     2: ["ddp-shampoo", "ddp_sharded-shampoo", "fsdp2-shampoo", "fsdp2_mixed-shampoo", "fsdp2_offload-shampoo",
-        "tp-shampoo", "ddp-soap", "fsdp2-soap", "fsdp2-sgdm", "fsdp2-bf16", "fsdp1-shampoo", "zero1-shampoo",
-        "zero2_robin-shampoo", "zero3_groups-kl_shampoo", "zero1_bf16_optimizer-shampoo",
+        "tp-shampoo", "ddp-half", "ddp-soap", "fsdp2-soap", "fsdp2-sgdm", "fsdp2-bf16", "fsdp1-shampoo",
+        "zero1-shampoo", "zero2_robin-shampoo", "zero3_groups-kl_shampoo", "zero1_bf16_optimizer-shampoo",
         "zero0_bf16-elementwise"],
-    3: ["ddp-kl_shampoo", "fsdp2-kl_shampoo", "fsdp2-cholesky_ef", "ddp_sharded-zipsr", "tp-elementwise",
+    3: ["ddp-kl_shampoo", "fsdp2-kl_shampoo", "fsdp2-half", "fsdp2-cholesky_ef", "ddp_sharded-zipsr", "tp-elementwise",
         "fsdp1_grad_op-soap", "zero3-shampoo"],
     4: ["hsdp-shampoo", "fsdp1_hybrid-shampoo", "tp_fsdp2-kl_shampoo"],
 }  # fmt: skip

@@ -94,3 +94,51 @@ def test_a_training_goes_nearly_the_same_way(algorithm: str, precision: str, mos
     exact, found = trained("float32"), trained(precision)
     assert not torch.equal(found, exact)
     assert (found - exact).norm() < most * exact.norm()
+
+
+def laid_out(x: torch.Tensor, how: str) -> torch.Tensor:
+    """The same numbers in memory as they may be: row by row, by columns as bases are, or a part of a weight."""
+    if how == "columns":
+        return x.mT.contiguous().mT
+    return torch.nn.functional.pad(x, (1, 7, 3, 0))[:, 3:, 1:-7] if how == "part" else x
+
+
+def test_a_cpus_own_products_round_float32_sums_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(p, "multiplies_bfloat16", lambda: True)
+    torch.manual_seed(0)
+    a, x, b = (torch.randn(3, m, n) for m, n in ((96, 96), (96, 200), (200, 200)))
+    half = rotate(a, x, None, "bfloat16")
+    exact = a.bfloat16().double().mT @ x.bfloat16().double()
+    assert half.dtype == torch.float32
+    assert (half == exact.bfloat16()).double().mean() > 0.999  # but for what float32's own rounding carries over a tie
+    assert torch.allclose(half.double(), exact, rtol=2.0**-8, atol=1e-4)
+    exact = half.double() @ b.bfloat16().double()
+    assert torch.allclose(rotate(a, x, b, "bfloat16").double(), exact, rtol=2.0**-8, atol=1e-3)
+
+
+@pytest.mark.parametrize("own", [True, False])
+@pytest.mark.parametrize(("m", "n"), [(8, 6), (64, 64), (40, 1), (128, 344), (700, 512)])
+def test_a_block_has_the_same_bits_in_any_stack_and_layout(
+    own: bool, m: int, n: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(p, "multiplies_bfloat16", lambda: own)
+    torch.manual_seed(0)
+    x, *bases = (torch.randn(4, *shape) for shape in ((m, n), (m, m), (n, n)))
+    whole = rotate(bases[0], x, bases[1], "bfloat16")
+    for how in ("rows", "columns", "part"):
+        some, left, right = (laid_out(t[1:3], how) for t in (x, *bases))
+        assert torch.equal(rotate(left, some, right, "bfloat16"), whole[1:3]), how
+
+
+def test_a_cpu_without_bfloat16_products_rounds_operands(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(p, "multiplies_bfloat16", lambda: False)
+    x, b = torch.randn(2, 64, 48), torch.randn(2, 48, 48)
+    assert torch.equal(rotate(None, x, b, "bfloat16"), x.bfloat16().float() @ b.bfloat16().float())
+
+
+def test_whether_a_cpu_has_them_is_known_without_trying(monkeypatch: pytest.MonkeyPatch) -> None:
+    for found in (True, False):
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda found=found: found)
+        assert p.multiplies_bfloat16.__wrapped__() == (found and torch.backends.mkldnn.is_available())
+    monkeypatch.delattr(torch.cpu, "_is_avx512_bf16_supported")  # of an older torch
+    assert p.multiplies_bfloat16.__wrapped__() is False

@@ -433,6 +433,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "direct32": {"factor": "direct", "bits": 32, "moments": "fp32", "graft": "block"},
     "soap": {"algorithm": "soap", "refresh_warmup": 3},
     "kl_shampoo": {"algorithm": "kl_shampoo", "refresh_warmup": 3},
+    "half": {"algorithm": "kl_shampoo", "refresh_warmup": 3, "rotation_precision": "bfloat16"},
     "kl_together": {"algorithm": "kl_shampoo", "refresh_warmup": 3, "stagger": False},
     "shampoo_staggered": {"algorithm": "shampoo", "stagger": True},
     "kl_soap": {"algorithm": "kl_soap", "refresh_warmup": 0},
