@@ -217,12 +217,11 @@ def carry_out(lightbench: Any, runs: Runs, seed: int) -> Settings:
                 if not task.startswith("SkipConfig"):  # a difficulty that it does not have
                     without[f"{name}, {difficulty}"] = task
                 break
-            found = {key: _of_draws(key, task, module, difficulty, seed, runs) for key in CONTESTANTS}
             shapes = [list(p.shape) for p in task.model.parameters()]
+            asked = OF_MATRICES if has_matrices(shapes) else OF_VECTORS
+            found = {key: _of_draws(key, task, module, difficulty, seed, runs) for key in asked}
             tasks.append({"task": name, "difficulty": difficulty, "shapes": shapes, "optimizers": found})
-            print(
-                f"{name}, {difficulty}: " + "  ".join(f"{key} {_cell(one)}" for key, one in found.items()), flush=True
-            )
+            print(f"{name}, {difficulty}: {'  '.join(f'{key} {_cell(one)}' for key, one in found.items())}", flush=True)
             if not any(one["won"] for one in found.values()):
                 break
     return {"tasks": tasks, "left_out": without}
