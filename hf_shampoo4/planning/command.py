@@ -15,6 +15,7 @@ from ..integrations.trainer import OPTIMS, optim_options
 from ..training.arguments import DTYPES
 from ..utils.files import check_writable, write_json
 from ..utils.hub import offline_without_network
+from ..utils.numbers import number, whole
 from .ceilings import ceilings_of
 from .sharding_names import SHARDINGS
 
@@ -56,20 +57,26 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="hf-shampoo4 plan", description=__doc__)
     add = parser.add_argument
     add("model", help="a preset of configs/models, a config.json, a folder or a hub name")
-    add("--world-size", "--world_size", type=int, default=1, metavar="N", help="ranks (default: 1)")
+    add("--world-size", "--world_size", type=whole(1), default=1, metavar="N", help="ranks (default: 1)")
     add("--sharding", choices=SHARDINGS, default="ddp", help="how the ranks share the model (default: ddp)")
-    add("--shards", type=int, metavar="N", help="under hsdp, ranks that share one copy of the model (default: 8)")
+    add("--shards", type=whole(1), metavar="N", help="under hsdp, ranks that share one copy of the model (default: 8)")
     add("--optim", choices=OPTIMS, default="shampoo4bit", help="as in --optim of a training (default: shampoo4bit)")
     add("--optim_args", "--optim-args", help='as in a training: "block_size=512,preset=paper_eigen"')
     add("--dtype", choices=DTYPES, default="float32", help="of weights and gradients (default: float32)")
-    add("--lora", type=int, default=0, metavar="R", help="adapters of rank R on all linear layers are trained alone")
-    add("--batch", type=int, metavar="N", help="sequences of a rank at a time: estimates the activations")
-    add("--seq_len", "--seq-len", type=int, default=2048, metavar="T", help="tokens of a sequence (default: 2048)")
+    add(
+        "--lora",
+        type=whole(0),
+        default=0,
+        metavar="R",
+        help="adapters of rank R on all linear layers are trained alone",
+    )
+    add("--batch", type=whole(1), metavar="N", help="sequences of a rank at a time: estimates the activations")
+    add("--seq_len", "--seq-len", type=whole(1), default=2048, metavar="T", help="tokens of a sequence (default: 2048)")
     add("--gradient_checkpointing", "--gradient-checkpointing", action="store_true", help="recompute layers")
     add("--gpu", metavar="CARD", help="predict the optimizer's time there: h100, h200, a100, b200 or 4090")
     tokens = "of a step over all ranks, for --gpu (default: 524,288)"
-    add("--tokens-per-step", "--tokens_per_step", type=int, default=1 << 19, metavar="N", help=tokens)
-    add("--utilisation", type=float, default=0.4, help="of the card by the model, for --gpu (default: 0.4)")
+    add("--tokens-per-step", "--tokens_per_step", type=whole(1), default=1 << 19, metavar="N", help=tokens)
+    add("--utilisation", type=number(0, 1), default=0.4, help="of the card by the model, for --gpu (default: 0.4)")
     add("--ceilings", type=Path, metavar="FILE", help="numbers of cards, in the form of planning/cards.yaml")
     add("--output_dir", "--output-dir", type=Path, help="write plan.json and plan.png there")
     return parser

@@ -80,6 +80,8 @@ def plan_of(
         raise OptionError(f"sharding={sharding!r} is not allowed: it must be one of {', '.join(SHARDINGS)}")
     if world_size < 1:
         raise OptionError(f"world_size={world_size!r} is not allowed: it must be an integer >= 1")
+    if described.lora < 0:
+        raise OptionError(f"lora={described.lora!r} is not allowed: it must be an integer >= 0")
     layout = sharding_of(sharding, world_size, shards)
     chosen = resolve(options)
     name, model = _named_model(described)

@@ -64,10 +64,16 @@ class Prediction:
     model: float
     """Seconds of the forward and backward pass, 6 N D operations."""
     optimizers: Mapping[str, Seconds]
+    """Ours is the first."""
     counts: Mapping[str, Any]
     """What was counted of ours: in a late step, and where all bases are updated."""
     unknown: Sequence[str] = ()
     """What the card's table has no time of, so that it is in none of these figures."""
+
+    @property
+    def ours(self) -> str:
+        """The name that a user types for these options."""
+        return next(iter(self.optimizers))
 
     def share(self, name: str) -> float:
         """Of a late step that the optimizer takes."""
@@ -76,19 +82,15 @@ class Prediction:
 
     def fewer_steps(self, other: str) -> float:
         """The share of another optimizer's steps that ours must save to be as fast by the clock."""
-        ours, theirs = self.optimizers[OURS].late, self.optimizers[other].late
+        ours, theirs = self.optimizers[self.ours].late, self.optimizers[other].late
         return 1 - (self.model + theirs) / (self.model + ours)
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as JSON holds it."""
-        others = [name for name in self.optimizers if name != OURS]
-        return {**asdict(self), "fewer_steps": {name: self.fewer_steps(name) for name in others}}
+        return {**asdict(self), "fewer_steps": {name: self.fewer_steps(name) for name in [*self.optimizers][1:]}}
 
     def __str__(self) -> str:
         return "\n".join(_lines(self))
-
-
-OURS = "Shampoo4bit"
 
 
 def seconds(launches: Mapping[Launch, int], ceilings: Ceilings, share: float = 1.0) -> float:
@@ -148,7 +150,7 @@ def predict(
         utilisation=utilisation,
         with_triton=triton,
         model=6 * plan.parameters * tokens / (plan.world_size * utilisation * ceilings.peak),
-        optimizers={OURS: _ours(counted, plan, ceilings), **_others(model, ceilings)},
+        optimizers={plan.optimizer: _ours(counted, plan, ceilings), **_others(model, ceilings)},
         counts={name: of_step.summary() for name, of_step in counted.items()},
         unknown=unknown(counted["all"].launches(), ceilings),
     )
@@ -207,9 +209,8 @@ def _lines(p: Prediction) -> list[str]:
         for name, t in p.optimizers.items()
     ]
     breaks = [
-        f"{OURS} is faster than {name} to the same loss if it needs {p.fewer_steps(name):.1%} fewer steps"
-        for name in p.optimizers
-        if name != OURS
+        f"{p.ours} is faster than {name} to the same loss if it needs {p.fewer_steps(name):.1%} fewer steps"
+        for name in [*p.optimizers][1:]
     ]
     counts = p.counts["late"]
     return [

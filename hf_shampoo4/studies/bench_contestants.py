@@ -94,6 +94,8 @@ class Settings:
         for name in ("steps", "turning", "threads"):
             if getattr(self, name) < 1:
                 raise OptionError(f"--{name} {getattr(self, name)} is not allowed: it must be at least 1")
+        if not self.seconds > 0:
+            raise OptionError(f"--seconds {self.seconds} is not allowed: it must be a number above 0")
 
     def _written(self) -> tuple[str, int]:
         """What the model's configuration calls its layers, and how many there are."""

@@ -7,7 +7,6 @@ folder that cannot be written before any work is done.
 from __future__ import annotations
 
 import argparse
-import math
 import os
 from collections.abc import Sequence
 from dataclasses import replace
@@ -18,6 +17,7 @@ from hf_shampoo4.exceptions import ConfigError, OptionError
 from hf_shampoo4.options import KINDS
 from hf_shampoo4.studies.bench_contestants import CONTESTANTS, Settings, models
 from hf_shampoo4.utils.files import check_writable, write_text
+from hf_shampoo4.utils.numbers import SEEDS, number, whole
 
 
 def bench(arguments: Sequence[str]) -> None:
@@ -48,8 +48,6 @@ def bench(arguments: Sequence[str]) -> None:
 
 
 def _gpu_check(chosen: argparse.Namespace) -> None:
-    if not chosen.minutes > 0:
-        raise OptionError(f"--minutes {chosen.minutes} is not allowed: it must be a number above 0")
     check_writable(chosen.gpu_check)
     from hf_shampoo4.studies.gpu_check import check
 
@@ -69,18 +67,18 @@ def _bench_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="hf-shampoo4 bench", description=bench.__doc__)
     add, default = parser.add_argument, Settings()
     add("--model", help=f"{', '.join(models())}; default {default.model}")
-    add("--layers", type=int, help="how many of its layers; default all")
-    add("--steps", type=int, help=f"late steps that are timed; default {default.steps}")
-    add("--turning", type=int, help=f"timed steps that update all bases; default {default.turning}")
-    add("--seconds", type=float, help="after which no further step of a contestant begins; default none")
-    add("--threads", type=int, help=f"default {default.threads}")
+    add("--layers", type=whole(1), help="how many of its layers; default all")
+    add("--steps", type=whole(1), help=f"late steps that are timed; default {default.steps}")
+    add("--turning", type=whole(1), help=f"timed steps that update all bases; default {default.turning}")
+    add("--seconds", type=number(0), help="after which no further step of a contestant begins; default none")
+    add("--threads", type=whole(1), help=f"default {default.threads}")
     add("--clock", help=f"wall, or cpu: the process's own time, on a busy machine; default {default.clock}")
     add("--device", help=f"default {default.device}")
     add("--contestants", default="", help=f"comma-separated; default all: {','.join(CONTESTANTS)}")
     add("--output_dir", type=Path, default=Path("runs/bench"), help="default: runs/bench")
     add("--quick", action="store_true", help="a tiny model: does it work here?")
     add("--gpu-check", "--gpu_check", type=Path, metavar="DIR", help="instead: all about one GPU, offline, resumable")
-    add("--minutes", type=float, default=8.0, help="that --gpu-check may take; default %(default)g")
+    add("--minutes", type=number(0), default=8.0, help="that --gpu-check may take; default %(default)g")
     add("--cpu", action="store_true", help="a small form of --gpu-check on the CPU: would it work there?")
     return parser
 
@@ -108,17 +106,11 @@ def _demo_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--output_dir", type=Path, default=Path("runs/demo"), help="default: runs/demo")
     add("--overwrite_output_dir", action="store_true", help="replace what is in the folder")
-    add("--steps", type=_steps, help="steps of each run")
+    add("--steps", type=whole(1), help="steps of each run")
     add("--optims", help="names of --optim, comma-separated; the first is the reference")
-    add("--seed", type=int, default=0, help="of the weights and of the order of the data")
+    add("--seed", type=whole(0, SEEDS), default=0, help="of the weights and of the order of the data")
     add("--quick", action="store_true", help="a few steps of a tiny model: does it work here?")
     return parser
-
-
-def _steps(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number, 1 or more")
-    return int(text)
 
 
 def race(arguments: Sequence[str]) -> None:
@@ -162,10 +154,10 @@ def _race_parser() -> argparse.ArgumentParser:
     add("grid", help="a grid of configs/race.yaml")
     add("--output_dir", type=Path, default=Path("runs/race"), help="default: runs/race")
     add("--sweep", action="store_true", help="go on from the best point until it is at no edge")
-    add("--seeds", type=int, metavar="N", help="the first N seeds of the grid alone")
+    add("--seeds", type=whole(1), metavar="N", help="the first N seeds of the grid alone")
     add("--shard", type=_shard, default=(0, 1), metavar="I/N", help="take every N-th contestant from the I-th")
     add("--contestants", default="", help="run these alone, comma-separated; the report is of all that have finished")
-    add("--steps", type=int, help="steps of each run")
+    add("--steps", type=whole(1), help="steps of each run")
     add("--report_only", action="store_true", help="no runs: put together what is finished, of all processes")
     add("--time", action="store_true", help="no runs: time 30 steps of each contestant side by side, for the report")
     add("--any_code", action="store_true", help="report runs of other versions of the code too, the last first")
@@ -218,29 +210,15 @@ def _sweep_parser() -> argparse.ArgumentParser:
     add("config", metavar="CONFIG", help="of train or finetune: a YAML file or a shipped name")
     add("--rates", type=_rates, default=(), metavar="R,R,...", help="learning rates to begin with; default CONFIG's")
     add("--kinds", type=_kinds, default=(), metavar="K,K,...", help=f"factors to seek, of {', '.join(KINDS)}")
-    add("--steps", type=_steps, help="of each run; default 200, or the training's own if it has fewer")
-    add("--factor", type=_factor, default=2.0, help="between a value and the next, such as 1.41; default 2")
-    add("--max_runs", type=_steps, default=8, help="at most so many runs, finished ones counted; default 8")
+    add("--steps", type=whole(1), help="of each run; default 200, or the training's own if it has fewer")
+    add("--factor", type=number(1), default=2.0, help="between a value and the next, such as 1.41; default 2")
+    add("--max_runs", type=whole(1), default=8, help="at most so many runs, finished ones counted; default 8")
     add("--output_dir", type=Path, help="default: runs/sweep/NAME of CONFIG")
     return parser
 
 
 def _rates(text: str) -> tuple[float, ...]:
-    return tuple(dict.fromkeys(_number_in(item, 0.0) for item in text.split(",")))
-
-
-def _factor(text: str) -> float:
-    return _number_in(text, 1.0)
-
-
-def _number_in(text: str, above: float) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not above < value < math.inf:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number above {above:g}")
-    return value
+    return tuple(dict.fromkeys(map(number(0), text.split(","))))
 
 
 def _kinds(text: str) -> tuple[str, ...]:
@@ -253,8 +231,6 @@ def _kinds(text: str) -> tuple[str, ...]:
 def errors(arguments: Sequence[str]) -> None:
     """`hf-shampoo4 errors`: what quantising a preconditioner costs its inverse root, beside the papers' figures."""
     chosen = _errors_parser().parse_args(arguments)
-    if chosen.order < 2:
-        raise ConfigError(f"--order {chosen.order} is not allowed: it must be at least 2")
     check_writable(chosen.output_dir)
     from hf_shampoo4.studies.quantization_error import measure_all, time_all
 
@@ -268,7 +244,7 @@ def _errors_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="hf-shampoo4 errors", description=errors.__doc__)
     add = parser.add_argument
     add("--output_dir", type=Path, default=Path("runs/errors"), help="default: %(default)s")
-    add("--order", type=int, default=1200, help="of the synthetic matrices; default: %(default)s")
+    add("--order", type=whole(2), default=1200, help="of the synthetic matrices; default: %(default)s")
     add("--matrix", type=Path, nargs="*", help=".npy files; default: those that --collect left")
     add("--collect", action="store_true", help="first train and save real preconditioners (5 minutes)")
     add("--solvers", action="store_true", help="time the inverse-root solvers instead")

@@ -78,6 +78,8 @@ class DataArguments:
         _require(0.0 < self.validation_fraction < 1.0, "validation_fraction", self.validation_fraction, "in (0, 1)")
         _require(0.0 <= self.mask_fraction < 1.0, "mask_fraction", self.mask_fraction, "in [0, 1)")
         _require(self.seq_len >= 2, "seq_len", self.seq_len, ">= 2")
+        for name in ("max_train_documents", "max_validation_sequences", "preprocessing_workers"):
+            _require_1(name, getattr(self, name))
         _require(self.vocab_size >= 257, "vocab_size", self.vocab_size, ">= 257 (256 bytes and the end of a text)")
 
     @property
@@ -106,6 +108,7 @@ class ChatArguments:
     def __post_init__(self) -> None:
         if not 0.0 <= self.validation_fraction < 1.0:
             raise ConfigError(f"validation_fraction={self.validation_fraction!r} is not allowed: it must be in [0, 1)")
+        _require_1("max_train_examples", self.max_train_examples)
 
 
 @dataclass
@@ -120,6 +123,13 @@ class RunArguments:
         default=None,
         metadata={"help": "Sequences of an optimizer step over all processes; sets gradient_accumulation_steps."},
     )
+
+    def __post_init__(self) -> None:
+        _require_1("total_batch_size", self.total_batch_size)
+
+
+def _require_1(name: str, value: int | None) -> None:
+    _require(value is None or value >= 1, name, value, ">= 1, or left out")
 
 
 def _require(holds: bool, name: str, value: Any, allowed: str) -> None:

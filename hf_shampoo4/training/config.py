@@ -5,11 +5,13 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Union
 
 from ..exceptions import ConfigError
+from ..utils.numbers import SEEDS
 from ..utils.yaml import read_yaml
 
 if TYPE_CHECKING:
@@ -132,11 +134,32 @@ def _check_run(run: RunArguments, training: TrainingArguments) -> None:
     """
     from ..integrations.trainer import check_args
 
+    _check_numbers(training)
     _set_accumulation(run, training)
     try:
         check_args(training)
     except NotImplementedError as error:
         raise ConfigError(str(error)) from error
+
+
+COUNTS = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
+
+
+def _check_numbers(training: TrainingArguments) -> None:
+    """Refuse what the Trainer finds out late or takes for something else: `max_steps=0` is no limit to it.
+
+    Raises:
+        ConfigError: a number that is not allowed.
+    """
+    steps, epochs = training.max_steps, training.num_train_epochs
+    for name, holds, allowed in (
+        *((name, getattr(training, name) >= 1, ">= 1") for name in COUNTS),
+        *((name, 0 <= (getattr(training, name) or 0) <= SEEDS, f"0 to {SEEDS:,}") for name in ("seed", "data_seed")),
+        ("max_steps", steps >= 1 or steps == -1, ">= 1, or -1: num_train_epochs decide"),
+        ("num_train_epochs", steps >= 1 or 0 < epochs < math.inf, "a number above 0"),
+    ):
+        if not holds:
+            raise ConfigError(f"{name}={getattr(training, name)} is not allowed: it must be {allowed}")
 
 
 PAIRS = ("optim_args", "model_overrides")  # key=value,key=value on the command line, which YAML writes as a mapping

@@ -138,6 +138,37 @@ def test_bad_input_is_one_line_and_status_2(arguments, message, tmp_path, capsys
     assert message in error
 
 
+@pytest.mark.parametrize(
+    ("command", "name", "refused", "allowed"),
+    [
+        ("race tiny_stdlib", "--seeds", "0 -1 1.5 x", "a whole number, 1 or more"),
+        ("race tiny_stdlib", "--steps", "0 -1", "a whole number, 1 or more"),
+        *(("bench", f"--{name}", "0 -1 x", "a whole number, 1 or more") for name in ("layers", "steps", "turning")),
+        ("bench", "--threads", "0 -1", "a whole number, 1 or more"),
+        *(("bench", name, "0 -1 nan inf x", "a number above 0") for name in ("--seconds", "--minutes")),
+        ("demo", "--steps", "0 x", "a whole number, 1 or more"),
+        ("demo", "--seed", "-1 4294967296", "a whole number, 0 to 4,294,967,295"),
+        ("errors", "--order", "1 0 -1 x", "a whole number, 2 or more"),
+        ("sweep stdlib_tiny", "--max_runs", "0", "a whole number, 1 or more"),
+        ("sweep stdlib_tiny", "--factor", "1 nan inf", "a number above 1"),
+        *(
+            ("plan llama_tiny", f"--{name}", "0 -1 x", "a whole number, 1 or more")
+            for name in ("world-size", "shards", "batch", "seq_len", "tokens-per-step")
+        ),
+        ("plan llama_tiny", "--lora", "-1 x", "a whole number, 0 or more"),
+        ("plan llama_tiny", "--utilisation", "0 -1 nan 40", "a number above 0, 1 at most"),
+    ],
+)
+def test_a_number_that_cannot_be_is_told(command, name, refused, allowed, capsys):
+    for value in refused.split():
+        with pytest.raises(SystemExit) as caught:
+            cli.main([*command.split(), f"{name}={value}"])
+        said = capsys.readouterr().err.strip().splitlines()[-1]
+        assert caught.value.code == 2
+        assert f"{name}" in said
+        assert said.endswith(f": {value!r} is not {allowed}")
+
+
 def test_a_damaged_checkpoint_is_one_line(tmp_path, capsys):
     (tmp_path / "optimizer.pt").write_bytes(b"no archive")
     assert cli.main(["checkpoint", "inspect", str(tmp_path)]) == 2

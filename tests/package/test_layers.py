@@ -45,6 +45,7 @@ WITHOUT_TORCH = (
     "sharding.geometry",
     "utils.files",
     "utils.extras",
+    "utils.numbers",
     "utils.yaml",
 )
 

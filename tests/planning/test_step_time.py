@@ -13,7 +13,7 @@ from hf_shampoo4.planning.ceilings import Ceilings, ceilings_of
 from hf_shampoo4.planning.command import main
 from hf_shampoo4.planning.estimate import Described, plan_of
 from hf_shampoo4.planning.launches import Launch
-from hf_shampoo4.planning.step_time import OURS, Prediction, Seconds, predict, seconds, unknown
+from hf_shampoo4.planning.step_time import Prediction, Seconds, predict, seconds, unknown
 
 CARDS = ("h100", "h200", "a100", "b200", "4090")
 COUNTS = {"late": {"launches": 1, "bytes": 1, "products": {}}}
@@ -51,7 +51,9 @@ def test_orders_between_those_that_were_measured() -> None:
 def test_a_decomposition_without_a_time_is_told_and_not_priced_at_a_launch() -> None:
     launches = {Launch("linalg_inv_ex", 1, order=20, matrices=3): 2, Launch("linalg_qr", 1, order=20, matrices=3): 1}
     assert unknown(launches, SLOW) == ["6 x linalg_inv_ex of order 20"]
-    found = Prediction("card", {}, 1, 0.4, True, 7.0, {OURS: Seconds(3.0, 9.0, 4.0)}, COUNTS, unknown(launches, SLOW))
+    found = Prediction(
+        "card", {}, 1, 0.4, True, 7.0, {"shampoo4bit": Seconds(3.0, 9.0, 4.0)}, COUNTS, unknown(launches, SLOW)
+    )
     assert "NOT in these figures, for the card's table has no time of it: 6 x linalg_inv_ex of order 20" in str(found)
 
 
@@ -62,16 +64,16 @@ def test_roots_of_shampoo_are_priced_and_those_that_iterate_refused() -> None:
     decomposed = prediction.counts["all"]["decompositions"]
     matrices = sum(n for name, n in decomposed.items() if "eigh" in name)
     assert not prediction.unknown
-    assert prediction.optimizers[OURS].worst > 1e-3 * matrices > 0
+    assert prediction.optimizers["shampoo4bit"].worst > 1e-3 * matrices > 0
     made, model = plan_of(Described("llama_tiny"), 1, "ddp", None, **options, root="newton_db")
     with pytest.raises(OptionError, match="root=newton_db cannot be counted"):
         predict(model, made, ceilings_of("h100"), 4096)
 
 
 def test_the_break_even_is_in_steps() -> None:
-    optimizers = {OURS: Seconds(3.0, 9.0, 4.0), "AdamW": Seconds(1.0, 1.0, 1.0)}
+    optimizers = {"shampoo4bit": Seconds(3.0, 9.0, 4.0), "AdamW": Seconds(1.0, 1.0, 1.0)}
     found = Prediction("card", {}, 1, 0.4, True, model=7.0, optimizers=optimizers, counts={})
-    assert found.share(OURS) == 0.3
+    assert found.share("shampoo4bit") == 0.3
     assert found.fewer_steps("AdamW") == pytest.approx(0.2)
 
 
@@ -108,11 +110,6 @@ def test_a_file_that_cannot_be_used_is_refused(tmp_path: Path, content: str, mes
         (["--gpu", "v100"], "--gpu 'v100' is not known; known: h100, h200, a100, b200, 4090"),
         (["--ceilings", "x.yaml"], "--ceilings x.yaml is for --gpu CARD"),
         (["--gpu", "h100", "--ceilings", "none.yaml"], "none.yaml cannot be read"),
-        (["--gpu", "h100", "--tokens-per-step", "0"], "--tokens-per-step 0 is not allowed"),
-        (
-            ["--gpu", "h100", "--utilisation", "40"],
-            "--utilisation 40.0 is not allowed: it must be a number in",
-        ),
     ],
 )
 def test_bad_arguments_are_told(arguments: list[str], message: str) -> None:
@@ -132,9 +129,9 @@ def test_plan_predicts_and_says_that_it_does(tmp_path: Path, capsys: pytest.Capt
     main(["llama_tiny", "--gpu", "h100", "--tokens-per-step", "4096", "--output_dir", str(tmp_path)])
     told = capsys.readouterr().out
     assert "A prediction for the NVIDIA H100 SXM5; nothing of it was measured there" in told
-    assert "fewer steps" in told
+    assert "\nshampoo4bit is faster than AdamW, fused to the same loss if it needs " in told
     found = json.loads((tmp_path / "plan.json").read_text())["prediction"]
-    ours, adamw = found["optimizers"][OURS], found["optimizers"]["AdamW, fused"]
+    ours, adamw = found["optimizers"]["shampoo4bit"], found["optimizers"]["AdamW, fused"]
     assert adamw["late"] < ours["late"] < ours["first"] < ours["worst"]
     assert 0 < found["fewer_steps"]["AdamW, fused"] < 1
     assert found["counts"]["late"]["launches"] < found["counts"]["all"]["launches"]

@@ -159,6 +159,17 @@ def test_total_batch_size_sets_accumulation(settings):
         (["--dtype", "int8"], r"dtype='int8' is not allowed: it must be one of float32, bfloat16"),
         (["stray"], r"stray"),
         (["--warmup_steps", "-1"], r"warmup_steps"),
+        (["--max_steps", "0"], r"max_steps=0 is not allowed: it must be >= 1, or -1: num_train_epochs decide"),
+        (["--max_steps", "-1", "--num_train_epochs", "0"], r"num_train_epochs=0.0 is not allowed"),
+        (["--per_device_train_batch_size", "0"], r"per_device_train_batch_size=0 is not allowed: it must be >= 1"),
+        (["--per_device_eval_batch_size", "-1"], r"per_device_eval_batch_size=-1 is not allowed"),
+        (["--gradient_accumulation_steps", "0"], r"gradient_accumulation_steps=0 is not allowed"),
+        (["--seed", "-1"], r"seed=-1 is not allowed: it must be 0 to 4,294,967,295"),
+        (["--data_seed", "4294967296"], r"data_seed=4294967296 is not allowed"),
+        (["--total_batch_size", "0"], r"total_batch_size=0 is not allowed: it must be >= 1, or left out"),
+        (["--max_train_documents", "0"], r"max_train_documents=0 is not allowed"),
+        (["--max_validation_sequences", "-1"], r"max_validation_sequences=-1 is not allowed"),
+        (["--preprocessing_workers", "0"], r"preprocessing_workers=0 is not allowed"),
     ],
 )
 def test_a_bad_setting_is_named(change, message, settings):
