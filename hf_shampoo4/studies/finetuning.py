@@ -11,7 +11,6 @@ import functools
 import json
 import os
 import tempfile
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -113,7 +112,7 @@ def base_model(settings: Settings, folder: Path) -> Base:
 
 def study(folder: Path) -> Study:
     """How the runs of the grids are made, in the folder of the study."""
-    return Study(lambda label, settings: train(label, settings, folder), code_of)
+    return Study(lambda label, settings, _: train(label, settings, folder), code_of)
 
 
 def code_of(settings: Settings) -> dict[str, str]:
@@ -126,14 +125,14 @@ def train(label: str, settings: Settings, folder: Path) -> Settings:
     base = base_model(settings["pretraining"], folder)
     examples = write_task(settings["task"], folder / "examples", *settings["examples"])
     given = {key: value for key, value in train_settings(settings).items() if key not in OURS}
-    timer, began = StepTimer(), time.perf_counter()
+    timer = StepTimer()
     with tempfile.TemporaryDirectory() as scratch:
         paths = {"model_name_or_path": str(base.folder), "dataset": str(examples.train),
                  "validation_dataset": str(examples.held_out), "output_dir": scratch}  # fmt: skip
         config = finetune.parse({**given, **paths})
         progress = LabelledProgress(f"{label}, seed {settings['seed']}")
         result = finetune.run(config, [timer], progress, optimizer_of(settings))
-        outcome = outcome_of(result, timer, label, given, time.perf_counter() - began)
+        outcome = outcome_of(result, timer, label, given)
         loss = loss_on_pretraining(result.trainer.model, settings["pretraining"])
     return {**told(outcome), "base_loss": loss}
 

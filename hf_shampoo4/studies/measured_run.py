@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import shutil
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -11,7 +12,7 @@ from typing import Any
 
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_callback import ProgressCallback
+from transformers.trainer_callback import ExportableState, ProgressCallback
 
 from hf_shampoo4.studies.machine import state_bytes
 from hf_shampoo4.training.pretrain import Result, parse, run
@@ -19,13 +20,38 @@ from hf_shampoo4.training.pretrain import Result, parse, run
 Settings = dict[str, Any]
 
 
-class StepTimer(TrainerCallback):
-    """Seconds of every training step and, of it, of the optimizer; evaluation is outside."""
+class StepTimer(TrainerCallback, ExportableState):
+    """Seconds of every training step and, of it, of the optimizer; evaluation is outside.
+
+    It is part of a checkpoint: a training that goes on from one has the times of all its steps, each once.
+    """
 
     def __init__(self) -> None:
         self.steps: list[float] = []
         self.optimizer_steps: list[float] = []
         self._began = self._optimizer_began = 0.0
+        self._made, self._before = time.perf_counter(), 0.0
+        self._resumed_at: int | None = None
+
+    @property
+    def seconds(self) -> float:
+        """Since it was made, and before that until the checkpoint that the training went on from."""
+        return self._before + time.perf_counter() - self._made
+
+    def state(self) -> dict[str, Any]:
+        """For `trainer_state.json`."""
+        told = {"steps": list(self.steps), "optimizer_steps": list(self.optimizer_steps), "seconds": self.seconds}
+        return {"args": {}, "attributes": told}
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Go on from a checkpoint's times."""
+        if state.global_step:
+            told: Any = state.stateful_callbacks
+            found = told[type(self).__name__]["attributes"]
+            self.steps, self.optimizer_steps = list(found["steps"]), list(found["optimizer_steps"])
+            self._before, self._resumed_at = found["seconds"], len(self.steps)
 
     def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
         """A step begins."""
@@ -40,8 +66,30 @@ class StepTimer(TrainerCallback):
         self.optimizer_steps.append(_now() - self._optimizer_began)
 
     def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-        """The step is over."""
+        """The step is over; the first one after a checkpoint, which allocates anew, counts as the next one does."""
         self.steps.append(_now() - self._began)
+        if self._resumed_at is not None and len(self.steps) == self._resumed_at + 2:
+            for seconds in (self.steps, self.optimizer_steps):
+                seconds[-2] = seconds[-1]
+
+
+class Keeper(TrainerCallback):
+    """Has the Trainer write a checkpoint every so many seconds, and keeps the last whole one alone."""
+
+    def __init__(self, every: float) -> None:
+        self.every, self._last = every, time.monotonic()
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Is it time?  The last step leaves nothing to go on with."""
+        if state.global_step < state.max_steps and time.monotonic() - self._last >= self.every:
+            control.should_save = True
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """The new one is there: the others may go."""
+        self._last = time.monotonic()
+        for old in Path(str(args.output_dir)).glob("*checkpoint-*"):  # also what was set aside as incomplete
+            if old.name != f"checkpoint-{state.global_step}":
+                shutil.rmtree(old)
 
 
 def _now() -> float:
@@ -135,7 +183,9 @@ def steps_to(curve: Sequence[tuple[float, float]], loss: float) -> float | None:
     return None
 
 
-def run_one(optim: str, settings: Mapping[str, Any], folder: Path, optimizer: Any = None) -> Outcome:
+def run_one(
+    optim: str, settings: Mapping[str, Any], folder: Path, optimizer: Any = None, every: float | None = None
+) -> Outcome:
     """Train with one optimizer.
 
     Args:
@@ -143,6 +193,8 @@ def run_one(optim: str, settings: Mapping[str, Any], folder: Path, optimizer: An
         settings: settings of `hf-shampoo4 train`, and a `label`.
         folder: where the model and its metrics go.
         optimizer: as in `train.run`.
+        every: seconds after which what is reached is kept in the folder; another call with the same arguments goes on
+            from there, to the same bits.  None: nothing is kept, and the folder must be empty.
 
     Returns:
         Curves, times and bytes.
@@ -152,13 +204,17 @@ def run_one(optim: str, settings: Mapping[str, Any], folder: Path, optimizer: An
     """
     settings = {**settings, "optim": optim}
     label = settings.pop("label", optim)
-    timer, began = StepTimer(), time.perf_counter()
-    result = run(parse({**settings, "output_dir": str(folder)}), [timer], LabelledProgress(label), optimizer)
-    return outcome_of(result, timer, label, settings, time.perf_counter() - began)
+    timer, given = StepTimer(), {**settings, "output_dir": str(folder)}
+    callbacks: list[TrainerCallback] = [timer]
+    if every is not None:
+        callbacks.append(Keeper(every))
+        given |= {"resume_from_checkpoint": "auto", "overwrite_output_dir": True}
+    result = run(parse(given), callbacks, LabelledProgress(label), optimizer)
+    return outcome_of(result, timer, label, settings)
 
 
-def outcome_of(result: Result, timer: StepTimer, label: str, settings: Settings, seconds: float) -> Outcome:
-    """What is kept of a training that `timer` was a callback of, and that took so many seconds as a whole."""
+def outcome_of(result: Result, timer: StepTimer, label: str, settings: Settings) -> Outcome:
+    """What is kept of a training that `timer` was a callback of."""
     parameters = sum(p.numel() for p in result.trainer.model.parameters() if p.requires_grad)
     return Outcome(
         optim=settings["optim"],
@@ -168,7 +224,7 @@ def outcome_of(result: Result, timer: StepTimer, label: str, settings: Settings,
         bytes_per_parameter=round(state_bytes(result.trainer.optimizer) / parameters, 4),
         step_ms=_mean_ms(timer.steps),
         optimizer_step_ms=_mean_ms(timer.optimizer_steps),
-        seconds=round(seconds, 1),
+        seconds=round(timer.seconds, 1),
         validation=_curve(result.trainer.state.log_history, "eval_loss"),
         training=_curve(result.trainer.state.log_history, "loss"),
         step_seconds=[round(seconds, 4) for seconds in timer.steps],

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from itertools import accumulate
@@ -14,12 +13,15 @@ from hf_shampoo4.studies.measured_run import Outcome, run_one
 from hf_shampoo4.studies.peers import code_of, optimizer_of, train_settings
 from hf_shampoo4.studies.runner import Runs
 
+KEPT_EVERY = 300.0
+
 
 class Study(NamedTuple):
     """How the runs of a grid are made."""
 
-    train: Callable[[str, Settings], Settings]
-    """One run, from its label and settings; what came out, as JSON, with a `final_loss`."""
+    train: Callable[[str, Settings, Path], Settings]
+    """One run, from its label and settings, in a folder of its own, in which it may find what a killed one has left;
+    what came out, as JSON, with a `final_loss`."""
     code_of: Callable[[Settings], Mapping[str, str]]
     """The versions of what makes it."""
 
@@ -59,7 +61,8 @@ def _once(contestant: Contestant, point: Point, seed: int, runs: Runs, study: St
     settings = contestant.run(point, seed)
     code = study.code_of(settings)
     if runs.find(settings, code) is None:
-        result = runs.once(settings, code, lambda: study.train(contestant.label, settings))
+        with runs.alone(settings, code) as folder:
+            result = runs.once(settings, code, lambda: study.train(contestant.label, settings, folder))
         factors = "".join(f", {kind} x{factor:g}" for kind, factor in point.rates)
         print(
             f"{contestant.label}, seed {seed}, lr {point.learning_rate:g}{factors}: {result['final_loss']:.4f}",
@@ -67,12 +70,13 @@ def _once(contestant: Contestant, point: Point, seed: int, runs: Runs, study: St
         )
 
 
-def train(label: str, settings: Settings) -> Settings:
-    """Train once; what came out, as JSON: `validation_seconds` is the training time before each evaluation."""
-    with tempfile.TemporaryDirectory() as folder:
-        shown = {**train_settings(settings), "label": f"{label}, seed {settings['seed']}"}
-        outcome = run_one(shown.pop("optim"), shown, Path(folder), optimizer_of(settings))
-    return told(outcome)
+def train(label: str, settings: Settings, folder: Path) -> Settings:
+    """Train once; what came out, as JSON: `validation_seconds` is the training time before each evaluation.
+
+    Every `KEPT_EVERY` seconds what is reached is kept in the folder, from which another call goes on.
+    """
+    shown = {**train_settings(settings), "label": f"{label}, seed {settings['seed']}"}
+    return told(run_one(shown.pop("optim"), shown, folder, optimizer_of(settings), KEPT_EVERY))
 
 
 def told(outcome: Outcome) -> Settings:

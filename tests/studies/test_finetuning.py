@@ -88,7 +88,7 @@ def outcome(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def test_a_sweep_goes_on_by_factors_of_two_and_the_best_rate_serves_all_seeds(tmp_path: Path) -> None:
-    runs, made = Runs(tmp_path / "runs"), Study(lambda _, settings: outcome(settings), lambda _: CODE)
+    runs, made = Runs(tmp_path / "runs"), Study(lambda _, settings, __: outcome(settings), lambda _: CODE)
     grid = grids()["kjv_full"]
     carry_out(replace(grid, seeds=(0, 1)), runs, sweep=True, study=made)
     tried = [run["settings"] for run in runs.of(made.code_of)]
@@ -98,7 +98,7 @@ def test_a_sweep_goes_on_by_factors_of_two_and_the_best_rate_serves_all_seeds(tm
 
 
 def test_the_report_has_every_grid_that_has_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    runs, made = Runs(tmp_path / "runs"), Study(lambda _, settings: outcome(settings), lambda _: CODE)
+    runs, made = Runs(tmp_path / "runs"), Study(lambda _, settings, __: outcome(settings), lambda _: CODE)
     for name in ("kjv_full", "kjv_lora8", "instructions_full"):
         carry_out(replace(grids()[name], seeds=(0, 1)), runs, sweep=True, study=made)
     pretraining = {"settings": grids()["kjv_full"].common["pretraining"], "parameters": 4_700_000,

@@ -188,7 +188,7 @@ def test_bytes_at_the_peak_have_a_column_where_a_contestants_are_known():
 def trained(done):
     """In the place of `race.train`: a loss that falls with the rate up to 4."""
 
-    def train(label, settings):
+    def train(label, settings, folder):
         done.append(settings)
         run = finished_run(settings, 10 + abs(settings["learning_rate"] - 4))
         return {key: value for key, value in run.items() if key not in ("settings", "commit")}
@@ -198,7 +198,7 @@ def trained(done):
 
 def test_processes_share_the_runs_and_repeat_none(tmp_path, monkeypatch):
     done: list[dict] = []
-    runs = Runs(tmp_path)
+    runs = Runs(tmp_path / "runs")
     monkeypatch.setattr(race, "train", trained(done))
     carry_out(GRID, runs, (1, 2))
     assert [settings["optim"] for settings in done] == ["y"] * 3
@@ -208,12 +208,13 @@ def test_processes_share_the_runs_and_repeat_none(tmp_path, monkeypatch):
     count = len(done)
     carry_out(GRID, runs)
     assert len(done) == count == 11
-    assert len(list(tmp_path.iterdir())) == 11
+    assert len(list(runs.folder.iterdir())) == 11
+    assert not list((tmp_path / "unfinished").iterdir())
 
 
 def test_a_sweep_goes_on_where_it_stopped_and_the_best_point_serves_the_other_seeds(tmp_path, monkeypatch):
     done: list[dict] = []
-    runs = Runs(tmp_path)
+    runs = Runs(tmp_path / "runs")
     monkeypatch.setattr(race, "train", trained(done))
     swept = replace(GRID, contestants=(replace(GRID.contestants[0], sweep=("learning_rate",)),))
     carry_out(replace(swept, seeds=(0,)), runs)
