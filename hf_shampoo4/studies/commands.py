@@ -122,9 +122,10 @@ def race(arguments: Sequence[str]) -> None:
     until the best is worse off in either direction of every coordinate; the best point then serves the other seeds.
 
     A finished run is kept at once, in a file of its own in DIR/runs, and never run again by the same code; a race can
-    be stopped at any time and shared by processes (`--shard I/N`).  The report is a table, a JSON with everything and
-    pictures.  On a quiet machine `--time` measures what a step takes, side by side, into DIR/times/GRID.json; a report
-    that finds it there counts its seconds by it.
+    be stopped at any time and shared by processes (`--shard I/N`).  A run that was killed goes on, to the same bits,
+    from what it has left in DIR/unfinished, at most five minutes earlier.  The report is a table, a JSON with
+    everything and pictures.  On a quiet machine `--time` measures what a step takes, side by side, into
+    DIR/times/GRID.json; a report that finds it there counts its seconds by it.
     """
     chosen = _race_parser().parse_args(arguments)
     folder = chosen.output_dir

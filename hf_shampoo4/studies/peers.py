@@ -65,9 +65,26 @@ def optimizer_of(settings: Settings) -> Callable[[nn.Module, Any], Chosen]:
         groups = [{**g, "lr": kwargs["lr"] * rates.get(g["kind"], 1.0)} for g in kwargs["params"]]
         if settings.get("optim") not in OPTIMS or name:
             groups = [{key: value for key, value in group.items() if key != "kind"} for group in groups]
+            chosen = _loading_as_saved(chosen)
         return chosen, {**kwargs, "params": groups}
 
     return make
+
+
+def _loading_as_saved(chosen: type) -> type:
+    """The class, but that a loaded state has the types in which it was saved; torch makes codes what parameters are."""
+
+    def load_state_dict(self: Any, state_dict: dict[str, Any]) -> None:
+        chosen.load_state_dict(self, state_dict)  # type: ignore[attr-defined]
+        places = [place for group in state_dict["param_groups"] for place in group["params"]]
+        parameters = [parameter for group in self.param_groups for parameter in group["params"]]
+        for place, parameter in zip(places, parameters, strict=True):
+            state = self.state.get(parameter, {})
+            for key, saved in state_dict["state"].get(place, {}).items():
+                if isinstance(saved, torch.Tensor) and state[key].dtype != saved.dtype:
+                    state[key] = saved.to(parameter.device)
+
+    return type(chosen.__name__, (chosen,), {"load_state_dict": load_state_dict, "__module__": chosen.__module__})
 
 
 def train_settings(settings: Settings) -> dict[str, Any]:
