@@ -17,6 +17,7 @@ from ..sharding.exchange import Ranks
 from ..sharding.local_parameter import LocalParameter, may_be_replicas, overlapping
 from ..sharding.owners import assign
 from ..sharding.placement import Placement, ranges
+from .apply import Machine, all_apply, this_machine
 from .blocking import Block, blocks_of, in_waves, loads_of, phases_of, wave_elements
 from .waves import BlockStack, Wave, WaveParameter
 
@@ -31,12 +32,13 @@ def build(groups: Sequence[tuple[Options, Sequence[LocalParameter], Shapes]], ra
             DeepSpeed, the parameters may be a part of these.
 
     Raises:
-        OptionError: a device cannot multiply in the `rotation_precision` that is asked for.
+        OptionError: a device cannot multiply in the `rotation_precision` that is asked for; see `all_apply`.
         ValueError: a parameter that lives in a way that is not known, or not completely on these ranks, or that shares
             memory with another one where owners send new weights.
     """
     every = [(local, options.working_memory) for options, of_group, _ in groups for local in of_group]
-    reports = zip(*gather_or_raise(ranks, lambda: [_reported(*one, ranks) for one in every]), strict=True)
+    machines, by_rank = zip(*gather_or_raise(ranks, lambda: _seen(every, ranks)), strict=True)
+    reports = zip(*by_rank, strict=True)
     found = iter(
         [(placement_of(local, of), min(r.room for r in of)) for (local, _), of in zip(every, reports, strict=True)]
     )
@@ -49,7 +51,9 @@ def build(groups: Sequence[tuple[Options, Sequence[LocalParameter], Shapes]], ra
     if ranks.world > 1:
         _refuse_sharing([member.local for of_group in members for member in of_group if member.placement.whole])
     assign_owners(members, [options for options, _, _ in groups], ranks.world)
-    return [_waves(found, options, ranks) for found, (options, _, _) in zip(members, groups, strict=True)]
+    planned = [(options, found) for found, (options, _, _) in zip(members, groups, strict=True)]
+    by_all = all_apply(planned, machines)
+    return [_waves(found, options, ranks, apply) for (options, found), apply in zip(planned, by_all, strict=True)]
 
 
 def _require_precision(options: Options, members: Sequence[LocalParameter]) -> None:
@@ -77,6 +81,12 @@ class _Report(NamedTuple):
     """Where its mesh has a part of the ranks."""
     room: int
     """How many entries a wave may have on its device."""
+
+
+def _seen(every: Sequence[tuple[LocalParameter, float]], ranks: Ranks) -> tuple[Machine, list[_Report]]:
+    """What a rank says of itself and of parameters, each with its `working_memory`."""
+    machine = this_machine([local.buffer.device for local, _ in every])
+    return machine, [_reported(*one, ranks) for one in every]
 
 
 def _reported(local: LocalParameter, working_memory: float, ranks: Ranks) -> _Report:
@@ -141,21 +151,22 @@ def assign_owners(groups: list[list[WaveParameter]], options: list[Options], wor
         member.owners[k] = owner
 
 
-def _waves(members: list[WaveParameter], options: Options, ranks: Ranks) -> list[Wave]:
+def _waves(members: list[WaveParameter], options: Options, ranks: Ranks, by_all: bool) -> list[Wave]:
     waves = []
     for batch in in_waves(members):
         replicated = ranks.world == 1 or (batch[0].placement.whole and not options.shard_state)
-        waves.append(make_wave(batch, ranks, replicated))
+        waves.append(make_wave(batch, ranks, replicated, by_all))
     return waves
 
 
-def make_wave(members: list[WaveParameter], ranks: Ranks, replicated: bool) -> Wave:
+def make_wave(members: list[WaveParameter], ranks: Ranks, replicated: bool, by_all: bool = False) -> Wave:
     """One wave with freshly initialised state.
 
     Args:
         members: with the owners of their blocks.
         ranks: that train together.
         replicated: whether every rank keeps the state of all blocks, or owners alone.
+        by_all: see `Wave.all_apply`.
     """
     rows: dict[Algorithm, list[tuple[int, int, int, float]]] = {}
     first = 0
@@ -165,7 +176,9 @@ def make_wave(members: list[WaveParameter], ranks: Ranks, replicated: bool) -> W
                 rows.setdefault(block.algorithm, []).append((m, first + k, member.seed_offsets[k], member.phases[k]))
         first += len(member.blocks)
     device = members[0].local.buffer.device
-    return Wave(members, [_stack(a, found, len(members), device) for a, found in rows.items()], ranks, replicated)
+    return Wave(
+        members, [_stack(a, found, len(members), device) for a, found in rows.items()], ranks, replicated, by_all
+    )
 
 
 def _stack(

@@ -43,6 +43,16 @@ class Rows(NamedTuple):
         self.buffer[self.at] = values
 
 
+def write_rows(found: Sequence[tuple[Rows, Tensor]]) -> None:
+    """`Rows.write` of each, all at once as far as they are slices: on a GPU a launch, whatever the number of ranks."""
+    sliced = [(rows, values) for rows, values in found if isinstance(rows.at, slice)]
+    if sliced:
+        torch._foreach_copy_([rows.buffer[rows.at] for rows, _ in sliced], [values for _, values in sliced])
+    for rows, values in found:
+        if not isinstance(rows.at, slice):
+            rows.write(values)
+
+
 class StateMap:
     """The rows of a wave's state: local on their owners, full where the parameters' placements say.
 

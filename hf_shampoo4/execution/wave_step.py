@@ -14,11 +14,11 @@ from ..options import Options
 from ..preconditioners.algorithms import compute_updates
 from ..preconditioners.protocols import Context
 from ..sharding.agreement import Failures, View
-from ..sharding.exchange import Form, Pending, packed
+from ..sharding.exchange import Form, Pending, Ranks, packed
 from ..sharding.route import Piece
 from .descent import Descent
 from .gradients import dtype_of
-from .state_map import Rows
+from .state_map import Rows, write_rows
 from .waves import BlockStack, Part, Wave, changing_rows
 
 
@@ -38,9 +38,8 @@ def wave_steps(waves: Sequence[Wave], agreed: View, context: Context, lr: float,
         dtypes = {m: dtype_of(agreed.present[name]) for m, name in names.items() if name in agreed.present}
         for m in dtypes:
             wave.members[m].updates += 1
-        for part in (wave.of_members(part, dtypes) for part in wave.parts):
-            if part.blocks:
-                steps.append(WaveStep(wave, part, dtypes, context, lr, weight_decay, agreed.failures))
+        for part in wave.parts_of_step(dtypes, context.options):
+            steps.append(WaveStep(wave, part, dtypes, context, lr, weight_decay, agreed.failures))
     return steps
 
 
@@ -84,7 +83,7 @@ class WaveStep:
     _sending: Pending | None = None
 
     def __post_init__(self) -> None:
-        self.route, self.rank = self.part.route, self.wave.ranks.rank
+        self.route, self.ranks, self.rank = self.part.route, self.part.ranks, self.part.ranks.rank
         self.descent = Descent(self.wave, self.context, self.lr, self.weight_decay)
         dtype = self.wave.members[0].local.buffer.dtype
         half = self.context.options.wire == "bf16"
@@ -109,17 +108,17 @@ class WaveStep:
         out: dict[int, Tensor] = {}
         with self.failures.kept():
             self._sources = self._sources_here()
-            for rank in self.wave.ranks.others if not transfer.is_local else ():
+            for rank in self.ranks.others if not transfer.is_local else ():
                 pieces = transfer.out.get(rank, [])
                 out[rank] = packed([p.of_flat(source[p.member]) for source in self._sources for p in pieces], device)
         if not transfer.is_local:
             sizes = {rank: _nbytes(self._source_forms(pieces)) for rank, pieces in transfer.out.items()}
             into = {rank: self._source_forms(pieces) for rank, pieces in transfer.into.items()}
-            self._collecting = self.wave.ranks.all_to_all("gradients", out, sizes, into, device)
+            self._collecting = self.ranks.all_to_all("gradients", out, sizes, into, device)
 
     def update(self) -> None:
         """Bring the state of this rank's blocks up to date, and compute their updates."""
-        sums = _Sums(self.wave, self.context.options)
+        sums = _Sums(self.wave, self.ranks, self.context.options)
         with self.failures.kept():
             parts = [stack.select(rows) for stack in self.wave.stacks if (rows := self._own_rows(stack))]
             stacks = [stack for stack, _ in parts]
@@ -160,26 +159,26 @@ class WaveStep:
             if wave.whole:  # all others get the same
                 state = [rows.read() for rows in self._changes.get(self.rank, ())]
                 everything = packed([*self.results(mine), *state], wave.device)
-                out = dict.fromkeys(wave.ranks.others, everything)
+                out = dict.fromkeys(self.ranks.others, everything)
             else:
-                pieces = {rank: transfer.out.get(rank, []) for rank in wave.ranks.others}
+                pieces = {rank: transfer.out.get(rank, []) for rank in self.ranks.others}
                 out = {rank: packed(self.results(found), wave.device) for rank, found in pieces.items()}
-        sizes = {rank: _nbytes(self._forms_of(self.rank, transfer.out.get(rank, []))) for rank in wave.ranks.others}
-        into = {rank: self._forms_of(rank, transfer.into.get(rank, [])) for rank in wave.ranks.others}
+        sizes = {rank: _nbytes(self._forms_of(self.rank, transfer.out.get(rank, []))) for rank in self.ranks.others}
+        into = {rank: self._forms_of(rank, transfer.into.get(rank, [])) for rank in self.ranks.others}
         lost = 255 if self.sends_weights else 0  # weights of a rank without memory to send them: not a number
-        self._sending = wave.ranks.all_to_all("updates", out, sizes, into, wave.device, lost)
+        self._sending = self.ranks.all_to_all("updates", out, sizes, into, wave.device, lost)
 
     def apply(self) -> None:
         """p <- (1 - lr wd) p - lr u on what this rank holds, or the new p that came from its owner."""
-        transfer = self.route.send
+        transfer, changed = self.route.send, list[tuple[Rows, Tensor]]()
         with self.failures.kept():
             pieces, results = ([], []) if self.sends_weights else self._updated(transfer.into.get(self.rank, []))
             for rank, received in self._sending.wait().items() if self._sending else ():
                 theirs = transfer.into.get(rank, [])
                 pieces += theirs
                 results += received[: len(theirs)]
-                for rows, values in zip(self._changes.get(rank, ()), received[len(theirs) :], strict=True):
-                    rows.write(values)
+                changed += zip(self._changes.get(rank, ()), received[len(theirs) :], strict=True)
+            write_rows(changed)
             self.descent.write(pieces, results, new_weights=self.sends_weights)
         self._updates, self._changes, self._sending = {}, {}, None
 
@@ -199,7 +198,7 @@ class WaveStep:
 
     def _own_rows(self, stack: BlockStack) -> list[int]:
         """The rows of a stack whose blocks are this rank's."""
-        return [i for i, b in enumerate(stack.blocks) if b in self.part.blocks and self.wave.owners[b] == self.rank]
+        return [i for i, b in enumerate(stack.blocks) if b in self.part.blocks and self.part.owners[b] == self.rank]
 
     def _collected(self, stacks: list[BlockStack]) -> list[list[Tensor]]:
         """For each source (gradients, weights) and stack: float32 (B, *shape)."""
@@ -253,16 +252,16 @@ class WaveStep:
 class _Sums:
     """The small reduction of a wave whose norms go over whole parameters: each rank takes part, also one that fails."""
 
-    def __init__(self, wave: Wave, options: Options) -> None:
-        self._wave = wave
-        self._open = wave.ranks.world > 1 and wave.grafted and options.graft == "norm"
+    def __init__(self, wave: Wave, ranks: Ranks, options: Options) -> None:
+        self._wave, self._ranks = wave, ranks
+        self._open = ranks.world > 1 and wave.grafted and options.graft == "norm"
 
     def total(self, sums: Tensor) -> Tensor:
         """float64 (2, members), summed over ranks."""
         if not self._open:
             return sums
         self._open = False
-        return self._wave.ranks.reduce(sums)
+        return self._ranks.reduce(sums)
 
     def close(self) -> None:
         """Take part, if `total` was not called."""

@@ -7,15 +7,16 @@ one that does not fit, a large embedding, is a wave of several *parts*, which ar
 bounds the memory that a step needs at a time, whatever the size of the model.
 
 A block's owner updates it, and sends the result to all that hold it.  Where every rank holds all of a parameter (one
-process, DDP), every rank keeps all state too: owners send what a step has changed of it along.  Everywhere else a
-block's owner alone keeps its state.
+process, DDP), every rank keeps all state too: owners send what a step has changed of it along.  There every rank may
+also update all blocks itself (`apply`), but for those that are refreshed in a step.  Everywhere else a block's owner
+alone keeps its state.
 """
 
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Collection, Hashable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Hashable, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import torch
@@ -27,7 +28,7 @@ from ..preconditioners.protocols import Algorithm, blocks_that_change
 from ..sharding.exchange import Ranks
 from ..sharding.geometry import MatrixView, Rect
 from ..sharding.local_parameter import LocalParameter
-from ..sharding.placement import Placement
+from ..sharding.placement import Placement, whole
 from ..sharding.route import BlockedParameter, Route, route
 from .blocking import Block, in_parts
 from .state_map import Rows
@@ -120,16 +121,20 @@ class BlockStack:
 
 @dataclass(frozen=True)
 class Part:
-    """Blocks of a wave that are computed at a time, and their way to the owners and back."""
+    """Blocks of a wave that are computed at a time, who computes them, and their way there and back."""
 
     blocks: frozenset[int]
     route: Route
+    ranks: Ranks
+    """Those that share the blocks; one that computes them all itself is alone."""
+    owners: Sequence[int]
+    """Which of these ranks computes a block, of every block of the wave."""
 
     def of(self, blocks: frozenset[int]) -> Part:
         """The part of some of its blocks."""
         if len(blocks) == len(self.blocks):
             return self
-        return Part(blocks, Route(*(transfer.of_blocks(blocks) for transfer in self.route)))
+        return replace(self, blocks=blocks, route=Route(*(transfer.of_blocks(blocks) for transfer in self.route)))
 
 
 @dataclass
@@ -141,6 +146,8 @@ class Wave:
     ranks: Ranks
     replicated: bool
     """Whether every rank keeps all state."""
+    all_apply: bool = False
+    """Whether every rank updates all blocks itself, but for those that are refreshed in a step; else owners do."""
 
     @property
     def device(self) -> torch.device:
@@ -179,12 +186,43 @@ class Wave:
 
     @cached_property
     def parts(self) -> list[Part]:
-        """What is computed one after the other."""
-        parameters = [_blocked(member) for member in self.members]
+        """What is computed one after the other, by the owners."""
+        return self._parts(self.ranks, self.owners, [_blocked(member) for member in self.members])
+
+    @cached_property
+    def parts_alone(self) -> list[Part]:
+        """The same where a rank computes all of it itself, as one process does."""
+        members = [_blocked(member) for member in self.members]
+        here = [one._replace(placement=whole(one.placement.shape, 1), owners=[0] * len(one.owners)) for one in members]
+        return self._parts(Ranks(), [0] * len(self.owners), here)
+
+    def _parts(self, ranks: Ranks, owners: list[int], parameters: list[BlockedParameter]) -> list[Part]:
         blocks = [block for member in self.members for block in member.blocks]
-        every = Part(frozenset(range(len(blocks))), route(self.ranks.rank, self.ranks.world, parameters))
-        parts = in_parts(blocks, self.owners, self.members[0].shard_count, self.members[0].room)
+        every = Part(frozenset(range(len(blocks))), route(ranks.rank, ranks.world, parameters), ranks, owners)
+        parts = in_parts(blocks, owners, self.members[0].shard_count, self.members[0].room)
         return [every.of(frozenset(part)) for part in parts]
+
+    def parts_of_step(self, wanted: Collection[int], options: Options) -> list[Part]:
+        """What one step computes one after the other, of the members that are wanted; their updates are counted."""
+        if not self.all_apply:
+            return [part for one in self.parts if (part := self.of_members(one, wanted)).blocks]
+        due = self._refreshed(options)
+        shared = [part.of(part.blocks & due) for part in self.parts]
+        alone = [part.of(part.blocks - due) for part in self.parts_alone]
+        return [part for one in (*shared, *alone) if (part := self.of_members(one, wanted)).blocks]
+
+    def _refreshed(self, options: Options) -> frozenset[int]:
+        """The blocks that are refreshed in this step; where norms go over whole parameters, all of these."""
+        found = {
+            stack.blocks[i]
+            for stack in self.stacks
+            for rows in blocks_that_change(stack.algorithm, options, self.updates(stack), stack.phases).values()
+            for i in rows
+        }
+        if self.grafted and options.graft == "norm":
+            members = {self.member_of[block] for block in found}
+            found = {block for block, m in enumerate(self.member_of) if m in members}
+        return frozenset(found)
 
     def updates(self, stack: BlockStack) -> list[int]:
         """How many each block of a stack has had."""
@@ -218,7 +256,7 @@ class Wave:
 
     def of_members(self, part: Part, wanted: Collection[int]) -> Part:
         """The blocks of a part that are of the given members."""
-        if len(wanted) == len(self.members):
+        if len(wanted) == len(self.members) or not part.blocks:
             return part
         return part.of(frozenset(block for block in part.blocks if self.member_of[block] in wanted))
 

@@ -73,6 +73,11 @@ class Options:
     """Steps between two looks at the state's health, see diagnostics.py (0: none); one costs a copy of the state."""
     shard_state: bool = False
     """Under DDP, let every rank keep the state of its own blocks only (FSDP always does)."""
+    apply: Literal["auto", "owners", "all"] = "auto"
+    """Who updates a block where every rank has all weights and all state (DDP): its owner, who sends what has changed,
+    or every rank for itself, and only the blocks that are refreshed in a step are their owners'.  The bits are the same
+    where the wire is exact.  auto: what late steps should be shorter with, by a table of GPUs and their links; owners
+    on all others."""
     wire: Literal["exact", "bf16"] = "exact"
     """What gradients and updates are sent as between ranks: their own dtype and float32, or bfloat16."""
     communicate: bool = True
@@ -180,6 +185,8 @@ class Options:
         if self.algorithm != FALLBACK:  # which carries its neighbours' options along
             changed = [name for name in NAMES if getattr(self, name) != getattr(Options, name)]
             refuse_unused(changed, self.algorithm, self.factor)
+        spread = "auto or owners with shard_state=true: a block's owner alone has its state"
+        require("apply", self.apply, self.apply != "all" or not self.shard_state, spread)
         _check_factors_by_kind(self.rates)
         _check_factor(self)
         _check_moments(self)
@@ -316,7 +323,7 @@ STRUCTURAL: tuple[str, ...] = (
 )  # fmt: skip
 
 # What belongs to a run, not to what it trains: a checkpoint does not change these.
-OF_THE_RUN: tuple[str, ...] = ("shard_state", "wire", "communicate", "kind", "max_skipped", "working_memory")
+OF_THE_RUN: tuple[str, ...] = ("shard_state", "apply", "wire", "communicate", "kind", "max_skipped", "working_memory")
 
 PRESETS: dict[str, dict[str, Any]] = {
     # 2405.18144, LLM runs: T1 = T2 = 200, t1 = 1, t2 = 4, order <= 1200 (LLaMA-350M), first-order states in 16 bits.

@@ -13,10 +13,10 @@ from pathlib import Path
 from ..exceptions import OptionError
 from ..integrations.trainer import OPTIMS, optim_options
 from ..training.arguments import DTYPES
+from ..utils.ceilings import ceilings_of
 from ..utils.files import check_writable, write_json
 from ..utils.hub import offline_without_network
 from ..utils.numbers import number, whole
-from .ceilings import ceilings_of
 from .sharding_names import SHARDINGS
 
 
@@ -38,7 +38,7 @@ def main(arguments: Sequence[str]) -> None:
     batch = Batch(chosen.batch, chosen.seq_len, chosen.gradient_checkpointing) if chosen.batch is not None else None
     described = Described(chosen.model, chosen.dtype, chosen.lora, batch)
     with meta_has_memory(ceilings.capacity) if ceilings else nullcontext():
-        made, model = plan_of(described, chosen.world_size, chosen.sharding, chosen.shards, **options)
+        made, model = plan_of(described, chosen.world_size, chosen.sharding, chosen.shards, ceilings, **options)
     print(made)
     content = made.to_dict()
     if ceilings:
@@ -77,6 +77,6 @@ def _parser() -> argparse.ArgumentParser:
     tokens = "of a step over all ranks, for --gpu (default: 524,288)"
     add("--tokens-per-step", "--tokens_per_step", type=whole(1), default=1 << 19, metavar="N", help=tokens)
     add("--utilisation", type=number(0, 1), default=0.4, help="of the card by the model, for --gpu (default: 0.4)")
-    add("--ceilings", type=Path, metavar="FILE", help="numbers of cards, in the form of planning/cards.yaml")
+    add("--ceilings", type=Path, metavar="FILE", help="numbers of cards, in the form of utils/cards.yaml")
     add("--output_dir", "--output-dir", type=Path, help="write plan.json and plan.png there")
     return parser

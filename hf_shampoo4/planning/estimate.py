@@ -7,21 +7,24 @@ optimizer would keep is summed from the same descriptions that it allocates its 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, Union
 
 import torch
 from torch import nn
 
 from ..exceptions import OptionError
+from ..execution.apply import Difference, difference, may_all_apply
 from ..execution.waves import WaveParameter
-from ..options import Options, resolve
+from ..options import Options, require, resolve
 from ..preconditioners.algorithms import algorithm_class
 from ..training.arguments import DTYPES, ModelArguments
+from ..utils.ceilings import Ceilings
 from ..utils.extras import named
 from .figures import OverRanks, Plan
 from .other_optimizers import bytes_of_others
 from .sharding_names import SHARDINGS
-from .shardings import Sharding, planned_groups, sharding_of
+from .shardings import PlannedGroup, Sharding, planned_groups, sharding_of
 from .tally import RANK_FIGURES, Tally
 from .training_memory import Batch, TrainingMemory, activations, build, weights_and_gradients
 
@@ -73,9 +76,14 @@ class Described(NamedTuple):
 
 
 def plan_of(
-    described: Described, world_size: int, sharding: str, shards: int | None, **options: Any
+    described: Described,
+    world_size: int,
+    sharding: str,
+    shards: int | None,
+    ceilings: Ceilings | None = None,
+    **options: Any,
 ) -> tuple[Plan, nn.Module]:
-    """`plan`, and the model that it was made of, for who goes on with it."""
+    """`plan`, and the model that it was made of, for who goes on with it; `apply=auto` goes by the ceilings."""
     if sharding not in SHARDINGS:
         raise OptionError(f"sharding={sharding!r} is not allowed: it must be one of {', '.join(SHARDINGS)}")
     if world_size < 1:
@@ -91,7 +99,9 @@ def plan_of(
     if not factored and algorithm_class(chosen.get("algorithm", Options.algorithm)).preconditions:
         raise OptionError(f"nothing to precondition: {name} has no matrix that is not left to the base optimizer")
     blocks = [block for member in factored for block in member.blocks]
-    tally = Tally(world_size)
+    against = _all_against_owners(groups, world_size)
+    by_all = against is not None and _is_by_all(chosen.get("apply", Options.apply), against, ceilings)
+    tally = Tally(world_size, by_all)
     for group in groups:
         tally.add(group)
     made = Plan(
@@ -109,10 +119,30 @@ def plan_of(
         wave=max(member.room for member in members),
         largest_block=max((block.shape for block in blocks), key=math.prod, default=(0, 0)),
         **{name: OverRanks.of(getattr(tally, name)) for name in RANK_FIGURES},
+        apply="all" if by_all else "owners",
+        all_against_owners=against,
         others=bytes_of_others(model, world_size, groups[0].replicated),
         training=_training(model, layout, described.batch),
     )
     return made, model
+
+
+def _all_against_owners(groups: Sequence[PlannedGroup], world: int) -> Difference | None:
+    """None: not every rank has all that it would need.
+
+    Raises:
+        OptionError: and yet it is asked for.
+    """
+    shared_out = [group.shared_out for group in groups]
+    able = all(may_all_apply(*group, world) for group in shared_out)
+    asked, cut = groups[0].options.apply, "auto or owners where ranks have a part of the parameters each"
+    require("apply", asked, able or world == 1 or asked != "all", cut)
+    return difference(shared_out, world) if able else None
+
+
+def _is_by_all(asked: str, against: Difference, ceilings: Ceilings | None) -> bool:
+    shorter = ceilings is not None and against.seconds(ceilings) < 0
+    return asked == "all" or (asked == "auto" and shorter)
 
 
 def model_on_meta(name: str, dtype: str = "float32", lora: int = 0) -> nn.Module:

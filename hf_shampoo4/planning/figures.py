@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from ..execution.apply import Difference
 from .sharding_names import SHARDINGS
 from .training_memory import TrainingMemory
 
@@ -56,10 +57,16 @@ class Plan:
     work: OverRanks
     """Operations of the blocks' owners, an average step: `preconditioners.operations.Work.cost`."""
     wire_step: OverRanks
-    """Sent by the optimizer in a late step, on average where refreshes are spread over the steps of a period; what the
-    data parallelism itself sends is not in it."""
+    """Sent by the optimizer in a late step if owners apply, on average where refreshes are spread over the steps of a
+    period; what the data parallelism itself sends is not in it."""
     wire_refresh: OverRanks
     """The same in a step that computes all factors, roots or bases."""
+    wire_all: OverRanks
+    """As `wire_step`, if every rank applies all (`apply=all`)."""
+    apply: str
+    """Who updates the blocks, `owners` or `all`; `working` is of that."""
+    all_against_owners: Difference | None
+    """What a late step takes more if every rank applies all; None: it cannot."""
     others: dict[str, OverRanks]
     """State of other optimizers of this model, cut evenly over the ranks where ours is."""
     training: TrainingMemory
@@ -114,11 +121,23 @@ def _lines(p: Plan) -> list[str]:
         f"    for waves of up to {p.wave:,} entries",
         f"{'  exchange buffers':<40}{bytes_text(p.exchange.largest):>12}",
         f"{'  peak':<40}{bytes_text(p.peak):>12}",
-        f"{'  sent in a step':<40}{bytes_text(p.wire_step.largest):>12}",
+        *_sent(p),
         f"{'  sent where every block is refreshed':<40}{bytes_text(p.wire_refresh.largest):>12}",
         f"work of the busiest rank: {p.balance:.2f} times the mean",
         "",
         *_whole_training(p),
+    ]
+
+
+def _sent(p: Plan) -> list[str]:
+    """In a late step, by who updates the blocks where that may be chosen."""
+    if p.all_against_owners is None:
+        return [f"{'  sent in a step':<40}{bytes_text(p.wire_step.largest):>12}"]
+    by = {"owners": p.wire_step, "all": p.wire_all}
+    return [
+        f"{f'  sent in a step with apply={name}':<40}{bytes_text(by[name].largest):>12}"
+        + (" (taken)" if name == p.apply else "")
+        for name in by
     ]
 
 

@@ -11,7 +11,8 @@ from typing import Any
 from torch import nn
 
 from ..exceptions import OptionError
-from ..execution.blocking import blocks_of, wave_elements
+from ..execution.apply import Group
+from ..execution.blocking import blocks_of, phases_of, wave_elements
 from ..execution.build import assign_owners
 from ..execution.waves import WaveParameter
 from ..groups import options_of, param_groups
@@ -115,6 +116,11 @@ class PlannedGroup:
     replicated: bool
     """Whether every rank keeps all of the state."""
 
+    @property
+    def shared_out(self) -> Group:
+        """As `execution.apply` takes it."""
+        return self.options, self.members
+
 
 def planned_groups(model: nn.Module, chosen: Mapping[str, Any], layout: Sharding) -> list[PlannedGroup]:
     """The parameter groups of a model as `Shampoo4bit` would treat them with these options; blocks have owners."""
@@ -123,10 +129,11 @@ def planned_groups(model: nn.Module, chosen: Mapping[str, Any], layout: Sharding
         options = options_of(group, chosen)
         replicated = layout.world == 1 or (layout.name == "ddp" and not options.shard_state)
         cut = {shape: blocks_of(shape, options) for shape in {tuple(p.shape) for _, p in group["params"]}}
+        phases = phases_of({name: len(cut[tuple(p.shape)]) for name, p in group["params"]})
         for unit in layout.units(group["params"]):
             placements = layout.placements([tuple(p.shape) for _, p in unit])
             members = [
-                WaveParameter(local_parameter(name, p), placement, blocks, [0] * len(blocks), room)
+                WaveParameter(local_parameter(name, p), placement, blocks, [0] * len(blocks), room, phases[name])
                 for (name, p), placement in zip(unit, placements, strict=True)
                 for blocks in [cut[tuple(p.shape)]]
                 for room in [wave_elements(p.device, options.working_memory)]

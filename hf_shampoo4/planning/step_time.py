@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from importlib.util import find_spec
 from typing import Any
 
@@ -21,7 +21,7 @@ from ..execution.blocking import meta_has_memory
 from ..groups import is_of_matrices, param_groups
 from ..options import Options
 from ..preconditioners.algorithms import intervals
-from .ceilings import Ceilings
+from ..utils.ceilings import Ceilings
 from .figures import Plan
 from .launches import Counted, Launch, LaunchCounter, steps_of
 
@@ -69,6 +69,8 @@ class Prediction:
     """What was counted of ours: in a late step, and where all bases are updated."""
     unknown: Sequence[str] = ()
     """What the card's table has no time of, so that it is in none of these figures."""
+    apply: Mapping[str, float] = field(default_factory=dict)
+    """Seconds of a late step by who updates the blocks, the one that is taken first; empty where that is no choice."""
 
     @property
     def ours(self) -> str:
@@ -141,8 +143,12 @@ def predict(
     if not 0 < utilisation <= 1:
         raise OptionError(f"--utilisation {utilisation} is not allowed: it must be a number in (0, 1]")
     triton = find_spec("triton") is not None
+    against = plan.all_against_owners
+    more = against.seconds(ceilings) if against else 0.0
     with meta_has_memory(ceilings.capacity):
         counted = steps_of(model, plan.options, triton)
+    owners, ours = (_ours(counted, plan, ceilings, longer) for longer in (0.0, more if plan.apply == "all" else 0.0))
+    late = {"owners": owners.late, "all": owners.late + more} if against else {}
     return Prediction(
         card=ceilings.name,
         sources=ceilings.sources,
@@ -150,18 +156,21 @@ def predict(
         utilisation=utilisation,
         with_triton=triton,
         model=6 * plan.parameters * tokens / (plan.world_size * utilisation * ceilings.peak),
-        optimizers={plan.optimizer: _ours(counted, plan, ceilings), **_others(model, ceilings)},
+        optimizers={plan.optimizer: ours, **_others(model, ceilings)},
+        apply=dict(sorted(late.items(), key=lambda item: item[0] != plan.apply)),
         counts={name: of_step.summary() for name, of_step in counted.items()},
         unknown=unknown(counted["all"].launches(), ceilings),
     )
 
 
-def _ours(counted: Mapping[str, Counted], plan: Plan, ceilings: Ceilings) -> Seconds:
+def _ours(counted: Mapping[str, Counted], plan: Plan, ceilings: Ceilings, longer: float) -> Seconds:
+    """Of the busiest rank if owners apply, late steps so many seconds longer."""
     share = plan.work.largest / max(plan.work.total, 1)
     late, worst = (
-        seconds(counted[name].launches(), ceilings, share) + wire.largest / ceilings.link
+        seconds(counted[name].launches(), ceilings, share) + ceilings.sending(wire.largest, plan.world_size)
         for name, wire in (("late", plan.wire_step), ("all", plan.wire_refresh))
     )
+    late = max(late + longer, 0.0)
     options = Options(**plan.options)
     every = max(intervals(options).values(), default=1)
     if not options.stagger:  # the late step that was counted updates nothing; staggered it has its part of the updates
@@ -212,7 +221,11 @@ def _lines(p: Prediction) -> list[str]:
         f"{p.ours} is faster than {name} to the same loss if it needs {p.fewer_steps(name):.1%} fewer steps"
         for name in [*p.optimizers][1:]
     ]
-    counts = p.counts["late"]
+    counts, (taken, *_) = p.counts["late"], (*p.apply, "")
+    applied = [
+        f"a late step with apply={name}: {1e3 * late:.2f} ms" + (" (taken)" if name == taken else "")
+        for name, late in p.apply.items()
+    ]
     return [
         f"A prediction for the {p.card}; nothing of it was measured there (docs/gpu.md)",
         f"the model's own step: {1e3 * p.model:.1f} ms, 6 N D operations for {p.tokens:,} tokens at "
@@ -220,6 +233,7 @@ def _lines(p: Prediction) -> list[str]:
         f"{'optimizer, ms a step':<28}{'late':>10}{'all bases':>12}{'first 1,000':>14}{'of a step':>12}",
         *rows,
         *(f"NOT in these figures, for the card's table has no time of it: {what}" for what in p.unknown),
+        *applied,
         *breaks,
         f"counted in a late step, {kernels} Triton kernels: {counts['launches']:,} launches, "
         f"{counts['bytes'] / 1e9:.2f} GB, {sum(counts['products'].values()) / 1e9:.0f} GFLOP",

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from ..execution.apply import bytes_of_a_step, may_all_apply, refreshed_shares
 from ..execution.blocking import Block, in_parts, in_waves, loads_of
 from ..execution.waves import WaveParameter
 from ..numerics.storage import nbytes
@@ -20,7 +21,7 @@ from ..sharding.placement import Placement
 from ..sharding.regions import Region
 from .shardings import PlannedGroup
 
-RANK_FIGURES = ("state", "working", "exchange", "work", "wire_step", "wire_refresh")
+RANK_FIGURES = ("state", "working", "exchange", "work", "wire_step", "wire_all", "wire_refresh")
 
 
 @dataclass
@@ -28,11 +29,14 @@ class Tally:
     """What every rank has and sends: int64 arrays over the ranks, bytes but for `work`."""
 
     world: int
+    all_apply: bool = False
+    """Whether every rank updates all blocks of its groups that are not refreshed in a step, as far as it may."""
     state: np.ndarray = field(init=False)
     working: np.ndarray = field(init=False)
     exchange: np.ndarray = field(init=False)
     work: np.ndarray = field(init=False)
     wire_step: np.ndarray = field(init=False)
+    wire_all: np.ndarray = field(init=False)
     wire_refresh: np.ndarray = field(init=False)
 
     def __post_init__(self) -> None:
@@ -66,6 +70,8 @@ class Tally:
         working = _working(blocks, owned, split)
         if members[0].parameter.device.type not in ALONE:
             working = np.maximum(working, _at_once(blocks, split) + 2 * -(-owned // split))
+        if self.all_apply and may_all_apply(*group.shared_out, self.world):
+            working = np.maximum(working, _working_alone(members))
         self.working = np.maximum(self.working, 4 * working)
         if self.world > 1:
             self._add_traffic(members, group, split, *counts)
@@ -111,6 +117,7 @@ class Tally:
             out = gradient * (asked - kept) + update * (copies * owned - kept)
             into = gradient * (owned - kept) + update * (held - kept)
         often, seldom = _changed(members, group, self.world)
+        self.wire_all += _of_refreshed(members, group, self.world)
         refresh = out + (self.world - 1) * sum(seldom.values(), often)
         self.wire_step += out + (self.world - 1) * often
         if group.options.stagger:
@@ -136,6 +143,36 @@ def _changed(
             )
         often[owner] += sum(sizes.values())
     return often, seldom
+
+
+def _of_refreshed(members: Sequence[WaveParameter], group: PlannedGroup, world: int) -> np.ndarray:
+    """Bytes that every rank sends in a late step, on average, if only blocks that are refreshed travel."""
+    width = 2 if group.options.wire == "bf16" else members[0].parameter.element_size()
+    exact: np.ndarray = np.zeros(world)
+    for member in members if group.replicated and group.options.stagger else ():
+        shares = refreshed_shares(member, group.options)
+        for block, owner, share in zip(member.blocks, member.owners, shares, strict=True):
+            algorithm, every = block.algorithm, block.algorithm.intervals(group.options)
+            storages = algorithm.storages()
+            seldom = (
+                sum(nbytes(storages[name]) for name in names) / every[refresh]
+                for refresh, names in algorithm.refreshes().items()
+            )
+            exact[owner] += share * (width * block.numel + bytes_of_a_step(algorithm)) + sum(seldom)
+    return (exact * (world - 1)).astype(np.int64)
+
+
+def _working_alone(members: Sequence[WaveParameter]) -> np.ndarray:
+    """`_working` of a rank that computes all blocks of a wave."""
+    every = [block for member in members for block in member.blocks]
+    split = len(in_parts(every, [0] * len(every), members[0].shard_count, members[0].room)) or 1
+    counts = Counter(block.algorithm for block in every)
+    blocks = {algorithm: np.array([count]) for algorithm, count in counts.items()}
+    owned = np.array([sum(block.numel for block in every)])
+    working = _working(blocks, owned, split)
+    if members[0].parameter.device.type not in ALONE:
+        working = np.maximum(working, _at_once(blocks, split) + 2 * -(-owned // split))
+    return working
 
 
 def _parts(members: Sequence[WaveParameter]) -> int:

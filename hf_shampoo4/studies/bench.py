@@ -26,7 +26,6 @@ from torch.profiler import ProfilerActivity, profile
 from hf_shampoo4.groups import is_of_matrices, param_groups
 from hf_shampoo4.integrations.trainer import head_options
 from hf_shampoo4.options import Options, users_of
-from hf_shampoo4.planning.ceilings import Ceilings
 from hf_shampoo4.planning.launches import Counted, LaunchCounter, steps_of
 from hf_shampoo4.planning.step_time import Seconds, seconds, unknown
 from hf_shampoo4.planning.training_memory import build
@@ -40,6 +39,7 @@ from hf_shampoo4.studies.muon import Joined
 from hf_shampoo4.studies.runner import Runs
 from hf_shampoo4.training.arguments import ModelArguments
 from hf_shampoo4.training.model import load_model_config
+from hf_shampoo4.utils.ceilings import Ceilings
 from hf_shampoo4.utils.files import write_json, write_text
 
 

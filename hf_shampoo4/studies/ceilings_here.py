@@ -1,4 +1,4 @@
-"""What this machine reaches, measured now: a card of one's own for predictions, in the form of planning/cards.yaml."""
+"""What this machine reaches, measured now: a card of one's own for predictions, in the form of utils/cards.yaml."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from typing import Any
 import torch
 
 from hf_shampoo4.numerics.precision import exact_float32, lacks, rotate
-from hf_shampoo4.planning.ceilings import DECOMPOSITIONS, Ceilings
 from hf_shampoo4.studies.bench_contestants import CLOCKS
 from hf_shampoo4.studies.machine import machine
+from hf_shampoo4.utils.ceilings import DECOMPOSITIONS, Ceilings
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,7 @@ def _launch(timer: Timer) -> float:
 
 
 def decompositions(timer: Timer, orders: Iterable[int], stack: int) -> dict[str, dict[int, float]]:
-    """Key of `planning.ceilings.DECOMPOSITIONS` -> order -> seconds for one matrix of a stack."""
+    """Key of `utils.ceilings.DECOMPOSITIONS` -> order -> seconds for one matrix of a stack."""
     found: dict[str, dict[int, float]] = {}
     for k in orders:
         a = torch.randn(stack, k, k, device=timer.device)

@@ -22,25 +22,28 @@ from tests.support import LONGEST_CHILD
 STEPS = "8"
 CASES = {
     2: ["ddp-shampoo", "ddp_sharded-shampoo", "fsdp2-shampoo", "fsdp2_mixed-shampoo", "fsdp2_offload-shampoo",
-        "tp-shampoo", "ddp-half", "ddp-soap", "fsdp2-soap", "fsdp2-sgdm", "fsdp2-bf16", "fsdp1-shampoo",
+        "tp-shampoo", "ddp-half", "ddp-soap", "ddp_all-kl_shampoo",
+        "ddp_all-shampoo_staggered", "ddp_all-bf16", "fsdp2-soap", "fsdp2-sgdm", "fsdp2-bf16", "fsdp1-shampoo",
         "zero1-shampoo", "zero2_robin-shampoo", "zero3_groups-kl_shampoo", "zero1_bf16_optimizer-shampoo",
         "zero0_bf16-elementwise"],
-    3: ["ddp-kl_shampoo", "fsdp2-kl_shampoo", "fsdp2-half", "fsdp2-cholesky_ef", "ddp_sharded-zipsr", "tp-elementwise",
+    3: ["ddp-kl_shampoo", "ddp_all-soap",
+        "fsdp2-kl_shampoo", "fsdp2-half", "fsdp2-cholesky_ef", "ddp_sharded-zipsr", "tp-elementwise",
         "fsdp1_grad_op-soap", "zero3-shampoo"],
     4: ["hsdp-shampoo", "fsdp1_hybrid-shampoo", "tp_fsdp2-kl_shampoo"],
 }  # fmt: skip
 REPLANNED = {2: ["fsdp2-replanned", "tp_sharded-replanned", "zero2-replanned", "zero3_groups-replanned"]}
 STRANGERS = {4: ["tp_fsdp2-strangers"]}
-SAVED = {2: ["fsdp2-full", "fsdp2-sharded", "fsdp2-flat", "tp-flat", "ddp-plain", "ddp_sharded-plain",
+SAVED = {2: ["fsdp2-full", "fsdp2-sharded", "fsdp2-flat", "tp-flat", "ddp-plain", "ddp_all-plain", "ddp_sharded-plain",
              "ddp_sharded-full", "ddp_sharded-flat", "zero0-own", "zero0_bf16-own", "zero1-own", "zero2-own",
              "zero2-side", "fsdp1-full", "fsdp1-sharded"],
          4: ["tp_fsdp2-full"],
          1: ["zero2_offload-own"]}  # fmt: skip
-LOADED = {3: ["fsdp2-fsdp2+sharded", "ddp-fsdp2+full", "fsdp2-ddp+plain", "ddp_sharded-ddp+plain", "zero3-zero2+own",
+LOADED = {3: ["ddp_all-ddp+plain", "ddp-ddp_all+plain",
+              "fsdp2-fsdp2+sharded", "ddp-fsdp2+full", "fsdp2-ddp+plain", "ddp_sharded-ddp+plain", "zero3-zero2+own",
               "fsdp1-zero2+side", "fsdp2-fsdp1+full"],
           1: ["single-fsdp2+full", "single-ddp_sharded+plain", "single-zero2+own", "single-zero0+own",
               "single-fsdp1+sharded", "single-tp_fsdp2+full", "single-fsdp2+flat"]}  # fmt: skip
-FAILING = {2: ["fsdp2-failing", "ddp-failing", "zero2-failing", "fsdp1-failing"]}
+FAILING = {2: ["fsdp2-failing", "ddp-failing", "ddp_all-failing", "zero2-failing", "fsdp1-failing"]}
 REFUSED = {2: ["zero3-refused"], 3: ["fsdp1-refused"]}
 TRAINER = {2: ["trainer-zero1", "trainer-zero2", "trainer-zero3", "trainer-fsdp1"]}
 ACCELERATED = {2: ["accelerate-fsdp2", "accelerate-zero2"]}
@@ -48,8 +51,9 @@ ENGINE_OF = {"accelerate-fsdp2": "FSDPLlamaForCausalLM", "accelerate-zero2": "De
 CONTRACT = {2: ["ddp-contract", "ddp_sharded-contract", "fsdp2-contract"]}
 HYBRID = {2: ["fsdp1_hybrid-elementwise"]}
 WIDE = {2: ["tp-wide"]}
+ROUNDED = {2: ["ddp-wire", "ddp_all-wire"]}
 KINDS = (
-    CASES, WIDE, REPLANNED, STRANGERS, SAVED, LOADED, FAILING, REFUSED, TRAINER, ACCELERATED, CONTRACT, HYBRID,
+    CASES, WIDE, ROUNDED, REPLANNED, STRANGERS, SAVED, LOADED, FAILING, REFUSED, TRAINER, ACCELERATED, CONTRACT, HYBRID,
 )  # fmt: skip
 WORLDS = (2, 3, 4, 1)
 
@@ -99,6 +103,14 @@ def test_gradients_are_sent_in_their_own_dtype(results: dict, world: int, case: 
     for rank in results[world, case]:
         assert "error" not in rank, rank["error"]
         assert rank["bitwise"], rank["differ"]
+
+
+@each(ROUNDED)
+def test_what_is_rounded_on_the_wire_trains_alike_and_ranks_stay_equal(results: dict, world: int, case: str) -> None:
+    for rank in results[world, case]:
+        assert "error" not in rank, rank["error"]
+        assert rank["ranks_equal"]
+        assert 0 < rank["worst"] < 1e-3
 
 
 @each(REPLANNED)

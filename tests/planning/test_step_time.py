@@ -9,11 +9,11 @@ import pytest
 
 from hf_shampoo4.exceptions import OptionError
 from hf_shampoo4.planning import estimate
-from hf_shampoo4.planning.ceilings import Ceilings, ceilings_of
 from hf_shampoo4.planning.command import main
 from hf_shampoo4.planning.estimate import Described, plan_of
 from hf_shampoo4.planning.launches import Launch
 from hf_shampoo4.planning.step_time import Prediction, Seconds, predict, seconds, unknown
+from hf_shampoo4.utils.ceilings import Ceilings, ceilings_of
 
 CARDS = ("h100", "h200", "a100", "b200", "4090")
 COUNTS = {"late": {"launches": 1, "bytes": 1, "products": {}}}

@@ -415,6 +415,7 @@ def _run(model: nn.Module, bare: nn.Module, optimizer: Shampoo4bit) -> Run:
 ENGINES: dict[str, Callable[..., Run]] = {
     "single": lambda options, dtype=torch.float32: reference(options, 1, dtype),
     "ddp": ddp,
+    "ddp_all": lambda options, dtype=torch.float32: ddp({**options, "apply": "all"}, dtype),
     "ddp_sharded": lambda options, dtype=torch.float32: ddp({**options, "shard_state": True}, dtype),
     "fsdp2": fsdp2,
     "fsdp2_mixed": lambda options, dtype=torch.float32: fsdp2(options, dtype, "mixed"),

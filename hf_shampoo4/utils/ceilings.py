@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,13 @@ DECOMPOSITIONS = {
 }
 """Key of the table -> torch's operations that it is of."""
 NUMBERS = ("reached", "tbytes", "gbytes", "streamed", "launch_us", "link_gbytes")
+NETWORK = "network_gbytes"  # may be left out: as link_gbytes
+MACHINE = 8  # GPUs of a machine, unless it is known
 TABLES = ("tflops", *DECOMPOSITIONS)
-FORM = f"a mapping of cards to mappings of name, like, {', '.join((*TABLES, *NUMBERS))}; numbers as [value, source]"
+FORM = (
+    f"a mapping of cards to mappings of name, device, like, {', '.join((*TABLES, *NUMBERS, NETWORK))}; "
+    "numbers as [value, source]"
+)
 
 
 @dataclass(frozen=True)
@@ -39,7 +45,9 @@ class Ceilings:
     launch: float
     """Seconds that the smallest operation takes."""
     link: float = math.inf
-    """Bytes that it sends to other devices."""
+    """Bytes that it sends to other devices of its machine."""
+    network: float = math.inf
+    """Bytes that it sends to those of other machines."""
     capacity: int = 80 * 10**9
     """Bytes of memory."""
     decompositions: Mapping[str, Mapping[int, float]] = field(default_factory=dict)
@@ -48,6 +56,11 @@ class Ceilings:
     """Bytes of new memory: a CPU's pages are faulted in when they are written first."""
     sources: Mapping[str, str] = field(default_factory=dict)
     """Where each number is from."""
+
+    def sending(self, sent: float, world: int, machine: int = MACHINE) -> float:
+        """Seconds for so many bytes, spread evenly over the others of `world` ranks, `machine` of them together."""
+        near = min(machine, world) - 1
+        return sent * (near / self.link + (world - 1 - near) / self.network) / max(world - 1, 1)
 
     def of_products(self, precision: str) -> float:
         """Operations a second; bfloat16 stands for float16, and float32 for what is not known."""
@@ -83,9 +96,15 @@ def ceilings_of(card: str, file: Path | None = None) -> Ceilings:
     if card not in cards:
         raise OptionError(
             f"--gpu {card!r} is not known; known: {', '.join(cards)}.  Another card's numbers go into a file for "
-            "--ceilings, which begins as hf_shampoo4/planning/cards.yaml does"
+            "--ceilings, which begins as hf_shampoo4/utils/cards.yaml does"
         )
     return _ceilings(card, _with_base(card, cards), file or TABLE)
+
+
+@cache
+def ceilings_of_device(name: str) -> Ceilings | None:
+    """Of the table's card that torch calls so; None: the table has none."""
+    return next((ceilings_of(card) for card, numbers in _read(TABLE).items() if numbers.get("device") == name), None)
 
 
 def _with_base(card: str, cards: Mapping[str, Any]) -> dict[str, Any]:
@@ -96,7 +115,9 @@ def _with_base(card: str, cards: Mapping[str, Any]) -> dict[str, Any]:
     if base not in cards or "like" in cards[base]:
         raise OptionError(f"card {card!r} is like {base!r}: it must be a card that is like no other")
     # measured decompositions replace the base's: those were of another card
-    return _over({key: value for key, value in cards[base].items() if key not in own or key in NUMBERS}, own)
+    return _over(
+        {key: value for key, value in cards[base].items() if key not in own or key in (*NUMBERS, NETWORK)}, own
+    )
 
 
 def _over(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
@@ -115,7 +136,7 @@ def _read(path: Path) -> dict[str, dict[str, Any]]:
     if not isinstance(content, dict) or not all(isinstance(numbers, dict) for numbers in content.values()):
         raise OptionError(f"{path} is not {FORM}")
     for card, numbers in content.items():
-        unknown = set(numbers) - {"name", "like", *TABLES, *NUMBERS}
+        unknown = set(numbers) - {"name", "device", "like", *TABLES, *NUMBERS, NETWORK}
         if unknown:
             raise OptionError(f"{path}: card {card!r} has unknown {sorted(map(str, unknown))[0]!r}; it is {FORM}")
     return {str(card): numbers for card, numbers in content.items()}
@@ -136,7 +157,7 @@ def _ceilings(card: str, numbers: Mapping[str, Any], path: Path) -> Ceilings:
         raise OptionError(
             f"{path}: card {card!r} lacks {(missing or ['tflops.float32'])[0]}; or let it be `like` another"
         )
-    of = {key: number(key, numbers[key]) for key in NUMBERS}
+    of = {key: number(key, numbers[key]) for key in (*NUMBERS, NETWORK) if key in numbers}
     products = {kind: number(f"tflops.{kind}", value) for kind, value in numbers["tflops"].items()}
     decompositions = {
         operation: {int(order): 1e-3 * number(f"{key}.{order}", value) for order, value in numbers[key].items()}
@@ -151,6 +172,7 @@ def _ceilings(card: str, numbers: Mapping[str, Any], path: Path) -> Ceilings:
         peak=1e12 * products.get("bfloat16", products["float32"]),
         launch=1e-6 * of["launch_us"],
         link=1e9 * of["link_gbytes"],
+        network=1e9 * of.get(NETWORK, of["link_gbytes"]),
         capacity=int(1e9 * of["gbytes"]),
         decompositions=decompositions,
         sources=sources,

@@ -1,0 +1,170 @@
+"""Who updates the blocks of parameters that every rank has whole: their owners, or every rank all of them.
+
+Owners divide the work of a step, and send each other the new weights and state of every block.  Where every rank
+updates all blocks itself (`all`), only those that are refreshed in a step are their owners', as a refresh takes long.
+Both give the same bits where the wire is exact, so what a late step takes less time with is taken.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from ..numerics.storage import nbytes
+from ..options import Options, require, users_of
+from ..preconditioners.protocols import Algorithm
+from ..utils.ceilings import MACHINE, Ceilings, ceilings_of_device
+from .waves import WaveParameter
+
+# What a late step of a rank has more where all apply, for an entry that others own: bytes of rotations, and of all else
+# less what goes through the memory to be sent.  And launches: of llama_60m 24 on 8 ranks and 205 on 64.  Counted on the
+# meta device with Triton's kernels, which KL-Shampoo has (tests/execution/test_apply.py holds it).
+MOVED = {"kl_shampoo": 45}
+MOVED_BY_OTHERS = 200
+ROTATED = 22
+LAUNCHES = 120
+
+Group = tuple[Options, Sequence[WaveParameter]]
+
+
+class Machine(NamedTuple):
+    """Where a rank computes."""
+
+    devices: tuple[str, ...]
+    """What torch calls the GPUs that its parameters are on."""
+    gpus: int
+    """How many ranks its machine has."""
+
+
+@dataclass(frozen=True)
+class Difference:
+    """What a late step of the busiest rank has more of where every rank applies all, and less; refreshes have none."""
+
+    bytes: float
+    """Moved more in the GPU's memory."""
+    rotated: float
+    """Moved more by products."""
+    products: Mapping[str, float]
+    """More operations, by precision."""
+    launches: int
+    """More."""
+    sent: float
+    """Fewer bytes to others."""
+    world: int
+
+    def seconds(self, ceilings: Ceilings, machine: int = MACHINE) -> float:
+        """That the step takes longer if every rank applies all; below 0: it takes less."""
+        multiplied = sum(count / ceilings.of_products(precision) for precision, count in self.products.items())
+        more = self.bytes / ceilings.memory + max(self.rotated / ceilings.memory, multiplied)
+        return more + self.launches * ceilings.launch - ceilings.sending(self.sent, self.world, machine)
+
+
+def difference(groups: Sequence[Group], world: int) -> Difference:
+    """Of parameters that every rank has whole, with the state; by counts alone."""
+    owned, sent = np.zeros(world), np.zeros(world)
+    moved, rotated, products, launches = 0.0, 0.0, defaultdict[str, float](float), 0
+    for options, members in groups:
+        precision = _precision(options)
+        for member in members:
+            width = 2 if options.wire == "bf16" else member.local.buffer.element_size()
+            shares = refreshed_shares(member, options)
+            launches = LAUNCHES if any(shares) else launches
+            for block, owner, refreshed in zip(member.blocks, member.owners, shares, strict=True):
+                rest = 1 - refreshed
+                owned[owner] += block.numel
+                moved += rest * MOVED.get(options.algorithm, MOVED_BY_OTHERS) * block.numel
+                rotated += rest * ROTATED * block.numel
+                products[precision] += rest * block.algorithm.work()["step"].products
+                sent[owner] += rest * (width * block.numel + bytes_of_a_step(block.algorithm))
+    others = 1 - owned.max() / max(owned.sum(), 1)
+    return Difference(
+        bytes=others * moved,
+        rotated=others * rotated,
+        products={p: others * n for p, n in products.items()},
+        launches=launches,
+        sent=(world - 1) * float(sent.max()),
+        world=world,
+    )
+
+
+def refreshed_shares(member: WaveParameter, options: Options) -> list[float]:
+    """On what share of late steps each block of a parameter is refreshed; where norms go over it, any of its blocks."""
+    due = [_due(block.algorithm, options, phase) for block, phase in zip(member.blocks, member.phases, strict=True)]
+    if options.graft == "norm" and any(block.algorithm.grafted for block in member.blocks):
+        due = [(set().union(*(steps for steps, _ in due)), period) for _, period in due]
+    return [len(steps) / period for steps, period in due]
+
+
+def _due(algorithm: Algorithm, options: Options, phase: float) -> tuple[set[int], int]:
+    """The steps of a period of so many in which a block is refreshed."""
+    every = [n for refresh, n in algorithm.intervals(options).items() if refresh in algorithm.refreshes()]
+    period = math.lcm(*every)
+    first = [-int(phase * n * options.stagger) % n for n in every]
+    return {step for n, at in zip(every, first, strict=True) for step in range(at, period, n)}, period
+
+
+@lru_cache(maxsize=1 << 12)
+def bytes_of_a_step(algorithm: Algorithm) -> int:
+    """Of a block's state that changes at every step."""
+    rare = {name for names in algorithm.refreshes().values() for name in names}
+    return sum(nbytes(storage) for name, storage in algorithm.storages().items() if name not in rare)
+
+
+def _precision(options: Options) -> str:
+    """Of most products of a step, on a GPU."""
+    if options.algorithm not in users_of("rotation_precision"):
+        return "float32"
+    return {"auto": "tf32"}.get(options.rotation_precision, options.rotation_precision)
+
+
+def may_all_apply(options: Options, members: Sequence[WaveParameter], world: int) -> bool:
+    """Whether every rank has all it needs."""
+    return world > 1 and not options.shard_state and all(member.placement.whole for member in members)
+
+
+def all_is_shorter(groups: Sequence[Group], world: int, ceilings: Ceilings, machine: int = MACHINE) -> bool:
+    """What `apply=auto` asks of groups that `may_all_apply`."""
+    return difference(groups, world).seconds(ceilings, machine) < 0
+
+
+def this_machine(devices: Sequence[torch.device]) -> Machine:
+    """Of the devices that this rank's parameters are on."""
+    gpus = sorted({torch.cuda.get_device_name(device) for device in devices if device.type == "cuda"})
+    there = os.environ.get("LOCAL_WORLD_SIZE", "")
+    return Machine(tuple(gpus), int(there) if there.isdecimal() else torch.cuda.device_count() or 1)
+
+
+def all_apply(groups: Sequence[Group], machines: Sequence[Machine]) -> list[bool]:
+    """For each group whether every rank updates its blocks; the same on every rank.
+
+    Args:
+        groups: that are planned together.
+        machines: of every rank.
+
+    Raises:
+        OptionError: `apply=all` where not every rank has all it needs, or where unlike GPUs would round differently.
+    """
+    world, kinds = len(machines), {machine.devices for machine in machines}
+    able = [may_all_apply(options, members, world) for options, members in groups]
+    for (options, members), is_able in zip(groups, able, strict=True):
+        asked = options.apply == "all" and world > 1 and bool(members)
+        cut = "auto or owners where ranks have a part of the parameters or of the state each: owners alone can apply"
+        require("apply", options.apply, not asked or is_able, cut)
+        unlike = f"auto or owners on unlike GPUs, which round differently: {sorted(kinds)}"
+        require("apply", options.apply, not asked or len(kinds) == 1, unlike)
+    free = [group for group, is_able in zip(groups, able, strict=True) if is_able and group[0].apply == "auto"]
+    (devices, *others), gpus = kinds, min(machine.gpus for machine in machines)
+    ceilings = ceilings_of_device(devices[0]) if len(devices) == 1 and not others else None
+    shorter = bool(free) and ceilings is not None and all_is_shorter(free, world, ceilings, gpus)
+    return [
+        is_able and (options.apply == "all" or (options.apply == "auto" and shorter))
+        for (options, _), is_able in zip(groups, able, strict=True)
+    ]
