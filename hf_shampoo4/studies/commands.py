@@ -124,8 +124,9 @@ def race(arguments: Sequence[str]) -> None:
     A finished run is kept at once, in a file of its own in DIR/runs, and never run again by the same code; a race can
     be stopped at any time and shared by processes (`--shard I/N`).  A run that was killed goes on, to the same bits,
     from what it has left in DIR/unfinished, at most five minutes earlier.  The report is a table, a JSON with
-    everything and pictures.  On a quiet machine `--time` measures what a step takes, side by side, into
-    DIR/times/GRID.json; a report that finds it there counts its seconds by it.
+    everything and pictures; README.md says of all reports in DIR whom `shampoo4bit` is ahead of.  On a quiet machine
+    `--time` measures what a step takes, side by side, into DIR/times/GRID.json; a report that finds it there counts its
+    seconds by it.
     """
     chosen = _race_parser().parse_args(arguments)
     folder = chosen.output_dir
@@ -134,6 +135,7 @@ def race(arguments: Sequence[str]) -> None:
     from hf_shampoo4.studies.peers import code_of
     from hf_shampoo4.studies.race import carry_out
     from hf_shampoo4.studies.race_report import report
+    from hf_shampoo4.studies.race_summary import write_summary
     from hf_shampoo4.studies.race_times import STEPS, Times, measure_times
     from hf_shampoo4.studies.runner import Runs
 
@@ -147,6 +149,7 @@ def race(arguments: Sequence[str]) -> None:
         carry_out(some_of(grid, chosen.contestants.split(",")), runs, chosen.shard, chosen.sweep)
     if chosen.shard[1] == 1 and not chosen.time:
         report(grid, runs.of(None if chosen.any_code else code_of), folder, Times.read(timed))
+        write_summary(folder)
 
 
 def _race_parser() -> argparse.ArgumentParser:
