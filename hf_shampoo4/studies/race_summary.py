@@ -1,4 +1,4 @@
-"""README.md of a folder of races: in one look, on which grids `shampoo4bit` is ahead of whom, by what, and how surely."""
+"""README.md of a folder of races: on which grids `shampoo4bit` is ahead of whom, by what, and how surely."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ OURS = ("shampoo4bit", "shampoo4bit_one")
 """Of these the first that a grid has is compared."""
 NAMED = {"AdamW": ("adamw", "adamw_one"), "Muon": ("muon",)}
 BEST = "the best of the others"
-COLUMNS = ("grid", "steps, tokens a step", "against", "seeds", "its loss", "`shampoo4bit` minus it", "steps to its loss",
-           "seconds to it", "sweeps")  # fmt: skip
+COLUMNS = ("grid", "steps, tokens a step", "against", "seeds", "its loss", "`shampoo4bit` minus it",
+           "steps to its loss", "seconds to it", "sweeps")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -84,12 +84,12 @@ def comparisons(name: str, told: Settings) -> list[Comparison]:
     ours = next((there[key] for key in OURS if key in there), None)
     if told["target"] or ours is None:
         return []
-    not_ours = [
-        c.name for c in read_grid(name).contestants if c.settings.get("optim") not in OPTIMS and c.name in there
-    ]
+    not_ours = [c.name for c in read_grid(name).contestants if c.settings.get("optim") not in OPTIMS]
     chosen = {role: next((key for key in keys if key in there), "") for role, keys in NAMED.items()}
     named = {key for keys in NAMED.values() for key in keys}
-    others = sorted((key for key in not_ours if key not in named), key=lambda key: _or_inf(there[key]["mean"]))
+    others = sorted(
+        (key for key in not_ours if key in there and key not in named), key=lambda key: _or_inf(there[key]["mean"])
+    )
     chosen[BEST] = next(iter(others), "")
     common = told["common"]
     size = f"{common['max_steps']:,}, {common['per_device_train_batch_size'] * common['seq_len']:,}"
@@ -115,7 +115,7 @@ def _compared(grid: str, title: str, size: str, role: str, ours: Settings, other
         difference=statistics.mean(differences), spread=statistics.stdev(differences) if len(seeds) > 1 else None,
         steps=None if steps is None else steps / other["curve"][-1][0],
         seconds=None if seconds is None else seconds / other["seconds"][-1],
-        open=tuple(f"{whose} ({missing})" for whose, row in (("ours", ours), ("its", other)) if (missing := _open(row))),
+        open=tuple(f"{whose} ({at})" for whose, row in (("ours", ours), ("its", other)) if (at := _open(row))),
     )  # fmt: skip
 
 
