@@ -43,7 +43,8 @@ def test_a_comparison_is_over_common_seeds_and_counts_steps_and_seconds_to_the_o
 def test_the_best_of_the_others_is_nobody_of_ours() -> None:
     told = report(
         adamw=row("AdamW", [4.0]), adamw_one=row("one", [1.0]), soap_peer=row("SOAP", [3.8]),
-        soap4=row("ours too", [2.0]), adamw_bnb=row("8-bit", [3.9], closed={"learning_rate": False}), shampoo4bit=row("ours", [3.7], closed={}),
+        soap4=row("ours too", [2.0]), adamw_bnb=row("8-bit", [3.9], closed={"learning_rate": False}),
+        shampoo4bit=row("ours", [3.7], closed={}),
     )  # fmt: skip
     found = {each.role: each for each in comparisons("tiny_stdlib", told)}
     assert {role: each.label for role, each in found.items()} == {"AdamW": "AdamW", BEST: "SOAP"}
