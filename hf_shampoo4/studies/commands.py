@@ -126,7 +126,7 @@ def race(arguments: Sequence[str]) -> None:
     from what it has left in DIR/unfinished, at most five minutes earlier.  The report is a table, a JSON with
     everything and pictures; README.md says of all reports in DIR whom `shampoo4bit` is ahead of.  On a quiet machine
     `--time` measures what a step takes, side by side, into DIR/times/GRID.json; a report that finds it there counts its
-    seconds by it.
+    seconds by it.  `--peaks` measures, into DIR/peaks, the bytes that a step holds at its peak, for the same table.
     """
     chosen = _race_parser().parse_args(arguments)
     folder = chosen.output_dir
@@ -134,6 +134,7 @@ def race(arguments: Sequence[str]) -> None:
     from hf_shampoo4.studies.grid import read_grid, some_of
     from hf_shampoo4.studies.peers import code_of
     from hf_shampoo4.studies.race import carry_out
+    from hf_shampoo4.studies.race_peaks import measure_peaks, peaks_of
     from hf_shampoo4.studies.race_report import report
     from hf_shampoo4.studies.race_summary import write_summary
     from hf_shampoo4.studies.race_times import STEPS, Times, measure_times
@@ -142,13 +143,19 @@ def race(arguments: Sequence[str]) -> None:
     changes = {} if chosen.steps is None else {"max_steps": chosen.steps}
     grid = read_grid(chosen.grid, chosen.quick, changes)
     grid = replace(grid, seeds=grid.seeds[: chosen.seeds])
-    runs, timed = Runs(folder / "runs"), folder / "times" / f"{grid.name}.json"
+    wanted = some_of(grid, chosen.contestants.split(","))
+    runs, peaks, timed = Runs(folder / "runs"), Runs(folder / "peaks"), folder / "times" / f"{grid.name}.json"
     if chosen.time:
-        measure_times(some_of(grid, chosen.contestants.split(",")).contestants, timed, 2 if chosen.quick else STEPS)
-    elif not chosen.report_only:
-        carry_out(some_of(grid, chosen.contestants.split(",")), runs, chosen.shard, chosen.sweep)
-    if chosen.shard[1] == 1 and not chosen.time:
-        report(grid, runs.of(None if chosen.any_code else code_of), folder, Times.read(timed))
+        measure_times(wanted.contestants, timed, 2 if chosen.quick else STEPS)
+    if chosen.peaks:
+        measure_peaks(wanted.contestants, peaks)
+    if chosen.time or chosen.peaks:
+        return
+    if not chosen.report_only:
+        carry_out(wanted, runs, chosen.shard, chosen.sweep)
+    if chosen.shard[1] == 1:
+        code = None if chosen.any_code else code_of
+        report(grid, runs.of(code), folder, Times.read(timed), peaks_of(grid.contestants, peaks.of(code)))
         write_summary(folder)
 
 
@@ -164,6 +171,7 @@ def _race_parser() -> argparse.ArgumentParser:
     add("--steps", type=whole(1), help="steps of each run")
     add("--report_only", action="store_true", help="no runs: put together what is finished, of all processes")
     add("--time", action="store_true", help="no runs: time 30 steps of each contestant side by side, for the report")
+    add("--peaks", action="store_true", help="no runs: measure the bytes of a step at its peak, for the report")
     add("--any_code", action="store_true", help="report runs of other versions of the code too, the last first")
     add("--quick", action="store_true", help="a few steps of a tiny model: does it work here?")
     return parser

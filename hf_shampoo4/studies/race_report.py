@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from hf_shampoo4.exceptions import ConfigError
@@ -16,7 +16,13 @@ from hf_shampoo4.utils.files import write_json, write_text
 REMARKS = "<!-- below this line: written by hand, kept when the table is written again -->"
 
 
-def report(grid: Grid, finished: Sequence[Settings], folder: Path, times: Times | None = None) -> None:
+def report(
+    grid: Grid,
+    finished: Sequence[Settings],
+    folder: Path,
+    times: Times | None = None,
+    peaks: Mapping[str, float] | None = None,
+) -> None:
     """Write NAME.json, NAME.md and the pictures into the folder from the runs finished so far.
 
     Args:
@@ -24,11 +30,12 @@ def report(grid: Grid, finished: Sequence[Settings], folder: Path, times: Times 
         finished: runs, of any grid.
         folder: for the files.
         times: of steps, see `race_times`.
+        peaks: bytes a parameter, see `race_peaks`.
 
     Raises:
         ConfigError: the contestants that the others are measured against have not finished a run.
     """
-    rows = rows_of(grid, finished, times)
+    rows = rows_of(grid, finished, times, peaks)
     needed = [name for name in (grid.baseline, grid.target) if name]
     if not set(needed) <= {row.name for row in rows}:
         raise ConfigError(f"nothing to report yet: {' and '.join(needed)} need a finished run each, of this code")
@@ -78,7 +85,7 @@ def as_markdown(grid: Grid, rows: Sequence[Row], times: Times | None = None) -> 
     """The table and how it was made."""
     baseline = next(row for row in rows if row.name == grid.baseline)
     target = next((row for row in rows if row.name == grid.target), None)
-    has_peaks = any(row.peak_bytes_per_parameter is not None for row in rows)  # known from `--time` alone
+    has_peaks = any(row.peak_bytes_per_parameter is not None for row in rows)  # known from `--peaks`
     columns = ["contestant", "learning rate", "times, by kind", "sweep", "seeds", "loss, mean ± spread",
                f"steps to the loss of {baseline.label}", "seconds to it", "state, bytes a parameter",
                *(["at the peak"] if has_peaks else []), "optimizer, ms a step"]  # fmt: skip

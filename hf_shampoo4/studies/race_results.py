@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from hf_shampoo4.studies.grid import Contestant, Grid, Point, Settings
 from hf_shampoo4.studies.measured_run import steps_to
@@ -64,22 +64,26 @@ class Row:
         return statistics.stdev(self.losses.values()) if len(self.losses) > 1 else None
 
 
-def rows_of(grid: Grid, finished: Sequence[Settings], times: Times | None = None) -> list[Row]:
+def rows_of(
+    grid: Grid, finished: Sequence[Settings], times: Times | None = None, peaks: Mapping[str, float] | None = None
+) -> list[Row]:
     """One row for each contestant with a finished run, in the grid's order.
 
     Args:
         grid: the race.
         finished: runs, of any grid; of two with equal settings the first counts.
         times: of steps, measured side by side; without them, and of contestants that they lack, times are the runs'.
+        peaks: bytes a parameter at the peak of a step, of those contestants of which they were measured.
     """
     chosen = {c.name: found for c in grid.contestants if (found := _chosen(c, grid.seeds, finished))}
     losses = {name: {r["settings"]["seed"]: r["final_loss"] for r in runs} for name, (_, _, runs) in chosen.items()}
     goals = losses.get(grid.baseline, {})
     unit = statistics.median(_model_ms(run) for _, _, runs in chosen.values() for run in runs) if chosen else 1.0
-    return [
+    rows = [
         _row(grid, finished, found, losses, goals, _Clock(unit, times if times and name in times.steps else None))
         for name, found in chosen.items()
     ]
+    return [replace(row, peak_bytes_per_parameter=(peaks or {}).get(row.name)) for row in rows]
 
 
 @dataclass(frozen=True)
@@ -125,7 +129,7 @@ def _row(
         name=name, label=contestant.label, point=point, losses=dict(losses[name]), curve=curve, seconds=seconds,
         sweep=contestant.losses(first, finished), closed=contestant.closed(first, finished),
         bytes_per_parameter=runs[0]["bytes_per_parameter"],
-        peak_bytes_per_parameter=times.steps[name].peak_bytes if times else None,
+        peak_bytes_per_parameter=None,
         optimizer_step_ms=round(clock.optimizer_ms(name, runs), 1),
         model_step_ms=round(times.model_ms if times else clock.unit_ms, 1),
         steps_to_baseline=None if goal is None else steps_to(curve, goal),

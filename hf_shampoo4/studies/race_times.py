@@ -37,7 +37,7 @@ FIRST, STEPS = 3, 30
 
 @dataclass(frozen=True)
 class StepTime:
-    """Of one contestant; bytes are a parameter's."""
+    """Of one contestant."""
 
     optimizer_ms: float
     """Mean over steps at the pace of the beginning: refreshes fall on some steps only, which a median would not see."""
@@ -45,9 +45,6 @@ class StepTime:
     """The same at the slowest pace."""
     first_ms: float
     """The first step, in which the state is made."""
-    state_bytes: float
-    peak_bytes: float
-    """State, and what a step holds beyond it at most."""
 
 
 @dataclass(frozen=True)
@@ -112,7 +109,8 @@ class Racer:
             chosen = parse({**train_settings(settings), "output_dir": folder})
         torch.manual_seed(0)
         is_masked = chosen.data.mask_fraction > 0  # which takes one more token
-        self.model = build_model(chosen.model, settings["vocab_size"] + is_masked, masked=is_masked)
+        self.vocabulary = settings["vocab_size"]
+        self.model = build_model(chosen.model, self.vocabulary + is_masked, masked=is_masked)
         kind, keywords = optimizer_of(settings)(self.model, chosen.training)
         self.optimizer: torch.optim.Optimizer = kind(**keywords)
         self.model_seconds: list[float] = []
@@ -132,7 +130,7 @@ class Racer:
         self.optimizer_seconds.append(time.process_time() - began)
 
     def bytes(self) -> tuple[float, float]:
-        """State, and at the peak of a step; a parameter's."""
+        """State, and at the peak of the next step, whose gradients are there; a parameter's."""
         parameters = sum(p.numel() for p in self.model.parameters())
         beyond = peak_beyond(self.optimizer.step, torch.device("cpu"))
         state = state_bytes(self.optimizer)
@@ -182,11 +180,8 @@ def _told(name: str, racers: Mapping[tuple[str, str], Racer], scale: Sequence[fl
         scaled = [a * s for a, s in zip(racer.optimizer_seconds, scale, strict=True)]
         return round(statistics.mean(scaled[FIRST:]), 3)
 
-    state, peak = early.bytes()
     return StepTime(
         optimizer_ms=mean(early),
         late_ms=mean(late or early),
         first_ms=round(early.optimizer_seconds[0] * scale[0], 3),
-        state_bytes=round(state, 4),
-        peak_bytes=round(peak, 4),
     )

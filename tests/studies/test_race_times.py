@@ -8,13 +8,33 @@ import pytest
 
 from hf_shampoo4 import cli
 from hf_shampoo4.options import Options
+from hf_shampoo4.studies.grid import read_grid
+from hf_shampoo4.studies.peers import code_of
+from hf_shampoo4.studies.race_peaks import peaks_of
 from hf_shampoo4.studies.race_times import StepTime, Times, pace_of
+from hf_shampoo4.studies.runner import Runs
 
 OURS = {"optim": "shampoo4bit", "optim_args": "stats_every=4,refresh_warmup=10"}
 
 
 def times(early: float, late: float) -> Times:
-    return Times(100.0, {"a": StepTime(early, late, 50.0, 1.0, 2.0)}, {}, "abc")
+    return Times(100.0, {"a": StepTime(early, late, 50.0)}, {}, "abc")
+
+
+def test_peaks_are_measured_once_for_all_grids_of_one_model(tmp_path, capsys) -> None:
+    arguments = ["--quick", "--peaks", "--contestants", "adamw,shampoo4bit", "--output_dir", str(tmp_path)]
+    assert cli.main(["race", "tiny_stdlib", *arguments]) == 0
+    assert capsys.readouterr().out.count("at the peak") == 2
+    kept = Runs(tmp_path / "peaks")
+    adamw, ours = sorted(kept.of(code_of), key=lambda run: -run["bytes_per_parameter"])
+    assert adamw["bytes_per_parameter"] == pytest.approx(8, rel=0.01)
+    assert ours["bytes_per_parameter"] < 3
+    found = peaks_of(read_grid("tiny_kjv", quick=True).contestants, kept.of(code_of))
+    assert found["shampoo4bit"] == ours["peak_bytes_per_parameter"] > ours["bytes_per_parameter"]
+    assert found["adamw"] == adamw["peak_bytes_per_parameter"] >= adamw["bytes_per_parameter"]
+    assert "soap_peer" not in found
+    assert cli.main(["race", "tiny_kjv", *arguments]) == 0
+    assert len(kept.of(None)) == 2
 
 
 def test_bases_turn_ever_more_rarely_and_others_have_one_pace() -> None:
@@ -45,9 +65,6 @@ def test_a_quick_measurement_and_its_file(tmp_path, capsys) -> None:
     adamw, ours = told.steps["adamw"], told.steps["shampoo4bit"]
     assert told.model_ms > 0
     assert adamw.optimizer_ms == adamw.late_ms > 0
-    assert adamw.state_bytes == pytest.approx(8, rel=0.01)
-    assert ours.state_bytes < 3
-    assert ours.peak_bytes > ours.state_bytes
     assert ours.first_ms > 0
     assert set(json.loads((tmp_path / "times" / "tiny_stdlib.json").read_text())) >= {"machine", "commit"}
     assert Times.read(tmp_path / "nowhere.json") is None
