@@ -110,7 +110,7 @@ class DecodedSide:
         torch.where(fresh, level, self.eigenvalues, out=self.eigenvalues)
         self._largest = torch.where(fresh, level, self.largest)
 
-    def update_eigenvalues(self, diagonal: Tensor, beta: float) -> None:
+    def update_eigenvalues(self, diagonal: Tensor, beta: float, bad: Tensor) -> None:
         """lambda <- beta lambda + (1 - beta) diagonal, but for blocks whose gradient is zero, or too large to square.
 
         Forgotten at beta a step on both sides, eigenvalues would go as fast as the first moment, and KL-Shampoo's
@@ -119,8 +119,9 @@ class DecodedSide:
         Args:
             diagonal: (B, k) float32, of the factor's new sample in the basis.
             beta: the decay of a step.
+            bad: bool (B,), blocks that are to stay as they are: of some the sum of all squares alone is too large.
         """
-        largest = diagonal.amax(-1, keepdim=True)
+        largest = diagonal.amax(-1, keepdim=True).masked_fill_(bad.unsqueeze(-1), 0.0)
         tells = largest == largest.clamp(TINIEST, FLOAT32_MAX)  # > 0 and finite
         self.eigenvalues.lerp_(torch.where(tells, diagonal, self.eigenvalues), 1 - beta)
         self._largest = None

@@ -184,7 +184,8 @@ class Eigenbasis(TwoSided):
         sides' shares of the scale drift.
 
         Returns:
-            bool (B,): blocks whose gradient is too large to square; it becomes zero.
+            bool (B,): blocks whose squares are not finite, or their sum is not; their gradient becomes zero, and their
+                eigenvalues stay.
         """
         if has_kernels(g.device, DENSE_BLOCK):
             return self._update_eigenvalues_in_passes(left, right, g, o)
@@ -199,14 +200,15 @@ class Eigenbasis(TwoSided):
         if self.is_two_sided:
             of_right = (self._whitening(left).reciprocal() / self.left.order).unsqueeze(-2) @ squares
             of_left = squares.div_(self._whitening(right).unsqueeze(-2)).mean(-1)
-            left.update_eigenvalues(of_left, o.factor_beta)
-            right.update_eigenvalues(of_right.squeeze(-2), o.factor_beta)
+            left.update_eigenvalues(of_left, o.factor_beta, bad)
+            right.update_eigenvalues(of_right.squeeze(-2), o.factor_beta, bad)
             return bad
         diagonal, rotated, squares = (left, right, squares) if right.has_basis else (right, left, squares.mT)
         of_diagonal = squares @ (self._whitening(rotated).reciprocal() / squares.shape[-1]).unsqueeze(-1)
-        diagonal.update_eigenvalues(of_diagonal.squeeze(-1), o.vocabulary_beta if o.vocabulary else o.factor_beta)
+        beta = o.vocabulary_beta if o.vocabulary else o.factor_beta
+        diagonal.update_eigenvalues(of_diagonal.squeeze(-1), beta, bad)
         of_rotated = (self._whitening(diagonal).reciprocal() / squares.shape[-2]).unsqueeze(-2) @ squares
-        rotated.update_eigenvalues(of_rotated.squeeze(-2), o.factor_beta)
+        rotated.update_eigenvalues(of_rotated.squeeze(-2), o.factor_beta, bad)
         return bad
 
     def _update_eigenvalues_in_passes(self, left: DecodedSide, right: DecodedSide, g: Tensor, o: Options) -> Tensor:

@@ -101,3 +101,27 @@ def test_the_bound_on_the_bases_is_the_bound_on_what_they_rotate(rotated: tuple[
     expected = rotate(bases[0], algorithm._bounded(u, options, 0.98), bases[1])
     left, right = algorithm._bounding(u, *bases, options)
     torch.testing.assert_close(rotate(left, u, right), expected, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("kernels", [False, True])
+@pytest.mark.parametrize(("shape", "vocabulary"), [((20, 24), False), ((60, 8), False), ((60, 8), True)])
+def test_a_block_whose_squares_overflow_in_their_sum_alone_keeps_its_eigenvalues(
+    shape: tuple[int, int], vocabulary: bool, kernels: bool
+) -> None:
+    """Each entry, its square and the sums of rows and columns are finite; the sum of all is not."""
+    torch.manual_seed(0)
+    p = nn.Parameter(torch.randn(shape))
+    optimizer = Shampoo4bit([{"params": [p], "vocabulary": vocabulary}], lr=0.05, stats_every=2, refresh_warmup=0)
+    with pytest.MonkeyPatch.context() as patch:
+        if kernels:
+            with_kernels(patch)
+        for large in (False, False, True):
+            before = {key: t.clone() for key, t in optimizer.state[p].items() if "eigenvalues" in key}
+            p.grad = torch.randn(shape).sign() * (1e18 if large else 1.0)
+            optimizer.step()
+    assert len(before) == 2
+    for key, t in before.items():
+        assert torch.equal(optimizer.state[p][key], t), key
+    assert sum(int(t.sum()) for key, t in optimizer.state[p].items() if "failures" in key) == 1
+    assert p.isfinite().all()
+    assert optimizer.param_groups[0]["skipped_steps"] == 0

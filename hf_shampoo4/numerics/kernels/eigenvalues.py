@@ -68,10 +68,10 @@ def _weights(left, right, of_left, of_right, height, width, floor, tiny, WHITENE
 
 
 @triton.jit
-def _follow_one(x, sums, at, length, start_at, factor, count, weight, NUMBERS: tl.constexpr):
-    """lambda <- lerp(lambda, sums factor / count, weight), started at `start_at` if that is not negative."""
+def _follow_one(x, sums, at, length, start_at, factor, count, weight, good, NUMBERS: tl.constexpr):
+    """lambda <- lerp(lambda, sums factor / count, weight) if `good`, started at `start_at` if that is not negative."""
     most = _largest(sums, at, length, NUMBERS) * factor / count
-    tells = (most > 0) & (most < float("inf"))
+    tells = (most > 0) & (most < float("inf")) & good
     for start in range(0, length, NUMBERS):
         k = start + tl.arange(0, NUMBERS)
         value = tl.load(x + at * length + k, mask=k < length, other=0.0)
@@ -109,19 +109,19 @@ def _follow(
         of_level = 1.0 / tl.maximum(level, tl.maximum(floor * level, tiny))
     if ROWS:
         factor = tl.where(right_start >= 0, of_level, 1.0)
-        _follow_one(left, rows, at, height, left_start, factor, width, weight, NUMBERS)
+        _follow_one(left, rows, at, height, left_start, factor, width, weight, is_good, NUMBERS)
     else:
         _start_one(left, at, height, left_start, NUMBERS)
     if COLUMNS:
         factor = tl.where(left_start >= 0, of_level, 1.0)
-        _follow_one(right, columns, at, width, right_start, factor, height, weight, NUMBERS)
+        _follow_one(right, columns, at, width, right_start, factor, height, weight, is_good, NUMBERS)
     else:
         _start_one(right, at, width, right_start, NUMBERS)
 
 
 @triton.jit
 def _follow_alone(x, sums, length, count, weight, NUMBERS: tl.constexpr):
-    _follow_one(x, sums, tl.program_id(0).to(tl.int64), length, -1.0, 1.0, count, weight, NUMBERS)
+    _follow_one(x, sums, tl.program_id(0).to(tl.int64), length, -1.0, 1.0, count, weight, True, NUMBERS)
 
 
 @dataclass(frozen=True)
@@ -178,7 +178,7 @@ def follow(
         weight: of the new ones.
 
     Returns:
-        bool (B,): whether that sum is finite.
+        bool (B,): whether that sum is finite; eigenvalues of other blocks stay as they are.
     """
     good = torch.empty(len(left), dtype=torch.bool, device=left.device)
     with torch.cuda.device_of(left):
