@@ -13,6 +13,7 @@ from hf_shampoo4.utils.plots import COLOURS, PALETTE, apart, label_ends, picture
 
 PUBLISHED: dict[str, Any] = {"facecolor": "#fde3d3", "edgecolor": COLOURS[1], "hatch": "///", "linewidth": 0}
 LINES = 6  # of a picture: more cannot be followed
+OPEN = "*: sweep open, a better rate may lie beyond"
 
 
 def draw_curves(grid: Grid, rows: Sequence[Row], path: Path) -> None:
@@ -28,7 +29,7 @@ def draw_curves(grid: Grid, rows: Sequence[Row], path: Path) -> None:
         by_step, by_time = axes[0]
         for row in shown:
             losses = [loss for _, loss in row.curve]
-            label = f"{row.mean:.3f}  {row.label} ({row.bytes_per_parameter:.1f} B/param)"
+            label = f"{row.mean:.3f}  {_marked(row)} ({row.bytes_per_parameter:.1f} B/param)"
             look = {**style(shown.index(row)), "linewidth": 3.2 if row.name == names[0] else 1.8, "markersize": 5}
             look |= {"color": "black", "linestyle": "--"} if row.name == grid.baseline else {}
             if row.curve:
@@ -41,8 +42,10 @@ def draw_curves(grid: Grid, rows: Sequence[Row], path: Path) -> None:
         by_step.set_xlim(right=1.3 * by_step.get_xlim()[1])  # room for the names
         label_ends(by_step, labels)
         by_time.set(title="by time", xlabel="training time, minutes")
-        title = "final loss, best first down the columns"
-        figure.legend(frameon=False, fontsize=9, title=title, loc="outside lower center", ncols=3, alignment="left")
+        title = "final loss, best first down the columns" + (f"; {OPEN}" if any(row.open for row in shown) else "")
+        columns = 3 if max((len(line.get_label()) for line in by_step.get_lines()), default=0) < 45 else 2
+        place = {"loc": "outside lower center", "ncols": columns, "alignment": "left"}
+        figure.legend(frameon=False, fontsize=9, title=title, title_fontsize=9, **place)
 
 
 def draw_bytes(grid: Grid, rows: Sequence[Row], path: Path) -> None:
@@ -73,7 +76,7 @@ def draw_bytes(grid: Grid, rows: Sequence[Row], path: Path) -> None:
                 row.bytes_per_parameter, row.mean, yerr=row.spread or 0, color=colour, capsize=2, elinewidth=0.8, **look
             )
             axes.annotate(
-                f"{row.mean:.3f}  {row.bytes_per_parameter:.2f} B  {row.label}", (row.bytes_per_parameter, row.mean),
+                f"{row.mean:.3f}  {row.bytes_per_parameter:.2f} B  {_marked(row)}", (row.bytes_per_parameter, row.mean),
                 xytext=(right, height), va="center", fontsize=8.5, color=colour, annotation_clip=False,
                 arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.5, "alpha": 0.6, "relpos": (0, 0.5)},
             )  # fmt: skip
@@ -84,7 +87,12 @@ def draw_bytes(grid: Grid, rows: Sequence[Row], path: Path) -> None:
             axes.set_xticks([], minor=True)
         axes.set(title=f"{grid.title}: final loss against state", ylabel="validation loss (bar: spread over seeds)")
         joined = "; the line joins the best at their bytes" if len(front) > 1 else ""
-        axes.set_xlabel(f"bytes of optimizer state a parameter, logarithmic{joined}")
+        noted = f"\n{OPEN}" if any(row.open for row in finite) else ""
+        axes.set_xlabel(f"bytes of optimizer state a parameter, logarithmic{joined}{noted}")
+
+
+def _marked(row: Row) -> str:
+    return row.label + " *" * row.open
 
 
 def frontier(rows: Sequence[Row]) -> list[Row]:

@@ -54,6 +54,11 @@ class Row:
     """Of the code that made the runs."""
 
     @property
+    def open(self) -> bool:
+        """Whether a better point may lie beyond those that were tried."""
+        return not self.closed or not all(self.closed.values())
+
+    @property
     def mean(self) -> float:
         """Over seeds."""
         return statistics.mean(self.losses.values())

@@ -166,6 +166,11 @@ def test_a_sweep_says_in_which_coordinates_it_is_closed():
     assert [sweep_state(replace(row, closed=closed)) for closed in told.values()] == list(told)
 
 
+def test_a_contestant_of_one_point_or_at_the_edge_of_its_sweep_is_open():
+    row = rows_of(GRID, results({"a": {0: 4.0}}))[0]
+    assert [replace(row, closed=closed).open for closed in ({}, {"head": False}, {"head": True})] == [True, True, False]
+
+
 def test_the_spread_of_steps_is_that_of_each_seed_against_its_own_baseline():
     rows = rows_of(GRID, results({"a": {0: 4.0, 1: 4.5}, "b": {0: 3.0, 1: 4.0}, "c": {0: 5.0, 1: 4.0}}))
     steps = [10 * (8 - 4.0) / (8 - 3.0), 10 * (8 - 4.5) / (8 - 4.0)]
