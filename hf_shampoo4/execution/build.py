@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import torch
 
+from ..numerics.memory import keep_freed_memory
 from ..numerics.precision import lacks
 from ..numerics.storage import allocate
 from ..options import Options, require
@@ -42,6 +43,8 @@ def build(groups: Sequence[tuple[Options, Sequence[LocalParameter], Shapes]], ra
     found = iter(
         [(placement_of(local, of), min(r.room for r in of)) for (local, _), of in zip(every, reports, strict=True)]
     )
+    if any(local.buffer.device.type == "cpu" for local, _ in every):
+        keep_freed_memory()
     members = []
     for options, of_group, shapes in groups:
         _require_precision(options, of_group)

@@ -1,4 +1,4 @@
-"""Batched matrix functions, all pure: (B, k, k) float32 in, new tensors out, the input never changed.
+"""Batched matrix functions: (B, k, k) float32 in, new tensors out, the input never changed but by what ends in `_`.
 
 Matrix products run in float32 proper (`precision.exact_float32`): TF32's ten mantissa bits are too few for a factor.
 """
@@ -166,15 +166,14 @@ def transpose(a: Tensor | None) -> Tensor | None:
     return None if a is None else a.mT
 
 
-def clamp_rms(x: Tensor, most: float, rows: bool, columns: bool) -> Tensor:
-    """x (B, m, n) with rows, columns or both scaled down where their root mean square is above `most`."""
+def clamp_rms_(x: Tensor, most: float, rows: bool, columns: bool) -> Tensor:
+    """x (B, m, n), in place, with rows, columns or both scaled down where their root mean square is above `most`."""
     squares = x.square()  # of x as it was: with both, no row or column ends above `most` either
     of_dims = [squares.mean(dim, keepdim=True) for dim, scaled in ((-1, rows), (-2, columns)) if scaled]
     del squares
     factors = [(most / mean.sqrt_()).clamp_max_(1.0) for mean in of_dims]
-    x = x * factors[0] if factors else x.clone()
-    for factor in factors[1:]:
-        x *= factor
+    for factor in factors:
+        x.mul_(factor)
     return x
 
 

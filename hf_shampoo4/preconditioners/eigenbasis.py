@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..numerics.blocks import add_to_blocks
-from ..numerics.linalg import clamp_rms, transpose
+from ..numerics.linalg import clamp_rms_, transpose
 from ..numerics.precision import rotate, rotation_precision
 from ..numerics.quantize import DENSE_BLOCK, has_kernels, kernels
 from ..numerics.storage import Blockwise, Dense
@@ -300,16 +300,16 @@ class Eigenbasis(TwoSided):
         ]
 
     def _bounded(self, u: Tensor, o: Options, beta2: float) -> Tensor:
-        """No larger than gradients can make it as long as the bases rest; without a spike it seldom is.
+        """u, in place, no larger than gradients can make it as long as the bases rest; without a spike it seldom is.
 
         After a basis update the first moment may be large where the second moment, or eigenvalue, is tiny as yet.
         """
         if isinstance(self.moments, Adam):
             limit = max(LIMIT, (1 - beta2) ** -0.5)
-            return u.clamp(-limit, limit)
+            return u.clamp_(-limit, limit)
         # (1 - beta) mean_j G'_ij^2 / lambda_Rj is a part of lambda_Li: what bounds a gradient's rows bounds a mean's
         most = (1 - o.factor_beta) ** -0.5
-        return clamp_rms(u, most, rows=self.left.basis is not None, columns=self.right.basis is not None)
+        return clamp_rms_(u, most, rows=self.left.basis is not None, columns=self.right.basis is not None)
 
 
 def _scales(left: DecodedSide, right: DecodedSide, o: Options) -> tuple[Tensor, Tensor]:

@@ -54,7 +54,8 @@ class WhitenedMoment:
         """
         self._storage, self._buffers = storage, buffers
         rows, columns = scales
-        self.exact = (storage.read(buffers) * rows).mul_(columns)
+        stored = storage.read(buffers)
+        self.exact = (stored * rows if isinstance(storage, Dense) else stored.mul_(rows)).mul_(columns)
         """(B, m, n) float32."""
 
     def add(self, g: Tensor, weight: float) -> None:
@@ -79,7 +80,8 @@ class WhitenedMoment:
     def step(self, scales: Scales, at: MomentStep) -> Tensor:
         """`store`, and the direction of KL-Shampoo: what is stored, bias-corrected, (B, m, n) float32."""
         m = self.store(scales, at)
-        return m / bias(at.betas[0], at.steps, m.dim())
+        by = bias(at.betas[0], at.steps, m.dim())
+        return m.div_(by) if at.watch is None else m / by
 
 
 class FusedMoment:
