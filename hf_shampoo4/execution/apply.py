@@ -18,6 +18,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from ..numerics.quantize import builder_of_kernels, do_without_kernels
 from ..numerics.storage import nbytes
 from ..options import Options, require, users_of
 from ..preconditioners.protocols import Algorithm
@@ -42,6 +43,8 @@ class Machine(NamedTuple):
     """What torch calls the GPUs that its parameters are on."""
     gpus: int
     """How many ranks its machine has."""
+    kernels: str = ""
+    """What builds kernels there, see `builder_of_kernels`."""
 
 
 @dataclass(frozen=True)
@@ -139,7 +142,20 @@ def this_machine(devices: Sequence[torch.device]) -> Machine:
     """Of the devices that this rank's parameters are on."""
     gpus = sorted({torch.cuda.get_device_name(device) for device in devices if device.type == "cuda"})
     there = os.environ.get("LOCAL_WORLD_SIZE", "")
-    return Machine(tuple(gpus), int(there) if there.isdecimal() else torch.cuda.device_count() or 1)
+    count = int(there) if there.isdecimal() else torch.cuda.device_count() or 1
+    return Machine(tuple(gpus), count, builder_of_kernels(devices))
+
+
+def agree_on_kernels(machines: Sequence[Machine]) -> None:
+    """Let no rank use kernels that another one lacks: they round differently, and replicas would go apart."""
+    found = [machine.kernels for machine in machines]
+    if len(set(found)) > 1:
+        by_rank = {name or "none": [r for r, of in enumerate(found) if of == name][:8] for name in sorted(set(found))}
+        do_without_kernels(
+            f"ranks build different kernels ({', '.join(f'{n}: ranks {ranks}' for n, ranks in by_rank.items())}), "
+            "which round differently: plain PyTorch works in their place on all, and takes longer.  Make Triton work, "
+            "in one version, on every rank"
+        )
 
 
 def all_apply(groups: Sequence[Group], machines: Sequence[Machine]) -> list[bool]:

@@ -18,7 +18,7 @@ from ..sharding.exchange import Ranks
 from ..sharding.local_parameter import LocalParameter, may_be_replicas, overlapping
 from ..sharding.owners import assign
 from ..sharding.placement import Placement, ranges
-from .apply import Machine, all_apply, this_machine
+from .apply import Machine, agree_on_kernels, all_apply, this_machine
 from .blocking import Block, blocks_of, in_waves, loads_of, phases_of, wave_elements
 from .waves import BlockStack, Wave, WaveParameter
 
@@ -39,6 +39,7 @@ def build(groups: Sequence[tuple[Options, Sequence[LocalParameter], Shapes]], ra
     """
     every = [(local, options.working_memory) for options, of_group, _ in groups for local in of_group]
     machines, by_rank = zip(*gather_or_raise(ranks, lambda: _seen(every, ranks)), strict=True)
+    agree_on_kernels(machines)
     reports = zip(*by_rank, strict=True)
     found = iter(
         [(placement_of(local, of), min(r.room for r in of)) for (local, _), of in zip(every, reports, strict=True)]

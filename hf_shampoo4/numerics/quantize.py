@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
@@ -35,6 +35,7 @@ FLOAT32_MAX = torch.finfo(torch.float32).max
 CPU_PIECE = 1 << 18  # numbers worked on at a time: what lies between input and codes stays in a CPU's cache
 DENSE_BLOCK = 128  # numbers that a kernel works on together where none share a scale
 GPU_PIECE = 1 << 26  # a GPU wants few launches: bounds the memory of what lies between, 9 bytes a number
+GPUS = ("cuda",)  # devices that Triton builds kernels for
 
 
 def quantize_block(
@@ -221,9 +222,27 @@ def packed_length(length: int, bits: int) -> int:
     return length if bits == 8 else (length + 1) // 2
 
 
+_done_without: list[str] = []
+"""Why there are no kernels in this process, if there could be."""
+
+
 def has_kernels(device: torch.device, block: int) -> bool:
     """Whether Triton's kernels do the work: on a GPU, for blocks that fit their tiles."""
-    return device.type == "cuda" and _triton_works(device) and kernels().can_run(block)
+    return device.type in GPUS and not _done_without and _triton_works(device) and kernels().can_run(block)
+
+
+def builder_of_kernels(devices: Iterable[torch.device]) -> str:
+    """What builds kernels on some devices: Triton and its version; "" if it does not on one, or none is a GPU."""
+    gpus = [device for device in devices if device.type in GPUS]
+    works = bool(gpus) and not _done_without and all(map(_triton_works, gpus))
+    return f"Triton {import_module('triton').__version__}" if works else ""
+
+
+def do_without_kernels(why: str) -> None:
+    """From now on plain PyTorch does all of this process's work, which it is told."""
+    if not _done_without:
+        warnings.warn(why, stacklevel=2)
+    _done_without.append(why)
 
 
 @cache

@@ -51,9 +51,11 @@ ENGINE_OF = {"accelerate-fsdp2": "FSDPLlamaForCausalLM", "accelerate-zero2": "De
 CONTRACT = {2: ["ddp-contract", "ddp_sharded-contract", "fsdp2-contract"]}
 HYBRID = {2: ["fsdp1_hybrid-elementwise"]}
 WIDE = {2: ["tp-wide"]}
+LOPSIDED = {2: ["ddp_all-lopsided", "ddp_wire-lopsided"]}
 ROUNDED = {2: ["ddp-wire", "ddp_all-wire"]}
 KINDS = (
-    CASES, WIDE, ROUNDED, REPLANNED, STRANGERS, SAVED, LOADED, FAILING, REFUSED, TRAINER, ACCELERATED, CONTRACT, HYBRID,
+    CASES, WIDE, LOPSIDED, ROUNDED, REPLANNED, STRANGERS, SAVED, LOADED, FAILING, REFUSED, TRAINER, ACCELERATED,
+    CONTRACT, HYBRID,
 )  # fmt: skip
 WORLDS = (2, 3, 4, 1)
 
@@ -103,6 +105,15 @@ def test_gradients_are_sent_in_their_own_dtype(results: dict, world: int, case: 
     for rank in results[world, case]:
         assert "error" not in rank, rank["error"]
         assert rank["bitwise"], rank["differ"]
+
+
+@each(LOPSIDED)
+def test_no_rank_uses_kernels_that_another_one_cannot_build(results: dict, world: int, case: str) -> None:
+    for rank in results[world, case]:
+        assert "error" not in rank, rank["error"]
+        assert rank["ranks_equal"]
+        assert len(rank["said"]) == 1
+        assert rank["said"][0].startswith("ranks build different kernels (none: ranks [1], Triton ")
 
 
 @each(ROUNDED)

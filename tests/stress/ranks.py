@@ -41,6 +41,7 @@ from hf_shampoo4 import Shampoo4bit  # noqa: E402
 from hf_shampoo4.checkpointing.convert import by_position, read  # noqa: E402
 from hf_shampoo4.execution import gradients  # noqa: E402
 from hf_shampoo4.execution.blocking import blocks_of, loads_of  # noqa: E402
+from hf_shampoo4.numerics import quantize  # noqa: E402
 from hf_shampoo4.options import Options  # noqa: E402
 from hf_shampoo4.preconditioners import protocols  # noqa: E402
 from hf_shampoo4.sharding.local_parameter import clean_name, full_shape, local_tensor, note_flat_ranges  # noqa: E402
@@ -49,7 +50,7 @@ from tests.support import LONGEST_CHILD, used  # noqa: E402
 from tests.support.regions import entries  # noqa: E402
 
 # Otherwise MKL's eigh and QR give a matrix other last bits when it lies elsewhere in memory, as in a smaller stack.
-BITWISE = {"MKL_CBWR": "COMPATIBLE", "OMP_NUM_THREADS": "1"}
+BITWISE = {"MKL_CBWR": "COMPATIBLE", "OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "1"}
 
 OFTEN = {"stats_every": 2, "block_size": 32}
 RARELY = ("3.unused",)  # has no gradient on every third step
@@ -416,6 +417,7 @@ ENGINES: dict[str, Callable[..., Run]] = {
     "single": lambda options, dtype=torch.float32: reference(options, 1, dtype),
     "ddp": ddp,
     "ddp_all": lambda options, dtype=torch.float32: ddp({**options, "apply": "all"}, dtype),
+    "ddp_wire": lambda options, dtype=torch.float32: ddp({**options, "wire": "bf16"}, dtype),
     "ddp_sharded": lambda options, dtype=torch.float32: ddp({**options, "shard_state": True}, dtype),
     "fsdp2": fsdp2,
     "fsdp2_mixed": lambda options, dtype=torch.float32: fsdp2(options, dtype, "mixed"),
@@ -474,6 +476,8 @@ class Case:
             return failing(self)
         if self.options == "replanned":
             return replanned(self)
+        if self.options == "lopsided":
+            return lopsided(self)
         if self.options == "strangers":
             return strangers(self)
         if self.options == "refused":
@@ -545,6 +549,21 @@ def replanned(case: Case) -> dict[str, Any]:
             each.optimizer.param_groups[0]["damping"] = 1e-6 if t < 4 else 1e-4
             each.step(t)
     return _compared(run.parameters(), alone.parameters())
+
+
+def lopsided(case: Case) -> dict[str, Any]:
+    """Triton builds kernels (here: interprets them) on rank 0 alone."""
+    alike, truths = dataclasses.replace(case, options="kl_shampoo", steps=3), dict[str, dict[str, Tensor]]()
+    equality(alike, truths)
+    with (
+        mock.patch.object(quantize, "GPUS", ("cpu",)),
+        mock.patch.object(quantize, "_triton_works", return_value=dist.get_rank() == 0),
+        mock.patch.object(quantize, "_done_without", []),
+        warnings.catch_warnings(record=True) as said,
+    ):
+        warnings.simplefilter("always")
+        found = equality(alike, truths)
+    return {**found, "said": [str(w.message) for w in said if "Triton" in str(w.message)]}
 
 
 def strangers(case: Case) -> dict[str, Any]:
