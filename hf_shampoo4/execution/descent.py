@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -38,9 +38,8 @@ class Descent:
         found: dict[int, list[tuple[Piece, Tensor]]] = {}
         for piece, result in zip(pieces, results, strict=True):
             found.setdefault(piece.member, []).append((piece, result))
-        for members, copied in self._in_order(found):
-            flats = {m: self.wave.members[m].local.weights() for m in members}
-            changed, values = zip(*(change for m in members for change in found[m]), strict=True)
+        for flats, copied in self._in_order(found):
+            changed, values = zip(*(change for m in flats for change in found[m]), strict=True)
             targets = [p.of_flat(flats[p.member]) for p in changed]
             if new_weights:
                 torch._foreach_copy_(targets, values)
@@ -59,11 +58,14 @@ class Descent:
         found = [member.local for member in self.wave.members]
         return all(local.is_flat and local.buffer.dtype in kernels("descent").DTYPES for local in found)
 
-    def _in_order(self, members: Iterable[int]) -> list[tuple[list[int], bool]]:
-        """Parameters that are changed together, and whether `weights` is a copy: it may lie in another one's memory."""
-        flat = {m: self.wave.members[m].local.is_flat for m in members}
-        views = [m for m in flat if flat[m]]
-        return [*([(views, False)] if views else []), *(([m], True) for m in flat if not flat[m])]
+    def _in_order(self, members: Iterable[int]) -> Iterator[tuple[dict[int, Tensor], bool]]:
+        """Weights that are changed together, and whether they are a copy: it may lie in another one's memory."""
+        views = {m: self.wave.members[m].local.flat_view() for m in members}
+        flats = {m: view for m, view in views.items() if view is not None}
+        if flats:
+            yield flats, False
+        for m in [m for m in views if m not in flats]:
+            yield {m: self.wave.members[m].local.weights()}, True
 
     def descend(self, pieces: Sequence[Piece], targets: list[Tensor], updates: Sequence[Tensor]) -> None:
         """p <- (1 - lr wd) p - lr u, in float32 or better, rounded to p's dtype (bfloat16 stochastically, if asked)."""

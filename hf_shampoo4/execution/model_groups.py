@@ -69,8 +69,11 @@ class ModelGroups:
 
     def is_replaced(self, index: int) -> bool:
         """Whether DeepSpeed has put its own tensors in the place of the parameters of group `index`."""
-        models = (ref() for ref in self._models[index])
-        return any(p is not None and in_deepspeed(p) for p in models)
+        for ref in self._models[index]:
+            p = ref()
+            if p is not None and in_deepspeed(p):
+                return True
+        return False
 
     def parameters(self, index: int) -> list[Tensor]:
         """The parameters of group `index`: the model's, also where DeepSpeed has put its own tensors in their place."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Callable, Mapping, Sequence, Set
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -60,7 +61,7 @@ class Plans:
 
     def units(self, called: Sequence[dict[str, Any]], state: State) -> list[Unit]:
         """What this call is to update; `called` are the optimizer's groups now."""
-        return units_of(self.groups, called, self.of_unit, lambda local: self._needs(local, state))
+        return units_of(self.groups, called, self.of_unit, partial(self._needs, state))
 
     def is_stale(self, unit: Unit, state: State) -> bool:
         """Whether a unit has no plan, or one on other parameters, state tensors or options."""
@@ -143,11 +144,12 @@ class Plans:
         for member, count in zip(members, self.ranks.reduce(torch.cat(counts), largest=True).tolist(), strict=True):
             member.updates = int(count)
 
-    def _needs(self, local: LocalParameter, state: State) -> bool:
+    def _needs(self, state: State, local: LocalParameter) -> bool:
         """Whether this rank has a part of a parameter's training: as torch's optimizers, it takes every gradient."""
+        if local.parameter.requires_grad or local.buffer.grad is not None:
+            return True
         awaited = self.reader is not None and local.name in self.reader.names
-        stateful = bool(own_state(state.get(local.parameter, {})))
-        return local.parameter.requires_grad or local.buffer.grad is not None or stateful or awaited
+        return awaited or bool(own_state(state.get(local.parameter, {})))
 
     def _surveyed(self, units: Sequence[Unit], state: State) -> tuple[list[Unit], list[Tensor]]:
         """The units with the members that all ranks agree on, and the parameters whose state is not kept.
@@ -188,7 +190,7 @@ class Plans:
         had, has = set(before.get(p, ())), set(own_state(state.get(p, {})))
         complete = had <= has
         torn = bool(had & has) and not complete
-        return Standing(self._needs(local, state), p in before, bool(had), bool(has) and complete, torn)
+        return Standing(self._needs(state, local), p in before, bool(had), bool(has) and complete, torn)
 
     def _planned_shapes(self, unit: Unit) -> dict[str, tuple[int, ...]]:
         """Of all in the unit's group that is planned, the unit's own and, with DeepSpeed, that of its other parts."""

@@ -64,7 +64,12 @@ class UnitPlan:
 
     def holds(self, state: Mapping[Any, Any]) -> bool:
         """Whether `state` still has the very tensors that the waves work on (offloading replaces them)."""
-        return all(state[p].get(key) is tensor for p, entry in self.state.items() for key, tensor in entry.items())
+        for p, entry in self.state.items():
+            there = state[p]
+            for key, tensor in entry.items():
+                if there.get(key) is not tensor:
+                    return False
+        return True
 
 
 def units_of(

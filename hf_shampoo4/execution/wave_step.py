@@ -34,8 +34,8 @@ def wave_steps(waves: Sequence[Wave], agreed: View, context: Context, lr: float,
     """
     steps = []
     for wave in waves:
-        names = {m: member.name for m, member in enumerate(wave.members)}
-        dtypes = {m: dtype_of(agreed.present[name]) for m, name in names.items() if name in agreed.present}
+        widths = ((m, agreed.present.get(member.local.name)) for m, member in enumerate(wave.members))
+        dtypes = {m: dtype_of(width) for m, width in widths if width}
         for m in dtypes:
             wave.members[m].updates += 1
         for part in wave.parts_of_step(dtypes, context.options):
@@ -127,8 +127,9 @@ class WaveStep:
             gradients, *weights = self._collected(stacks)
             if self.context.options.maximize:
                 gradients = [-g for g in gradients]  # not in place: they may be the parameters' own
-            changing = [rows for stack in stacks for rows in changing_rows(stack, self.context.options)]
-            counts = self.context.counts
+            counts, changing = self.context.counts, []
+            if counts is not None:
+                changing = [rows for stack in stacks for rows in changing_rows(stack, self.context.options)]
             with exact_float32(self.wave.device.type), changed_if(counts, changing):
                 updates = compute_updates(stacks, gradients, self.context, next(iter(weights), None), sums.total)
             if counts is not None and not self.descent.in_one_pass:

@@ -21,8 +21,9 @@ TF32_DROPS = 13  # of float32's 23 bits of mantissa
 @contextmanager
 def exact_float32(device_type: str) -> Iterator[None]:
     """float32 matrix products without TF32 (or bfloat16, on CPUs that have it) and without autocast."""
-    has_autocast = torch.amp.is_autocast_available(device_type)  # meta has none
-    without = torch.autocast(device_type, enabled=False) if has_autocast else nullcontext()
+    # meta has none;  to make an autocast takes longer than many an operation
+    is_on = torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+    without = torch.autocast(device_type, enabled=False) if is_on else nullcontext()
     with _float32_products(device_type, exact=True), without:
         yield
 

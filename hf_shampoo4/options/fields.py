@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import operator
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_type_hints
@@ -212,7 +213,7 @@ class Options:
     @classmethod
     def of(cls, group: Mapping[str, Any]) -> Options:
         """What the options stored in a parameter group ask for (other keys of the group are ignored)."""
-        values = tuple(group[name] for name in NAMES)
+        values = _values(group)
         try:
             return _carried_out(values)  # a step asks for each group, whose options seldom change
         except TypeError:  # a list where there should be a tuple
@@ -305,6 +306,8 @@ OF_ADAMW: dict[str, tuple[tuple[Any, ...], str]] = {
 }
 
 NAMES: tuple[str, ...] = tuple(f.name for f in dataclasses.fields(Options))
+
+_values = operator.itemgetter(*NAMES)
 
 
 @functools.lru_cache(maxsize=256)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Mapping, Sequence
-from typing import Any, Protocol, runtime_checkable
+from functools import cache
+from typing import Any, Protocol, TypeGuard, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -59,23 +60,35 @@ class Pausing(Protocol):
         """Of the bases that the step updates."""
 
 
+def pauses(algorithm: Algorithm) -> TypeGuard[Pausing]:
+    """Whether it is `Pausing`."""
+    return _is_pausing(type(algorithm))
+
+
+@cache
+def _is_pausing(kind: type[Algorithm]) -> bool:  # every method is looked up
+    return issubclass(kind, Pausing)
+
+
 def workspace(blocks: Mapping[Algorithm, int]) -> int:
     """float32 numbers that a step of all stacks takes at once while their bases are updated, on a GPU.
 
     Args:
         blocks: of each algorithm, how many there are in a wave.
     """
-    held = sum(a.held(count) for a, count in blocks.items() if isinstance(a, Pausing))
+    held = sum(a.held(count) for a, count in blocks.items() if pauses(a))
     return held + COPIES * min(held, AT_ONCE)
 
 
 def updated(stacks: Sequence[Stack], gradients: Sequence[Tensor], context: Context) -> list[Tensor]:
     """`Algorithm.update` of each stack; on a GPU all bases at once, whose updates are many small operations."""
+    if not gradients or gradients[0].device.type in ALONE:
+        return [stack.algorithm.update(stack, g, context) for stack, g in zip(stacks, gradients, strict=True)]
     found, running = dict[int, Tensor](), dict[int, Steps]()
-    pausing = [(s.algorithm, s) for s in stacks if isinstance(s.algorithm, Pausing)]
+    pausing = [(s.algorithm, s) for s in stacks if pauses(s.algorithm)]
     few = sum(algorithm.basis_entries(stack, context) for algorithm, stack in pausing) <= AT_ONCE
     for i, (stack, g) in enumerate(zip(stacks, gradients, strict=True)):
-        if isinstance(stack.algorithm, Pausing) and few and g.device.type not in ALONE:
+        if pauses(stack.algorithm) and few:
             running[i] = stack.algorithm.steps(stack, g, context)
         else:
             found[i] = stack.algorithm.update(stack, g, context)

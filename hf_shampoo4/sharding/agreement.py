@@ -30,16 +30,9 @@ class Failures:
     ranks: Ranks
     first: Exception | None = None
 
-    @contextmanager
-    def kept(self) -> Iterator[None]:
+    def kept(self) -> Kept:
         """Keep an error until all ranks raise; one process raises it at once."""
-        try:
-            yield
-        except Exception as error:
-            if self.ranks.world == 1:
-                raise
-            traceback.clear_frames(error.__traceback__)  # whose tensors may be what there is no memory for
-            self.first = self.first or error
+        return Kept(self)
 
     def raise_on_all(self) -> None:
         """Raise if a rank has failed, as all must call it: each failed one its own error, the others what it was.
@@ -62,6 +55,23 @@ class Failures:
             if message:
                 raise RuntimeError(f"rank {rank} failed, so no rank goes on; there: {message}")
         return [given for _, given in messages]
+
+
+class Kept:
+    """See `Failures.kept`; a step enters it many times, which a generator would make dearer."""
+
+    def __init__(self, failures: Failures) -> None:
+        self._failures = failures
+
+    def __enter__(self) -> None:
+        return
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> bool:
+        if not isinstance(error, Exception) or self._failures.ranks.world == 1:
+            return False
+        traceback.clear_frames(trace)  # whose tensors may be what there is no memory for
+        self._failures.first = self._failures.first or error
+        return True
 
 
 @contextmanager

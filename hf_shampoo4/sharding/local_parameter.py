@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -32,8 +32,7 @@ class Range(NamedTuple):
     offset: int = 0
 
 
-@dataclass(frozen=True)
-class LocalParameter:
+class LocalParameter(NamedTuple):
     """A parameter that is trained, as this rank sees it."""
 
     name: str
@@ -56,9 +55,15 @@ class LocalParameter:
         """What this rank holds, flat and row-major: a view if the memory `is_flat`, else a copy."""
         return self._range_of(_flat(self.buffer))
 
+    def flat_view(self) -> Tensor | None:
+        """`weights`, if they are a view: entries lie in memory one after the other, row-major; not channels last, nor a
+        column."""
+        local = local_tensor(self.buffer)
+        return self._range_of(local.reshape(-1)) if _is_flat(local) else None
+
     @property
     def is_flat(self) -> bool:
-        """Whether its entries lie in memory one after the other, row-major; not channels last, nor a column."""
+        """Whether `flat_view` is one."""
         return _is_flat(local_tensor(self.buffer))
 
     def gradient(self) -> Tensor | None:
@@ -198,6 +203,7 @@ def noted_purpose(p: Tensor) -> str:
     return getattr(p, _PURPOSE, "")
 
 
+@lru_cache(maxsize=1 << 16)
 def clean_name(name: str) -> str:
     """A parameter's name without what wrappers (DDP, torch.compile, FSDP) put before it."""
     for wrapper in ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module."):
@@ -212,13 +218,14 @@ def check_trainable(p: Tensor) -> None:
         TypeError: a parameter that is not real floating point.
         ValueError: an expanded parameter, or one of FSDP1 whose shape cannot be known.
     """
-    shape = tuple(p.shape)
     if p.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
         raise TypeError(
-            f"parameter of shape {shape} is {p.dtype}: only real floating point can be trained, in 16 bits or more"
+            f"parameter of shape {tuple(p.shape)} is {p.dtype}: only real floating point can be trained, in 16 bits or more"
         )
-    if p.layout == torch.strided and any(n > 1 and not step for n, step in zip(shape, p.stride(), strict=True)):
-        raise ValueError(f"parameter of shape {shape} has one number in several places (expand): clone() it first")
+    if p.layout == torch.strided and not p.is_contiguous() and _is_expanded(p):
+        raise ValueError(
+            f"parameter of shape {tuple(p.shape)} has one number in several places (expand): clone() it first"
+        )
     if getattr(p, "_is_flat_param", False):
         raise ValueError(
             "FSDP1 has joined parameters into one flat tensor, in which matrices cannot be told apart: wrap the model "
@@ -229,6 +236,10 @@ def check_trainable(p: Tensor) -> None:
             f"FSDP1 has flattened a parameter of now {p.numel()} entries and only the model knows its shape: pass "
             "hf_shampoo4.param_groups(model) instead of model.parameters(), after the model was wrapped, or use FSDP2"
         )
+
+
+def _is_expanded(p: Tensor) -> bool:
+    return any(n > 1 and not step for n, step in zip(p.shape, p.stride(), strict=True))
 
 
 def note_flat_ranges(model: nn.Module) -> None:

@@ -46,6 +46,8 @@ class Piece(NamedTuple):
 
     def of_block(self, block: Tensor) -> Tensor:
         """This piece of the block, (rows, columns), a view."""
+        if block.shape == (self.rows, self.columns):
+            return block
         return block[self.row : self.row + self.rows, self.column : self.column + self.columns]
 
 
