@@ -76,8 +76,10 @@ def straight(calls: list[tuple[Callable[..., Any], Any, dict[str, Any], Any]]) -
     lines: list[str] = []
 
     def constant(value: Any) -> str:
-        return next((n for n, v in known.items() if v is value), None) or known.setdefault(f"c{len(known)}", value) and (
-            f"c{len(known) - 1}"
+        return (
+            next((n for n, v in known.items() if v is value), None)
+            or known.setdefault(f"c{len(known)}", value)
+            and (f"c{len(known) - 1}")
         )
 
     def text(value: Any, i: int) -> str:
@@ -112,9 +114,7 @@ def straight(calls: list[tuple[Callable[..., Any], Any, dict[str, Any], Any]]) -
     dropped: dict[int, list[str]] = {}
     for name, i in last.items():
         dropped.setdefault(i, []).append(name)
-    body = [
-        f"    {line}" + (f"; del {', '.join(dropped[i])}" if i in dropped else "") for i, line in enumerate(lines)
-    ]
+    body = [f"    {line}" + (f"; del {', '.join(dropped[i])}" if i in dropped else "") for i, line in enumerate(lines)]
     scope = dict(known)
     exec("def run():\n" + "\n".join(body), scope)  # noqa: S102  (our own text)
     return scope["run"]

@@ -92,7 +92,7 @@ def units_of(
         if not any(group is there for there in called):
             continue
         named = groups.named(index)
-        if groups.is_replaced(index):
+        if [*map(id, group["params"])] != [id(p) for _, p in named]:  # DeepSpeed's tensors are in their place
             found = [deepspeed_parameters(buffer, named) for buffer in group["params"]]
         else:
             found = [[local_parameter(name, p) for name, p in named]]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 
 import torch
@@ -34,10 +35,11 @@ def wave_steps(waves: Sequence[Wave], agreed: View, context: Context, lr: float,
     """
     steps = []
     for wave in waves:
-        widths = ((m, agreed.present.get(member.local.name)) for m, member in enumerate(wave.members))
-        dtypes = {m: dtype_of(width) for m, width in widths if width}
-        for m in dtypes:
-            wave.members[m].updates += 1
+        dtypes = {}
+        for m, member in enumerate(wave.members):
+            if width := agreed.present.get(member.local.name):
+                dtypes[m] = dtype_of(width)
+                member.updates += 1
         for part in wave.parts_of_step(dtypes, context.options):
             steps.append(WaveStep(wave, part, dtypes, context, lr, weight_decay, agreed.failures))
     return steps
@@ -127,10 +129,8 @@ class WaveStep:
             gradients, *weights = self._collected(stacks)
             if self.context.options.maximize:
                 gradients = [-g for g in gradients]  # not in place: they may be the parameters' own
-            counts, changing = self.context.counts, []
-            if counts is not None:
-                changing = [rows for stack in stacks for rows in changing_rows(stack, self.context.options)]
-            with exact_float32(self.wave.device.type), changed_if(counts, changing):
+            counts = self.context.counts
+            with exact_float32(self.wave.device.type), self._undone(stacks) if counts is not None else nullcontext():
                 updates = compute_updates(stacks, gradients, self.context, next(iter(weights), None), sums.total)
             if counts is not None and not self.descent.in_one_pass:
                 updates = [torch.where(counts, update, 0.0) for update in updates]
@@ -141,6 +141,11 @@ class WaveStep:
             self._updates = self._by_block(stacks, updates)
         sums.close()
         self._sources, self._collecting = [], None
+
+    def _undone(self, stacks: list[BlockStack]) -> AbstractContextManager[None]:
+        """State that changes inside is as before if the step does not count."""
+        changing = [rows for stack in stacks for rows in changing_rows(stack, self.context.options)]
+        return changed_if(self.context.counts, changing)
 
     def send(self) -> None:
         """Send what became of this rank's blocks to all that hold them: the new weights or, to others, the updates.

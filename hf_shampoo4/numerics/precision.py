@@ -40,10 +40,15 @@ def rotate(a: Tensor | None, x: Tensor, b: Tensor | None, precision: str = "floa
     Returns:
         (B, m, n) float32; of bfloat16 products on a CPU that has them, rounded to bfloat16.
     """
-    on_cores = precision == "tf32" and x.is_cuda
-    with _float32_products("cuda", exact=False) if on_cores else nullcontext():
-        x = x if a is None else _product(a.mT, x, precision)
-        return (x if b is None else _product(x, b, precision)).float()
+    if precision == "tf32" and x.is_cuda:
+        with _float32_products("cuda", exact=False):
+            return _rotated(a, x, b, precision)
+    return _rotated(a, x, b, precision)
+
+
+def _rotated(a: Tensor | None, x: Tensor, b: Tensor | None, precision: str) -> Tensor:
+    x = x if a is None else _product(a.mT, x, precision)
+    return (x if b is None else _product(x, b, precision)).float()
 
 
 def rotation_precision(option: str, device: torch.device) -> str:

@@ -62,8 +62,9 @@ def quantize_block(
         codes, scales = _quantize_whole_blocks(rows, codebook, bits, block, fit)
         return codes.view(*x.shape[:-1], -1), scales.view(*x.shape[:-1], -1)
     codes = torch.empty(rows.shape, dtype=torch.uint8, device=x.device)
-    scales = torch.empty((len(rows), -(-length // block)), dtype=torch.float32, device=x.device)
-    for i, j in _pieces(len(rows), length, block, x.device):
+    count = rows.shape[0]
+    scales = torch.empty((count, -(-length // block)), dtype=torch.float32, device=x.device)
+    for i, j in _pieces(count, length, block, x.device):
         part = rows[i, j].float()
         absmax = _safe_scale(_block_absmax(part, block))
         divisor = _spread(_divisor(absmax), block, part.shape[-1])
@@ -98,8 +99,8 @@ def dequantize_block(
     if _has_whole_blocks(codes.device, length, block):
         x = decode(rows, codebook, bits, length)
         return x.unflatten(-1, (-1, block)).mul_(scale_rows.unsqueeze(-1)).view(*codes.shape[:-1], length)
-    x = torch.empty((len(rows), length), dtype=torch.float32, device=codes.device)
-    for i, j in _pieces(len(rows), length, block, x.device):
+    x = torch.empty((rows.shape[0], length), dtype=torch.float32, device=codes.device)
+    for i, j in _pieces(rows.shape[0], length, block, x.device):
         part = x[i, j]
         decoded = decode(rows[i, _bytes(j, bits)], codebook, bits, part.shape[-1])
         torch.mul(decoded, _spread(scale_rows[i, _blocks(j, block)], block, part.shape[-1]), out=part)
@@ -204,7 +205,7 @@ def decode(codes: Tensor, codebook: str, bits: int, length: int) -> Tensor:
         return torch.index_select(_table(codebook, 8, codes.device), 0, codes.flatten().int()).view(codes.shape)
     # One look-up per byte: its two float32 levels lie side by side and travel as one int64.
     pairs = torch.index_select(_pair_table(codebook, codes.device), 0, codes.flatten().int())
-    return pairs.view(torch.float32).view(*codes.shape[:-1], 2 * codes.shape[-1])[..., :length]
+    return _first(pairs.view(torch.float32).view(*codes.shape[:-1], 2 * codes.shape[-1]), length)
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:
@@ -308,10 +309,10 @@ def _bytes(columns: slice, bits: int) -> slice:
 
 def _block_absmax(x: Tensor, block: int) -> Tensor:
     whole = x.shape[-1] // block * block
-    parts = [x[..., :whole].unflatten(-1, (-1, block)).abs().amax(-1)] if whole else []
-    if whole < x.shape[-1]:
-        parts.append(x[..., whole:].abs().amax(-1, keepdim=True))
-    return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
+    if whole == x.shape[-1]:
+        return torch.unflatten(x, -1, (-1, block)).abs().amax(-1)
+    rest = x[..., whole:].abs().amax(-1, keepdim=True)
+    return torch.cat([_block_absmax(x[..., :whole], block), rest], -1) if whole else rest
 
 
 def _safe_scale(absmax: Tensor) -> Tensor:
@@ -320,7 +321,12 @@ def _safe_scale(absmax: Tensor) -> Tensor:
 
 def _spread(scales: Tensor, block: int, length: int) -> Tensor:
     """A scale for each number: (..., blocks) -> (..., length)."""
-    return scales.repeat_interleave(block, dim=-1)[..., :length]
+    return _first(scales.repeat_interleave(block, dim=-1), length)
+
+
+def _first(x: Tensor, length: int) -> Tensor:
+    """x (..., length or more) without what is beyond."""
+    return x if x.shape[-1] == length else x[..., :length]
 
 
 def _divisor(scale: Tensor) -> Tensor:
@@ -342,7 +348,7 @@ def _correction(x: Tensor, codes: Tensor, codebook: str, bits: int, block: int, 
 def _block_sum(x: Tensor, block: int) -> Tensor:
     missing = -x.shape[-1] % block
     padded = torch.nn.functional.pad(x, (0, missing)) if missing else x  # which copies, also by 0
-    return padded.unflatten(-1, (-1, block)).sum(-1)
+    return torch.unflatten(padded, -1, (-1, block)).sum(-1)
 
 
 def _count_below(x: Tensor, cells: Tensor) -> Tensor:

@@ -143,7 +143,7 @@ class Blockwise:
             buffers["codes"], buffers["scales"], self.codebook, self.bits, self.block, self._rows[-1],
             buffers.get("largest"),
         )  # fmt: skip
-        return rows.transpose(-1, -2) if self.columns else rows.unflatten(1, self.shape)
+        return rows.transpose(-1, -2) if self.columns else torch.unflatten(rows, 1, self.shape)
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from .bases import MIN_DECAY, TINY, BasisStep, DecodedSide, Side, make_sides, ro
 from .moments import Adam, Momentum, make_moments
 from .operations import Work, coding_workspace, product, total
 from .protocols import Context, Stack, strip
-from .together import BasisResult, Steps, together
+from .together import BasisResult, Steps, alone
 from .two_sided import TwoSided, side_state
 from .whitened import BasisUpdate, FusedMoment, WhitenedMoment, can_fuse, carried
 
@@ -111,7 +111,7 @@ class Eigenbasis(TwoSided):
 
     def update(self, stack: Stack, g: Tensor, context: Context) -> Tensor:
         """The whole update of SOAP, KL-Shampoo or KL-SOAP; (B, m, n) float32."""
-        return together([self.steps(stack, g, context)], context, g.device, alone=True)[0]
+        return alone(self.steps(stack, g, context), context, g.device)
 
     def steps(self, stack: Stack, g: Tensor, context: Context) -> Steps:
         """`update`, in the order of docs/design.md; pauses where bases are to be updated.

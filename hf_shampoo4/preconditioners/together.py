@@ -22,8 +22,20 @@ Steps = Generator[list[BasisStep], list[BasisResult], Tensor]
 """Of an update: gives steps of bases, takes their results, and ends with the update."""
 
 
-def together(running: Sequence[Steps], context: Context, device: torch.device, alone: bool = False) -> list[Tensor]:
-    """Finish some updates; what they want of bases is taken at once as far as it is of one kind, unless `alone`."""
+def alone(steps: Steps, context: Context, device: torch.device) -> Tensor:
+    """Finish an update, one step of bases after the other."""
+    answer: list[BasisResult] | None = None
+    while True:
+        try:
+            wanted = next(steps) if answer is None else steps.send(answer)
+        except StopIteration as end:
+            return end.value
+        with context.stopwatch.on(device):
+            answer = [update_bases([step])[0] for step in wanted]
+
+
+def together(running: Sequence[Steps], context: Context, device: torch.device) -> list[Tensor]:
+    """Finish some updates; what they want of bases is taken at once as far as it is of one kind."""
     found: dict[int, Tensor] = {}
     answers: dict[int, list[BasisResult] | None] = dict.fromkeys(range(len(running)))
     while answers:
@@ -36,7 +48,7 @@ def together(running: Sequence[Steps], context: Context, device: torch.device, a
                 found[i] = end.value
         kinds: dict[Any, list[tuple[int, int]]] = {}
         for at, step in wanted.items():
-            kinds.setdefault(at if alone else (step.side.described, step.decay), []).append(at)
+            kinds.setdefault((step.side.described, step.decay), []).append(at)
         results: dict[tuple[int, int], BasisResult] = {}
         for places in kinds.values():
             with context.stopwatch.on(device):

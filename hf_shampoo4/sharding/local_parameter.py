@@ -59,7 +59,7 @@ class LocalParameter(NamedTuple):
         """`weights`, if they are a view: entries lie in memory one after the other, row-major; not channels last, nor a
         column."""
         local = local_tensor(self.buffer)
-        return self._range_of(local.reshape(-1)) if _is_flat(local) else None
+        return self._range_of(local.view(-1)) if _is_flat(local) else None
 
     @property
     def is_flat(self) -> bool:
@@ -105,7 +105,7 @@ def _flat(t: Tensor) -> Tensor:
     `reshape` alone takes a column, every other entry or an expanded number as they lie.
     """
     local = local_tensor(t)
-    return local.reshape(-1) if _is_flat(local) else local.resolve_neg().reshape(-1).contiguous()
+    return local.view(-1) if _is_flat(local) else local.resolve_neg().reshape(-1).contiguous()
 
 
 def _is_flat(local: Tensor) -> bool:
@@ -220,7 +220,8 @@ def check_trainable(p: Tensor) -> None:
     """
     if p.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
         raise TypeError(
-            f"parameter of shape {tuple(p.shape)} is {p.dtype}: only real floating point can be trained, in 16 bits or more"
+            f"parameter of shape {tuple(p.shape)} is {p.dtype}: only real floating point can be trained, "
+            "in 16 bits or more"
         )
     if p.layout == torch.strided and not p.is_contiguous() and _is_expanded(p):
         raise ValueError(
