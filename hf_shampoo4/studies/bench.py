@@ -74,12 +74,16 @@ class Bench:
             p.grad = gradient.clone()
         self.optimizer = optimizer_of(contestant, self.model, settings.device)
 
-    def step(self, counter: LaunchCounter | None = None) -> float:
-        """A step on fresh gradients (some optimizers change them), counted or not; its milliseconds."""
+    def fresh_gradients(self) -> None:
+        """As they were: some optimizers change them."""
         for p, gradient in zip(self.parameters, self._gradients, strict=True):
             if p.grad is None:
                 p.grad = torch.empty_like(gradient)
             p.grad.copy_(gradient)
+
+    def step(self, counter: LaunchCounter | None = None) -> float:
+        """A step on fresh gradients, counted or not; its milliseconds."""
+        self.fresh_gradients()
         began = self.timer.now()
         with counter or nullcontext():
             self.optimizer.step()
