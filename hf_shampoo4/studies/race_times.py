@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import Trainer
 
 from hf_shampoo4.integrations.trainer import OPTIMS, optim_options
 from hf_shampoo4.options import Options, users_of
@@ -106,13 +107,14 @@ class Racer:
 
     def __init__(self, settings: Settings) -> None:
         with tempfile.TemporaryDirectory() as folder:
-            chosen = parse({**train_settings(settings), "output_dir": folder})
+            chosen = parse({**train_settings(settings), "eval_strategy": "no", "output_dir": folder})
         torch.manual_seed(0)
         is_masked = chosen.data.mask_fraction > 0  # which takes one more token
         self.vocabulary = settings["vocab_size"]
         self.model = build_model(chosen.model, self.vocabulary + is_masked, masked=is_masked)
-        kind, keywords = optimizer_of(settings)(self.model, chosen.training)
-        self.optimizer: torch.optim.Optimizer = kind(**keywords)
+        made = optimizer_of(settings)(self.model, chosen.training)
+        trainer = Trainer(self.model, chosen.training, optimizer_cls_and_kwargs=made)
+        self.optimizer = trainer.create_optimizer()  # in which embeddings are not bitsandbytes' 8 bits
         self.model_seconds: list[float] = []
         self.optimizer_seconds: list[float] = []
 
