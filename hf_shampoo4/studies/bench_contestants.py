@@ -36,7 +36,7 @@ def _ours(label: str, **options: Any) -> Contestant:
     return Contestant(label, "hf_shampoo4:Shampoo4bit", "", options, ours=True)
 
 
-# The names of ours are those of --optim.
+# The names of ours are those of --optim, and what was set.
 CONTESTANTS: dict[str, Contestant] = {
     "adamw_fused": Contestant("torch AdamW, fused", "torch.optim:AdamW", keywords={"fused": True}),
     "bnb_adamw8bit": Contestant("bitsandbytes AdamW8bit", "bitsandbytes.optim:AdamW8bit", "bitsandbytes"),
@@ -44,6 +44,7 @@ CONTESTANTS: dict[str, Contestant] = {
     "adamw4bit": _ours("ours: adamw4bit", algorithm="elementwise", moments="4bit"),
     "muon": Contestant("torch Muon, fused AdamW for the rest", "torch.optim:Muon", rest="torch.optim:AdamW"),
     "shampoo4bit": _ours("ours: shampoo4bit"),
+    "shampoo4bit_bf16": _ours("ours: shampoo4bit, rotations in bfloat16", rotation_precision="bfloat16"),
     "soap4bit": _ours("ours: soap4bit", algorithm="soap"),
     "po_soap": Contestant(  # no basis for a vocabulary's long side, which is more than it says by default
         "pytorch_optimizer SOAP",
