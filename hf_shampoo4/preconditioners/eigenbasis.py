@@ -192,7 +192,8 @@ class Eigenbasis(TwoSided):
         squares = g.square()
         level = squares.mean((-2, -1))
         bad = (level < torch.inf).logical_not_()
-        g.masked_fill_(bad[:, None, None], 0.0)
+        if g.device.type != "cpu" or bool(bad.any()):  # a pass over g, and a CPU's host waits for nobody
+            g.masked_fill_(bad[:, None, None], 0.0)
         level = level.masked_fill_(bad, 0.0)  # what eigenvalues start from
         level = level.sqrt() if self.whitened else level  # KL: lambda_L lambda_R^T is the mean square
         left.start_eigenvalues(level)
