@@ -40,6 +40,9 @@ ALLOCATIONS = {
 RARELY_TOUCHED = {("_clear", "x")}  # operands of Triton kernels that an ordinary step neither reads nor writes
 VIEWS = {"_unsafe_view", "_reshape_alias"}  # whose schema does not say so
 GATHERS = {"index", "index_select", "gather", "embedding", "take"}
+ONE_BY_ONE = {"index_select", "bitsandbytes::quantize_blockwise", "bitsandbytes::dequantize_blockwise"}
+"""What a CPU does number by number, and not at the rate of its memory."""
+ONLY_READ = {"_fused_adamw_": (1,)}  # arguments that an operation may write to, and does not: unscaled gradients
 OVERWRITES = {"copy_", "fill_", "zero_", "_foreach_copy_", "_foreach_zero_", "index_copy_"}
 DECOMPOSITIONS = {
     "linalg_qr", "linalg_cholesky_ex", "linalg_solve_triangular", "_linalg_eigh", "linalg_eigh",
@@ -78,6 +81,10 @@ class Launch(NamedTuple):
     """Of the matrices that are decomposed."""
     matrices: int = 0
     """How many; a device may take them one by one, in several kernels each."""
+    written: int = 0
+    """Of the bytes those that are written and not read before."""
+    numbers: int = 0
+    """Looked up or coded, one by one: of `ONE_BY_ONE`."""
 
 
 class Counted(Counter[tuple[str, Launch]]):
@@ -135,13 +142,18 @@ class LaunchCounter(TorchDispatchMode):
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if _is_composed(function, self._device):
+            with self:  # it is Python that calls operations: count these
+                return function.redispatch(torch._C.DispatchKeySet(torch._C.DispatchKey.CPU), *args, **kwargs)
         result = function(*args, **kwargs)
         name = function._overloadpacket._qualified_op_name.removeprefix("aten::")
         if name not in ALLOCATIONS and not _is_view(function):
             given, made = _tensors((args, kwargs)), _tensors(result)
             if any(t.device.type == self._device for t in made or given):
-                moved = _bytes(function, name, args, kwargs, given, made)
-                self.add(sys._getframe(), Launch(name, moved, *_work(function, name, args, kwargs, result)))
+                moved, written = _bytes(function, name, args, kwargs, given, made)
+                numbers = max(t.numel() for t in made or given) if name in ONE_BY_ONE else 0
+                work = _work(function, name, args, kwargs, result)
+                self.add(sys._getframe(), Launch(name, moved, *work, written, numbers))
         return result
 
     def add(self, frame: FrameType, launch: Launch) -> None:
@@ -276,18 +288,30 @@ def _size(t: Tensor) -> int:
     return count
 
 
-def _bytes(function: Any, name: str, args: Any, kwargs: Any, given: list[Tensor], made: list[Tensor]) -> int:
-    written = [kwargs[n] if n in kwargs else args[i] if i < len(args) else None for i, n in _written(function)]
+def _is_composed(function: Any, device: str) -> bool:
+    """Whether a CPU's operation of another package is made of operations that can be counted: bitsandbytes' update."""
+    name = function._schema.name
+    return device == "cpu" and name.startswith("bitsandbytes::optimizer_update_")
+
+
+def _bytes(
+    function: Any, name: str, args: Any, kwargs: Any, given: list[Tensor], made: list[Tensor]
+) -> tuple[int, int]:
+    """Bytes that an operation moves, and of them those that it writes without having read them."""
+    places = [(i, n) for i, n in _written(function) if i not in ONLY_READ.get(name, ())]
+    written = [kwargs[n] if n in kwargs else args[i] if i < len(args) else None for i, n in places]
     changed = _tensors(written)
     ids = {id(t) for t in changed}
     fresh = sum(_size(t) for t in made if id(t) not in ids)
     read = [_size(t) for t in given if id(t) not in ids]
     if name == "index_put_":
-        return 2 * _size(_tensors(args[2])[0])
+        return 2 * _size(_tensors(args[2])[0]), _size(_tensors(args[2])[0])
     if name in GATHERS:
-        return fresh + sum(min(size, fresh) for size in read)
-    times = 1 if name in OVERWRITES or "out" in kwargs else 2
-    return fresh + sum(read) + times * sum(map(_size, changed))
+        return fresh + sum(min(size, fresh) for size in read), fresh
+    overwritten, over = name in OVERWRITES or "out" in kwargs, sum(map(_size, changed))
+    if overwritten:
+        return fresh + sum(read) + over, fresh + over
+    return fresh + sum(read) + 2 * over, fresh
 
 
 def _work(function: Any, name: str, args: Any, kwargs: Any, result: Any) -> tuple[int, str, int, int]:

@@ -1,7 +1,8 @@
 """A prediction of the time that the optimizer takes in a step, from what is counted and what a device reaches.
 
-Every launch takes the longest of three: what it takes to launch anything, to move its bytes, to do its products; and
-decompositions take as long for each matrix as one was measured to.  Nothing overlaps, and nothing is waited for.
+Every launch takes the longest of what it takes to launch anything, to move its bytes, to do its products, to look up or
+code its numbers one by one (on a CPU); and decompositions take as long for each matrix as one was measured to.  Nothing
+overlaps, and nothing is waited for.
 """
 
 from __future__ import annotations
@@ -107,11 +108,13 @@ def seconds(launches: Mapping[Launch, int], ceilings: Ceilings, share: float = 1
 
 
 def _seconds(launch: Launch, ceilings: Ceilings, share: float) -> float:
-    moved = launch.bytes / ceilings.memory
+    moved = ceilings.moving(launch.bytes, launch.written)
+    rate = ceilings.one_by_one.get(launch.operation, 0.0)
+    coded = launch.numbers / rate if rate else 0.0
     multiplied = launch.products / ceilings.of_products(launch.precision) if launch.products else 0.0
     of_one = ceilings.decomposition(launch.operation, launch.order) if launch.matrices else None
     decomposed = launch.matrices * (of_one or 0.0)
-    return max(ceilings.launch, share * max(moved, multiplied, decomposed))
+    return max(ceilings.launch, share * max(moved, multiplied, decomposed, coded))
 
 
 def unknown(launches: Mapping[Launch, int], ceilings: Ceilings) -> list[str]:

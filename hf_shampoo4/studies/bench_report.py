@@ -105,8 +105,12 @@ def ceilings_line(row: Mapping[str, Any]) -> str:
     products = ", ".join(f"{name} {rate / 1e9:,.0f}" for name, rate in row["products"].items())
     qr = ", ".join(f"{order}: {1e3 * taken:.1f}" for order, taken in row["decompositions"]["linalg_qr_ms"].items())
     fresh = f", of new memory {row['fresh'] / 1e9:.1f}" if "fresh" in row else ""
+    fresh += f", of what is changed in place {row['in_place'] / 1e9:.1f}" if "in_place" in row else ""
+    coded = {name.rpartition("::")[2]: rate for name, rate in row.get("one_by_one", {}).items()}
+    numbers = ", ".join(f"{name} {rate / 1e6:,.0f}" for name, rate in coded.items())
     return (
         f"Measured at the start: products of {products} GFLOP/s; a copy {row['memory'] / 1e9:.1f} GB/s{fresh}; "
+        f"{f'millions of numbers a second one by one: {numbers}; ' if numbers else ''}"
         f"a launch {1e6 * row['launch']:.1f} us; a QR by order, ms: {qr}."
     )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -49,7 +50,8 @@ def measured_ceilings(timer: Timer, orders: Iterable[int] = (256, 512, 1024), pr
         product: order of the products.
 
     Returns:
-        `products` by precision, `memory` (bytes of a copy, read and written), `fresh` (bytes of new memory, CPU only),
+        `products` by precision, `memory` (bytes of a copy, read and written), on a CPU `in_place` (of what is
+        changed in place), `fresh` (bytes of new memory) and `one_by_one` (operation -> numbers a second),
         `launch` (seconds), `decompositions` (operation -> order -> seconds for one matrix).
     """
     cuda = timer.device.type == "cuda"
@@ -57,6 +59,7 @@ def measured_ceilings(timer: Timer, orders: Iterable[int] = (256, 512, 1024), pr
         "name": machine()["accelerator"] if cuda else machine()["processor"],
         "products": {name: _product_rate(timer, name, product) for name in _precisions(timer.device)},
         **_memory(timer, 1 << (28 if cuda else 25)),
+        **({"one_by_one": _one_by_one(timer)} if timer.device.type == "cpu" else {}),
         "launch": _launch(timer),
         "decompositions": decompositions(timer, orders, 1),
     }
@@ -73,6 +76,7 @@ def as_ceilings(row: Mapping[str, Any]) -> Ceilings:
     return Ceilings(
         name=row["name"], products=row["products"], memory=row["memory"], launch=row["launch"],
         peak=max(row["products"].values()), decompositions=by_operation, fresh=row.get("fresh", float("inf")),
+        in_place=row.get("in_place", 0.0), one_by_one=row.get("one_by_one", {}),
         sources={"all": "measured on this machine"},
     )  # fmt: skip
 
@@ -103,7 +107,26 @@ def _memory(timer: Timer, numbers: int) -> dict[str, float]:
     if timer.device.type == "cpu":  # what a page costs when it is written first, beside the copy itself
         beyond = timer.seconds(given.clone, 3) - moved / found["memory"]
         found["fresh"] = moved / 2 / max(beyond, 1e-9)
+        found["in_place"] = moved / timer.seconds(lambda: target.mul_(1.0), inner=5)
     return found
+
+
+def _one_by_one(timer: Timer, numbers: int = 1 << 20) -> dict[str, float]:
+    """Operation of `launches.ONE_BY_ONE` -> numbers a second; bitsandbytes' if it is installed."""
+    places = torch.randint(256, (numbers,), device=timer.device, dtype=torch.int32)
+    table = torch.arange(256, device=timer.device)
+    runs: dict[str, Callable[[], Any]] = {"index_select": lambda: torch.index_select(table, 0, places)}
+    if find_spec("bitsandbytes") is not None:
+        from bitsandbytes.functional import create_dynamic_map
+
+        code, operations = create_dynamic_map().to(timer.device), torch.ops.bitsandbytes
+        x = torch.randn(numbers, device=timer.device)
+        codes, scales = operations.quantize_blockwise(x, code, 256)
+        runs["bitsandbytes::quantize_blockwise"] = lambda: operations.quantize_blockwise(x, code, 256)
+        runs["bitsandbytes::dequantize_blockwise"] = lambda: operations.dequantize_blockwise(
+            codes, scales, code, 256, torch.float32
+        )
+    return {name: numbers / timer.seconds(run) for name, run in runs.items()}
 
 
 def _launch(timer: Timer) -> float:

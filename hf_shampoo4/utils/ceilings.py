@@ -52,6 +52,10 @@ class Ceilings:
     """Bytes of memory."""
     decompositions: Mapping[str, Mapping[int, float]] = field(default_factory=dict)
     """Operation -> order -> seconds for one matrix."""
+    in_place: float = 0.0
+    """Bytes read and written of what is changed in place: a CPU reads what it overwrites; 0: as `memory`."""
+    one_by_one: Mapping[str, float] = field(default_factory=dict)
+    """Operation -> numbers a second, of those that a CPU does one by one; what is not there takes its bytes."""
     fresh: float = math.inf
     """Bytes of new memory: a CPU's pages are faulted in when they are written first."""
     sources: Mapping[str, str] = field(default_factory=dict)
@@ -61,6 +65,14 @@ class Ceilings:
         """Seconds for so many bytes, spread evenly over the others of `world` ranks, `machine` of them together."""
         near = min(machine, world) - 1
         return sent * (near / self.link + (world - 1 - near) / self.network) / max(world - 1, 1)
+
+    def moving(self, total: int, written: int) -> float:
+        """Seconds that bytes take, of which some are written without having been read.
+
+        A copy reads as much as it writes, so that what such bytes take beyond others follows from the two rates.
+        """
+        in_place = self.in_place or self.memory
+        return (total - written) / in_place + written * (2 / self.memory - 1 / in_place)
 
     def of_products(self, precision: str) -> float:
         """Operations a second; bfloat16 stands for float16, and float32 for what is not known."""
