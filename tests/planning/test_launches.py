@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 import pytest
@@ -38,12 +39,40 @@ def test_operations_are_counted_with_their_bytes_and_views_and_allocations_are_n
         a[torch.empty(2, dtype=torch.long, device="meta")]
         elsewhere + 1
     found = counter.found.launches()
-    assert found[Launch("mm", 4 * (12 + 20 + 15), 2 * 3 * 4 * 5, "float32")] == 1
+    assert found[Launch("mm", 4 * (12 + 20 + 15), 2 * 3 * 4 * 5, "float32", written=4 * 15)] == 1
     assert found[Launch("add_", 2 * 4 * 15)] == 1
-    assert found[Launch("copy_", 2 * 4 * 15)] == 1
-    assert found[Launch("index", 2 * 4 * 8 + 8 * 2)] == 1
+    assert found[Launch("copy_", 2 * 4 * 15, written=4 * 15)] == 1
+    assert found[Launch("index", 2 * 4 * 8 + 8 * 2, written=4 * 8)] == 1
     assert counter.found.total() == 5
     assert counter.found.summary()["products"] == {"float32": 120}
+
+
+def test_fused_adamw_reads_its_gradients_and_writes_three_tensors_in_place() -> None:
+    p = nn.Parameter(torch.ones(10))
+    p.grad = torch.ones(10)
+    optimizer = torch.optim.AdamW([p], fused=True)
+    optimizer.step()
+    with LaunchCounter("cpu") as counter:
+        optimizer.step()
+    found = {launch.operation: launch for launch in counter.found.launches()}["_fused_adamw_"]
+    assert found.bytes - 4 == 28 * 10  # and the number of the step
+    assert found.written == 0
+
+
+def test_an_update_that_bitsandbytes_computes_in_python_is_counted_by_its_operations() -> None:
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    p = nn.Parameter(torch.ones(64, 128))
+    p.grad = torch.ones(64, 128)
+    optimizer = bitsandbytes.optim.AdamW8bit([p])
+    optimizer.step()
+    with LaunchCounter("cpu") as counter:
+        optimizer.step()
+    found = Counter({launch.operation: n for launch, n in counter.found.launches().items()})
+    assert found["bitsandbytes::dequantize_blockwise"] == found["bitsandbytes::quantize_blockwise"] == 2
+    assert found["addcdiv_"] == 1
+    assert not any("optimizer_update" in name for name in found)
+    coded = [launch for launch in counter.found.launches() if launch.operation == "bitsandbytes::quantize_blockwise"]
+    assert coded[0].numbers == 64 * 128
 
 
 def test_what_is_expanded_is_read_once_and_what_is_decomposed_is_told() -> None:

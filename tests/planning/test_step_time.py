@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -39,6 +40,17 @@ def test_a_launch_takes_the_longest_of_what_it_has_to_do() -> None:
     assert seconds({Launch("mm", 20, 700, "float32"): 1}, SLOW) == 7.0
     assert seconds({Launch("mm", 20, 7000, "bfloat16"): 1}, SLOW) == 7.0
     assert seconds({Launch("linalg_qr", 1, order=20, matrices=3): 1}, SLOW) == 12.0
+
+
+def test_what_is_overwritten_is_read_first_where_memory_is_a_cpus() -> None:
+    found = replace(SLOW, in_place=20.0, one_by_one={"index_select": 4.0})
+    assert seconds({Launch("copy_", 40, written=20): 1}, found) == pytest.approx(
+        4.0
+    )  # what a copy was measured to take
+    assert seconds({Launch("mul_", 40): 1}, found) == 2.0
+    assert seconds({Launch("mul_", 40, written=20): 1}, SLOW) == 4.0
+    assert seconds({Launch("index_select", 40, numbers=40): 1}, found) == 10.0
+    assert seconds({Launch("index_select", 40, numbers=40): 1}, SLOW) == 4.0
 
 
 def test_orders_between_those_that_were_measured() -> None:

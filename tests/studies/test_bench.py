@@ -80,6 +80,7 @@ def test_bytes_of_the_state_are_counted_once_whatever_they_are_nested_in() -> No
 def test_a_measured_row_of_ceilings_is_a_card() -> None:
     row = json.loads(json.dumps(measured_ceilings(Timer(CPU), orders=(8, 16), product=64)))
     found = as_ceilings(row)
+    assert min(found.in_place, *found.one_by_one.values()) > 0
     assert 0 < found.products["float32"]
     assert 0 < found.memory < float("inf")
     assert found.decomposition("linalg_qr", 16) == row["decompositions"]["linalg_qr_ms"]["16"]
