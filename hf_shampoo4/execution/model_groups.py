@@ -158,10 +158,9 @@ class ModelGroups:
             for i, group in enumerate(self.groups)
         ]
 
-    def rates(self) -> list[float]:
-        """Numbers that tell whether ranks have the same rates; schedules may compute them with other last bits."""
-        of_group = [[*map(float, (g["lr"], g["eps"], g["weight_decay"])), *map(float, g["betas"])] for g in self.groups]
-        return [sum((i + 1) * rate for i, rate in enumerate(of_kind)) for of_kind in zip(*of_group, strict=True)]
+    def rates(self) -> list[list[float]]:
+        """Of each group those that schedules may compute with other last bits on another rank."""
+        return [[*map(float, (g["lr"], g["eps"], g["weight_decay"])), *map(float, g["betas"])] for g in self.groups]
 
 
 def own_names(group: Mapping[str, Any]) -> list[str]:

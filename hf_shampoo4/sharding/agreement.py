@@ -12,7 +12,7 @@ import math
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -104,8 +104,10 @@ class View:
     """Whether it has a gradient by which replicas can be told from what is not, see replicas.py."""
     settings: str = ""
     """Options and parameters, which must be the same on all ranks."""
-    rates: list[float] = field(default_factory=list)
-    """Numbers which must be nearly the same: those of `NO_RATES`, if this rank has failed before it knew them."""
+    rates: list[list[float]] = field(default_factory=list)
+    """Of each group numbers which must be nearly the same; none, if this rank has failed before it knew them."""
+    exact_rates: bool = True
+    """Whether all ranks have the same to the last bit."""
     names: list[str] = field(default_factory=list)
     """Of the parameters that are to be updated; the same on all ranks, if the settings are."""
     present: dict[str, int] = field(default_factory=dict)
@@ -127,14 +129,17 @@ def agree(ranks: Ranks, mine: View, explained: Callable[[], list[dict[str, Any]]
     if ranks.world == 1:
         return mine
     flags = [mine.failures.first is not None, not mine.finite, mine.stale, mine.fresh]
-    numbers = [_number(mine.settings), _number(repr(sorted(mine.present.items()))), *(mine.rates or NO_RATES)]
+    said = (mine.settings, repr(sorted(mine.present.items())), repr(mine.rates))
+    numbers = [*map(_number, said), *(_weighted(mine.rates) if mine.rates else NO_RATES)]
     seen = torch.tensor([*flags, *numbers, *(-x for x in numbers)], dtype=torch.float64, device=device)
     failed, infinite, stale, fresh, *bounds = ranks.reduce(seen, largest=True).tolist()
     if failed:
         mine.failures.raise_on_all()
     largest, least = bounds[: len(numbers)], [-x for x in bounds[len(numbers) :]]
     same = [a == b for a, b in zip(largest, least, strict=True)]
-    near = [math.isclose(a, b, rel_tol=TOLERANCE) for a, b in zip(largest[2:], least[2:], strict=True)]
+    near = [
+        math.isclose(a, b, rel_tol=TOLERANCE) for a, b in zip(largest[len(said) :], least[len(said) :], strict=True)
+    ]
     if not same[0] or not all(near):
         raise RuntimeError(
             f"ranks disagree on options or model: {_difference(ranks.gather(explained()))}.  All ranks of a "
@@ -144,9 +149,22 @@ def agree(ranks: Ranks, mine: View, explained: Callable[[], list[dict[str, Any]]
     present = mine.present
     if not same[1]:
         there = torch.tensor([float(present.get(name, 0)) for name in mine.names], dtype=torch.float64, device=device)
-        found = ranks.reduce(there, largest=True).tolist()
-        present = {name: int(kind) for name, kind in zip(mine.names, found, strict=True) if kind}
-    return View(mine.failures, not infinite, bool(stale), bool(fresh), mine.settings, mine.rates, mine.names, present)
+        kinds = ranks.reduce(there, largest=True).tolist()
+        present = {name: int(kind) for name, kind in zip(mine.names, kinds, strict=True) if kind}
+    return replace(
+        mine,
+        finite=not infinite,
+        stale=bool(stale),
+        fresh=bool(fresh),
+        exact_rates=same[2],
+        present=present,
+        verdict=None,
+    )
+
+
+def _weighted(rates: Sequence[Sequence[float]]) -> list[float]:
+    """Of each kind a sum over groups that tells them apart."""
+    return [sum((i + 1) * rate for i, rate in enumerate(of_kind)) for of_kind in zip(*rates, strict=True)]
 
 
 def _number(text: str) -> float:

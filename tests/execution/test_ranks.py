@@ -279,3 +279,8 @@ def test_a_gradient_that_is_not_finite_on_one_rank_skips_the_step_on_all(results
     for rank in results[world, case]:
         assert rank["skipped"] == 1
         assert rank["unchanged"]
+
+
+@each(FAILING)
+def test_learning_rates_with_other_last_bits_leave_replicas_the_same(results: dict, world: int, case: str) -> None:
+    assert len({rank["with other last bits"] for rank in results[world, case]}) == 1
