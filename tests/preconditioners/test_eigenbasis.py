@@ -644,3 +644,28 @@ def test_report(algorithm: str, treatment: str) -> None:
     optimizer = optimizer_of(model(), algorithm=algorithm)
     advance(optimizer, range(1))
     assert sum(row.bytes for row in rows) == report.metrics(optimizer)["optim/state_bytes"]
+
+
+@pytest.mark.parametrize("algorithm", ["kl_shampoo", "soap"])
+@pytest.mark.parametrize("shape", [(256, 64), (64, 256), (96, 64)], ids=str)
+def test_a_matrix_is_trained_to_the_same_bits_alone_and_beside_others_of_its_shape(
+    algorithm: str, shape: tuple[int, int]
+) -> None:
+    """As a rank that has one block of a stack trains what one process trains with all of them."""
+
+    def trained(count: int) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(0)
+        first, *others = (nn.Parameter(torch.zeros(shape)) for _ in range(count))
+        optimizer = Shampoo4bit(
+            [first, *others], lr=0.1, algorithm=algorithm, refresh_warmup=0, stats_every=2, stagger=False
+        )
+        for _ in range(4):
+            first.grad = torch.randn(shape, generator=generator)
+            for p in others:
+                p.grad = 2 * first.grad
+            optimizer.step()
+        return first.detach()
+
+    alone = trained(1)
+    for count in (2, 3):
+        assert torch.equal(trained(count), alone), count
