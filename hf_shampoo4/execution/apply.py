@@ -18,6 +18,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from ..numerics.precision import multiplies_bfloat16
 from ..numerics.quantize import builder_of_kernels, do_without_kernels
 from ..numerics.storage import nbytes
 from ..options import Options, require, users_of
@@ -40,7 +41,7 @@ class Machine(NamedTuple):
     """Where a rank computes."""
 
     devices: tuple[str, ...]
-    """What torch calls the GPUs that its parameters are on."""
+    """What torch calls the GPUs that its parameters are on; of a CPU what its products' rounding goes by."""
     gpus: int
     """How many ranks its machine has."""
     kernels: str = ""
@@ -140,10 +141,13 @@ def all_is_shorter(groups: Sequence[Group], world: int, ceilings: Ceilings, mach
 
 def this_machine(devices: Sequence[torch.device]) -> Machine:
     """Of the devices that this rank's parameters are on."""
-    gpus = sorted({torch.cuda.get_device_name(device) for device in devices if device.type == "cuda"})
+    kinds = {torch.cuda.get_device_name(device) for device in devices if device.type == "cuda"}
+    if any(device.type == "cpu" for device in devices):
+        half = " with bfloat16 products" if multiplies_bfloat16() else ""
+        kinds.add(f"CPU, {torch.backends.cpu.get_cpu_capability()}{half}")
     there = os.environ.get("LOCAL_WORLD_SIZE", "")
     count = int(there) if there.isdecimal() else torch.cuda.device_count() or 1
-    return Machine(tuple(gpus), count, builder_of_kernels(devices))
+    return Machine(tuple(sorted(kinds)), count, builder_of_kernels(devices))
 
 
 def agree_on_kernels(machines: Sequence[Machine]) -> None:
@@ -166,7 +170,7 @@ def all_apply(groups: Sequence[Group], machines: Sequence[Machine]) -> list[bool
         machines: of every rank.
 
     Raises:
-        OptionError: `apply=all` where not every rank has all it needs, or where unlike GPUs would round differently.
+        OptionError: `apply=all` where not every rank has all it needs, or where unlike devices would round differently.
     """
     world, kinds = len(machines), {machine.devices for machine in machines}
     able = [may_all_apply(options, members, world) for options, members in groups]
@@ -174,7 +178,7 @@ def all_apply(groups: Sequence[Group], machines: Sequence[Machine]) -> list[bool
         asked = options.apply == "all" and world > 1 and bool(members)
         cut = "auto or owners where ranks have a part of the parameters or of the state each: owners alone can apply"
         require("apply", options.apply, not asked or is_able, cut)
-        unlike = f"auto or owners on unlike GPUs, which round differently: {sorted(kinds)}"
+        unlike = f"auto or owners on unlike GPUs or CPUs, which round differently: {sorted(kinds)}"
         require("apply", options.apply, not asked or len(kinds) == 1, unlike)
     free = [group for group, is_able in zip(groups, able, strict=True) if is_able and group[0].apply == "auto"]
     (devices, *others), gpus = kinds, min(machine.gpus for machine in machines)

@@ -166,7 +166,9 @@ def test_a_run_goes_by_the_table_and_takes_owners_where_it_does_not_know(monkeyp
     assert not any(wave.all_apply for _, wave in waves_of(m, 0, 1, apply="all"))
 
 
-def test_all_is_refused_where_owners_alone_have_the_state_and_on_unlike_gpus() -> None:
+def test_all_is_refused_where_owners_alone_have_the_state_and_on_unlike_devices(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     with pytest.raises(OptionError, match="option apply='all' is not allowed: it must be auto or owners with shard"):
         Options(apply="all", shard_state=True)
     with pytest.raises(OptionError, match="option apply='each' is not allowed: it must be one of auto, owners, all"):
@@ -181,5 +183,11 @@ def test_all_is_refused_where_owners_alone_have_the_state_and_on_unlike_gpus() -
         apply.all_apply([(dataclasses.replace(o, apply="auto"), found) for o, found in cut], [Machine((), 1)] * 2)
     )
     whole = [group.shared_out for group in planned_groups(model(), {"apply": "all"}, sharding_of("ddp", 2, None))]
-    with pytest.raises(OptionError, match=r"auto or owners on unlike GPUs, which round differently.*NVIDIA A100"):
+    with pytest.raises(
+        OptionError, match=r"auto or owners on unlike GPUs or CPUs, which round differently.*NVIDIA A100"
+    ):
         apply.all_apply(whole, [Machine((H100,), 2), Machine(("NVIDIA A100-SXM4-80GB",), 2)])
+    here = apply.this_machine([torch.device("cpu")])
+    monkeypatch.setattr(apply, "multiplies_bfloat16", lambda: "bfloat16" not in here.devices[0])
+    with pytest.raises(OptionError, match=r"on unlike GPUs or CPUs, which round differently.*with bfloat16 products"):
+        apply.all_apply(whole, [here, apply.this_machine([torch.device("cpu")])])
