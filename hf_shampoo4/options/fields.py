@@ -76,9 +76,9 @@ class Options:
     """Under DDP, let every rank keep the state of its own blocks only (FSDP always does)."""
     apply: Literal["auto", "owners", "all"] = "auto"
     """Who updates a block where every rank has all weights and all state (DDP): its owner, who sends what has changed,
-    or every rank for itself, and only the blocks that are refreshed in a step are their owners'.  The bits are the same
-    where the wire is exact.  auto: what late steps should be shorter with, by a table of GPUs and their links; owners
-    on all others."""
+    or every rank for itself, and only the blocks that are refreshed in a step are their owners'.  On CPUs the bits
+    are the same where the wire is exact; on GPUs a product's may depend on how many blocks are in a batch.  auto: what
+    late steps should be shorter with, by a table of GPUs and their links; owners on all others."""
     wire: Literal["exact", "bf16"] = "exact"
     """What gradients and updates are sent as between ranks: their own dtype and float32, or bfloat16."""
     communicate: bool = True
