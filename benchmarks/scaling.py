@@ -77,16 +77,19 @@ def planned(model: str, world: int, sharding: str, options: Options) -> dict[str
     ]
     every = [p for _, of_group in groups for p in of_group]
 
-    def reports(_: Ranks, make: Callable[[], list[Any]]) -> list[list[Any]]:
-        """What all ranks would say: the same, and each how many entries it has."""
-        mine = make()
+    def reports(_: Ranks, make: Callable[[], tuple[Any, list[Any]]]) -> list[tuple[Any, list[Any]]]:
+        """What all ranks would say: the same machine, and each how many entries it has."""
+        machine, mine = make()
         cuts = [sharding_of(p.parameter) for p in every]
         placed = [sharded(p.shape, Layout((s.mesh,), s.shape, s.splits)) for p, s in zip(every, cuts, strict=True)]
         return [
-            [
-                said._replace(sharding=said.sharding._replace(held=placement.shard_of[rank].region.numel))
-                for said, placement in zip(mine, placed, strict=True)
-            ]
+            (
+                machine,
+                [
+                    said._replace(sharding=said.sharding._replace(held=placement.shard_of[rank].region.numel))
+                    for said, placement in zip(mine, placed, strict=True)
+                ],
+            )
             for rank in range(world)
         ]
 

@@ -29,7 +29,7 @@ from hf_shampoo4 import Shampoo4bit, save_optimizer
 from hf_shampoo4.checkpointing.convert import read
 from hf_shampoo4.execution import build, wave_step
 from hf_shampoo4.execution.descent import Descent
-from hf_shampoo4.execution.state_map import Rows, StateMap
+from hf_shampoo4.execution.state_map import StateMap
 from hf_shampoo4.execution.wave_state import WaveState
 from hf_shampoo4.execution.wave_step import WaveStep
 from hf_shampoo4.preconditioners.protocols import Context
@@ -255,7 +255,7 @@ PLACES: dict[str, tuple[Any, str, tuple[str, ...]]] = {
     "send": (WaveStep, "results", ("ddp", "fsdp2")),
     "new weights": (Descent, "descend", ("ddp",)),
     "apply": (Descent, "write", ("fsdp2",)),
-    "received state": (Rows, "write", ("ddp",)),
+    "received state": (wave_step, "write_rows", ("ddp",)),
     "first plan": (build, "make_wave", ("ddp",)),
     "first state": (WaveState, "copy_whole", ("ddp", "fsdp2")),
     "saving": (StateMap, "rows_at", ("fsdp2",)),

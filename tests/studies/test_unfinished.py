@@ -76,7 +76,7 @@ def test_a_killed_run_goes_on_to_the_same_weights(
     assert [step for step, _ in found["validation"]] == [2, 4, 5]
     seconds = found["validation_seconds"]
     assert len(seconds) == 3
-    assert 0 < seconds[0] < seconds[1] < seconds[2], "each step counts once"
+    assert 0 < seconds[0] <= seconds[1] <= seconds[2], "each step counts once"  # to hundredths
 
 
 def test_times_of_both_parts_are_put_together() -> None:
