@@ -68,9 +68,10 @@ def test_an_update_that_bitsandbytes_computes_in_python_is_counted_by_its_operat
     p = nn.Parameter(torch.ones(64, 128))
     p.grad = torch.ones(64, 128)
     optimizer = bitsandbytes.optim.AdamW8bit([p])
-    optimizer.step()
-    with LaunchCounter("cpu") as counter:
+    with torch.compiler.set_stance("force_eager"):  # what it compiles, where it can, is not seen
         optimizer.step()
+        with LaunchCounter("cpu") as counter:
+            optimizer.step()
     found = Counter({launch.operation: n for launch, n in counter.found.launches().items()})
     assert found["bitsandbytes::dequantize_blockwise"] == found["bitsandbytes::quantize_blockwise"] == 2
     assert found["addcdiv_"] == 1
