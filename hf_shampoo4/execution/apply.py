@@ -139,6 +139,11 @@ def all_is_shorter(groups: Sequence[Group], world: int, ceilings: Ceilings, mach
     return difference(groups, world).seconds(ceilings, machine) < 0
 
 
+def is_by_all(asked: str, shorter: bool) -> bool:
+    """Whether every rank applies, where it may, by the option and by whether that is shorter."""
+    return asked == "all" or (asked == "auto" and shorter)
+
+
 def this_machine(devices: Sequence[torch.device]) -> Machine:
     """Of the devices that this rank's parameters are on."""
     kinds = {torch.cuda.get_device_name(device) for device in devices if device.type == "cuda"}
@@ -184,7 +189,4 @@ def all_apply(groups: Sequence[Group], machines: Sequence[Machine]) -> list[bool
     (devices, *others), gpus = kinds, min(machine.gpus for machine in machines)
     ceilings = ceilings_of_device(devices[0]) if len(devices) == 1 and not others else None
     shorter = bool(free) and ceilings is not None and all_is_shorter(free, world, ceilings, gpus)
-    return [
-        is_able and (options.apply == "all" or (options.apply == "auto" and shorter))
-        for (options, _), is_able in zip(groups, able, strict=True)
-    ]
+    return [is_able and is_by_all(options.apply, shorter) for (options, _), is_able in zip(groups, able, strict=True)]

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from ..exceptions import OptionError
-from ..execution.apply import Difference, difference, may_all_apply
+from ..execution.apply import Difference, difference, is_by_all, may_all_apply
 from ..execution.waves import WaveParameter
 from ..options import Options, require, resolve
 from ..preconditioners.algorithms import algorithm_class
@@ -100,7 +100,8 @@ def plan_of(
         raise OptionError(f"nothing to precondition: {name} has no matrix that is not left to the base optimizer")
     blocks = [block for member in factored for block in member.blocks]
     against = _all_against_owners(groups, world_size)
-    by_all = against is not None and _is_by_all(chosen.get("apply", Options.apply), against, ceilings)
+    shorter = against is not None and ceilings is not None and against.seconds(ceilings) < 0
+    by_all = against is not None and is_by_all(chosen.get("apply", Options.apply), shorter)
     tally = Tally(world_size, by_all)
     for group in groups:
         tally.add(group)
@@ -138,11 +139,6 @@ def _all_against_owners(groups: Sequence[PlannedGroup], world: int) -> Differenc
     asked, cut = groups[0].options.apply, "auto or owners where ranks have a part of the parameters each"
     require("apply", asked, able or world == 1 or asked != "all", cut)
     return difference(shared_out, world) if able else None
-
-
-def _is_by_all(asked: str, against: Difference, ceilings: Ceilings | None) -> bool:
-    shorter = ceilings is not None and against.seconds(ceilings) < 0
-    return asked == "all" or (asked == "auto" and shorter)
 
 
 def model_on_meta(name: str, dtype: str = "float32", lora: int = 0) -> nn.Module:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import torch
 
 from ..execution.apply import bytes_of_a_step, may_all_apply, refreshed_shares
 from ..execution.blocking import Block, in_parts, in_waves, loads_of
@@ -67,9 +68,7 @@ class Tally:
                 self.work[owner] += load.flops
         self.state += state.sum() if group.replicated else state
         split = _parts(members)
-        working = _working(blocks, owned, split)
-        if members[0].parameter.device.type not in ALONE:
-            working = np.maximum(working, _at_once(blocks, split) + 2 * -(-owned // split))
+        working = _working(blocks, owned, split, members[0].parameter.device)
         if self.all_apply and may_all_apply(*group.shared_out, self.world):
             working = np.maximum(working, _working_alone(members))
         self.working = np.maximum(self.working, 4 * working)
@@ -165,20 +164,16 @@ def _of_refreshed(members: Sequence[WaveParameter], group: PlannedGroup, world: 
 def _working_alone(members: Sequence[WaveParameter]) -> np.ndarray:
     """`_working` of a rank that computes all blocks of a wave."""
     every = [block for member in members for block in member.blocks]
-    split = len(in_parts(every, [0] * len(every), members[0].shard_count, members[0].room)) or 1
     counts = Counter(block.algorithm for block in every)
     blocks = {algorithm: np.array([count]) for algorithm, count in counts.items()}
     owned = np.array([sum(block.numel for block in every)])
-    working = _working(blocks, owned, split)
-    if members[0].parameter.device.type not in ALONE:
-        working = np.maximum(working, _at_once(blocks, split) + 2 * -(-owned // split))
-    return working
+    return _working(blocks, owned, _parts(members, alone=True), members[0].parameter.device)
 
 
-def _parts(members: Sequence[WaveParameter]) -> int:
-    """In how many parts a wave is computed."""
+def _parts(members: Sequence[WaveParameter], alone: bool = False) -> int:
+    """In how many parts a wave is computed, by the owners or by a rank that computes all of it."""
     blocks = [block for member in members for block in member.blocks]
-    owners = [owner for member in members for owner in member.owners]
+    owners = [0 if alone else owner for member in members for owner in member.owners]
     return len(in_parts(blocks, owners, members[0].shard_count, members[0].room)) or 1
 
 
@@ -210,17 +205,22 @@ def _at_once(blocks: Mapping[Algorithm, np.ndarray], split: int) -> np.ndarray:
     return found[which.reshape(-1)]
 
 
-def _working(blocks: Mapping[Algorithm, np.ndarray], owned: np.ndarray, split: int) -> np.ndarray:
-    """float32 numbers that each rank has at once beside the state: gradients, updates, the largest stack's workspace.
+def _working(blocks: Mapping[Algorithm, np.ndarray], owned: np.ndarray, split: int, device: torch.device) -> np.ndarray:
+    """float32 numbers that each rank has at once beside the state: gradients, updates, the largest stack's workspace,
+    or that of all stacks whose bases are updated together.
 
     Args:
         blocks: of a wave, how many each rank owns.
         owned: their entries.
         split: in how many parts the wave is computed.
+        device: that computes it.
     """
     workspace: np.ndarray = np.zeros_like(owned)
     for algorithm, counts in blocks.items():
         numbers, which = np.unique(-(-counts // split), return_inverse=True)
         workspace = np.maximum(workspace, np.array([max(algorithm.workspace(int(n)).values()) for n in numbers])[which])
     copies = 3 if any(algorithm.grafted for algorithm in blocks) else 2  # P of all stacks, before any has its update
-    return workspace + copies * -(-owned // split)
+    working: np.ndarray = workspace + copies * -(-owned // split)
+    if device.type not in ALONE:
+        working = np.maximum(working, _at_once(blocks, split) + 2 * -(-owned // split))
+    return working

@@ -17,21 +17,14 @@ from hf_shampoo4.execution.waves import Part, Wave
 from hf_shampoo4.options import Options
 from hf_shampoo4.planning.shardings import planned_groups, sharding_of
 from hf_shampoo4.preconditioners.schedule import due
-from hf_shampoo4.sharding.exchange import Ranks
 from hf_shampoo4.sharding.local_parameter import local_parameter
 from hf_shampoo4.utils.ceilings import Ceilings, ceilings_of, ceilings_of_device
+from tests.support.many_ranks import Alone
 from tests.support.many_ranks import late_steps as late_steps_of
 
 LATE = 1000  # updates, from which on bases are updated once in ten steps
 PERIOD = 10
 H100 = "NVIDIA H100 80GB HBM3"
-
-
-class Alike(Ranks):
-    """Ranks that all say what this one says."""
-
-    def gather(self, value: Any) -> list[Any]:
-        return [value] * self.world
 
 
 def model(device: str = "cpu", layers: int = 3, width: int = 96) -> nn.Module:
@@ -51,7 +44,7 @@ def waves_of(m: nn.Module, rank: int, world: int, **options: Any) -> list[tuple[
         named = group["params"]
         local = [local_parameter(name, p) for name, p in named]
         groups.append((chosen, local, {name: tuple(p.shape) for name, p in named}))
-    built = build.build(groups, Alike(rank, world))
+    built = build.build(groups, Alone(rank, world))
     return [(chosen, wave) for (chosen, *_), waves in zip(groups, built, strict=True) for wave in waves]
 
 
