@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from ..exceptions import CheckpointError
+from ..execution.model_groups import truly_named
 from ..execution.state_layout import Entry
 from ..execution.wave_state import parse_row_name
 from ..sharding.local_parameter import full_shape
@@ -241,7 +242,7 @@ def _without_warnings() -> Iterator[None]:
 
 def _described(optimizer: Shampoo4bit, index: int) -> dict[str, Any]:
     """Of a group, what JSON can hold: all but the parameters themselves."""
-    group = {key: value for key, value in optimizer.param_groups[index].items() if key != "params"}
+    group = {key: value for key, value in truly_named(optimizer.param_groups[index]).items() if key != "params"}
     named = zip(optimizer.names(index), optimizer.parameters(index), strict=True)
     shapes = {name: list(full_shape(p)) for name, p in named}
     numbers = {key: value.item() if isinstance(value, Tensor) else value for key, value in group.items()}

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..exceptions import CheckpointError, OptionError
 from ..execution.blocking import blocks_of
-from ..execution.model_groups import Group, ModelGroups, own_names
+from ..execution.model_groups import Group, ModelGroups, own_names, truly_named
 from ..execution.state_layout import Entry, foreign_state, own_state, state_layout
 from ..options import NAMES, OF_THE_RUN, STRUCTURAL, Options, require_kind
 from ..sharding.local_parameter import clean_name, full_shape, in_deepspeed, in_fsdp1
@@ -29,7 +29,7 @@ def saved(groups: Sequence[Group], state: Mapping[Any, Any], spread: Mapping[Ten
     """
     members = [p for group in groups for p in group["params"]]
     number = {id(p): i for i, p in enumerate(members)}
-    numbered = [{**group, "params": [number[id(p)] for p in group["params"]]} for group in groups]
+    numbered = [{**truly_named(group), "params": [number[id(p)] for p in group["params"]]} for group in groups]
     found: dict[Any, Any] = {}
     for p, entry in state.items():
         if not isinstance(p, Tensor):

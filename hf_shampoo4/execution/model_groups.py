@@ -191,6 +191,13 @@ def with_names(group: Mapping[str, Any], named: bool) -> Group:
     return found
 
 
+def truly_named(group: Group) -> Group:
+    """Without its names if they are not one for each parameter: its list was edited by hand."""
+    if "param_names" not in group or len(group["param_names"]) == len(group["params"]):
+        return group
+    return {key: value for key, value in group.items() if key != "param_names"}
+
+
 def check_keys(group: Mapping[str, Any]) -> None:
     """A group may carry foreign keys (schedulers put some there), but not an option that is spelt wrong.
 

@@ -5,14 +5,11 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from transformers.trainer_callback import ExportableState, TrainerCallback
 
-from ..checkpointing.checksums import check_archive
-from ..checkpointing.completeness import CALLBACK, incomplete
-from ..exceptions import CheckpointError
+from ..checkpointing.completeness import CALLBACK
 from ..state_report import metrics, table
 from .saving import follow_saves, shampoo_in, without_wrappers
 from .trainer import OPTIMS, check_args
@@ -47,11 +44,7 @@ class Shampoo4bitCallback(TrainerCallback, ExportableState):
         check_args(args)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
-        """Refuse a half-written checkpoint, turn shares of training into steps, and print what is preconditioned how.
-
-        Raises:
-            CheckpointError: the checkpoint that the Trainer has resumed from is not whole, or its optimizer damaged.
-        """
+        """Turn shares of training into steps, and print what is preconditioned how."""
         self.world_size = args.world_size
         self.local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", self.world_size))
         self.steps_without_gradients = 0
@@ -65,8 +58,6 @@ class Shampoo4bitCallback(TrainerCallback, ExportableState):
         if ours is None:
             _refuse_another(args, optimizer)
             return
-        if state.global_step:
-            _check_whole(args, state.global_step)
         for group in ours.param_groups:
             if group["stochastic_last"]:
                 group["stochastic_from"] = 1 + round(state.max_steps * (1 - group["stochastic_last"]))
@@ -129,19 +120,3 @@ def _refuse_another(args: Any, optimizer: Any) -> None:
             f"--optim {args.optim.value} was asked for, but {type(optimizer).__name__} would train: leave that out of "
             "the DeepSpeed configuration and of the Trainer's `optimizers`, or leave --optim out"
         )
-
-
-def _check_whole(args: Any, step: int) -> None:
-    """The Trainer passes over what a checkpoint lacks (a rank's random state, an optimizer) and goes on otherwise."""
-    asked = args.resume_from_checkpoint
-    folder = (
-        Path(asked) if isinstance(asked, str) and Path(asked).is_dir() else Path(args.output_dir) / f"checkpoint-{step}"
-    )
-    reason = incomplete(folder) if folder.is_dir() else ""
-    if reason:
-        raise CheckpointError(
-            f"checkpoint {str(folder)!r} is not complete, its training must have been stopped while it was written: "
-            f"{reason}.  `hf-shampoo4 checkpoint last {folder.parent}` finds the last one that is."
-        )
-    for name in ("optimizer.pt", "optimizer.bin"):  # the Trainer has just loaded it, and torch compares no checksums
-        check_archive(folder / name)

@@ -1,7 +1,9 @@
-"""The Trainer's checkpoints: what every rank must do before rank 0 alone asks the optimizer for its state.
+"""The Trainer's checkpoints: what every rank must do before rank 0 alone asks the optimizer for its state, and whether
+one is whole before it is loaded.
 
-A save may be asked for at any time, by the Trainer, a callback or a signal, so it is not foreseen but met where every
-rank passes: in the methods of `transformers.Trainer` that write a checkpoint.
+A save may be asked for at any time, by the Trainer, a callback or a signal, and a folder to resume from be named to
+`Trainer.train` alone, so neither is foreseen but met where every rank passes: in the methods of `transformers.Trainer`
+that write a checkpoint and read one.
 """
 
 from __future__ import annotations
@@ -11,7 +13,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from ..checkpointing.completeness import STATE
+from ..checkpointing.checksums import check_archive
+from ..checkpointing.completeness import STATE, incomplete
+from ..exceptions import CheckpointError
 from .hooks import after_import
 
 if TYPE_CHECKING:
@@ -21,7 +25,8 @@ if TYPE_CHECKING:
 def follow_saves() -> None:
     """Prepare every Trainer's checkpoints, from now on or once transformers is imported; again it changes nothing.
 
-    Touched are the methods `_save_checkpoint`, `_save_optimizer_and_scheduler` and `_tune_save_checkpoint`.
+    Touched are the methods `_save_checkpoint`, `_save_optimizer_and_scheduler`, `_tune_save_checkpoint` and
+    `_load_optimizer_and_scheduler`.
     """
     after_import("transformers.trainer", _wrap_saves)
 
@@ -46,6 +51,7 @@ def _wrap_saves(module: ModuleType) -> None:
         ("_save_checkpoint", _no_longer_whole),
         ("_save_optimizer_and_scheduler", _bring_together),
         ("_tune_save_checkpoint", _bring_together),
+        ("_load_optimizer_and_scheduler", _refuse_half),
     ):
         original = getattr(module.Trainer, name)
         if not hasattr(original, "before_hf_shampoo4"):
@@ -74,3 +80,22 @@ def _no_longer_whole(trainer: Any, model: Any = None, trial: Any = None) -> None
     if shampoo_in(trainer.optimizer) is not None and trainer.args.should_save:
         folder = Path(trainer._get_output_dir(trial=trial)) / f"checkpoint-{trainer.state.global_step}"
         (folder / STATE).unlink(missing_ok=True)
+
+
+def _refuse_half(trainer: Any, checkpoint: Any = None) -> None:
+    """The Trainer passes over what a checkpoint lacks (a rank's random state, an optimizer) and goes on otherwise, and
+    torch compares no checksums.
+
+    Raises:
+        CheckpointError: the checkpoint to resume from is not whole, or its optimizer damaged.
+    """
+    if checkpoint is None or shampoo_in(trainer.optimizer) is None:
+        return
+    folder = Path(checkpoint)
+    if reason := incomplete(folder):
+        raise CheckpointError(
+            f"checkpoint {str(folder)!r} is not complete, its training must have been stopped while it was written: "
+            f"{reason}.  `hf-shampoo4 checkpoint last {folder.parent}` finds the last one that is."
+        )
+    for name in ("optimizer.pt", "optimizer.bin"):
+        check_archive(folder / name)

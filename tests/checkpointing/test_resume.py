@@ -155,6 +155,17 @@ def test_the_callback_finds_a_turned_bit_that_torch_loads(run: Path) -> None:
         resumed(run)
 
 
+@pytest.mark.parametrize("own", [True, False])
+def test_the_folder_that_is_named_to_train_is_looked_at_wherever_it_lies(run: Path, tmp_path: Path, own: bool) -> None:
+    """As `trainer.train(resume_from_checkpoint="../other/checkpoint-2")` has it, with a whole one of one's own or not."""
+    if own:
+        shutil.copytree(run, tmp_path / "here")
+    (run / "checkpoint-2" / "optimizer.pt").unlink()
+    trainer = Trainer(llama(), arguments(tmp_path / "here", **{**SAVED, "max_steps": 3}), train_dataset=Tokens())
+    with pytest.raises(CheckpointError, match=r"run/checkpoint-2' is not complete.*optimizer is missing"):
+        trainer.train(resume_from_checkpoint=str(run / "checkpoint-2"))
+
+
 def test_a_checkpoint_from_before_the_callback_noted_the_ranks(run: Path) -> None:
     edit(
         run / "checkpoint-2" / "trainer_state.json",

@@ -8,13 +8,14 @@ import pickle
 import subprocess
 import sys
 import warnings
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from hf_shampoo4 import Shampoo4bit
+from hf_shampoo4 import Shampoo4bit, load_optimizer, save_optimizer
 from hf_shampoo4.exceptions import CheckpointError
 from hf_shampoo4.numerics import linalg as matrix
 from hf_shampoo4.options import users_of
@@ -480,6 +481,39 @@ def test_resume_after_a_skipped_step_and_with_missing_gradients() -> None:
     broken(second, range(4, 8))
     assert same(tensors(second), tensors(unbroken))
     assert all(torch.equal(p, q) for p, q in zip(owners(second), owners(unbroken), strict=True))
+
+
+@pytest.mark.parametrize("form", ["state_dict", "folder"])
+@pytest.mark.parametrize("change", ["appended", "taken out"])
+def test_what_is_saved_of_a_group_that_was_edited_can_be_loaded(change: str, form: str, tmp_path: Path) -> None:
+    """A list `params` that is edited by hand is one longer or shorter than the names beside it."""
+
+    def made(values: list[torch.Tensor]) -> Shampoo4bit:
+        named = [(f"layer.{i}", torch.nn.Parameter(value.clone())) for i, value in enumerate(values[:2])]
+        optimizer = Shampoo4bit(named, lr=1e-2)
+        edited = optimizer.param_groups[0]["params"]
+        if change == "appended":
+            edited.append(torch.nn.Parameter(values[2].clone()))
+        else:
+            del edited[0]
+        return optimizer
+
+    def stepped(optimizer: Shampoo4bit) -> list[torch.Tensor]:
+        for p in optimizer.param_groups[0]["params"]:
+            p.grad = p.detach().sin()
+        optimizer.step()
+        return [p.detach().clone() for p in optimizer.param_groups[0]["params"]]
+
+    values = [torch.randn(6, 4) for _ in range(3)]
+    first = made(values)
+    now = stepped(first)
+    second = made([torch.zeros(6, 4), *now] if change == "taken out" else now)
+    if form == "folder":
+        save_optimizer(first, tmp_path / "saved")
+        load_optimizer(second, tmp_path / "saved")
+    else:
+        second.load_state_dict(saved(first))
+    assert all(torch.equal(p, q) for p, q in zip(stepped(first), stepped(second), strict=True))
 
 
 def test_options_that_are_not_structural_come_from_the_checkpoint() -> None:
