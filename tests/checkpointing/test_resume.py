@@ -157,7 +157,7 @@ def test_the_callback_finds_a_turned_bit_that_torch_loads(run: Path) -> None:
 
 @pytest.mark.parametrize("own", [True, False])
 def test_the_folder_that_is_named_to_train_is_looked_at_wherever_it_lies(run: Path, tmp_path: Path, own: bool) -> None:
-    """As `trainer.train(resume_from_checkpoint="../other/checkpoint-2")` has it, with a whole one of one's own or not."""
+    """By `trainer.train(resume_from_checkpoint=...)` alone, with a whole one of the same name of its own or without."""
     if own:
         shutil.copytree(run, tmp_path / "here")
     (run / "checkpoint-2" / "optimizer.pt").unlink()
