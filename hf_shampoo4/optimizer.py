@@ -147,9 +147,10 @@ class Shampoo4bit(torch.optim.Optimizer):
         else:
             self._unsettled = Unsettled(agreed.verdict, units, [plans.of_unit[unit.key] for unit in units])
         check_replicas(plans, units, agreed)
-        for unit in units if agreed.present else ():
-            run(self._wave_steps(unit, agreed))  # collect gradients, update blocks, send updates, apply them
-        agreed.failures.raise_on_all()
+        with plans.equal_replicas.step():
+            for unit in units if agreed.present else ():
+                run(self._wave_steps(unit, agreed))  # collect gradients, update blocks, send updates, apply them
+            agreed.failures.raise_on_all()
         return loss
 
     def state_dict(self) -> dict[str, Any]:

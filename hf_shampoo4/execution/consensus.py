@@ -43,6 +43,7 @@ def look(plans: Plans, called: Sequence[dict[str, Any]], state: State) -> tuple[
             view.names = [local.name for local in live]
             view.settings = plans.groups.settings(plans.of_unit, afresh=view.stale)
             view.rates = plans.groups.rates()
+            view.bits = plans.equal_replicas.digest(plans.waves())
             view.fresh = has_gradient(plans.replica_checks.pending(plans.replicas(units)))
     return units, view
 
@@ -52,13 +53,16 @@ def agree(plans: Plans, units: Sequence[Unit], mine: View) -> View:
 
     Raises:
         Exception: this rank has failed.
-        RuntimeError: another one has, or ranks have other options, parameters or rates.
+        RuntimeError: another one has, or ranks have other options, parameters or rates, or other bits where all apply.
     """
     if any(unit.key in plans.of_unit for unit in units):  # the second round: all that was to be read has been
         plans.reader = None
     device = next((local.buffer.device for unit in units for local in unit.candidates), torch.device("cpu"))
     with nullcontext() if plans else announced(plans.ranks):
-        return agreement.agree(plans.ranks, mine, lambda: plans.groups.explained(plans.of_unit), device)
+        agreed = agreement.agree(plans.ranks, mine, lambda: plans.groups.explained(plans.of_unit), device)
+    if agreed.apart:
+        plans.equal_replicas.settle(plans.ranks, plans.waves(), plans.groups.groups)
+    return agreed
 
 
 def check_replicas(plans: Plans, units: Sequence[Unit], agreed: View) -> None:

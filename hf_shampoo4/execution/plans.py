@@ -20,6 +20,7 @@ from ..sharding.exchange import Ranks
 from ..sharding.local_parameter import LocalParameter, check_trainable, full_shape
 from ..sharding.replicas import ReplicaChecks
 from .build import build
+from .equal_replicas import EqualReplicas
 from .model_groups import ModelGroups
 from .state_layout import Entry, foreign_state, own_state
 from .units import Key, Standing, Unit, UnitPlan, is_lost, units_of, warn_of_fresh
@@ -49,6 +50,7 @@ class Plans:
         self.of_unit: dict[Key, UnitPlan] = {}
         self.reader: BlockReader | None = None
         self.replica_checks = ReplicaChecks()
+        self.equal_replicas = EqualReplicas()
         self.meeting = ""
         """A word that these ranks alone know, for meetings outside of a step."""
 
@@ -108,6 +110,7 @@ class Plans:
             start = old.step if old else next(others, unit.group["step"])
             everything = set(self.groups.parameters(unit.key[0]))
             self.of_unit[unit.key] = UnitPlan(unit.identity(), everything, views, waves, start, start)
+        self.equal_replicas.begin()
         if ranks.world > 1:
             with all_or_none(ranks):
                 self.replica_checks.begin(self.replicas(units), self.groups.every_parameter())

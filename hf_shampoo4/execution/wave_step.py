@@ -40,7 +40,7 @@ def wave_steps(waves: Sequence[Wave], agreed: View, context: Context, lr: float,
             if width := agreed.present.get(member.local.name):
                 dtypes[m] = dtype_of(width)
                 member.updates += 1
-        for part in wave.parts_of_step(dtypes, context.options, agreed.exact_rates):
+        for part in wave.parts_of_step(dtypes, context.options, agreed.alike):
             steps.append(WaveStep(wave, part, dtypes, context, lr, weight_decay, agreed.failures))
     return steps
 

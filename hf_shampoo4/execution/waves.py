@@ -202,12 +202,13 @@ class Wave:
         parts = in_parts(blocks, owners, self.members[0].shard_count, self.members[0].room)
         return [every.of(frozenset(part)) for part in parts]
 
-    def parts_of_step(self, wanted: Collection[int], options: Options, exact_rates: bool = True) -> list[Part]:
+    def parts_of_step(self, wanted: Collection[int], options: Options, alike: bool = True) -> list[Part]:
         """What one step computes one after the other, of the members that are wanted; their updates are counted.
 
-        Where ranks have rates with other last bits, owners update all: replicas would go apart.
+        Where ranks are not `alike` (rates with other last bits, a gradient that one alone has), owners update all:
+        replicas would go apart.
         """
-        if not self.all_apply or not exact_rates:
+        if not self.all_apply or not alike:
             return [part for one in self.parts if (part := self.of_members(one, wanted)).blocks]
         due = self._refreshed(options)
         shared = [part.of(part.blocks & due) for part in self.parts]

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from .exchange import Ranks
 
@@ -106,8 +107,12 @@ class View:
     """Options and parameters, which must be the same on all ranks."""
     rates: list[list[float]] = field(default_factory=list)
     """Of each group numbers which must be nearly the same; none, if this rank has failed before it knew them."""
-    exact_rates: bool = True
-    """Whether all ranks have the same to the last bit."""
+    alike: bool = True
+    """Whether all ranks have the same rates, to the last bit, and gradients of the same parameters."""
+    bits: Tensor | None = None
+    """float64 of no dimension, within 2^53: of what must be equal bit for bit, if that is compared in this step."""
+    apart: bool = False
+    """Whether ranks have other bits."""
     names: list[str] = field(default_factory=list)
     """Of the parameters that are to be updated; the same on all ranks, if the settings are."""
     present: dict[str, int] = field(default_factory=dict)
@@ -131,8 +136,10 @@ def agree(ranks: Ranks, mine: View, explained: Callable[[], list[dict[str, Any]]
     flags = [mine.failures.first is not None, not mine.finite, mine.stale, mine.fresh]
     said = (mine.settings, repr(sorted(mine.present.items())), repr(mine.rates))
     numbers = [*map(_number, said), *(_weighted(mine.rates) if mine.rates else NO_RATES)]
-    seen = torch.tensor([*flags, *numbers, *(-x for x in numbers)], dtype=torch.float64, device=device)
-    failed, infinite, stale, fresh, *bounds = ranks.reduce(seen, largest=True).tolist()
+    seen = torch.tensor([*flags, 0, 0, *numbers, *(-x for x in numbers)], dtype=torch.float64, device=device)
+    if mine.bits is not None:
+        seen[len(flags) : len(flags) + 2] = torch.stack([mine.bits, -mine.bits])  # which the host does not wait for
+    failed, infinite, stale, fresh, bits, least_bits, *bounds = ranks.reduce(seen, largest=True).tolist()
     if failed:
         mine.failures.raise_on_all()
     largest, least = bounds[: len(numbers)], [-x for x in bounds[len(numbers) :]]
@@ -156,7 +163,8 @@ def agree(ranks: Ranks, mine: View, explained: Callable[[], list[dict[str, Any]]
         finite=not infinite,
         stale=bool(stale),
         fresh=bool(fresh),
-        exact_rates=same[2],
+        alike=same[1] and same[2],
+        apart=bits != -least_bits,
         present=present,
         verdict=None,
     )

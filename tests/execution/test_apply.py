@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from typing import Any
 
@@ -13,8 +14,10 @@ import hf_shampoo4 as s4
 from hf_shampoo4.exceptions import OptionError
 from hf_shampoo4.execution import apply, build
 from hf_shampoo4.execution.apply import Machine, all_is_shorter
+from hf_shampoo4.execution.equal_replicas import EqualReplicas
 from hf_shampoo4.execution.waves import Part, Wave
 from hf_shampoo4.options import Options
+from hf_shampoo4.planning.launches import LaunchCounter
 from hf_shampoo4.planning.shardings import planned_groups, sharding_of
 from hf_shampoo4.preconditioners.schedule import due
 from hf_shampoo4.sharding.local_parameter import local_parameter
@@ -134,6 +137,34 @@ def test_the_closed_form_is_what_a_rank_launches_more() -> None:
     multiplied = sum(everybody["products"].values()) - sum(owners["products"].values())
     assert multiplied == pytest.approx(sum(said.products.values()), rel=0.15)
     assert abs(everybody["launches"] - owners["launches"] - said.launches) < 200
+
+
+def test_comparing_all_bits_takes_a_hundredth_of_a_step_and_nobody_waits_for_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(build, "_refuse_sharing", lambda _: None)  # meta tensors have no addresses
+    m = nn.Sequential(*model("meta", 24, 256).layers)
+    waves = [wave for _, wave in waves_of(m, 0, 4, apply="all")]
+    with LaunchCounter() as counter:
+        EqualReplicas().digest(waves)  # on a device whose numbers cannot be asked for
+    cost = counter.found.summary(1)
+    assert cost["launches"] < 60
+    assert cost["bytes"] / sum(p.numel() for p in m.parameters()) < 11  # a late step moves 70
+    assert EqualReplicas().digest([wave for _, wave in waves_of(m, 0, 4, apply="owners")]) is None
+
+
+def test_bits_are_compared_after_the_first_steps_ever_more_rarely_and_after_a_failure() -> None:
+    checks, found = EqualReplicas(), list[int]()
+    waves = [wave for _, wave in waves_of(nn.Sequential(nn.Linear(4, 4)), 0, 2, apply="all")]
+    for step in range(300):
+        if checks.digest(waves) is not None:
+            found.append(step)
+        with checks.step():
+            pass
+    assert found == [0, 1, 2, 4, 8, 16, 32, 64, 97, 128, 194, 256, 291]
+    with contextlib.suppress(MemoryError), checks.step():
+        raise MemoryError
+    assert checks.digest(waves) is not None
 
 
 def test_what_comes_of_many_ranks_takes_as_many_launches_as_of_few() -> None:

@@ -53,6 +53,37 @@ def test_replicas_are_equal_on_processors_that_round_differently(results: list, 
     assert all(rank[algorithm] == [True, True] for rank in ranks)
 
 
+def test_ranks_that_update_all_themselves_and_go_apart_are_refused(results: list) -> None:
+    """Soon after the first step with gradients of other last bits, or in which a rank failed: on every rank."""
+    for rank in of(results, "apart"):
+        assert rank["equal"]
+        for what, said in {
+            "gradients": "weights of parameter '0.weight' have other bits on ranks [1] than on rank 0 (4 of 4",
+            "weights": "weights of parameter '1.bias' have other bits on ranks [2] than on rank 0 (1 of 4",
+            "caught": "weights of parameter '0.weight' have other bits on ranks [1] than on rank 0 (4 of 4",
+        }.items():
+            assert rank[what].startswith(f"RuntimeError: RuntimeError: ranks are no longer equal: the {said}")
+            assert rank[what].endswith(
+                "Set apply=owners, with which each block's owner sends its weights, and go on from the last checkpoint"
+            )
+        assert "Set apply=owners and wire=exact" in rank["half a wire"]
+
+
+def test_ranks_that_update_all_themselves_on_unlike_processors_are_refused(results: list) -> None:
+    if of(results, "drift")[0]["alone"] == [True, True]:
+        pytest.skip("MKL_CBWR changes nothing on this processor")
+    assert all("ranks are no longer equal" in rank["processors"] for rank in of(results, "apart"))
+
+
+def test_owners_update_all_where_auto_finds_ranks_apart_or_one_has_no_gradient(results: list) -> None:
+    """They send weights and state, so ranks are equal again."""
+    for rank in of(results, "apart"):
+        assert rank["auto"] == [True, True]
+        assert len(rank["warned"]) == 2
+        assert all("each block's owner updates it from here on" in warned for warned in rank["warned"])
+        assert rank["no gradient"]
+
+
 @pytest.mark.parametrize(
     ("what", "said"),
     [

@@ -28,6 +28,7 @@ from torch.nn.parallel import DistributedDataParallel
 from hf_shampoo4 import Shampoo4bit, save_optimizer
 from hf_shampoo4.checkpointing.convert import read
 from hf_shampoo4.execution import build, wave_step
+from hf_shampoo4.execution.apply import Machine
 from hf_shampoo4.execution.descent import Descent
 from hf_shampoo4.execution.state_map import StateMap
 from hf_shampoo4.execution.wave_state import WaveState
@@ -148,6 +149,65 @@ def last_bits() -> None:
             p.grad.mul_(1 + 3e-7 * rank())
         o.param_groups[0]["lr"] = 1e-2 * (1 + 1e-12 * rank())
         o.step()
+
+
+def train_alone(of_step: Callable[[int, Any], None] = lambda t, m: None, steps: int = 4, **options: Any) -> bool:
+    """Every rank updates all itself, whatever processor it plays, after `of_step` has changed what is this rank's.
+
+    Returns:
+        Whether all ranks then have the same bits.
+    """
+    m = model()
+    o = Shampoo4bit(m.named_parameters(), **{"apply": "all", **options})
+    for t in range(steps):
+        backward(m, t)
+        of_step(t, m)
+        said_of_step = said(o.step)
+        if said_of_step and "no memory left" not in said_of_step:  # that is an error that a script catches
+            raise RuntimeError(said_of_step)
+    state = [x.flatten().view(torch.uint8).float() for entry in o.state.values() for x in entry.values()]
+    return equal(flat(m)) and equal(torch.cat(state))
+
+
+def last_bits_of_gradients(t: int, m: nn.Module) -> None:
+    for p in m.parameters():
+        p.grad.mul_(1 + 3e-7 * (rank() == 1))
+
+
+def apart() -> dict[str, Any]:
+    """What makes replicas unequal where every rank updates all itself, and what comes of it."""
+    plain: dict[str, Any] = {"algorithm": "elementwise", "lr": 1e-2}  # which all processors round alike
+    found: dict[str, Any] = {}
+
+    def gone(t: int, m: nn.Module) -> None:
+        if rank() == 1 and t == 2:  # a step in which gradients are not compared
+            m[1].bias.grad = None
+
+    def moved(t: int, m: nn.Module) -> None:
+        if rank() == 2 and t == 1:
+            m[1].bias.data[3] += 1e-6
+
+    def fails(t: int, m: nn.Module) -> None:
+        (patched.start if rank() == 1 and t == 2 else lambda: None)()
+        (patched.stop if rank() == 1 and t == 3 else lambda: None)()
+
+    patched = mock.patch.object(wave_step, "compute_updates", no_memory)
+    with mock.patch.object(build, "this_machine", return_value=Machine((), 1)):
+        found["equal"] = train_alone(**plain)
+        found["processors"] = said(lambda: train_alone(steps=6, **OPTIONS))
+        found["gradients"] = said(lambda: train_alone(last_bits_of_gradients, **plain))
+        found["no gradient"] = train_alone(gone, **plain)
+        found["weights"] = said(lambda: train_alone(moved, **plain))
+        found["caught"] = said(lambda: train_alone(fails, **plain))
+        with (
+            mock.patch.object(build, "all_apply", lambda groups, _: [True] * len(groups)),
+            warnings.catch_warnings(record=True) as caught,
+        ):
+            warnings.simplefilter("always")
+            found["auto"] = [train_alone(last_bits_of_gradients, apply="auto", **o) for o in (plain, OPTIONS)]
+            found["warned"] = [str(w.message) for w in caught if "no longer equal" in str(w.message)]
+            found["half a wire"] = said(lambda: train_alone(last_bits_of_gradients, apply="auto", wire="bf16", **plain))
+    return found
 
 
 def subgroups() -> dict[str, Any]:
@@ -379,7 +439,7 @@ def groups() -> dict[str, Any]:
 
 
 CASES: dict[str, Callable[[], dict[str, Any]]] = {
-    "drift": drift, "mixing": mixing, "subgroups": subgroups, "meshes": meshes, "missing": missing,
+    "drift": drift, "apart": apart, "mixing": mixing, "subgroups": subgroups, "meshes": meshes, "missing": missing,
     **{f"{mode}: {place}": failing(place, mode) for place, (*_, modes) in PLACES.items() for mode in modes},
     "closure": closure, "frozen": frozen, "join": join, "groups": groups,
 }  # fmt: skip
