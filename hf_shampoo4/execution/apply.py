@@ -8,12 +8,12 @@ Both give the same bits where the wire is exact, so what a late step takes less 
 from __future__ import annotations
 
 import math
-import os
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import NamedTuple
+from importlib import import_module
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -23,6 +23,7 @@ from ..numerics.quantize import builder_of_kernels, do_without_kernels
 from ..numerics.storage import nbytes
 from ..options import Options, require, users_of
 from ..preconditioners.protocols import Algorithm
+from ..sharding.exchange import host
 from ..utils.ceilings import MACHINE, Ceilings, ceilings_of_device
 from .waves import WaveParameter
 
@@ -42,10 +43,12 @@ class Machine(NamedTuple):
 
     devices: tuple[str, ...]
     """What torch calls the GPUs that its parameters are on; of a CPU what its products' rounding goes by."""
-    gpus: int
-    """How many ranks its machine has."""
+    host: str
+    """Which computer that is, see `host`."""
     kernels: str = ""
-    """What builds kernels there, see `builder_of_kernels`."""
+    """What builds kernels there, see `builder_of_kernels`; "" if nothing does."""
+    versions: str = ""
+    """Of what computes there."""
 
 
 @dataclass(frozen=True)
@@ -150,21 +153,33 @@ def this_machine(devices: Sequence[torch.device]) -> Machine:
     if any(device.type == "cpu" for device in devices):
         half = " with bfloat16 products" if multiplies_bfloat16() else ""
         kinds.add(f"CPU, {torch.backends.cpu.get_cpu_capability()}{half}")
-    there = os.environ.get("LOCAL_WORLD_SIZE", "")
-    count = int(there) if there.isdecimal() else torch.cuda.device_count() or 1
-    return Machine(tuple(sorted(kinds)), count, builder_of_kernels(devices))
+    return Machine(tuple(sorted(kinds)), host(), builder_of_kernels(devices), _versions(devices))
+
+
+def _versions(devices: Sequence[torch.device]) -> str:
+    found = [f"hf_shampoo4 {import_module('hf_shampoo4').__version__}", f"torch {torch.__version__}"]
+    if any(device.type == "cuda" for device in devices):
+        built, inner = cast("Any", torch.version), cast("Any", torch._C)
+        found.append(
+            f"CUDA {built.cuda}, driver of {inner._cuda_getDriverVersion()}" if built.cuda else f"ROCm {built.hip}"
+        )
+    return ", ".join(found)
 
 
 def agree_on_kernels(machines: Sequence[Machine]) -> None:
     """Let no rank use kernels that another one lacks: they round differently, and replicas would go apart."""
-    found = [machine.kernels for machine in machines]
+    found = [f"{machine.kernels}, {machine.versions}" if machine.kernels else "none" for machine in machines]
     if len(set(found)) > 1:
-        by_rank = {name or "none": [r for r, of in enumerate(found) if of == name][:8] for name in sorted(set(found))}
         do_without_kernels(
-            f"ranks build different kernels ({', '.join(f'{n}: ranks {ranks}' for n, ranks in by_rank.items())}), "
-            "which round differently: plain PyTorch works in their place on all, and takes longer.  Make Triton work, "
-            "in one version, on every rank"
+            f"ranks build different kernels ({_by_rank(found)}), which may round differently: plain PyTorch works in "
+            "their place on all, and takes longer.  Make Triton work, in one version and of one torch, on every rank"
         )
+
+
+def _by_rank(found: Sequence[str]) -> str:
+    """What is found on which ranks."""
+    ranks = {name: [rank for rank, there in enumerate(found) if there == name][:8] for name in sorted(set(found))}
+    return "; ".join(f"{name}: ranks {of_name}" for name, of_name in ranks.items())
 
 
 def all_apply(groups: Sequence[Group], machines: Sequence[Machine]) -> list[bool]:
@@ -175,9 +190,11 @@ def all_apply(groups: Sequence[Group], machines: Sequence[Machine]) -> list[bool
         machines: of every rank.
 
     Raises:
-        OptionError: `apply=all` where not every rank has all it needs, or where unlike devices would round differently.
+        OptionError: `apply=all` where not every rank has all it needs, or where unlike devices or versions would round
+            differently.
     """
     world, kinds = len(machines), {machine.devices for machine in machines}
+    versions = [machine.versions for machine in machines]
     able = [may_all_apply(options, members, world) for options, members in groups]
     for (options, members), is_able in zip(groups, able, strict=True):
         asked = options.apply == "all" and world > 1 and bool(members)
@@ -185,8 +202,11 @@ def all_apply(groups: Sequence[Group], machines: Sequence[Machine]) -> list[bool
         require("apply", options.apply, not asked or is_able, cut)
         unlike = f"auto or owners on unlike GPUs or CPUs, which round differently: {sorted(kinds)}"
         require("apply", options.apply, not asked or len(kinds) == 1, unlike)
+        unlike = f"auto or owners on unlike versions, which may round differently ({_by_rank(versions)})"
+        require("apply", options.apply, not asked or len(set(versions)) == 1, unlike)
     free = [group for group, is_able in zip(groups, able, strict=True) if is_able and group[0].apply == "auto"]
-    (devices, *others), gpus = kinds, min(machine.gpus for machine in machines)
-    ceilings = ceilings_of_device(devices[0]) if len(devices) == 1 and not others else None
+    gpus = min(Counter(machine.host for machine in machines).values())
+    alike = len(kinds) == len(set(versions)) == 1 and len(machines[0].devices) == 1
+    ceilings = ceilings_of_device(machines[0].devices[0]) if alike else None
     shorter = bool(free) and ceilings is not None and all_is_shorter(free, world, ceilings, gpus)
     return [is_able and is_by_all(options.apply, shorter) for (options, _), is_able in zip(groups, able, strict=True)]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 from transformers.trainer_callback import ExportableState, TrainerCallback
 
 from ..checkpointing.completeness import CALLBACK
+from ..sharding.exchange import ProcessGroup, host
 from ..state_report import metrics, table
 from .saving import follow_saves, shampoo_in, without_wrappers
 from .trainer import OPTIMS, check_args
@@ -46,7 +46,7 @@ class Shampoo4bitCallback(TrainerCallback, ExportableState):
     def on_train_begin(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
         """Turn shares of training into steps, and print what is preconditioned how."""
         self.world_size = args.world_size
-        self.local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", self.world_size))
+        self.local_world_size = ProcessGroup().ranks().gather(host()).count(host())
         self.steps_without_gradients = 0
         self.optimizer = " ".join(filter(None, (str(getattr(args.optim, "value", args.optim)), args.optim_args)))
         before = state.stateful_callbacks.get(CALLBACK) if state.global_step else None  # of the checkpoint

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+import socket
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -183,6 +185,15 @@ class Ranks:
         """Where the backend can send from: NCCL sends from a GPU alone, also what was offloaded to the CPU."""
         known = [found.type for found in getattr(self.group or dist.group.WORLD, "_device_types", [])]
         return device if not known or device.type in known else torch.device(known[0])
+
+
+def host() -> str:
+    """Which computer this is: its name and, as many have the same, what its kernel drew when it started.
+
+    Another container is another computer, as it is for NCCL.
+    """
+    boot = Path("/proc/sys/kernel/random/boot_id")
+    return f"{socket.gethostname()} {boot.read_text(encoding='utf-8').strip() if boot.exists() else ''}"
 
 
 class ProcessGroup:

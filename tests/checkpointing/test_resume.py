@@ -5,14 +5,17 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import Trainer
+from transformers import Trainer, TrainerState
 
-from hf_shampoo4.checkpointing.completeness import incomplete, last_complete
+from hf_shampoo4.checkpointing.completeness import CALLBACK, incomplete, last_complete
 from hf_shampoo4.cli import main
 from hf_shampoo4.exceptions import CheckpointError, ConfigError
+from hf_shampoo4.integrations.callback import Shampoo4bitCallback
+from hf_shampoo4.sharding.exchange import ProcessGroup, Ranks
 from hf_shampoo4.training.output_dir import prepare_output
 from hf_shampoo4.training.pretrain import parse
 from tests.support.tiny import Tokens, arguments, llama, python
@@ -107,6 +110,17 @@ def test_a_rank_that_had_not_finished_is_noticed(run: Path) -> None:
     assert incomplete(folder) == "rank 1 of 2 had not finished: rng_state_1.pth is missing"
     shutil.copy(folder / "rng_state_0.pth", folder / "rng_state_1.pth")
     assert incomplete(folder) == ""
+
+
+def test_a_node_has_as_many_ranks_as_are_on_its_host_whatever_started_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """mpirun and srun set no LOCAL_WORLD_SIZE."""
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    monkeypatch.setattr(ProcessGroup, "ranks", lambda _: Ranks(2, 4))
+    monkeypatch.setattr(Ranks, "gather", lambda _, here: ["another", "another", here, here])
+    callback, state = Shampoo4bitCallback(), TrainerState(stateful_callbacks={})
+    args = SimpleNamespace(world_size=4, optim="adamw_torch", optim_args=None)
+    callback.on_train_begin(args, state, None, torch.optim.SGD([torch.zeros(1)]))
+    assert state.stateful_callbacks[CALLBACK]["attributes"]["local_world_size"] == 2
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from hf_shampoo4.execution import apply, build
 from hf_shampoo4.execution.apply import Machine, all_is_shorter
 from hf_shampoo4.execution.equal_replicas import EqualReplicas
 from hf_shampoo4.execution.waves import Part, Wave
+from hf_shampoo4.numerics import quantize
 from hf_shampoo4.options import Options
 from hf_shampoo4.planning.launches import LaunchCounter
 from hf_shampoo4.planning.shardings import planned_groups, sharding_of
@@ -174,17 +175,22 @@ def test_what_comes_of_many_ranks_takes_as_many_launches_as_of_few() -> None:
 
 
 def test_a_run_goes_by_the_table_and_takes_owners_where_it_does_not_know(monkeypatch: pytest.MonkeyPatch) -> None:
-    """GPUs are told by name and by how many ranks a machine has; the CPU is none."""
-    m, there = model("meta", 48, 768), [Machine((H100,), 1)]
-    monkeypatch.setattr(build, "this_machine", lambda _: there[-1])
-    monkeypatch.setattr(build, "_refuse_sharing", lambda _: None)  # meta tensors have no addresses
+    """GPUs are told by name and by how many of the ranks are on one host; the CPU is none."""
+    m = model("meta", 48, 768)
     assert ceilings_of_device(H100) == ceilings_of("h100")
     for devices, gpus, world, expected in (
-        ((H100,), 8, 8, False), ((H100,), 1, 64, True), (("some GPU",), 1, 64, False), ((), 1, 64, False),
+        ((H100,), 8, 8, False), ((H100,), 1, 64, True), ((H100,), 8, 64, True), (("some GPU",), 1, 64, False),
+        ((), 1, 64, False),
     ):  # fmt: skip
-        there.append(Machine(devices, gpus))
-        assert {wave.all_apply for _, wave in waves_of(m, 0, world)} == {expected}
-    del there[1:]
+        groups = [group.shared_out for group in planned_groups(m, {}, sharding_of("ddp", world, None))]
+        ranks = [Machine(devices, f"host {rank // gpus}") for rank in range(world)]
+        assert set(apply.all_apply(groups, ranks)) == {expected}
+        newer = ranks[0]._replace(versions="torch 3")
+        assert not any(apply.all_apply(groups, [newer, *ranks[1:]]))
+    monkeypatch.setattr(build, "this_machine", lambda _: Machine((H100,), "here"))
+    monkeypatch.setattr(build, "_refuse_sharing", lambda _: None)  # meta tensors have no addresses
+    monkeypatch.setattr(apply, "all_is_shorter", lambda *_: True)
+    assert all(wave.all_apply for _, wave in waves_of(m, 0, 64))
     assert not any(wave.all_apply for _, wave in waves_of(m, 0, 64, shard_state=True))
     assert not any(wave.all_apply for _, wave in waves_of(m, 0, 64, apply="owners"))
     assert not any(wave.all_apply for _, wave in waves_of(m, 0, 1, apply="all"))
@@ -200,18 +206,34 @@ def test_all_is_refused_where_owners_alone_have_the_state_and_on_unlike_devices(
     layout = sharding_of("fsdp2", 2, None)
     cut = [group.shared_out for group in planned_groups(model(), {"apply": "all"}, layout)]
     with pytest.raises(OptionError, match="auto or owners where ranks have a part of the parameters"):
-        apply.all_apply(cut, [Machine((), 1)] * 2)
+        apply.all_apply(cut, [Machine((), "")] * 2)
     with pytest.raises(OptionError, match="auto or owners where ranks have a part of the parameters"):
         s4.plan(model(), 2, "fsdp2", apply="all")
     assert not any(
-        apply.all_apply([(dataclasses.replace(o, apply="auto"), found) for o, found in cut], [Machine((), 1)] * 2)
+        apply.all_apply([(dataclasses.replace(o, apply="auto"), found) for o, found in cut], [Machine((), "")] * 2)
     )
     whole = [group.shared_out for group in planned_groups(model(), {"apply": "all"}, sharding_of("ddp", 2, None))]
     with pytest.raises(
         OptionError, match=r"auto or owners on unlike GPUs or CPUs, which round differently.*NVIDIA A100"
     ):
-        apply.all_apply(whole, [Machine((H100,), 2), Machine(("NVIDIA A100-SXM4-80GB",), 2)])
+        apply.all_apply(whole, [Machine((H100,), ""), Machine(("NVIDIA A100-SXM4-80GB",), "")])
     here = apply.this_machine([torch.device("cpu")])
     monkeypatch.setattr(apply, "multiplies_bfloat16", lambda: "bfloat16" not in here.devices[0])
     with pytest.raises(OptionError, match=r"on unlike GPUs or CPUs, which round differently.*with bfloat16 products"):
         apply.all_apply(whole, [here, apply.this_machine([torch.device("cpu")])])
+
+
+def test_ranks_must_have_the_same_versions_where_their_bits_must_be_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    here = apply.this_machine([torch.device("cpu")])
+    assert here.versions == f"hf_shampoo4 {s4.__version__}, torch {torch.__version__}"
+    monkeypatch.setattr(torch, "__version__", "2.99")
+    there = apply.this_machine([torch.device("cpu")])
+    assert there.host == here.host
+    whole = [group.shared_out for group in planned_groups(model(), {"apply": "all"}, sharding_of("ddp", 2, None))]
+    with pytest.raises(OptionError, match=r"on unlike versions.*: ranks \[0\];.*2\.99: ranks \[1\]"):
+        apply.all_apply(whole, [here, there])
+    assert all(apply.all_apply(whole, [here, here]))
+    monkeypatch.setattr(quantize, "_done_without", [])
+    triton = [machine._replace(kernels="Triton 3.9.0") for machine in (here, there)]
+    with pytest.warns(UserWarning, match=r"ranks build different kernels \(Triton 3.*torch 2\.99: ranks \[1\]"):
+        apply.agree_on_kernels(triton)

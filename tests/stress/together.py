@@ -192,7 +192,7 @@ def apart() -> dict[str, Any]:
         (patched.stop if rank() == 1 and t == 3 else lambda: None)()
 
     patched = mock.patch.object(wave_step, "compute_updates", no_memory)
-    with mock.patch.object(build, "this_machine", return_value=Machine((), 1)):
+    with mock.patch.object(build, "this_machine", return_value=Machine((), "")):
         found["equal"] = train_alone(**plain)
         found["processors"] = said(lambda: train_alone(steps=6, **OPTIONS))
         found["gradients"] = said(lambda: train_alone(last_bits_of_gradients, **plain))
