@@ -113,7 +113,9 @@ def test_no_rank_uses_kernels_that_another_one_cannot_build(results: dict, world
         assert "error" not in rank, rank["error"]
         assert rank["ranks_equal"]
         assert len(rank["said"]) == 1
-        assert rank["said"][0].startswith("ranks build different kernels (none: ranks [1], Triton ")
+        assert rank["said"][0].startswith("ranks build different kernels (Triton ")
+        assert "torch " in rank["said"][0]
+        assert ": ranks [0]; none: ranks [1])" in rank["said"][0]
 
 
 @each(ROUNDED)
