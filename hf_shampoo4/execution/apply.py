@@ -8,6 +8,7 @@ Both give the same bits where the wire is exact, so what a late step takes less 
 from __future__ import annotations
 
 import math
+import warnings
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ import numpy as np
 import torch
 
 from ..numerics.precision import multiplies_bfloat16
-from ..numerics.quantize import builder_of_kernels, do_without_kernels
+from ..numerics.quantize import builder_of_kernels
 from ..numerics.storage import nbytes
 from ..options import Options, require, users_of
 from ..preconditioners.protocols import Algorithm
@@ -166,14 +167,16 @@ def _versions(devices: Sequence[torch.device]) -> str:
     return ", ".join(found)
 
 
-def agree_on_kernels(machines: Sequence[Machine]) -> None:
-    """Let no rank use kernels that another one lacks: they round differently, and replicas would go apart."""
+def agree_on_kernels(machines: Sequence[Machine]) -> bool:
+    """Whether all ranks have the same kernels, or none; else they round differently, and replicas would go apart."""
     found = [f"{machine.kernels}, {machine.versions}" if machine.kernels else "none" for machine in machines]
     if len(set(found)) > 1:
-        do_without_kernels(
+        warnings.warn(
             f"ranks build different kernels ({_by_rank(found)}), which may round differently: plain PyTorch works in "
-            "their place on all, and takes longer.  Make Triton work, in one version and of one torch, on every rank"
+            "their place on all, and takes longer.  Make Triton work, in one version and of one torch, on every rank",
+            stacklevel=2,
         )
+    return len(set(found)) == 1
 
 
 def _by_rank(found: Sequence[str]) -> str:

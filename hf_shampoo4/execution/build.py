@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
 
 from ..numerics.memory import keep_freed_memory
 from ..numerics.precision import lacks
+from ..numerics.quantize import without_kernels
 from ..numerics.storage import allocate
 from ..options import Options, require
 from ..preconditioners.protocols import Algorithm
@@ -39,7 +41,7 @@ def build(groups: Sequence[tuple[Options, Sequence[LocalParameter], Shapes]], ra
     """
     every = [(local, options.working_memory) for options, of_group, _ in groups for local in of_group]
     machines, by_rank = zip(*gather_or_raise(ranks, lambda: _seen(every, ranks)), strict=True)
-    agree_on_kernels(machines)
+    kernels = agree_on_kernels(machines)
     reports = zip(*by_rank, strict=True)
     found = iter(
         [(placement_of(local, of), min(r.room for r in of)) for (local, _), of in zip(every, reports, strict=True)]
@@ -57,7 +59,11 @@ def build(groups: Sequence[tuple[Options, Sequence[LocalParameter], Shapes]], ra
     assign_owners(members, [options for options, _, _ in groups], ranks.world)
     planned = [(options, found) for found, (options, _, _) in zip(members, groups, strict=True)]
     by_all = all_apply(planned, machines)
-    return [_waves(found, options, ranks, apply) for (options, found), apply in zip(planned, by_all, strict=True)]
+    with nullcontext() if kernels else without_kernels():
+        waves = [_waves(found, options, ranks, apply) for (options, found), apply in zip(planned, by_all, strict=True)]
+    for wave in (wave for of_group in waves for wave in of_group):
+        wave.kernels = kernels
+    return waves
 
 
 def _require_precision(options: Options, members: Sequence[LocalParameter]) -> None:

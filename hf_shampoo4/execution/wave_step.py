@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..numerics.blocks import changed_if
 from ..numerics.precision import exact_float32
+from ..numerics.quantize import without_kernels
 from ..options import Options
 from ..preconditioners.algorithms import compute_updates
 from ..preconditioners.protocols import Context
@@ -46,7 +47,13 @@ def wave_steps(waves: Sequence[Wave], agreed: View, context: Context, lr: float,
 
 
 def run(steps: Sequence[WaveStep]) -> None:
-    """Do the steps in order; the next one's gradients and the last one's results travel while one is computed."""
+    """Do the steps of one unit in order, with or without Triton's kernels, as its plan has it."""
+    with nullcontext() if all(step.wave.kernels for step in steps) else without_kernels():
+        _run(steps)
+
+
+def _run(steps: Sequence[WaveStep]) -> None:
+    """The next one's gradients and the last one's results travel while one is computed."""
     before: WaveStep | None = None
     for i, step in enumerate(steps):
         if i == 0:

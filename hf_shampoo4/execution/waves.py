@@ -148,6 +148,8 @@ class Wave:
     """Whether every rank keeps all state."""
     all_apply: bool = False
     """Whether every rank updates all blocks itself, but for those that are refreshed in a step; else owners do."""
+    kernels: bool = True
+    """Whether Triton's may be used: not where ranks have unlike ones."""
 
     @property
     def device(self) -> torch.device:

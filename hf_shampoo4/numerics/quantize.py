@@ -17,6 +17,8 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
@@ -223,27 +225,29 @@ def packed_length(length: int, bits: int) -> int:
     return length if bits == 8 else (length + 1) // 2
 
 
-_done_without: list[str] = []
-"""Why there are no kernels in this process, if there could be."""
+_are_left_out = ContextVar("kernels are left out", default=False)
 
 
 def has_kernels(device: torch.device, block: int) -> bool:
-    """Whether Triton's kernels do the work: on a GPU, for blocks that fit their tiles."""
-    return device.type in GPUS and not _done_without and _triton_works(device) and kernels().can_run(block)
+    """Whether Triton's kernels do the work: on a GPU, for blocks that fit their tiles; see `without_kernels`."""
+    return device.type in GPUS and not _are_left_out.get() and _triton_works(device) and kernels().can_run(block)
 
 
 def builder_of_kernels(devices: Iterable[torch.device]) -> str:
     """What builds kernels on some devices: Triton and its version; "" if it does not on one, or none is a GPU."""
     gpus = [device for device in devices if device.type in GPUS]
-    works = bool(gpus) and not _done_without and all(map(_triton_works, gpus))
+    works = bool(gpus) and all(map(_triton_works, gpus))
     return f"Triton {import_module('triton').__version__}" if works else ""
 
 
-def do_without_kernels(why: str) -> None:
-    """From now on plain PyTorch does all of this process's work, which it is told."""
-    if not _done_without:
-        warnings.warn(why, stacklevel=2)
-    _done_without.append(why)
+@contextmanager
+def without_kernels() -> Iterator[None]:
+    """Plain PyTorch does all of the work inside."""
+    before = _are_left_out.set(True)
+    try:
+        yield
+    finally:
+        _are_left_out.reset(before)
 
 
 @cache

@@ -16,7 +16,6 @@ from hf_shampoo4.execution import apply, build
 from hf_shampoo4.execution.apply import Machine, all_is_shorter
 from hf_shampoo4.execution.equal_replicas import EqualReplicas
 from hf_shampoo4.execution.waves import Part, Wave
-from hf_shampoo4.numerics import quantize
 from hf_shampoo4.options import Options
 from hf_shampoo4.planning.launches import LaunchCounter
 from hf_shampoo4.planning.shardings import planned_groups, sharding_of
@@ -233,7 +232,7 @@ def test_ranks_must_have_the_same_versions_where_their_bits_must_be_the_same(mon
     with pytest.raises(OptionError, match=r"on unlike versions.*: ranks \[0\];.*2\.99: ranks \[1\]"):
         apply.all_apply(whole, [here, there])
     assert all(apply.all_apply(whole, [here, here]))
-    monkeypatch.setattr(quantize, "_done_without", [])
     triton = [machine._replace(kernels="Triton 3.9.0") for machine in (here, there)]
     with pytest.warns(UserWarning, match=r"ranks build different kernels \(Triton 3.*torch 2\.99: ranks \[1\]"):
-        apply.agree_on_kernels(triton)
+        assert not apply.agree_on_kernels(triton)
+    assert apply.agree_on_kernels([here, here])

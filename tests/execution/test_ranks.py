@@ -116,6 +116,7 @@ def test_no_rank_uses_kernels_that_another_one_cannot_build(results: dict, world
         assert rank["said"][0].startswith("ranks build different kernels (Triton ")
         assert "torch " in rank["said"][0]
         assert ": ranks [0]; none: ranks [1])" in rank["said"][0]
+    assert [rank["works"] for rank in results[world, case]] == [True, False], "it is that optimizer's affair alone"
 
 
 @each(ROUNDED)

@@ -558,11 +558,11 @@ def lopsided(case: Case) -> dict[str, Any]:
     with (
         mock.patch.object(quantize, "GPUS", ("cpu",)),
         mock.patch.object(quantize, "_triton_works", return_value=dist.get_rank() == 0),
-        mock.patch.object(quantize, "_done_without", []),
         warnings.catch_warnings(record=True) as said,
     ):
         warnings.simplefilter("always")
         found = equality(alike, truths)
+        found["works"] = quantize.has_kernels(torch.device("cpu"), 2)  # for another optimizer of this process
     return {**found, "said": [str(w.message) for w in said if "Triton" in str(w.message)]}
 
 
