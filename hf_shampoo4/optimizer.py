@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Set
 from contextlib import AbstractContextManager
@@ -19,7 +20,7 @@ from .execution.consensus import agree, check_replicas, look
 from .execution.gradients import SkippedSteps, Unsettled, broken
 from .execution.model_groups import ModelGroups, check_group, check_keys, check_row_splits, with_names
 from .execution.plans import BlockReader, Plans
-from .execution.units import Key, Unit, is_dry_run, warn_of_fresh
+from .execution.units import Key, Unit, is_dry_run, warn_of_fresh, warn_of_lengthless
 from .execution.wave_step import WaveStep, run, wave_steps
 from .execution.waves import Wave
 from .options import NAMES, OF_ADAMW, TYPES, Options, resolve
@@ -139,6 +140,7 @@ class Shampoo4bit(torch.optim.Optimizer):
         self.has_seen_gradients |= bool(agreed.present)
         if agreed.stale and agreed.present:
             plans.make(units, self.state)
+            warn_of_lengthless(unit.group for unit in units)
         if not agreed.finite:
             self._skipped.count(units, broken([local for unit in units for local in unit.members]))
             return loss
@@ -260,6 +262,13 @@ class Shampoo4bit(torch.optim.Optimizer):
         with self.groups.restored(self.state):
             found = accepted(state_dict, self.groups, self.param_groups)
             self.__setstate__({"state": found.state, "param_groups": found.groups})
+        if found.unlike:
+            told = ", ".join(f"{name}={there!r}, not {here!r}" for name, (there, here) in found.unlike.items())
+            warnings.warn(
+                f"options come from the checkpoint, as the learning rate does: {told}.  To change one, set it in "
+                "optimizer.param_groups after loading",
+                stacklevel=3,
+            )
         stateless = [name for name in found.stateless if name not in awaited]
         if stateless:
             warn_of_fresh(stateless, "the checkpoint has no state of them, as if they were frozen when it was written")

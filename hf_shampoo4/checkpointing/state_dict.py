@@ -14,7 +14,7 @@ from ..exceptions import CheckpointError, OptionError
 from ..execution.blocking import blocks_of
 from ..execution.model_groups import Group, ModelGroups, own_names, truly_named
 from ..execution.state_layout import Entry, foreign_state, own_state, state_layout
-from ..options import NAMES, OF_THE_RUN, STRUCTURAL, Options, require_kind
+from ..options import NAMES, OF_THE_RUN, STRUCTURAL, Options, require_kind, structure
 from ..sharding.local_parameter import clean_name, full_shape, in_deepspeed, in_fsdp1
 from .formats import check_entry, well_formed
 
@@ -47,6 +47,8 @@ class Accepted(NamedTuple):
     groups: list[Group]
     stateless: list[str]
     """The names of those that are trained here and have no state there."""
+    unlike: dict[str, tuple[Any, Any]]
+    """Options that the run has otherwise, and which the state's form does not tell: what is there, and here."""
 
 
 def accepted(state_dict: Any, groups: ModelGroups, ours: Sequence[Group]) -> Accepted:
@@ -64,6 +66,7 @@ def accepted(state_dict: Any, groups: ModelGroups, ours: Sequence[Group]) -> Acc
     """
     state_dict = _numbered(well_formed(state_dict), groups, ours)
     stateless = _check(state_dict, groups, ours)
+    unlike = _unlike(state_dict["param_groups"], ours)
     parameter: dict[Any, Tensor] = {}
     theirs = copy.deepcopy(state_dict["param_groups"])
     for group, mine in zip(theirs, ours, strict=True):
@@ -73,7 +76,17 @@ def accepted(state_dict: Any, groups: ModelGroups, ours: Sequence[Group]) -> Acc
     state: defaultdict[Any, Any] = defaultdict(dict)
     for key, entry in state_dict["state"].items():
         state[parameter.get(key, key)] = _copied(entry, parameter[key]) if key in parameter else entry
-    return Accepted(state, theirs, stateless)
+    return Accepted(state, theirs, stateless, unlike)
+
+
+def _unlike(theirs: Sequence[Group], ours: Sequence[Group]) -> dict[str, tuple[Any, Any]]:
+    told = {*STRUCTURAL, *OF_THE_RUN, "stochastic_from"}  # the last is made of the length of the training
+    return {
+        name: (there[name], here[name])
+        for there, here in zip(theirs, ours, strict=True)
+        for name in NAMES
+        if name not in told and name in there and there[name] != here[name]
+    }
 
 
 def without_state(groups: Sequence[Group], ours: ModelGroups) -> dict[str, Any]:
@@ -127,7 +140,9 @@ def _check(state_dict: dict[str, Any], names: ModelGroups, ours: Sequence[Group]
     theirs, state = state_dict["param_groups"], state_dict["state"]
     sizes, here = [len(g["params"]) for g in theirs], [len(g["params"]) for g in ours]
     if sizes != here:
-        raise CheckpointError(f"checkpoint of another model: groups of {sizes} parameters, here {here}")
+        raise CheckpointError(
+            f"checkpoint of another model: groups of {sizes} parameters, here {here}{_told_apart(theirs, ours)}"
+        )
     if len({key for group in theirs for key in group["params"]}) < sum(sizes):
         raise CheckpointError("damaged checkpoint: a parameter is there twice")
     of_groups = [
@@ -137,13 +152,23 @@ def _check(state_dict: dict[str, Any], names: ModelGroups, ours: Sequence[Group]
     return [name for of_group in of_groups for name in of_group]
 
 
+def _told_apart(theirs: Sequence[Group], ours: Sequence[Group]) -> str:
+    """Which parameters only one of two models has, if all have names."""
+    there, here = ([name for group in groups for name in own_names(group)] for groups in (theirs, ours))
+    if not there or not here:
+        return ""
+    only = {"there": [n for n in there if n not in set(here)], "here": [n for n in here if n not in set(there)]}
+    told = [f"only {where}: {names[:3]}{', ...' * (len(names) > 3)}" for where, names in only.items() if names]
+    return f" ({'; '.join(told) or 'the same in other groups'}): freeze and tie here what was frozen and tied there"
+
+
 def _check_group(there: Group, ours: Group, names: Sequence[str], state: Mapping[Any, Any]) -> list[str]:
     try:
         require_kind({**ours, "rates": there.get("rates", ())})
     except OptionError as error:
         raise CheckpointError(f"the checkpoint was written with {error}") from error
-    layout = _layout(ours)
-    for name, value in _layout({**ours, **there}).items():
+    layout = structure(ours)
+    for name, value in structure({**ours, **there}).items():
         if value != layout[name]:
             raise CheckpointError(
                 f"the checkpoint was written with {name}={value}, this run has {name}={layout[name]}: "
@@ -160,9 +185,3 @@ def _check_group(there: Group, ours: Group, names: Sequence[str], state: Mapping
         elif p.requires_grad and there["step"] and math.prod(full_shape(p)):
             stateless.append(name)
     return stateless
-
-
-def _layout(group: Group) -> dict[str, Any]:
-    """The options on which the layout and the meaning of the state depend, `auto` and 0 as what they stand for."""
-    o = Options(**{name: group[name] for name in NAMES})
-    return {**{name: group[name] for name in STRUCTURAL}, "quant_block": o.factor_block, "codebook": o.factor_codebook}

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from ..options import require_finite
 from ..sharding import agreement
 from ..sharding.agreement import Failures, View
 from ..sharding.rendezvous import announced
@@ -33,6 +34,8 @@ def look(plans: Plans, called: Sequence[dict[str, Any]], state: State) -> tuple[
     with view.failures.kept():
         plans.ranks.require_same()
         plans.replica_checks.refuse_join()
+        for group in called:
+            require_finite(group)
         units = plans.units(called, state)
         live = [local for unit in units for local in unit.candidates]  # as many on every rank, whatever is frozen
         view.stale = any(plans.is_stale(unit, state) for unit in units)

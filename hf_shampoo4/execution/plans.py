@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..options import Options
+from ..exceptions import OptionError
+from ..options import Options, structure
 from ..sharding.agreement import all_or_none, gather_or_raise
 from ..sharding.exchange import Ranks
 from ..sharding.local_parameter import LocalParameter, check_trainable, full_shape
@@ -83,15 +84,18 @@ class Plans:
 
         Raises:
             RuntimeError: state that only some ranks have or that is there in part, or another rank failed.
-            TypeError, ValueError: parameters or a checkpoint that these ranks cannot train.
+            TypeError, ValueError: parameters or a checkpoint that these ranks cannot train; state of other options or
+                shapes than there are now.
         """
         ranks, before = self.ranks, [self.of_unit.get(unit.key) for unit in units]
         if not self.meeting:
             self.meeting = ranks.gather(uuid.uuid4().hex)[0]
         units, dropped = self._surveyed(units, state)
         with all_or_none(ranks):
-            for local in [local for unit in units for local in unit.members]:
-                check_trainable(local.parameter)
+            for unit, plan in zip(units, before, strict=True):
+                _require_structure(unit, plan, state)
+                for local in unit.members:
+                    check_trainable(local.parameter)
         if ranks.world > 1:  # owners may change
             for wave in [wave for plan in before if plan for wave in plan.waves]:
                 wave.state.load(_entries(wave, state))
@@ -109,7 +113,9 @@ class Plans:
             others = (plan.start for (index, _), plan in self.of_unit.items() if index == unit.key[0])
             start = old.step if old else next(others, unit.group["step"])
             everything = set(self.groups.parameters(unit.key[0]))
-            self.of_unit[unit.key] = UnitPlan(unit.identity(), everything, views, waves, start, start)
+            self.of_unit[unit.key] = UnitPlan(
+                unit.identity(), everything, views, waves, structure(unit.group), start, start
+            )
         self.equal_replicas.begin()
         if ranks.world > 1:
             with all_or_none(ranks):
@@ -176,7 +182,7 @@ class Plans:
                     dropped.append(local.parameter)
                 if any(standing.needed for standing in standings):
                     members.append(local)
-                    if lost or local.parameter not in known:
+                    if lost or (local.parameter not in known and not any(standing.there for standing in standings)):
                         fresh.append(local.name)
             surveyed.append(unit._replace(members=members))
         if fresh:
@@ -200,6 +206,23 @@ class Plans:
         members = {id(local.parameter) for local in unit.members}
         named = self.groups.named(unit.key[0])
         return {name: full_shape(p) for name, p in named if p.requires_grad or id(p) in members}
+
+
+def _require_structure(unit: Unit, plan: UnitPlan | None, state: State) -> None:
+    """Refuse state that was made with other options than the group has now: numbers that mean something else.
+
+    Raises:
+        OptionError: a structural option was changed, and the state was kept.
+    """
+    now = structure(unit.group)
+    if plan is None or plan.structure == now or not any(own_state(state.get(m.parameter, {})) for m in unit.members):
+        return
+    name = next(name for name, value in plan.structure.items() if now[name] != value)
+    raise OptionError(
+        f"{name} was changed from {plan.structure[name]!r} to {now[name]!r} in a parameter group (of "
+        f"{unit.members[0].name!r}), and the state that there is means something else: set it back, or begin afresh "
+        "with a new optimizer"
+    )
 
 
 def _entries(wave: Wave, state: State) -> list[Entry]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -46,6 +46,8 @@ class UnitPlan:
     state: dict[Tensor, Entry]
     """The very tensors that the waves work on."""
     waves: list[Wave]
+    structure: dict[str, Any]
+    """The options that the state's form and meaning go by."""
     start: int
     """The group's step before any of its units was updated."""
     step: int
@@ -149,6 +151,17 @@ def is_lost(name: str, standings: Sequence[Standing]) -> bool:
         where = f"lacks tensors on ranks {torn}" if torn else f"is there on ranks {having} and gone on ranks {lacking}"
         raise RuntimeError(f"the state of {name!r} {where}: load the same checkpoint on every rank, or empty it on all")
     return any(s.had and not s.there for s in standings)
+
+
+def warn_of_lengthless(groups: Iterable[Group]) -> None:
+    """Say that a share of the training was asked for, and that nobody has said how long that is."""
+    share = max((group["stochastic_last"] for group in groups if not group["stochastic_from"]), default=0.0)
+    if share:
+        warnings.warn(
+            f"stochastic_last={share} has no effect without the length of the training: in the Trainer add "
+            "callbacks=[hf_shampoo4.Shampoo4bitCallback()], which knows it, and elsewhere give stochastic_from, a step",
+            stacklevel=3,
+        )
 
 
 def warn_of_fresh(names: Sequence[str], why: str) -> None:

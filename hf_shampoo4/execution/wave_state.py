@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..exceptions import CheckpointError
 from ..sharding.agreement import all_or_none
-from .state_layout import Entry, StateKey, state_layout
+from .state_layout import Entry, StateKey, is_partial, state_layout
 from .state_map import StateMap
 
 if TYPE_CHECKING:
@@ -93,7 +93,15 @@ class WaveState:
 
         Raises:
             CheckpointError: partial state of other blocks than are this rank's here.
+            ValueError: state of a parameter of another shape.
         """
+        for entry, member in zip(saved, self.wave.members, strict=True):
+            layout = state_layout(member.blocks)
+            if entry and not is_partial(entry) and not _fits(entry, layout):
+                raise ValueError(
+                    f"the state of {member.name!r} does not fit its shape, {member.local.shape}, any more: delete it "
+                    "(del optimizer.state[parameter]) to begin afresh"
+                )
         for g, (m, algorithm) in enumerate(self.map.groups):
             there, here = saved[m].get(StateKey.of(algorithm.shape).blocks), self.map.kept_blocks(g)
             if there is not None and there.tolist() != here:
@@ -132,6 +140,12 @@ class WaveState:
                     name = self.wave.members[m].name
                     raise ValueError(f"state of {name!r}: {key} has {len(there)} blocks, expected {count}")
                 local.copy_(there if len(there) == len(local) else there[mine])
+
+
+def _fits(entry: Mapping[str, Any], layout: Mapping[str, tuple[tuple[int, ...], torch.dtype]]) -> bool:
+    """Whether an entry has the tensors of a layout, whatever the number of blocks."""
+    rows = {key: shape[1:] for key, (shape, _) in layout.items()}
+    return {key: tuple(tensor.shape[1:]) for key, tensor in entry.items()} == rows
 
 
 def row_name(parameter: str, key: str, block: int) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 from transformers.trainer_callback import ExportableState, TrainerCallback
 
 from ..checkpointing.completeness import CALLBACK
+from ..options import pairs_as_text
 from ..sharding.exchange import ProcessGroup, host
 from ..state_report import metrics, table
 from .saving import follow_saves, shampoo_in, without_wrappers
@@ -48,7 +49,8 @@ class Shampoo4bitCallback(TrainerCallback, ExportableState):
         self.world_size = args.world_size
         self.local_world_size = ProcessGroup().ranks().gather(host()).count(host())
         self.steps_without_gradients = 0
-        self.optimizer = " ".join(filter(None, (str(getattr(args.optim, "value", args.optim)), args.optim_args)))
+        given = pairs_as_text(args.optim_args or "")
+        self.optimizer = " ".join(filter(None, (str(getattr(args.optim, "value", args.optim)), given)))
         before = state.stateful_callbacks.get(CALLBACK) if state.global_step else None  # of the checkpoint
         noted = before["attributes"].get("seconds", ()) if isinstance(before, dict) else ()
         self.seconds = [[step, spent] for step, spent in noted if step <= state.global_step]

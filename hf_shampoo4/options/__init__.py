@@ -20,10 +20,12 @@ from .fields import (
     Options,
     check_rates,
     require,
+    require_finite,
     require_kind,
+    structure,
     what_uses,
 )
-from .parsing import CONFIG_ENV, parse_optim_args, resolve, saved_options
+from .parsing import CONFIG_ENV, pairs_as_text, parse_optim_args, resolve, saved_options
 
 __all__ = [
     "ALGORITHMS",
@@ -44,12 +46,15 @@ __all__ = [
     "TYPES",
     "auto_of",
     "check_rates",
+    "pairs_as_text",
     "parse_optim_args",
     "register",
     "require",
+    "require_finite",
     "require_kind",
     "resolve",
     "saved_options",
+    "structure",
     "users_of",
     "what_uses",
 ]

@@ -328,7 +328,9 @@ STRUCTURAL: tuple[str, ...] = (
 )  # fmt: skip
 
 # What belongs to a run, not to what it trains: a checkpoint does not change these.
-OF_THE_RUN: tuple[str, ...] = ("shard_state", "apply", "wire", "communicate", "kind", "max_skipped", "working_memory")
+OF_THE_RUN: tuple[str, ...] = (
+    "shard_state", "apply", "wire", "communicate", "kind", "max_skipped", "working_memory", "diagnose_every",
+)  # fmt: skip
 
 PRESETS: dict[str, dict[str, Any]] = {
     # 2405.18144, LLM runs: T1 = T2 = 200, t1 = 1, t2 = 4, order <= 1200 (LLaMA-350M), first-order states in 16 bits.
@@ -353,6 +355,26 @@ PRESETS: dict[str, dict[str, Any]] = {
         "factor_beta": 0.95, "damping": 1e-6, "graft": "norm", "moments": "bf16",
     },
 }  # fmt: skip
+
+
+def structure(group: Mapping[str, Any]) -> dict[str, Any]:
+    """The options on which the layout and the meaning of the state depend, `auto` and 0 as what they stand for."""
+    o = Options(**{name: group[name] for name in NAMES})
+    return {**{name: group[name] for name in STRUCTURAL}, "quant_block": o.factor_block, "codebook": o.factor_codebook}
+
+
+def require_finite(group: Mapping[str, Any]) -> None:
+    """Refuse a rate that a schedule has made no number, before it makes all weights none.
+
+    Raises:
+        OptionError: lr or weight_decay is infinite or no number.
+    """
+    for name in ("lr", "weight_decay"):
+        if not math.isfinite(float(group[name])):
+            raise OptionError(
+                f"{name}={shown(group[name])} is not allowed in a step, which would make every weight so: look at the "
+                "schedule that has set it (0 steps of warmup or in all, perhaps)"
+            )
 
 
 def require_kind(group: Mapping[str, Any]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -134,7 +135,24 @@ def parse_optim_args(text: str | Mapping[str, str] | None, beneath: Mapping[str,
     """
     items = _split_items(text) if isinstance(text, str) else dict(text or {})
     items.setdefault("config", os.environ.get(CONFIG_ENV, ""))
+    for name in OF_GROUPS:
+        if name in items:
+            raise OptionError(f"option {name} is for a parameter group, not for all: param_groups(model) sets it")
     return resolve({key: value for key, value in items.items() if value != "" or key != "config"}, beneath=beneath)
+
+
+def pairs_as_text(value: str | Mapping[str, Any]) -> str:
+    """What a YAML file has as a mapping, as the command line has it: `key=value,key=value`."""
+    return value if isinstance(value, str) else ",".join(map(_pair, value, value.values()))
+
+
+def _pair(key: str, value: Any) -> str:
+    """`key=value`; a list is separated by semicolons, and so are the kinds of `rates`; what is no text is JSON."""
+    if key == "rates" and isinstance(value, Mapping):
+        value = [f"{kind}:{factor}" for kind, factor in value.items()]
+    if isinstance(value, list):
+        return f"{key}={';'.join(map(str, value))}"
+    return f"{key}={value if isinstance(value, str) else json.dumps(value)}"
 
 
 def _split_items(text: str) -> dict[str, str]:
@@ -168,6 +186,11 @@ def _read_config(path: Any) -> dict[str, Any]:
 def _cast(name: str, value: Any) -> Any:
     """`value` as option `name`'s type; text comes from a command line, other types from Python or YAML."""
     if name not in TYPES:
+        if name in OF_TORCH:
+            raise OptionError(
+                f"{name} is no option of optim_args or of a file: it is an argument of the optimizer in Python, and in "
+                f"the Trainer {OF_TORCH[name]}"
+            )
         close = difflib.get_close_matches(name, NAMES, n=1)
         hint = f" (did you mean {close[0]!r}?)" if close else ""
         raise OptionError(f"unknown option {name!r}{hint}; valid options: {', '.join((*NAMES, 'preset', 'config'))}")
@@ -185,6 +208,16 @@ def _cast(name: str, value: Any) -> Any:
         expected = EXPECTED.get(name) or {bool: "true or false", int: "an integer", float: "a number"}[kind]
         require(name, value, False, expected)
 
+
+OF_TORCH = {
+    "lr": "--learning_rate",
+    "learning_rate": "--learning_rate, in Python lr",
+    "betas": "--adam_beta1 and --adam_beta2",
+    "eps": "--adam_epsilon",
+    "weight_decay": "--weight_decay",
+}
+
+OF_GROUPS = ("kind", "vocabulary")
 
 EXPECTED = {
     "row_splits": "sizes such as 64;32;32",

@@ -12,11 +12,11 @@ from pathlib import Path
 
 from hf_shampoo4.exceptions import ConfigError
 from hf_shampoo4.integrations.trainer import OPTIMS, optim_options
-from hf_shampoo4.options import KINDS
+from hf_shampoo4.options import KINDS, pairs_as_text
 from hf_shampoo4.studies.grid import RATE, Point, Settings, best_of, sides
 from hf_shampoo4.studies.peers import code_of
 from hf_shampoo4.studies.runner import Runs
-from hf_shampoo4.training.config import DEFAULT_OPTIM, pairs_as_text
+from hf_shampoo4.training.config import DEFAULT_OPTIM
 
 Losses = Mapping[Point, float]
 STEPS = 200

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Union
 
 from ..exceptions import ConfigError
+from ..options import pairs_as_text
 from ..utils.numbers import SEEDS
 from ..utils.yaml import read_yaml
 
@@ -163,20 +164,6 @@ def _check_numbers(training: TrainingArguments) -> None:
 
 
 PAIRS = ("optim_args", "model_overrides")  # key=value,key=value on the command line, which YAML writes as a mapping
-
-
-def pairs_as_text(value: str | Mapping[str, Any]) -> str:
-    """One of `PAIRS` as the command line has it."""
-    return value if isinstance(value, str) else ",".join(map(_pair, value, value.values()))
-
-
-def _pair(key: str, value: Any) -> str:
-    """`key=value`; a list is separated by semicolons, and so are the kinds of `rates`; what is no text is JSON."""
-    if key == "rates" and isinstance(value, Mapping):
-        value = [f"{kind}:{factor}" for kind, factor in value.items()]
-    if isinstance(value, list):
-        return f"{key}={';'.join(map(str, value))}"
-    return f"{key}={value if isinstance(value, str) else json.dumps(value)}"
 
 
 def _as_arguments(settings: Mapping[str, Any]) -> list[str]:

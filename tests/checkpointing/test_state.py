@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from hf_shampoo4 import Shampoo4bit, load_optimizer, save_optimizer
-from hf_shampoo4.exceptions import CheckpointError
+from hf_shampoo4.exceptions import CheckpointError, OptionError
 from hf_shampoo4.numerics import linalg as matrix
 from hf_shampoo4.options import users_of
 
@@ -520,7 +520,8 @@ def test_options_that_are_not_structural_come_from_the_checkpoint() -> None:
     first = Shampoo4bit(parameters(), algorithm="shampoo", lr=0.5, stats_every=3, roots_every=7, damping=1e-3)
     run(first, range(1))
     second = Shampoo4bit(parameters(), algorithm="shampoo", lr=0.1, stats_every=1, roots_every=1)
-    second.load_state_dict(saved(first))
+    with pytest.warns(UserWarning, match=r"from the checkpoint.*: stats_every=3, not 1, damping=0.001, not 1e-06"):
+        second.load_state_dict(saved(first))
     group = second.param_groups[0]
     assert (group["lr"], group["stats_every"], group["roots_every"], group["damping"]) == (0.5, 3, 7, 1e-3)
 
@@ -541,6 +542,84 @@ def test_an_option_that_is_changed_in_training_is_heeded_at_once(change: dict) -
         run(optimizer, range(3, 7))
     assert same(tensors(first), tensors(second))
     assert not same(tensors(first), tensors(trained()))
+
+
+def test_what_the_run_alone_decides_is_taken_over_without_a_word(recwarn: pytest.WarningsRecorder) -> None:
+    first, second = Shampoo4bit(parameters()), Shampoo4bit(parameters(), lr=0.5, diagnose_every=2, max_skipped=3)
+    second.load_state_dict(saved(first))
+    assert (second.param_groups[0]["diagnose_every"], second.param_groups[0]["max_skipped"]) == (2, 3)
+    assert not recwarn
+
+
+@pytest.mark.parametrize(
+    "change", [{"bits": 8}, {"algorithm": "soap"}, {"codebook": "linear2"}, {"block_size": 16}, {"moments": "8bit"}]
+)
+def test_what_the_state_means_is_not_changed_in_training(change: dict[str, Any]) -> None:
+    """A second moment of zeros at step 1,000, or codes of other levels, would be wrong without a word."""
+    optimizer = Shampoo4bit(parameters())
+    run(optimizer, range(2))
+    before, weights = snapshot(optimizer), [p.detach().clone() for p in owners(optimizer)]
+    usual = {name: optimizer.param_groups[0][name] for name in change}
+    optimizer.param_groups[0].update(change)
+    with pytest.raises(OptionError, match=f"{next(iter(change))} was changed from .* means something else"):
+        run(optimizer, range(2, 3))
+    assert same(before, tensors(optimizer))
+    assert all(torch.equal(p, q) for p, q in zip(owners(optimizer), weights, strict=True))
+    optimizer.param_groups[0].update(usual)
+    run(optimizer, range(2, 3))
+    optimizer.state.clear()
+    optimizer.param_groups[0].update(change)
+    with pytest.warns(UserWarning, match="start afresh"):
+        run(optimizer, range(3, 4))
+
+
+def test_state_that_does_not_fit_a_parameters_shape_is_refused() -> None:
+    optimizer = Shampoo4bit(parameters())
+    run(optimizer, range(1))
+    p = owners(optimizer)[0]
+    p.data, p.grad = torch.zeros(30, 66), None
+    with pytest.raises(ValueError, match=r"state of '0.0' does not fit its shape, \(30, 66\), any more: delete it"):
+        run(optimizer, range(1, 2))
+    del optimizer.state[p]
+    with pytest.warns(UserWarning, match="start afresh"):
+        run(optimizer, range(1, 2))
+
+
+def test_state_that_is_moved_to_another_parameter_goes_on(recwarn: pytest.WarningsRecorder) -> None:
+    """As programs do that put a new parameter in an old one's place, with its state."""
+    first, second = (Shampoo4bit(parameters()) for _ in range(2))
+    for optimizer in (first, second):
+        run(optimizer, range(2))
+    old = owners(second)[0]
+    new = nn.Parameter(old.detach().clone())
+    second.param_groups[0]["params"][0] = new
+    second.state[new] = second.state.pop(old)
+    for optimizer in (first, second):
+        run(optimizer, range(2, 4))
+    assert same(tensors(first), tensors(second))
+    assert not recwarn
+
+
+@pytest.mark.parametrize("rate", [float("nan"), float("inf")])
+@pytest.mark.parametrize("name", ["lr", "weight_decay"])
+def test_a_rate_that_is_no_number_is_refused_before_it_ruins_the_weights(name: str, rate: float) -> None:
+    optimizer = Shampoo4bit(parameters(shapes=SHAPES[1:2]))
+    run(optimizer, range(1))
+    weights, usual = owners(optimizer)[0].detach().clone(), optimizer.param_groups[0][name]
+    optimizer.param_groups[0][name] = rate
+    with pytest.raises(OptionError, match=f"{name}={rate} is not allowed in a step"):
+        run(optimizer, range(1, 2))
+    assert torch.equal(owners(optimizer)[0], weights)
+    optimizer.param_groups[0][name] = usual
+    run(optimizer, range(1, 2))
+
+
+def test_a_share_of_a_training_of_unknown_length_is_said_to_have_no_effect(recwarn: pytest.WarningsRecorder) -> None:
+    with pytest.warns(UserWarning, match="stochastic_last=0.5 has no effect without the length"):
+        run(Shampoo4bit(parameters(), stochastic_last=0.5), range(1))
+    recwarn.clear()
+    run(Shampoo4bit(parameters(), stochastic_last=0.5, stochastic_from=3), range(1))
+    assert not recwarn
 
 
 def test_what_auto_stands_for_fits_what_auto_wrote() -> None:
@@ -658,6 +737,15 @@ def test_another_model_is_refused_by_the_number_of_blocks() -> None:
     other = Shampoo4bit(parameters(shapes=[(4, 20, 30)]), **OFTEN)
     with pytest.raises(CheckpointError, match=r"is \(3,\) .*, expected \(4,\) .*: another model\?"):
         other.load_state_dict(saved(optimizer))
+
+
+def test_the_parameters_that_only_one_of_two_models_has_are_named() -> None:
+    def named(*names: str) -> Shampoo4bit:
+        return Shampoo4bit([(name, nn.Parameter(torch.ones(4, 4))) for name in names])
+
+    message = r"groups of \[2\] parameters, here \[3\] \(only there: \['b'\]; only here: \['c', 'd'\]\): freeze and tie"
+    with pytest.raises(CheckpointError, match=message):
+        named("a", "c", "d").load_state_dict(saved(named("a", "b")))
 
 
 def test_another_model_is_refused_by_names() -> None:

@@ -12,7 +12,17 @@ import torch
 
 from hf_shampoo4 import Shampoo4bit, param_groups
 from hf_shampoo4.exceptions import OptionError
-from hf_shampoo4.options import CONFIG_ENV, NAMES, PRESETS, STRUCTURAL, Options, parse_optim_args, resolve, users_of
+from hf_shampoo4.options import (
+    CONFIG_ENV,
+    NAMES,
+    PRESETS,
+    STRUCTURAL,
+    Options,
+    pairs_as_text,
+    parse_optim_args,
+    resolve,
+    users_of,
+)
 
 
 def test_defaults_are_allowed_and_every_option_is_documented() -> None:
@@ -327,6 +337,25 @@ def test_optim_args(config: str, monkeypatch: pytest.MonkeyPatch) -> None:
 )
 def test_factors_by_kind_may_have_commas_too(text: str) -> None:
     assert parse_optim_args(text) == {"rates": (("embedding", 6.0), ("head", 2.0)), "seed": 1}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("betas=0.9;0.99", "in the Trainer --adam_beta1 and --adam_beta2"),
+        ("lr=1e-3", "in the Trainer --learning_rate"),
+        ("kind=head", "for a parameter group"),
+        ("vocabulary=true", "for a parameter group"),
+    ],
+)
+def test_what_is_no_choice_of_optim_args_is_said_to_belong_elsewhere(text: str, message: str) -> None:
+    with pytest.raises(OptionError, match=message):
+        parse_optim_args(text)
+
+
+def test_a_mapping_means_what_its_text_does() -> None:
+    given = {"rates": {"embedding": 6, "head": 2}, "row_splits": [4, 2], "stagger": False, "block_size": 16}
+    assert parse_optim_args(pairs_as_text(given)) == parse_optim_args(given)
 
 
 @pytest.mark.parametrize("text", ["seed=1,head:2", "block_size", "bits=4,flag", "row_splits=64,32,32"])
