@@ -117,6 +117,8 @@ OF_MATRICES = tuple(CONTESTANTS)
 OF_VECTORS = ("adamw", "soap", "shampoo4bit")
 """Where there is no matrix, Muon is AdamW and soap4bit what shampoo4bit is."""
 
+KINDS = {"matrices": "with matrices", "vectors": "of vectors alone"}
+
 
 class OnCPU(TorchFunctionMode):
     """What asks for CUDA stays on the CPU."""
@@ -224,7 +226,7 @@ def carry_out(lightbench: Any, runs: Runs, seed: int, names: Sequence[str] = ())
             print(f"{name}, {difficulty}: {'  '.join(f'{key} {_cell(one)}' for key, one in found.items())}", flush=True)
             if not any(one["won"] for one in found.values()):
                 break
-    return {"tasks": tasks, "left_out": without}
+    return {"tasks": tasks, "left_out": without, "totals": {kind: totals(of) for kind, of in by_kind(tasks).items()}}
 
 
 def _of_draws(key: str, task: Task, module: Any, difficulty: str, seed: int, runs: Runs) -> Settings:
@@ -254,6 +256,14 @@ def summed(tried: Sequence[Settings]) -> Settings:
 def has_matrices(shapes: Sequence[Sequence[int]]) -> bool:
     """Whether an optimizer for matrices finds one to work on."""
     return any(len(shape) == 2 and min(shape) > 1 for shape in shapes)
+
+
+def by_kind(tasks: Sequence[Settings]) -> dict[str, list[Settings]]:
+    """Those of each of `KINDS` that there are."""
+    found: dict[str, list[Settings]] = {kind: [] for kind in KINDS}
+    for task in tasks:
+        found["matrices" if has_matrices(task["shapes"]) else "vectors"].append(task)
+    return {kind: of_kind for kind, of_kind in found.items() if of_kind}
 
 
 def totals(tasks: Sequence[Settings]) -> Settings:
@@ -288,10 +298,8 @@ def markdown(told: Settings) -> str:
         "quickest one; the first draw that won, as LightBench counts attempts), or else the least loss at which one "
         "ended.", "",
     ]  # fmt: skip
-    for title, matrices in (("with matrices", True), ("of vectors alone", False)):
-        tasks = [task for task in told["tasks"] if has_matrices(task["shapes"]) is matrices]
-        if tasks:
-            lines += [f"## Tasks {title}", "", *_totals_table(totals(tasks)), "", *_table(tasks), ""]
+    for kind, tasks in by_kind(told["tasks"]).items():
+        lines += [f"## Tasks {KINDS[kind]}", "", *_totals_table(told["totals"][kind]), "", *_table(tasks), ""]
     return "\n".join([*lines, "## Left out", "", *(f"* {name}: {why}" for name, why in told["left_out"].items()), ""])
 
 
@@ -340,11 +348,6 @@ def main() -> None:
         found = carry_out(lightbench, Runs(chosen.output_dir / "runs"), chosen.seed, names)
     told = {"commit": commit(), "lightbench": _head(chosen.checkout), "machine": machine(), "seed": chosen.seed,
             "draws": DRAWS, "steps": STEPS, **found}  # fmt: skip
-    told["totals"] = {
-        name: totals(tasks)
-        for name, matrices in (("matrices", True), ("vectors", False))
-        if (tasks := [task for task in told["tasks"] if has_matrices(task["shapes"]) is matrices])
-    }
     path = RECORDED if chosen.record else chosen.output_dir / "lightbench.json"
     write_json(path, told)
     write_markdown(path.with_suffix(".md"), markdown(told))

@@ -126,6 +126,15 @@ def bytes_of_a_step(algorithm: Algorithm) -> int:
     return sum(nbytes(storage) for name, storage in algorithm.storages().items() if name not in rare)
 
 
+def bytes_of_refreshes(algorithm: Algorithm, options: Options) -> dict[int, int]:
+    """Of a block's other state, which changes once in so many steps."""
+    storages, found = algorithm.storages(), dict[int, int]()
+    for refresh, names in algorithm.refreshes().items():
+        every = algorithm.intervals(options)[refresh]
+        found[every] = found.get(every, 0) + sum(nbytes(storages[name]) for name in names)
+    return found
+
+
 def _precision(options: Options) -> str:
     """Of most products of a step, on a GPU."""
     if options.algorithm not in users_of("rotation_precision"):

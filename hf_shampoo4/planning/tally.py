@@ -11,10 +11,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..execution.apply import bytes_of_a_step, may_all_apply, refreshed_shares
+from ..execution.apply import bytes_of_a_step, bytes_of_refreshes, may_all_apply, refreshed_shares
 from ..execution.blocking import Block, in_parts, in_waves, loads_of
 from ..execution.waves import WaveParameter
-from ..numerics.storage import nbytes
 from ..preconditioners.protocols import Algorithm
 from ..preconditioners.together import ALONE, workspace
 from ..sharding.geometry import Rect
@@ -116,7 +115,7 @@ class Tally:
             out = gradient * (asked - kept) + update * (copies * owned - kept)
             into = gradient * (owned - kept) + update * (held - kept)
         often, seldom = _changed(members, group, self.world)
-        self.wire_all += _of_refreshed(members, group, self.world)
+        self.wire_all += _of_refreshed(members, group, seldom, self.world)
         refresh = out + (self.world - 1) * sum(seldom.values(), often)
         self.wire_step += out + (self.world - 1) * often
         if group.options.stagger:
@@ -135,29 +134,30 @@ def _changed(
     seldom: dict[int, np.ndarray] = {}
     blocks = Counter((b.algorithm, o) for m in members for b, o in zip(m.blocks, m.owners, strict=True))
     for (algorithm, owner), count in blocks.items() if group.replicated else ():
-        sizes = {name: count * nbytes(storage) for name, storage in algorithm.storages().items()}
-        for refresh, names in algorithm.refreshes().items():
-            seldom.setdefault(algorithm.intervals(group.options)[refresh], np.zeros(world, np.int64))[owner] += sum(
-                sizes.pop(name) for name in names
-            )
-        often[owner] += sum(sizes.values())
+        often[owner] += count * bytes_of_a_step(algorithm)
+        for every, size in bytes_of_refreshes(algorithm, group.options).items():
+            seldom.setdefault(every, np.zeros(world, np.int64))[owner] += count * size
     return often, seldom
 
 
-def _of_refreshed(members: Sequence[WaveParameter], group: PlannedGroup, world: int) -> np.ndarray:
-    """Bytes that every rank sends in a late step, on average, if only blocks that are refreshed travel."""
-    width = 2 if group.options.wire == "bf16" else members[0].parameter.element_size()
+def _of_refreshed(
+    members: Sequence[WaveParameter], group: PlannedGroup, seldom: Mapping[int, np.ndarray], world: int
+) -> np.ndarray:
+    """Bytes that every rank sends in a late step, on average, if only blocks that are refreshed travel.
+
+    Args:
+        seldom: what `_changed` gives.
+    """
     exact: np.ndarray = np.zeros(world)
-    for member in members if group.replicated and group.options.stagger else ():
+    if not (group.replicated and group.options.stagger):
+        return exact.astype(np.int64)
+    for every, size in seldom.items():
+        exact += size / every
+    width = 2 if group.options.wire == "bf16" else members[0].parameter.element_size()
+    for member in members:
         shares = refreshed_shares(member, group.options)
         for block, owner, share in zip(member.blocks, member.owners, shares, strict=True):
-            algorithm, every = block.algorithm, block.algorithm.intervals(group.options)
-            storages = algorithm.storages()
-            seldom = (
-                sum(nbytes(storages[name]) for name in names) / every[refresh]
-                for refresh, names in algorithm.refreshes().items()
-            )
-            exact[owner] += share * (width * block.numel + bytes_of_a_step(algorithm)) + sum(seldom)
+            exact[owner] += share * (width * block.numel + bytes_of_a_step(block.algorithm))
     return (exact * (world - 1)).astype(np.int64)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from hf_shampoo4.studies.grid import Contestant, Grid, Point, Settings
 from hf_shampoo4.studies.measured_run import steps_to
@@ -82,13 +82,11 @@ def rows_of(
     """
     chosen = {c.name: found for c in grid.contestants if (found := _chosen(c, grid.seeds, finished))}
     losses = {name: {r["settings"]["seed"]: r["final_loss"] for r in runs} for name, (_, _, runs) in chosen.items()}
-    goals = losses.get(grid.baseline, {})
     unit = statistics.median(_model_ms(run) for _, _, runs in chosen.values() for run in runs) if chosen else 1.0
-    rows = [
-        _row(grid, finished, found, losses, goals, _Clock(unit, times if times and name in times.steps else None))
-        for name, found in chosen.items()
+    clocks = {name: _Clock(unit, times if times and name in times.steps else None) for name in chosen}
+    return [
+        _row(grid, finished, found, losses, clocks[name], (peaks or {}).get(name)) for name, found in chosen.items()
     ]
-    return [replace(row, peak_bytes_per_parameter=(peaks or {}).get(row.name)) for row in rows]
 
 
 @dataclass(frozen=True)
@@ -116,8 +114,8 @@ def _row(
     finished: Sequence[Settings],
     found: tuple[Contestant, Point, list[Settings]],
     losses: Mapping[str, Mapping[int, float]],
-    goals: Mapping[int, float],
     clock: _Clock,
+    peak: float | None,
 ) -> Row:
     contestant, point, runs = found
     name, first = contestant.name, grid.seeds[0]
@@ -127,6 +125,7 @@ def _row(
         run["settings"]["seed"]: (run["validation"], _over(own, run["validation"]))
         for run, own in zip(runs, of_runs, strict=True)
     }
+    goals = losses.get(grid.baseline, {})
     goal = statistics.mean(goals.values()) if goals else None
     share = share_of_way(goals, losses.get(grid.target or "", {}), losses[name])
     times = clock.times
@@ -134,7 +133,7 @@ def _row(
         name=name, label=contestant.label, point=point, losses=dict(losses[name]), curve=curve, seconds=seconds,
         sweep=contestant.losses(first, finished), closed=contestant.closed(first, finished),
         bytes_per_parameter=runs[0]["bytes_per_parameter"],
-        peak_bytes_per_parameter=None,
+        peak_bytes_per_parameter=peak,
         optimizer_step_ms=round(clock.optimizer_ms(name, runs), 1),
         model_step_ms=round(times.model_ms if times else clock.unit_ms, 1),
         steps_to_baseline=None if goal is None else steps_to(curve, goal),
