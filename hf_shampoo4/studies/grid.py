@@ -192,13 +192,21 @@ def read_grid(name: str, quick: bool = False, changes: Mapping[str, Any] | None 
 
 def _with_likes(grids: Mapping[str, Any], name: str) -> Settings:
     """A grid laid over the one that it is `like`, and that over the one that it is like: settings one by one, and those
-    of each contestant; of the contestants those in `only`, if it is there."""
+    of each contestant, with its own contestants behind; of them all those in `only`, if it is there.
+
+    Raises:
+        ConfigError: an `only` names a contestant that is in neither grid.
+    """
     given = grids[name]
     if "like" not in given:
         return given
     base = _with_likes(grids, given["like"])
     changes = given.get("contestants", {})
-    contestants = {key: {**entry, **changes.get(key, {})} for key, entry in base["contestants"].items()}
+    contestants = {
+        key: {**base["contestants"].get(key, {}), **changes.get(key, {})} for key in {**base["contestants"], **changes}
+    }
+    if strange := [key for key in given.get("only", ()) if key not in contestants]:
+        raise ConfigError(f"race {name!r} has no contestant {strange[0]!r}; it may have: {', '.join(contestants)}")
     merged = {
         "settings": {**base.get("settings", {}), **given.get("settings", {})},
         "contestants": {key: contestants[key] for key in given.get("only", contestants)},
@@ -210,6 +218,10 @@ def _contestant(
     name: str, given: Mapping[str, Any], common: Settings, sweep: Sequence[str], points: int | None
 ) -> Contestant:
     entry = dict(given)
+    if "label" not in entry:
+        raise ConfigError(
+            f"contestant {name!r} needs a label, or to have the name of one of the grid that this is like"
+        )
     label, paper, rate = entry.pop("label"), entry.pop("paper", None), entry.pop(RATE, [])
     factors, sweep = entry.pop("rates", {}), tuple(entry.pop("sweep", sweep))
     if strange := [c for c in (*factors, *sweep) if c not in COORDINATES]:

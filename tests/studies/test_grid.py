@@ -145,3 +145,18 @@ def test_some_contestants_alone() -> None:
     assert some_of(grid, [""]).contestants == grid.contestants
     with pytest.raises(ConfigError, match="has no contestant 'moon'; it has: adamw"):
         some_of(grid, ["moon"])
+
+
+def test_a_grid_adds_contestants_of_its_own_and_names_no_others(monkeypatch) -> None:
+    base = {"title": "A", "baseline": "a", "seeds": [0], "contestants": {"a": {"label": "A", "learning_rate": 1e-3}}}
+    over = {"like": "base", "contestants": {"b": {"label": "B", "learning_rate": 2e-3}}}
+    grids = {"base": base, "more": over, "strange": {**over, "only": ["c"]},
+             "nameless": {"like": "base", "contestants": {"b": {"learning_rate": 2e-3}}}}  # fmt: skip
+    plan = {"common": {}, "quick": {}, "grids": grids}
+    monkeypatch.setattr("hf_shampoo4.studies.grid.read_config", lambda _: plan)
+    monkeypatch.setattr("hf_shampoo4.studies.grid.read_plan", lambda: {"common": {}, "quick": {}})
+    assert [contestant.name for contestant in read_grid("more").contestants] == ["a", "b"]
+    with pytest.raises(ConfigError, match="'strange' has no contestant 'c'; it may have: a, b"):
+        read_grid("strange")
+    with pytest.raises(ConfigError, match="'b' needs a label"):
+        read_grid("nameless")
