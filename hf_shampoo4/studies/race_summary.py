@@ -19,6 +19,8 @@ OURS = ("shampoo4bit", "shampoo4bit_one")
 """Of these the first that a grid has is compared."""
 NAMED = {"AdamW": ("adamw", "adamw_one"), "Muon": ("muon",)}
 BEST = "the best of the others"
+NOISE = 0.02
+"""By which two trainings differ that differ in nothing but the seed, where only one seed has run; nats a token."""
 COLUMNS = ("grid", "steps, tokens a step", "against", "seeds", "its loss", "`shampoo4bit` minus it",
            "steps to its loss", "seconds to it", "sweeps")  # fmt: skip
 
@@ -50,8 +52,8 @@ class Comparison:
 
     @property
     def ahead(self) -> bool:
-        """Of a lower loss after the same steps."""
-        return self.difference < 0
+        """Of a lower loss after the same steps, by more than seeds differ."""
+        return self.difference < -(NOISE if self.spread is None else self.spread)
 
     @property
     def faster(self) -> bool:
@@ -132,9 +134,10 @@ def as_markdown(found: Sequence[Comparison]) -> str:
     lines += [
         "",
         "Losses are validation losses, nats a token, each contestant at its best rates; ± is the standard deviation of "
-        "the paired difference over seeds. Steps and seconds: after what share of the other's whole training our mean "
-        "curve is at the loss at which it ends; bold: not ahead. Sweeps: open, if along these coordinates the best "
-        "point is the first, the last or the only one, so that a better one may lie beyond.",
+        f"the paired difference over seeds, and a loss is lower where it is so by more than that (one seed: {NOISE}). "
+        "Steps and seconds: after what share of the other's whole training our mean curve is at the loss at which it "
+        "ends; bold: not ahead. Sweeps: open, if along these coordinates the best point is the first, the last or the "
+        "only one, so that a better one may lie beyond.",
         "",
         f"| {' | '.join(COLUMNS)} |",
         "|---" * len(COLUMNS) + "|",
