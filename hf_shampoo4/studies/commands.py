@@ -17,7 +17,9 @@ from hf_shampoo4.exceptions import ConfigError, OptionError
 from hf_shampoo4.options import KINDS
 from hf_shampoo4.studies.bench_contestants import CONTESTANTS, Settings, models
 from hf_shampoo4.utils.files import check_writable, write_text
-from hf_shampoo4.utils.numbers import SEEDS, number, whole
+from hf_shampoo4.utils.numbers import SEEDS, number, require_with, whole
+
+MINUTES = 8
 
 
 def bench(arguments: Sequence[str]) -> None:
@@ -31,6 +33,7 @@ def bench(arguments: Sequence[str]) -> None:
     if chosen.gpu_check is not None:
         _gpu_check(chosen)
         return
+    require_with("--gpu-check DIR", False, minutes=chosen.minutes, cpu=chosen.cpu)
     settings = _bench_settings(chosen)
     names = [name for name in chosen.contestants.split(",") if name] or list(CONTESTANTS)
     unknown = [name for name in names if name not in CONTESTANTS]
@@ -51,7 +54,7 @@ def _gpu_check(chosen: argparse.Namespace) -> None:
     check_writable(chosen.gpu_check)
     from hf_shampoo4.studies.gpu_check import check
 
-    check(chosen.gpu_check, chosen.cpu, chosen.minutes)
+    check(chosen.gpu_check, chosen.cpu, MINUTES if chosen.minutes is None else chosen.minutes)
     print((chosen.gpu_check / "gpu_check.md").read_text(encoding="utf-8"))
     print(f"{chosen.gpu_check}/gpu_check.json, gpu_check.md, gpu_check.png")
 
@@ -78,7 +81,7 @@ def _bench_parser() -> argparse.ArgumentParser:
     add("--output_dir", type=Path, default=Path("runs/bench"), help="default: runs/bench")
     add("--quick", action="store_true", help="a tiny model: does it work here?")
     add("--gpu-check", "--gpu_check", type=Path, metavar="DIR", help="instead: all about one GPU, offline, resumable")
-    add("--minutes", type=number(0), default=8.0, help="that --gpu-check may take; default %(default)g")
+    add("--minutes", type=number(0), help=f"that --gpu-check may take; default {MINUTES}")
     add("--cpu", action="store_true", help="a small form of --gpu-check on the CPU: would it work there?")
     return parser
 
@@ -223,7 +226,7 @@ def _sweep_parser() -> argparse.ArgumentParser:
     add("--rates", type=_rates, default=(), metavar="R,R,...", help="learning rates to begin with; default CONFIG's")
     add("--kinds", type=_kinds, default=(), metavar="K,K,...", help=f"factors to seek, of {', '.join(KINDS)}")
     add("--steps", type=whole(1), help="of each run; default 200, or the training's own if it has fewer")
-    add("--factor", type=number(1), default=2.0, help="between a value and the next, such as 1.41; default 2")
+    add("--factor", type=number(1.01), default=2.0, help="between a value and the next, such as 1.41; default 2")
     add("--max_runs", type=whole(1), default=8, help="at most so many runs, finished ones counted; default 8")
     add("--output_dir", type=Path, help="default: runs/sweep/NAME of CONFIG")
     return parser

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import functools
 import gc
+import glob
 import math
+import os
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -12,7 +14,7 @@ from pathlib import Path
 
 from hf_shampoo4.exceptions import ConfigError
 from hf_shampoo4.integrations.trainer import OPTIMS, optim_options
-from hf_shampoo4.options import KINDS, pairs_as_text
+from hf_shampoo4.options import CONFIG_ENV, KINDS, pairs_as_text
 from hf_shampoo4.studies.grid import RATE, Point, Settings, best_of, sides
 from hf_shampoo4.studies.peers import code_of
 from hf_shampoo4.studies.runner import Runs
@@ -156,14 +158,31 @@ def carry_out(
         The validation loss at every point, infinite where it diverged.
     """
     losses: dict[Point, float] = {}
+    files = files_of(settings)
     by_kind = any(c != RATE for c in search.coordinates)
     while len(losses) < max_runs and (point := search.next_point(losses)) is not None:
         told = at_point(settings, point, by_kind)
         code = code_of({"optim": DEFAULT_OPTIM, **told})
-        loss = runs.once(told, code, functools.partial(train, told))["final_loss"]
+        loss = runs.once({**told, **files}, code, functools.partial(train, told))["final_loss"]
         losses[point] = loss if loss is not None and math.isfinite(loss) else math.inf
         print(f"run {len(losses)}: {named(point, by_kind)}: {_told(losses[point])}", flush=True)
     return losses
+
+
+def files_of(settings: Settings) -> Settings:
+    """`{"files": ...}` with size and time of the files and folders that settings name, if they name any.
+
+    A run on a text, a model or options that have changed is another run.  A folder of caches or results says nothing.
+    """
+    options = [item.partition("=")[2] for item in str(settings.get("optim_args") or "").split(",") if "config" in item]
+    named = [value for name, value in settings.items() if isinstance(value, str) and not name.endswith("_dir")]
+    found: Settings = {}
+    for name in (*named, *map(str.strip, options), os.environ.get(CONFIG_ENV, "")):
+        for path in map(Path, sorted(glob.glob(os.path.expanduser(name), recursive=True))):
+            for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
+                if file.is_file():
+                    found[str(file)] = [file.stat().st_size, file.stat().st_mtime_ns]
+    return {"files": found} if found else {}
 
 
 def trainer_of(kind: str, folder: Path) -> Callable[[Settings], Settings]:

@@ -6,8 +6,27 @@ import argparse
 import math
 from collections.abc import Callable
 
+from ..exceptions import OptionError
+
 SEEDS = 2**32 - 1
 """The largest seed that every library takes."""
+
+
+def require_with(needed: str, there: bool, **given: object) -> None:
+    """Refuse options of a command that do nothing without another one.
+
+    Args:
+        needed: the option that they are for, as it is typed.
+        there: whether it was given.
+        given: of each of them what was; None or False: nothing.
+
+    Raises:
+        OptionError: one was given, and the other was not.
+    """
+    for name, value in given.items():
+        if not there and value is not None and value is not False:
+            told = f"--{name.replace('_', '-')}{'' if value is True else f' {value}'}"
+            raise OptionError(f"{told} is for {needed}: give that too, or leave it out")
 
 
 def whole(least: int, most: int | None = None) -> Callable[[str], int]:

@@ -121,6 +121,10 @@ def test_a_file_that_cannot_be_used_is_refused(tmp_path: Path, content: str, mes
     [
         (["--gpu", "v100"], "--gpu 'v100' is not known; known: h100, h200, a100, b200, 4090"),
         (["--ceilings", "x.yaml"], "--ceilings x.yaml is for --gpu CARD"),
+        (["--tokens-per-step", "9"], "--tokens-per-step 9 is for --gpu CARD"),
+        (["--utilisation", ".5"], "--utilisation 0.5 is for --gpu CARD"),
+        (["--seq_len", "9"], "--seq-len 9 is for --batch N"),
+        (["--gradient_checkpointing"], "--gradient-checkpointing is for --batch N"),
         (["--gpu", "h100", "--ceilings", "none.yaml"], "none.yaml cannot be read"),
     ],
 )

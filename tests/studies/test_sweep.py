@@ -119,6 +119,29 @@ def test_finished_runs_are_not_made_again_and_max_runs_ends_a_sweep(tmp_path: Pa
     assert "Every run diverged" in as_markdown({Point(1e-3): math.inf}, search)
 
 
+def test_a_run_on_files_that_have_changed_is_made_again(tmp_path: Path) -> None:
+    """The text, the model's configuration or the options' file: its name alone does not say what is in it."""
+    (tmp_path / "texts").mkdir()
+    files = [tmp_path / name for name in ("texts/a.txt", "model.json", "options.yaml")]
+    for file in files:
+        file.write_text("")
+    made: list[dict[str, Any]] = []
+
+    def train(settings: dict[str, Any]) -> dict[str, Any]:
+        made.append(settings)
+        return {"final_loss": 1.0}
+
+    named = {"dataset": f"{tmp_path}/texts/*.txt", "model": str(files[1]), "optim_args": f"config={files[2]}"}
+    for count, changed in enumerate((None, *files)):
+        if changed:
+            changed.write_text("bits: 8")
+        for _ in range(2):
+            settings = {**SETTINGS, **named}
+            carry_out(settings, search_of(settings, (), (), 2.0), 1, Runs(tmp_path / "runs"), train)
+        assert len(made) == count + 1
+    assert set(made[0]) == {*SETTINGS, *named}
+
+
 def test_settings_of_the_command_line_are_those_of_a_file() -> None:
     items = ["--a", "1", "--b=2", "--c-d", "x", "y", "--flag", "--e", "-1"]
     assert overrides_as_settings(items) == {"a": "1", "b": "2", "c_d": ["x", "y"], "flag": True, "e": "-1"}
@@ -142,7 +165,8 @@ def test_which_command_a_configuration_is_for(tmp_path: Path) -> None:
     [
         (["--rates", "1e-3,-1"], "'-1' is not a number above 0"),
         (["--kinds", "heads"], "'heads' is no kind of parameter"),
-        (["--factor", "1"], "'1' is not a number above 1"),
+        (["--factor", "1"], "'1' is not a number above 1.01"),
+        (["--factor", "1.001"], "'1.001' is not a number above 1.01"),
         (["--max_runs", "0"], "'0' is not a whole number"),
     ],
     ids=str,
