@@ -394,11 +394,12 @@ class Shampoo4bit(torch.optim.Optimizer):
         It counts the group's step and the parameters' updates.
         """
         group, plan = unit.group, self._plans.of_unit[unit.key]
-        options, step, decay = Options.of(group), plan.count(group), group["weight_decay"]
+        options, step = Options.of(group), plan.count(group)
+        lr, eps, decay, *betas = agreed.rates[unit.key[0]]
         coupled, decoupled = (decay, 0.0) if options.base == "sgdm" else (0.0, decay)
         probe = Probe() if options.diagnose_every and step % options.diagnose_every == 0 else None
         if probe:
             self._probes[unit.key] = probe
         counts = None if agreed.verdict is None else agreed.verdict.on_device
-        context = Context(options, step, group["betas"], group["eps"], self._stopwatch, coupled, probe, counts)
-        return wave_steps(plan.waves, agreed, context, float(group["lr"]) * options.rate, decoupled)
+        context = Context(options, step, (betas[0], betas[1]), eps, self._stopwatch, coupled, probe, counts)
+        return wave_steps(plan.waves, agreed, context, lr * options.rate, decoupled)

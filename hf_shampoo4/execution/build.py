@@ -61,8 +61,9 @@ def build(groups: Sequence[tuple[Options, Sequence[LocalParameter], Shapes]], ra
     by_all = all_apply(planned, machines)
     with nullcontext() if kernels else without_kernels():
         waves = [_waves(found, options, ranks, apply) for (options, found), apply in zip(planned, by_all, strict=True)]
-    for wave in (wave for of_group in waves for wave in of_group):
-        wave.kernels = kernels
+    for (options, _), planned_waves in zip(planned, waves, strict=True):
+        for wave in planned_waves:
+            wave.kernels, wave.wire = kernels, options.wire
     return waves
 
 

@@ -42,10 +42,10 @@ def look(plans: Plans, called: Sequence[dict[str, Any]], state: State) -> tuple[
         found = gradients.are_finite(live, wait=plans.ranks.world > 1)
         view.finite, view.verdict = (found, None) if isinstance(found, bool) else (True, found)
         view.present = {local.name: width for local in live if (width := gradients.width(local.buffer.grad))}
+        view.rates = plans.groups.rates()
         if plans.ranks.world > 1:
             view.names = [local.name for local in live]
             view.settings = plans.groups.settings(plans.of_unit, afresh=view.stale)
-            view.rates = plans.groups.rates()
             view.bits = plans.equal_replicas.digest(plans.waves())
             view.fresh = has_gradient(plans.replica_checks.pending(plans.replicas(units)))
     return units, view

@@ -1,9 +1,10 @@
-"""Where every rank updates all blocks itself (`apply`): whether all still have the same bits of weights and state.
+"""Where every rank changes its own weights: whether all still have the same bits.
 
 Owners send what becomes of a block, so replicas are equal whatever gradients and processors are.  What every rank
-computes for itself is equal only if gradients are, to the last bit, and if all round alike and make every step.  So a
-number of all bits (numerics/digest.py) goes along in the all-reduce that a step begins with: after 1, 2, 4, ... steps,
-after every `CHECK_EVERY`, and after one that failed.
+computes for itself (all of a block's update with `apply`, the last line of it where owners send updates, as they do
+with `wire=bf16`) is equal only if what it computes it from is, to the last bit, and if all round alike and make every
+step.  So a number of all bits (numerics/digest.py) goes along in the all-reduce that a step begins with: after 1, 2, 4,
+... steps, after every `CHECK_EVERY`, and after one that failed.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ class EqualReplicas:
         if self._made.bit_count() > 1 and self._made % CHECK_EVERY:
             return None
         by_device: dict[torch.device, list[Tensor]] = {}
-        for t in (t for wave in waves if wave.all_apply for t in _tensors(wave)):
+        for t in (t for wave in _on_their_own(waves) for t in _tensors(wave)):
             by_device.setdefault(t.device, []).append(t)
         found = [digest(tensors) for tensors in by_device.values()]
         return sum((of_device.to(found[0].device) for of_device in found[1:]), found[0]) if found else None
@@ -65,17 +66,21 @@ class EqualReplicas:
             RuntimeError: a group has apply=all, or a wire on which owners send no weights.
         """
         self._made = 0
-        by_all = [wave for wave in waves if wave.all_apply]
-        by_rank = gather_or_raise(ranks, lambda: [found for wave in by_all for found in _bits(wave)])
-        said = _difference(by_rank, [member for wave in by_all for member in wave.members])
+        found = _on_their_own(waves)
+        by_rank = gather_or_raise(ranks, lambda: [bits for wave in found for bits in _bits(wave)])
+        said = _difference(by_rank, [member for wave in found for member in wave.members])
         if not said:  # they only counted their steps differently
             return
+        by_all, half = any(wave.all_apply for wave in found), not all(wave.sends_weights for wave in found)
         said += (
             ".  Every rank updates all blocks itself, which needs the same gradients on all ranks, to the last bit, "
             "processors that round alike, and every step made on all"
+            if by_all
+            else ".  With wire=bf16 owners send updates, and every rank changes its weights itself, which needs equal "
+            "weights at first, processors that round alike, and every step made on all"
         )
-        set_to = ["apply=owners"] + ["wire=exact"] * any(group["wire"] == "bf16" for group in groups)
-        if len(set_to) > 1 or any(group["apply"] == "all" for group in groups):
+        if half or any(group["apply"] == "all" for group in groups):
+            set_to = ["apply=owners"] * by_all + ["wire=exact"] * half
             raise RuntimeError(
                 f"{said}.  Set {' and '.join(set_to)}, with which each block's owner sends its weights, and go on from "
                 "the last checkpoint"
@@ -85,20 +90,28 @@ class EqualReplicas:
             "state, so that they become equal again",
             stacklevel=2,
         )
-        for wave in by_all:
+        for wave in found:
             wave.all_apply = False
 
 
+def _on_their_own(waves: Sequence[Wave]) -> list[Wave]:
+    """Whose weights every rank has, and changes itself."""
+    return [
+        wave for wave in waves if wave.ranks.world > 1 and wave.whole and (wave.all_apply or not wave.sends_weights)
+    ]
+
+
 def _tensors(wave: Wave) -> list[Tensor]:
-    weights = [member.local.weights() for member in wave.members]
-    return [*weights, *(t for stack in wave.stacks for buffers in stack.state.values() for t in buffers.values())]
+    """Weights, and the state that every rank computes."""
+    state = [t for stack in wave.stacks for buffers in stack.state.values() for t in buffers.values()]
+    return [*(member.local.weights() for member in wave.members), *(state if wave.all_apply else ())]
 
 
 def _bits(wave: Wave) -> list[tuple[float, float]]:
     """Of each member a number of its weights, and one of its state."""
-    entries = wave.state.local()
+    entries = wave.state.local() if wave.all_apply else {}
     return [
-        (digest([member.local.weights()]).item(), digest([*entries[m].values()]).item())
+        (digest([member.local.weights()]).item(), digest([*entries.get(m, {}).values()]).item())
         for m, member in enumerate(wave.members)
     ]
 

@@ -103,12 +103,8 @@ class WaveStep:
         if half and not self.route.collect.is_local:
             self._source_dtypes = [dict.fromkeys(wanted, torch.bfloat16) for _ in self._source_dtypes]
         self.update_dtype = torch.bfloat16 if half and not self.route.send.is_local else torch.float32
-        self.sends_weights = (
-            not self.route.send.is_local
-            and self.wave.whole
-            and (not half or dtype.itemsize == self.update_dtype.itemsize)
-        )
-        """Owners have the weights and send the new ones: replicas are equal on processors that round differently."""
+        self.sends_weights = not self.route.send.is_local and self.wave.sends_weights
+        """Owners send the new ones: replicas are equal on processors that round differently."""
         self.result_dtype = dtype if self.sends_weights else self.update_dtype
 
     def collect(self) -> None:

@@ -150,6 +150,8 @@ class Wave:
     """Whether every rank updates all blocks itself, but for those that are refreshed in a step; else owners do."""
     kernels: bool = True
     """Whether Triton's may be used: not where ranks have unlike ones."""
+    wire: str = "exact"
+    """The option."""
 
     @property
     def device(self) -> torch.device:
@@ -181,6 +183,11 @@ class Wave:
         """Whether every rank holds all of its parameters."""
         return all(member.placement.whole for member in self.members)
 
+    @property
+    def sends_weights(self) -> bool:
+        """Whether owners send the new weights, not updates: they have all of them, and the wire does not round them."""
+        return self.whole and (self.wire == "exact" or self.members[0].local.buffer.dtype.itemsize == 2)
+
     @cached_property
     def grafted(self) -> bool:
         """Whether norms go over its parameters."""
@@ -207,8 +214,7 @@ class Wave:
     def parts_of_step(self, wanted: Collection[int], options: Options, alike: bool = True) -> list[Part]:
         """What one step computes one after the other, of the members that are wanted; their updates are counted.
 
-        Where ranks are not `alike` (rates with other last bits, a gradient that one alone has), owners update all:
-        replicas would go apart.
+        Where ranks are not `alike`, as a gradient is there on some alone, owners update all: replicas would go apart.
         """
         if not self.all_apply or not alike:
             return [part for one in self.parts if (part := self.of_members(one, wanted)).blocks]

@@ -106,9 +106,10 @@ class View:
     settings: str = ""
     """Options and parameters, which must be the same on all ranks."""
     rates: list[list[float]] = field(default_factory=list)
-    """Of each group numbers which must be nearly the same; none, if this rank has failed before it knew them."""
+    """Of each group numbers which must be nearly the same, and of which the largest are taken; none, if this rank has
+    failed before it knew them."""
     alike: bool = True
-    """Whether all ranks have the same rates, to the last bit, and gradients of the same parameters."""
+    """Whether all ranks have gradients of the same parameters and dtypes."""
     bits: Tensor | None = None
     """float64 of no dimension, within 2^53: of what must be equal bit for bit, if that is compared in this step."""
     apart: bool = False
@@ -158,12 +159,16 @@ def agree(ranks: Ranks, mine: View, explained: Callable[[], list[dict[str, Any]]
         there = torch.tensor([float(present.get(name, 0)) for name in mine.names], dtype=torch.float64, device=device)
         kinds = ranks.reduce(there, largest=True).tolist()
         present = {name: int(kind) for name, kind in zip(mine.names, kinds, strict=True) if kind}
+    rates = mine.rates
+    if not same[2]:
+        rates = ranks.reduce(torch.tensor(rates, dtype=torch.float64, device=device), largest=True).tolist()
     return replace(
         mine,
         finite=not infinite,
         stale=bool(stale),
         fresh=bool(fresh),
-        alike=same[1] and same[2],
+        rates=rates,
+        alike=same[1],
         apart=bits != -least_bits,
         present=present,
         verdict=None,

@@ -67,6 +67,13 @@ def test_ranks_that_update_all_themselves_and_go_apart_are_refused(results: list
                 "Set apply=owners, with which each block's owner sends its weights, and go on from the last checkpoint"
             )
         assert "Set apply=owners and wire=exact" in rank["half a wire"]
+        assert "Set wire=exact, with which each block's owner sends its weights" in rank["half a wire's weights"]
+
+
+def test_rates_with_other_last_bits_are_the_same_for_all_ranks(results: list) -> None:
+    """Where ranks update weights themselves: with apply=all, and where owners send updates."""
+    for rank in of(results, "apart"):
+        assert rank["rates"] == [True, True]
 
 
 def test_ranks_that_update_all_themselves_on_unlike_processors_are_refused(results: list) -> None:

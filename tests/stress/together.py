@@ -151,8 +151,16 @@ def last_bits() -> None:
         o.step()
 
 
-def train_alone(of_step: Callable[[int, Any], None] = lambda t, m: None, steps: int = 4, **options: Any) -> bool:
+def train_alone(
+    of_step: Callable[[int, Any], None] = lambda t, m: None, steps: int = 4, rates: bool = False, **options: Any
+) -> bool:
     """Every rank updates all itself, whatever processor it plays, after `of_step` has changed what is this rank's.
+
+    Args:
+        of_step: is given the step's number and the model.
+        steps: how many.
+        rates: whether they have other last bits on each rank.
+        options: of the optimizer.
 
     Returns:
         Whether all ranks then have the same bits.
@@ -162,6 +170,7 @@ def train_alone(of_step: Callable[[int, Any], None] = lambda t, m: None, steps: 
     for t in range(steps):
         backward(m, t)
         of_step(t, m)
+        o.param_groups[0]["lr"] = 1e-2 * (1 + 3e-7 * rank() * rates)
         said_of_step = said(o.step)
         if said_of_step and "no memory left" not in said_of_step:  # that is an error that a script catches
             raise RuntimeError(said_of_step)
@@ -197,6 +206,9 @@ def apart() -> dict[str, Any]:
         found["processors"] = said(lambda: train_alone(steps=6, **OPTIONS))
         found["gradients"] = said(lambda: train_alone(last_bits_of_gradients, **plain))
         found["no gradient"] = train_alone(gone, **plain)
+        found["rates"] = [train_alone(rates=True, **plain, **o) for o in ({}, {"apply": "owners", "wire": "bf16"})]
+        half: dict[str, Any] = {"apply": "owners", "wire": "bf16"}
+        found["half a wire's weights"] = said(lambda: train_alone(moved, **half, **plain))
         found["weights"] = said(lambda: train_alone(moved, **plain))
         found["caught"] = said(lambda: train_alone(fails, **plain))
         with (
