@@ -13,7 +13,6 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from ..checkpointing.checksums import check_archive
 from ..checkpointing.completeness import STATE, incomplete
 from ..exceptions import CheckpointError
 from .hooks import after_import
@@ -91,6 +90,8 @@ def _refuse_half(trainer: Any, checkpoint: Any = None) -> None:
     """
     if checkpoint is None or shampoo_in(trainer.optimizer) is None:
         return
+    from ..checkpointing.checksums import check_archive
+
     folder = Path(checkpoint)
     if reason := incomplete(folder):
         raise CheckpointError(

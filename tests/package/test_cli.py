@@ -150,7 +150,7 @@ def test_bad_input_is_one_line_and_status_2(arguments, message, tmp_path, capsys
         ("demo", "--seed", "-1 4294967296", "a whole number, 0 to 4,294,967,295"),
         ("errors", "--order", "1 0 -1 x", "a whole number, 2 or more"),
         ("sweep stdlib_tiny", "--max_runs", "0", "a whole number, 1 or more"),
-        ("sweep stdlib_tiny", "--factor", "1 nan inf", "a number above 1"),
+        ("sweep stdlib_tiny", "--factor", "1 nan inf", "a number above 1.01"),
         *(
             ("plan llama_tiny", f"--{name}", "0 -1 x", "a whole number, 1 or more")
             for name in ("world-size", "shards", "batch", "seq_len", "tokens-per-step")
