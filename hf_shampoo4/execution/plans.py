@@ -92,8 +92,9 @@ class Plans:
             self.meeting = ranks.gather(uuid.uuid4().hex)[0]
         units, dropped = self._surveyed(units, state)
         with all_or_none(ranks):
+            was = {p: plan.structure for plan in self.of_unit.values() for p in plan.state}
             for unit, plan in zip(units, before, strict=True):
-                _require_structure(unit, plan, state)
+                _require_structure(unit, was, plan, state)
                 for local in unit.members:
                     check_trainable(local.parameter)
         if ranks.world > 1:  # owners may change
@@ -208,21 +209,28 @@ class Plans:
         return {name: full_shape(p) for name, p in named if p.requires_grad or id(p) in members}
 
 
-def _require_structure(unit: Unit, plan: UnitPlan | None, state: State) -> None:
-    """Refuse state that was made with other options than the group has now: numbers that mean something else.
+def _require_structure(unit: Unit, was: Mapping[Tensor, dict[str, Any]], plan: UnitPlan | None, state: State) -> None:
+    """Refuse state that was made with other options than its group has now: numbers that mean something else.
+
+    Args:
+        unit: as it is to be planned.
+        was: under which options the parameters were planned before, perhaps in another group.
+        plan: the unit's before; of a parameter that took another's place with its state.
+        state: the optimizer's.
 
     Raises:
         OptionError: a structural option was changed, and the state was kept.
     """
     now = structure(unit.group)
-    if plan is None or plan.structure == now or not any(own_state(state.get(m.parameter, {})) for m in unit.members):
-        return
-    name = next(name for name, value in plan.structure.items() if now[name] != value)
-    raise OptionError(
-        f"{name} was changed from {plan.structure[name]!r} to {now[name]!r} in a parameter group (of "
-        f"{unit.members[0].name!r}), and the state that there is means something else: set it back, or begin afresh "
-        "with a new optimizer"
-    )
+    for local in unit.members:
+        then = was.get(local.parameter, plan.structure if plan else now)
+        if then != now and own_state(state.get(local.parameter, {})):
+            name = next(name for name, value in then.items() if now[name] != value)
+            raise OptionError(
+                f"{name} was changed from {then[name]!r} to {now[name]!r} in the parameter group of {local.name!r}, "
+                "and the state that there is means something else: set it back, or delete the state "
+                "(del optimizer.state[parameter]) to begin afresh"
+            )
 
 
 def _entries(wave: Wave, state: State) -> list[Entry]:

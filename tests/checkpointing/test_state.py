@@ -573,6 +573,22 @@ def test_what_the_state_means_is_not_changed_in_training(change: dict[str, Any])
         run(optimizer, range(3, 4))
 
 
+@pytest.mark.parametrize("change", [{"codebook": "linear2"}, {"algorithm": "elementwise"}])
+def test_a_parameter_that_is_moved_to_a_group_of_another_structure_leaves_its_state_behind(
+    change: dict[str, Any],
+) -> None:
+    a, b, c = parameters(shapes=[(32, 32)] * 3)
+    optimizer = Shampoo4bit([{"params": [a, b]}, {"params": [c], **change}])
+    run(optimizer, range(1))
+    first, second = (group["params"] for group in optimizer.param_groups)
+    second.append(first.pop())
+    with pytest.raises(OptionError, match=f"{next(iter(change))} was changed from .* in the parameter group of '1.1'"):
+        run(optimizer, range(1, 2))
+    del optimizer.state[b]
+    with pytest.warns(UserWarning, match="start afresh"):
+        run(optimizer, range(1, 2))
+
+
 def test_state_that_does_not_fit_a_parameters_shape_is_refused() -> None:
     optimizer = Shampoo4bit(parameters())
     run(optimizer, range(1))
