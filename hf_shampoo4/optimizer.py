@@ -308,6 +308,11 @@ class Shampoo4bit(torch.optim.Optimizer):
         return self._plans.ranks.world
 
     @property
+    def ranks_here(self) -> int:
+        """How many of them are on this computer; 0 before the first step."""
+        return self._plans.ranks_here
+
+    @property
     def process_group(self) -> Any:
         """The group that it was given; None: the default one."""
         return self._process_group.group

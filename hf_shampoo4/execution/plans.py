@@ -17,7 +17,7 @@ from torch import Tensor
 from ..exceptions import OptionError
 from ..options import Options, structure
 from ..sharding.agreement import all_or_none, gather_or_raise
-from ..sharding.exchange import Ranks
+from ..sharding.exchange import Ranks, host
 from ..sharding.local_parameter import LocalParameter, check_trainable, full_shape
 from ..sharding.replicas import ReplicaChecks
 from .build import build
@@ -54,6 +54,8 @@ class Plans:
         self.equal_replicas = EqualReplicas()
         self.meeting = ""
         """A word that these ranks alone know, for meetings outside of a step."""
+        self.ranks_here = 0
+        """How many of the ranks this computer has; 0: the first step will tell."""
 
     def __bool__(self) -> bool:
         return bool(self.of_unit)
@@ -89,7 +91,8 @@ class Plans:
         """
         ranks, before = self.ranks, [self.of_unit.get(unit.key) for unit in units]
         if not self.meeting:
-            self.meeting = ranks.gather(uuid.uuid4().hex)[0]
+            words, hosts = zip(*ranks.gather((uuid.uuid4().hex, host())), strict=True)
+            self.meeting, self.ranks_here = words[0], hosts.count(hosts[ranks.rank])
         units, dropped = self._surveyed(units, state)
         with all_or_none(ranks):
             was = {p: plan.structure for plan in self.of_unit.values() for p in plan.state}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -10,7 +11,6 @@ from transformers.trainer_callback import ExportableState, TrainerCallback
 
 from ..checkpointing.completeness import CALLBACK
 from ..options import pairs_as_text
-from ..sharding.exchange import ProcessGroup, host
 from ..state_report import metrics, table
 from .saving import follow_saves, shampoo_in, without_wrappers
 from .trainer import OPTIMS, check_args
@@ -47,7 +47,7 @@ class Shampoo4bitCallback(TrainerCallback, ExportableState):
     def on_train_begin(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
         """Turn shares of training into steps, and print what is preconditioned how."""
         self.world_size = args.world_size
-        self.local_world_size = ProcessGroup().ranks().gather(host()).count(host())
+        self.local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", self.world_size))  # on_step_end knows better
         self.steps_without_gradients = 0
         given = pairs_as_text(args.optim_args or "")
         self.optimizer = " ".join(filter(None, (str(getattr(args.optim, "value", args.optim)), given)))
@@ -75,6 +75,7 @@ class Shampoo4bitCallback(TrainerCallback, ExportableState):
         ours = shampoo_in(optimizer)
         if ours is None:
             return
+        self.local_world_size = ours.ranks_here or self.local_world_size  # mpirun and srun set no LOCAL_WORLD_SIZE
         if getattr(optimizer, "step_was_skipped", False):
             for group in ours.param_groups:
                 group["skipped_steps"] += 1

@@ -11,11 +11,12 @@ import pytest
 import torch
 from transformers import Trainer, TrainerState
 
-from hf_shampoo4.checkpointing.completeness import CALLBACK, incomplete, last_complete
+from hf_shampoo4 import Shampoo4bit
+from hf_shampoo4.checkpointing.completeness import incomplete, last_complete
 from hf_shampoo4.cli import main
 from hf_shampoo4.exceptions import CheckpointError, ConfigError
 from hf_shampoo4.integrations.callback import Shampoo4bitCallback
-from hf_shampoo4.sharding.exchange import ProcessGroup, Ranks
+from hf_shampoo4.sharding.exchange import Ranks, host
 from hf_shampoo4.training.output_dir import prepare_output
 from hf_shampoo4.training.pretrain import parse
 from tests.support.tiny import Tokens, arguments, llama, python
@@ -47,6 +48,14 @@ def edit(file: Path, change) -> None:
     content = json.loads(file.read_text())
     change(content)
     file.write_text(json.dumps(content))
+
+
+def stepped() -> Shampoo4bit:
+    w = torch.nn.Parameter(torch.ones(8, 8))
+    optimizer = Shampoo4bit([w], lr=1e-3)
+    w.grad = torch.ones_like(w)
+    optimizer.step()
+    return optimizer
 
 
 def of_ranks(run: Path, ranks: range, world: int, node: int | None = None) -> Path:
@@ -113,14 +122,25 @@ def test_a_rank_that_had_not_finished_is_noticed(run: Path) -> None:
 
 
 def test_a_node_has_as_many_ranks_as_are_on_its_host_whatever_started_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    """mpirun and srun set no LOCAL_WORLD_SIZE."""
+    """mpirun and srun set no LOCAL_WORLD_SIZE; a callback that one rank alone has asks the others nothing."""
     monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
-    monkeypatch.setattr(ProcessGroup, "ranks", lambda _: Ranks(2, 4))
-    monkeypatch.setattr(Ranks, "gather", lambda _, here: ["another", "another", here, here])
-    callback, state = Shampoo4bitCallback(), TrainerState(stateful_callbacks={})
-    args = SimpleNamespace(world_size=4, optim="adamw_torch", optim_args=None)
-    callback.on_train_begin(args, state, None, torch.optim.SGD([torch.zeros(1)]))
-    assert state.stateful_callbacks[CALLBACK]["attributes"]["local_world_size"] == 2
+    callback, state = Shampoo4bitCallback(), TrainerState(stateful_callbacks={}, max_steps=2)
+    args, optimizer = SimpleNamespace(world_size=4, optim="shampoo4bit", optim_args=None), stepped()
+    callback.on_train_begin(args, state, None, optimizer)
+    monkeypatch.setattr(Shampoo4bit, "ranks_here", 2)
+    callback.on_step_end(args, state, None, optimizer)
+    assert callback.state()["attributes"]["local_world_size"] == 2
+
+
+def test_the_first_step_finds_out_which_ranks_are_on_the_same_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    here = host()
+
+    def gather(ranks: Ranks, said: object) -> list:
+        met = isinstance(said, tuple) and said[1:] == (here,)
+        return [said, ("word", "another computer"), ("word", here)] if met else [said]
+
+    monkeypatch.setattr(Ranks, "gather", gather)
+    assert stepped().ranks_here == 2
 
 
 @pytest.mark.parametrize(
