@@ -359,7 +359,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 def structure(group: Mapping[str, Any]) -> dict[str, Any]:
     """The options on which the layout and the meaning of the state depend, `auto` and 0 as what they stand for."""
-    o = Options(**{name: group[name] for name in NAMES})
+    o = Options.of(group)
     return {**{name: group[name] for name in STRUCTURAL}, "quant_block": o.factor_block, "codebook": o.factor_codebook}
 
 
