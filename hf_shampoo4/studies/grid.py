@@ -175,8 +175,8 @@ def read_grid(name: str, quick: bool = False, changes: Mapping[str, Any] | None 
         common |= {**demo["quick"], **plan["quick"]}
     common |= changes or {}
     contestants = tuple(
-        _contestant(key, entry, common, given.get("sweep", []), 1 if quick else None)
-        for key, entry in given["contestants"].items()
+        _contestant(key, _laid_over(given["contestants"], key), common, given.get("sweep", []), 1 if quick else None)
+        for key in given["contestants"]
     )
     return Grid(
         name,
@@ -212,6 +212,22 @@ def _with_likes(grids: Mapping[str, Any], name: str) -> Settings:
         "contestants": {key: contestants[key] for key in given.get("only", contestants)},
     }
     return {**base, **given, **merged}
+
+
+def _laid_over(contestants: Mapping[str, Settings], name: str) -> Settings:
+    """A contestant's settings over those of the contestant that it is `like`, if it is, but for that one's label.
+
+    Raises:
+        ConfigError: there is no such contestant, or that one is itself like another.
+    """
+    entry = dict(contestants[name])
+    if "like" not in entry:
+        return entry
+    like = entry.pop("like")
+    others = {key: other for key, other in contestants.items() if "like" not in other}
+    if like not in others:
+        raise ConfigError(f"contestant {name!r} is like {like!r}; it can be like: {', '.join(others)}")
+    return {**{key: value for key, value in others[like].items() if key != "label"}, **entry}
 
 
 def _contestant(

@@ -116,6 +116,26 @@ def test_a_grid_with_some_of_anothers_contestants_changes_a_part_of_each() -> No
     assert tokens / 1_840_256 > 2.6
 
 
+def test_a_contestant_like_another_one_differs_in_what_it_says_alone(monkeypatch) -> None:
+    small = {c.name: c for c in read_grid("small_options").contestants}
+    medium = {c.name: c for c in read_grid("medium_options").contestants}
+    for of, rate in ((small, 4e-3), (medium, 2.8e-3)):
+        for name, contestant in of.items():
+            assert contestant.points == of["shampoo4bit"].points, name
+            assert contestant.points[0].learning_rate == rate
+            assert {**contestant.settings, "optim_args": ""} == {**of["shampoo4bit"].settings, "optim_args": ""}
+    assert len({(c.label, c.settings.get("optim_args")) for c in small.values()}) == len(small)
+    for wrong in ("nobody", "second"):
+        entries = {"first": {"label": "1", "learning_rate": 1e-3}, "second": {"like": wrong, "label": "2"}}
+        plan = {"common": {}, "grids": {"g": {"title": "", "baseline": "first", "seeds": [0], "contestants": entries}}}
+        monkeypatch.setattr(
+            "hf_shampoo4.studies.grid.read_config",
+            lambda path, plan=plan: plan if path.name == "race.yaml" else {"common": {}},
+        )
+        with pytest.raises(ConfigError, match=f"'second' is like '{wrong}'; it can be like: first"):
+            read_grid("g")
+
+
 @pytest.mark.parametrize(
     ("name", "parameters"), [("tiny_20", 1_840_256), ("nano_20", 279_744), ("nano_20_wsd", 279_744)]
 )
