@@ -127,11 +127,9 @@ def test_a_contestant_like_another_one_differs_in_what_it_says_alone(monkeypatch
     assert len({(c.label, c.settings.get("optim_args")) for c in small.values()}) == len(small)
     for wrong in ("nobody", "second"):
         entries = {"first": {"label": "1", "learning_rate": 1e-3}, "second": {"like": wrong, "label": "2"}}
-        plan = {"common": {}, "grids": {"g": {"title": "", "baseline": "first", "seeds": [0], "contestants": entries}}}
-        monkeypatch.setattr(
-            "hf_shampoo4.studies.grid.read_config",
-            lambda path, plan=plan: plan if path.name == "race.yaml" else {"common": {}},
-        )
+        grid = {"title": "", "baseline": "first", "seeds": [0], "contestants": entries}
+        plans = {"race.yaml": {"common": {}, "grids": {"g": grid}}, "demo.yaml": {"common": {}}}
+        monkeypatch.setattr("hf_shampoo4.studies.grid.read_config", lambda path, plans=plans: plans[path.name])
         with pytest.raises(ConfigError, match=f"'second' is like '{wrong}'; it can be like: first"):
             read_grid("g")
 
