@@ -46,7 +46,7 @@ from hf_shampoo4.options import Options  # noqa: E402
 from hf_shampoo4.preconditioners import protocols  # noqa: E402
 from hf_shampoo4.sharding.local_parameter import clean_name, full_shape, local_tensor, note_flat_ranges  # noqa: E402
 from hf_shampoo4.utils.files import write_json  # noqa: E402
-from tests.support import LONGEST_CHILD, used  # noqa: E402
+from tests.support import LONGEST_CHILD, end, used  # noqa: E402
 from tests.support.regions import entries  # noqa: E402
 
 # Otherwise MKL's eigh and QR give a matrix other last bits when it lies elsewhere in memory, as in a smaller stack.
@@ -1093,6 +1093,7 @@ def launch(
             environment = {
                 **os.environ,
                 **BITWISE,
+                "PYTHONFAULTHANDLER": "1",
                 "RANK": str(rank),
                 "LOCAL_RANK": str(rank),
                 "WORLD_SIZE": str(world),
@@ -1103,16 +1104,16 @@ def launch(
                 workers.append(
                     subprocess.Popen(command, env=environment, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT)
                 )
-        end = time.monotonic() + timeout
+        latest = time.monotonic() + timeout
         for process in workers:
             try:
-                process.wait(max(0.0, end - time.monotonic()))
+                process.wait(max(0.0, latest - time.monotonic()))
             except subprocess.TimeoutExpired:
                 for other in workers:
-                    other.kill()
+                    end(other.pid)
         files = [folder / f"rank{rank}.json" for rank in range(world)]
         if not all(file.exists() for file in files):
-            logs = "\n".join((folder / f"log{rank}").read_text()[-3000:] for rank in range(world))
+            logs = "\n".join((folder / f"log{rank}").read_text()[-6000:] for rank in range(world))
             raise RuntimeError(f"a worker of {world} wrote no result:\n{logs}")
         return [json.loads(file.read_text()) for file in files]
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +14,7 @@ from torch.utils.data import Dataset
 from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments
 
 import hf_shampoo4
-from tests.support import LONGEST_CHILD
+from tests.support import LONGEST_CHILD, end
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -96,15 +95,19 @@ def often(optim: str) -> str:
 
 
 def python(*words: object, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run a fresh Python in which this checkout can be imported."""
+    """Run a fresh Python in which this checkout can be imported.
+
+    Raises:
+        TimeoutError: it took longer than LONGEST_CHILD; says where each of its processes was.
+    """
     path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    told = {**os.environ, "PYTHONPATH": path, "PYTHONFAULTHANDLER": "1", **environment}
     child = subprocess.Popen(
-        [sys.executable, *map(str, words)], env={**os.environ, "PYTHONPATH": path, **environment}, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
-    )  # fmt: skip
+        [sys.executable, *map(str, words)], env=told, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
     try:
         out, err = child.communicate(timeout=LONGEST_CHILD)
     except subprocess.TimeoutExpired:
-        os.killpg(child.pid, signal.SIGKILL)  # its workers too
-        raise
+        end(child.pid)
+        raise TimeoutError(f"over {LONGEST_CHILD} seconds:\n{child.communicate()[1][-20000:]}") from None
     return subprocess.CompletedProcess(child.args, child.returncode, out, err)

@@ -1,9 +1,7 @@
 """Configurations and runs of `hf_shampoo4.training.pretrain`, on a tiny model and a few lines of text."""
 
 import json
-import os
 import subprocess
-import sys
 from types import SimpleNamespace
 
 import pytest
@@ -18,7 +16,7 @@ from hf_shampoo4.training.config import read_config
 from hf_shampoo4.training.model import build_model, load_model_config
 from hf_shampoo4.training.output_dir import prepare_output
 from hf_shampoo4.training.pretrain import length, parse, run
-from tests.support import LONGEST_CHILD
+from tests.support.tiny import python
 
 
 @pytest.fixture
@@ -298,9 +296,8 @@ def test_torchrun_gives_the_losses_of_one_process(settings, tmp_path):
     settings |= {"optim": "shampoo4bit", "total_batch_size": 4, "save_strategy": "no"}
     path = tmp_path / "run.yaml"
     path.write_text(yaml.safe_dump({**settings, "ddp_backend": "gloo"}))
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command = [*launcher, "-m", "hf_shampoo4.cli", "train", str(path)]
-    done = subprocess.run(command, env=os.environ, capture_output=True, text=True, timeout=LONGEST_CHILD)
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    done = python(*launcher, "-m", "hf_shampoo4.cli", "train", path)
     assert done.returncode == 0, done.stderr[-3000:]
     two = json.loads((tmp_path / "out" / "all_results.json").read_text())
     one = run(parse({**settings, "output_dir": str(tmp_path / "one")}))
