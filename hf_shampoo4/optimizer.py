@@ -18,12 +18,12 @@ from .checkpointing.spread_state import SpreadState
 from .checkpointing.state_dict import accepted, saved, without_state
 from .execution.consensus import agree, check_replicas, look
 from .execution.gradients import SkippedSteps, Unsettled, broken
-from .execution.model_groups import ModelGroups, check_group, check_keys, check_row_splits, with_names
+from .execution.model_groups import ModelGroups, check_group, check_keys, check_row_splits, read_options, with_names
 from .execution.plans import BlockReader, Plans
 from .execution.units import Key, Unit, is_dry_run, warn_of_fresh, warn_of_lengthless
 from .execution.wave_step import WaveStep, run, wave_steps
 from .execution.waves import Wave
-from .options import NAMES, OF_ADAMW, TYPES, Options, resolve
+from .options import NAMES, OF_ADAMW, TYPES, Options, cast, resolve
 from .preconditioners.diagnostics import Probe
 from .preconditioners.protocols import Context
 from .sharding.agreement import View, all_or_none
@@ -259,6 +259,7 @@ class Shampoo4bit(torch.optim.Optimizer):
 
     def _load(self, state_dict: Any, awaited: Set[str] = frozenset()) -> None:
         """Take over a state dict; the state of the `awaited` is read later."""
+        self._read_options()
         with self.groups.restored(self.state):
             found = accepted(state_dict, self.groups, self.param_groups)
             self.__setstate__({"state": found.state, "param_groups": found.groups})
@@ -324,6 +325,7 @@ class Shampoo4bit(torch.optim.Optimizer):
 
     def report(self) -> str:
         """A table of what is preconditioned how, why, and in how many bytes of state; also before the first step."""
+        self._read_options()
         return table(self)
 
     def refresh_seconds(self) -> float:
@@ -359,6 +361,15 @@ class Shampoo4bit(torch.optim.Optimizer):
         """All ranks leave the block, or all raise; a rank must not fail in it before others wait for it."""
         return all_or_none(self._plans.ranks)
 
+    def _read_options(self) -> None:
+        """Of all groups, what was set in them by hand since the last step.
+
+        Raises:
+            OptionError: it is not allowed.
+        """
+        for group in self.param_groups:
+            read_options(group)
+
     def _reset(self) -> None:
         self._plans = Plans(self.groups)
         self._spread = SpreadState(self._plans)
@@ -389,7 +400,7 @@ class Shampoo4bit(torch.optim.Optimizer):
 
     def _find_ranks(self) -> Ranks:
         """The ranks that train together; from here on all of them do the same, or all raise."""
-        if not all(group["communicate"] for group in self.groups.groups):
+        if not all(cast("communicate", group["communicate"]) for group in self.groups.groups):
             return Ranks()
         return self._process_group.ranks(of_an_engine=any(map(in_deepspeed, self.groups.every_parameter())))
 

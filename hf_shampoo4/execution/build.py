@@ -58,13 +58,11 @@ def build(groups: Sequence[tuple[Options, Sequence[LocalParameter], Shapes]], ra
         _refuse_sharing([member.local for of_group in members for member in of_group if member.placement.whole])
     assign_owners(members, [options for options, _, _ in groups], ranks.world)
     planned = [(options, found) for found, (options, _, _) in zip(members, groups, strict=True)]
-    by_all = all_apply(planned, machines)
     with nullcontext() if kernels else without_kernels():
-        waves = [_waves(found, options, ranks, apply) for (options, found), apply in zip(planned, by_all, strict=True)]
-    for (options, _), planned_waves in zip(planned, waves, strict=True):
-        for wave in planned_waves:
-            wave.kernels, wave.wire = kernels, options.wire
-    return waves
+        return [
+            [make_wave(batch, options, ranks, by_all, kernels) for batch in in_waves(found)]
+            for (options, found), by_all in zip(planned, all_apply(planned, machines), strict=True)
+        ]
 
 
 def _require_precision(options: Options, members: Sequence[LocalParameter]) -> None:
@@ -162,23 +160,19 @@ def assign_owners(groups: list[list[WaveParameter]], options: list[Options], wor
         member.owners[k] = owner
 
 
-def _waves(members: list[WaveParameter], options: Options, ranks: Ranks, by_all: bool) -> list[Wave]:
-    waves = []
-    for batch in in_waves(members):
-        replicated = ranks.world == 1 or (batch[0].placement.whole and not options.shard_state)
-        waves.append(make_wave(batch, ranks, replicated, by_all))
-    return waves
-
-
-def make_wave(members: list[WaveParameter], ranks: Ranks, replicated: bool, by_all: bool = False) -> Wave:
+def make_wave(
+    members: list[WaveParameter], options: Options, ranks: Ranks, by_all: bool = False, kernels: bool = True
+) -> Wave:
     """One wave with freshly initialised state.
 
     Args:
         members: with the owners of their blocks.
+        options: of their group.
         ranks: that train together.
-        replicated: whether every rank keeps the state of all blocks, or owners alone.
         by_all: see `Wave.all_apply`.
+        kernels: see `Wave.kernels`.
     """
+    replicated = ranks.world == 1 or (members[0].placement.whole and not options.shard_state)
     rows: dict[Algorithm, list[tuple[int, int, int, float]]] = {}
     first = 0
     for m, member in enumerate(members):
@@ -187,9 +181,8 @@ def make_wave(members: list[WaveParameter], ranks: Ranks, replicated: bool, by_a
                 rows.setdefault(block.algorithm, []).append((m, first + k, member.seed_offsets[k], member.phases[k]))
         first += len(member.blocks)
     device = members[0].local.buffer.device
-    return Wave(
-        members, [_stack(a, found, len(members), device) for a, found in rows.items()], ranks, replicated, by_all
-    )
+    stacks = [_stack(a, found, len(members), device) for a, found in rows.items()]
+    return Wave(members, stacks, ranks, replicated, by_all, kernels, options.wire)
 
 
 def _stack(

@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 
-from ..options import require_finite
 from ..sharding import agreement
 from ..sharding.agreement import Failures, View
 from ..sharding.rendezvous import announced
 from ..sharding.replicas import has_gradient
 from . import gradients
+from .model_groups import read_options
 from .plans import Plans, State
 from .units import Unit
 
@@ -34,15 +34,16 @@ def look(plans: Plans, called: Sequence[dict[str, Any]], state: State) -> tuple[
     with view.failures.kept():
         plans.ranks.require_same()
         plans.replica_checks.refuse_join()
-        for group in called:
-            require_finite(group)
         units = plans.units(called, state)
+        view.rates = plans.groups.rates()
         live = [local for unit in units for local in unit.candidates]  # as many on every rank, whatever is frozen
-        view.stale = any(plans.is_stale(unit, state) for unit in units)
+        changed = [unit for unit in units if plans.is_stale(unit, state)]
+        for unit in changed:
+            read_options(unit.group)
+        view.stale = any(plans.is_stale(unit, state) for unit in changed)
         found = gradients.are_finite(live, wait=plans.ranks.world > 1)
         view.finite, view.verdict = (found, None) if isinstance(found, bool) else (True, found)
         view.present = {local.name: width for local in live if (width := gradients.width(local.buffer.grad))}
-        view.rates = plans.groups.rates()
         if plans.ranks.world > 1:
             view.names = [local.name for local in live]
             view.settings = plans.groups.settings(plans.of_unit, afresh=view.stale)

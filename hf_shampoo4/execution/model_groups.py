@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+import math
 import weakref
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -17,7 +18,7 @@ from typing import Any
 from torch import Tensor
 
 from ..exceptions import OptionError
-from ..options import NAMES, Options, check_rates, require_kind
+from ..options import NAMES, Options, cast, check_rates, require_kind
 from ..preconditioners.moments import make_base
 from ..sharding.geometry import matrix_view
 from ..sharding.local_parameter import (
@@ -159,8 +160,28 @@ class ModelGroups:
         ]
 
     def rates(self) -> list[list[float]]:
-        """Of each group those that schedules may compute with other last bits on another rank."""
-        return [[*map(float, (g["lr"], g["eps"], g["weight_decay"])), *map(float, g["betas"])] for g in self.groups]
+        """Of each group lr, eps, weight decay and both betas, which schedules may compute with other last bits on
+        another rank.  Each is read once: of a tensor on a GPU that waits for it.
+
+        Raises:
+            OptionError: one that no step can be made with; of any group, for an engine may step through one at a time.
+        """
+        return [_rates(group) for group in self.groups]
+
+
+def _rates(group: Group) -> list[float]:
+    try:
+        found = [*map(float, (group["lr"], group["eps"], group["weight_decay"], *group["betas"]))]
+    except (TypeError, ValueError, OverflowError):
+        found = []
+    if len(found) != 5 or not all(map(math.isfinite, found)) or not all(0 <= beta < 1 for beta in found[3:]):
+        try:
+            check_rates(group)
+        except OptionError as error:
+            raise OptionError(
+                f"{error}; look at the schedule that has set it (0 steps of warmup or in all, perhaps)"
+            ) from error
+    return found
 
 
 def own_names(group: Mapping[str, Any]) -> list[str]:
@@ -210,6 +231,17 @@ def check_keys(group: Mapping[str, Any]) -> None:
             raise OptionError(f"unknown option {key!r} in a parameter group: did you mean {close[0]!r}?")
 
 
+def read_options(group: Group) -> None:
+    """Read what was set in a group by hand as the constructor's options are read: text becomes numbers.
+
+    Raises:
+        OptionError, ImportError: the message says what is allowed.
+    """
+    group.update({name: cast(name, group[name]) for name in NAMES})
+    require_kind(group)
+    make_base((1,), Options.of(group), quantise=True)  # raises if a storage needs a package that is missing
+
+
 def check_group(group: Group) -> None:
     """Refuse a group whose numbers, options or parameters cannot be trained with; `betas` becomes a tuple.
 
@@ -221,8 +253,7 @@ def check_group(group: Group) -> None:
     if group["nesterov"] and betas[0] == 0:
         raise OptionError(f"betas={betas!r} is not allowed: nesterov needs a momentum, the first number in (0, 1)")
     group["betas"] = tuple(betas)
-    require_kind(group)
-    make_base((1,), Options.of(group), quantise=True)  # raises if a storage needs a package that is missing
+    read_options(group)
     if len({id(p) for p in group["params"]}) < len(group["params"]):
         raise ValueError("a parameter is in its group twice: it would be updated twice a step")
     for p in group["params"]:

@@ -96,8 +96,9 @@ class Plans:
         units, dropped = self._surveyed(units, state)
         with all_or_none(ranks):
             was = {p: plan.structure for plan in self.of_unit.values() for p in plan.state}
-            for unit, plan in zip(units, before, strict=True):
-                _require_structure(unit, was, plan, state)
+            now = [structure(unit.group) for unit in units]
+            for unit, of_unit, plan in zip(units, now, before, strict=True):
+                _require_structure(unit, of_unit, was, plan, state)
                 for local in unit.members:
                     check_trainable(local.parameter)
         if ranks.world > 1:  # owners may change
@@ -112,14 +113,12 @@ class Plans:
             _put(wave, wave.state.local(), state)
         self._read(units, planned, before)
         self._count_updates([wave for waves in planned for wave in waves])
-        for unit, waves, old in zip(units, planned, before, strict=True):
+        for unit, of_unit, waves, old in zip(units, now, planned, before, strict=True):
             views = {local.parameter: own_state(state[local.parameter]) for local in unit.members}
             others = (plan.start for (index, _), plan in self.of_unit.items() if index == unit.key[0])
             start = old.step if old else next(others, unit.group["step"])
             everything = set(self.groups.parameters(unit.key[0]))
-            self.of_unit[unit.key] = UnitPlan(
-                unit.identity(), everything, views, waves, structure(unit.group), start, start
-            )
+            self.of_unit[unit.key] = UnitPlan(unit.identity(), everything, views, waves, of_unit, start, start)
         self.equal_replicas.begin()
         if ranks.world > 1:
             with all_or_none(ranks):
@@ -212,11 +211,14 @@ class Plans:
         return {name: full_shape(p) for name, p in named if p.requires_grad or id(p) in members}
 
 
-def _require_structure(unit: Unit, was: Mapping[Tensor, dict[str, Any]], plan: UnitPlan | None, state: State) -> None:
+def _require_structure(
+    unit: Unit, now: dict[str, Any], was: Mapping[Tensor, dict[str, Any]], plan: UnitPlan | None, state: State
+) -> None:
     """Refuse state that was made with other options than its group has now: numbers that mean something else.
 
     Args:
         unit: as it is to be planned.
+        now: its group's structural options.
         was: under which options the parameters were planned before, perhaps in another group.
         plan: the unit's before; of a parameter that took another's place with its state.
         state: the optimizer's.
@@ -224,7 +226,6 @@ def _require_structure(unit: Unit, was: Mapping[Tensor, dict[str, Any]], plan: U
     Raises:
         OptionError: a structural option was changed, and the state was kept.
     """
-    now = structure(unit.group)
     for local in unit.members:
         then = was.get(local.parameter, plan.structure if plan else now)
         if then != now and own_state(state.get(local.parameter, {})):

@@ -20,12 +20,11 @@ from .fields import (
     Options,
     check_rates,
     require,
-    require_finite,
     require_kind,
     structure,
     what_uses,
 )
-from .parsing import CONFIG_ENV, pairs_as_text, parse_optim_args, resolve, saved_options
+from .parsing import CONFIG_ENV, cast, pairs_as_text, parse_optim_args, resolve, saved_options
 
 __all__ = [
     "ALGORITHMS",
@@ -45,12 +44,12 @@ __all__ = [
     "STRUCTURAL",
     "TYPES",
     "auto_of",
+    "cast",
     "check_rates",
     "pairs_as_text",
     "parse_optim_args",
     "register",
     "require",
-    "require_finite",
     "require_kind",
     "resolve",
     "saved_options",

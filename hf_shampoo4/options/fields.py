@@ -363,20 +363,6 @@ def structure(group: Mapping[str, Any]) -> dict[str, Any]:
     return {**{name: group[name] for name in STRUCTURAL}, "quant_block": o.factor_block, "codebook": o.factor_codebook}
 
 
-def require_finite(group: Mapping[str, Any]) -> None:
-    """Refuse a rate that a schedule has made no number, before it makes all weights none.
-
-    Raises:
-        OptionError: lr or weight_decay is infinite or no number.
-    """
-    for name in ("lr", "weight_decay"):
-        if not math.isfinite(float(group[name])):
-            raise OptionError(
-                f"{name}={shown(group[name])} is not allowed in a step, which would make every weight so: look at the "
-                "schedule that has set it (0 steps of warmup or in all, perhaps)"
-            )
-
-
 def require_kind(group: Mapping[str, Any]) -> None:
     """Refuse factors by kind (`rates`) on parameters of an unknown kind.
 

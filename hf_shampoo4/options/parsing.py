@@ -61,7 +61,7 @@ def resolve(
     if preset is not None and (not isinstance(preset, str) or preset not in PRESETS):
         raise OptionError(f"unknown preset {shown(preset)}; valid presets: {', '.join(sorted(PRESETS))}")
     below: dict[str, Any] = dict(PRESETS[preset]) if preset is not None else {}
-    explicit = {name: _cast(name, value) for source in (from_file, given) for name, value in source.items()}
+    explicit = {name: cast(name, value) for source in (from_file, given) for name, value in source.items()}
     merged = _merged(beneath or {}, below, explicit)
     Options(**{**(beneath or {}), **merged})  # range checks, before any training time is spent
     return merged
@@ -73,7 +73,7 @@ def saved_options(group: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         OptionError: a value of the wrong type or out of range.
     """
-    options = {name: _cast(name, group[name]) for name in NAMES if name in group}
+    options = {name: cast(name, group[name]) for name in NAMES if name in group}
     algorithm, factor = options.get("algorithm", Options.algorithm), options.get("factor", Options.factor)
     if algorithm in ALGORITHMS and algorithm != FALLBACK:  # what an older version took and had no use for
         options |= {name: usual for name, usual in _without_use(algorithm, factor).items() if name in options}
@@ -183,8 +183,12 @@ def _read_config(path: Any) -> dict[str, Any]:
     return {str(key): value for key, value in content.items()}
 
 
-def _cast(name: str, value: Any) -> Any:
-    """`value` as option `name`'s type; text comes from a command line, other types from Python or YAML."""
+def cast(name: str, value: Any) -> Any:
+    """`value` as option `name`'s type; text comes from a command line, other types from Python or YAML.
+
+    Raises:
+        OptionError: there is no such option, or it cannot have this value; ranges are not looked at.
+    """
     if name not in TYPES:
         if name in OF_TORCH:
             raise OptionError(

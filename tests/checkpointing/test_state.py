@@ -623,7 +623,7 @@ def test_a_rate_that_is_no_number_is_refused_before_it_ruins_the_weights(name: s
     run(optimizer, range(1))
     weights, usual = owners(optimizer)[0].detach().clone(), optimizer.param_groups[0][name]
     optimizer.param_groups[0][name] = rate
-    with pytest.raises(OptionError, match=f"{name}={rate} is not allowed in a step"):
+    with pytest.raises(OptionError, match=f"{name}={rate} is not allowed: it must be a number >= 0; look at"):
         run(optimizer, range(1, 2))
     assert torch.equal(owners(optimizer)[0], weights)
     optimizer.param_groups[0][name] = usual

@@ -174,6 +174,19 @@ def test_what_is_other_on_one_rank_is_named(results: list, what: str, said: str)
         assert rank[what].startswith(f"RuntimeError: ranks disagree on options or model: {said}")
 
 
+def test_what_one_rank_alone_sets_in_a_group_is_read_or_refused_on_all(results: list) -> None:
+    lr = "OptionError: lr=nan is not allowed: it must be a number >= 0; look at the schedule that has set it"
+    text = "OptionError: option stats_every='abc' is not allowed: it must be an integer"
+    for number, rank in enumerate(of(results, "frozen")):
+        there = "" if number == 1 else "RuntimeError: rank 1 failed, so no rank goes on; there: "
+        for what, (said, then) in rank["edited"].items():
+            refused = {"lr": lr, "stats_every=abc": text}
+            expected = next((there + error for cause, error in refused.items() if what.startswith(cause)), "")
+            assert said.startswith(expected), what
+            assert bool(said) == bool(expected), what
+            assert then == "", what
+
+
 def test_join_is_refused_before_anything_waits(results: list) -> None:
     for number, rank in enumerate(of(results, "join")):
         assert rank["refused"].startswith("RuntimeError: DistributedDataParallel.join() lets ranks run out of inputs")

@@ -379,7 +379,7 @@ def closure() -> dict[str, Any]:
 
 def frozen() -> dict[str, Any]:
     """A parameter that one rank alone does not train, from the first step on or later; and options of one rank."""
-    found: dict[str, Any] = {}
+    found: dict[str, Any] = {"edited": edited()}
     for when in ("first", "late"):
         m = model()
         o = Shampoo4bit(m.named_parameters(), **OPTIONS)
@@ -406,6 +406,24 @@ def frozen() -> dict[str, Any]:
         found["loaded"] = said(o.step)
         if rank() == 1:
             o.load_state_dict(o.state_dict())
+    return found
+
+
+def edited() -> dict[str, Any]:
+    """What rank 1 alone sets in its group by hand, before the first step and later; then all go on."""
+    found: dict[str, Any] = {}
+    for when in (0, 2):
+        for name, value in (("lr", torch.nan), ("stats_every", "abc"), ("stats_every", "3"), ("communicate", "true")):
+            m = model()
+            o = Shampoo4bit(m.named_parameters(), **OPTIONS)
+            for t in range(when + 1):
+                backward(m, t)
+                if t == when and rank() == 1:
+                    usual, o.param_groups[0][name] = o.param_groups[0][name], value
+                last = said(o.step)
+            if rank() == 1:
+                o.param_groups[0][name] = usual
+            found[f"{name}={value} {when}"] = [last, said(o.step)]
     return found
 
 
