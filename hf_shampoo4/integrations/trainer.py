@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from ..options import STOCHASTIC_HEAD, parse_optim_args, resolve
+from ..options import STOCHASTIC_HEAD, parse_optim_args, resolve_for_all
 from .hooks import after_import
 from .saving import follow_saves
 
@@ -62,7 +62,7 @@ def trainer_kwargs(model: nn.Module | None, args: Any, **options: Any) -> dict[s
         ValueError: there is no matrix to precondition, optim_target_modules matches nothing, or DeepSpeed is configured
             in a way in which this optimizer would not be used or could not work.
     """
-    chosen = resolve(options)
+    chosen = resolve_for_all(options)
     follow_saves()
     _optimizer_cls_and_kwargs(args, model, chosen)
     given = weakref.ref(model) if model is not None else lambda: None

@@ -24,7 +24,7 @@ from .fields import (
     structure,
     what_uses,
 )
-from .parsing import CONFIG_ENV, cast, pairs_as_text, parse_optim_args, resolve, saved_options
+from .parsing import CONFIG_ENV, cast, pairs_as_text, parse_optim_args, resolve, resolve_for_all, saved_options
 
 __all__ = [
     "ALGORITHMS",
@@ -52,6 +52,7 @@ __all__ = [
     "require",
     "require_kind",
     "resolve",
+    "resolve_for_all",
     "saved_options",
     "structure",
     "users_of",

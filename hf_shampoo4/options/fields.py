@@ -38,7 +38,8 @@ class Options:
     1 for a kind that is not named.  As a group's own `lr` would, they scale decoupled weight decay along; schedulers
     and logs keep to the rate that the factors multiply."""
     matrix_view: Literal["auto", "flatten", "batch"] = "auto"
-    """How a tensor of 3 or more dimensions is a matrix: (d0, d1*d2*...), or d0 matrices each (d1, d2)."""
+    """How a tensor of 3 or more dimensions is a matrix: (d0, d1*d2*...), or d0 matrices each (d1, d2).  `param_groups`
+    flattens 1-D convolutions, whatever is chosen for all."""
     row_splits: tuple[int, ...] = ()
     """Sizes along dim 0 of matrices fused into one parameter (q, k, v); blocks never straddle them.
 

@@ -135,10 +135,25 @@ def parse_optim_args(text: str | Mapping[str, str] | None, beneath: Mapping[str,
     """
     items = _split_items(text) if isinstance(text, str) else dict(text or {})
     items.setdefault("config", os.environ.get(CONFIG_ENV, ""))
+    given = {key: value for key, value in items.items() if value != "" or key != "config"}
+    return resolve_for_all(given, beneath=beneath)
+
+
+def resolve_for_all(given: Mapping[str, Any], beneath: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """`resolve`, for all groups that `param_groups` makes, each of which it tells what it is.
+
+    Raises:
+        OptionError: one of `OF_GROUPS`, here or in the options file; anything `resolve` refuses.
+    """
+    chosen = resolve(given, beneath=beneath)
     for name in OF_GROUPS:
-        if name in items:
-            raise OptionError(f"option {name} is for a parameter group, not for all: param_groups(model) sets it")
-    return resolve({key: value for key, value in items.items() if value != "" or key != "config"}, beneath=beneath)
+        if name in chosen:
+            raise OptionError(
+                f"option {name} is for a parameter group, not for all: param_groups(model), which makes the groups "
+                "here, sets it for each by what its parameters are; remove it here (or from the options file), or make "
+                "the groups and Shampoo4bit yourself"
+            )
+    return chosen
 
 
 def pairs_as_text(value: str | Mapping[str, Any]) -> str:

@@ -16,7 +16,7 @@ from torch import nn
 from ..exceptions import OptionError
 from ..execution.apply import Difference, difference, is_by_all, may_all_apply
 from ..execution.waves import WaveParameter
-from ..options import Options, require, resolve
+from ..options import Options, require, resolve_for_all
 from ..preconditioners.algorithms import algorithm_class
 from ..training.arguments import DTYPES, ModelArguments
 from ..utils.ceilings import Ceilings
@@ -91,7 +91,7 @@ def plan_of(
     if described.lora < 0:
         raise OptionError(f"lora={described.lora!r} is not allowed: it must be an integer >= 0")
     layout = sharding_of(sharding, world_size, shards)
-    chosen = resolve(options)
+    chosen = resolve_for_all(options)
     name, model = _named_model(described)
     groups = planned_groups(model, chosen, layout)
     members = [member for group in groups for member in group.members]

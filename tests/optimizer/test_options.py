@@ -9,9 +9,11 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import TrainingArguments
 
-from hf_shampoo4 import Shampoo4bit, param_groups
+from hf_shampoo4 import Shampoo4bit, param_groups, plan, trainer_kwargs
 from hf_shampoo4.exceptions import OptionError
+from hf_shampoo4.integrations.trainer import optim_options
 from hf_shampoo4.options import (
     CONFIG_ENV,
     NAMES,
@@ -351,6 +353,30 @@ def test_factors_by_kind_may_have_commas_too(text: str) -> None:
 def test_what_is_no_choice_of_optim_args_is_said_to_belong_elsewhere(text: str, message: str) -> None:
     with pytest.raises(OptionError, match=message):
         parse_optim_args(text)
+
+
+@pytest.mark.parametrize(("name", "value"), [("kind", "head"), ("vocabulary", True), ("vocabulary", False)])
+def test_what_param_groups_sets_is_refused_wherever_the_options_are_for_all_groups(
+    name: str, value: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a file too: each group has its own, which would win in silence, or matrices would become vocabularies."""
+    file = tmp_path / "options.yaml"
+    file.write_text(f"block_size: 64\n{name}: {str(value).lower()}\n")
+    model = torch.nn.Linear(8, 8)
+    message = f"option {name} is for a parameter group, not for all: .* remove it here \\(or from the options file"
+    with pytest.raises(OptionError, match=message):
+        parse_optim_args(f"config={file}")
+    monkeypatch.setenv(CONFIG_ENV, str(file))
+    with pytest.raises(OptionError, match=message):
+        optim_options("soap4bit", "bits=8")
+    monkeypatch.delenv(CONFIG_ENV)
+    args = TrainingArguments(output_dir=str(tmp_path), report_to=[], use_cpu=True)
+    for options in ({name: value}, {"config": str(file)}):
+        with pytest.raises(OptionError, match=message):
+            trainer_kwargs(model, args, **options)
+        with pytest.raises(OptionError, match=message):
+            plan(model, **options)
+    Shampoo4bit([{"params": list(model.parameters())}], config=str(file))  # whose groups have none of their own
 
 
 def test_a_mapping_means_what_its_text_does() -> None:
