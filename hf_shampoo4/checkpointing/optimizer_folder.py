@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import warnings
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,6 +30,7 @@ from ..sharding.local_parameter import full_shape
 from ..utils.files import write_json
 from . import checksums
 from .formats import check_metadata
+from .names import OTHERS, renamed, told_apart
 
 if TYPE_CHECKING:
     from ..optimizer import Shampoo4bit
@@ -124,23 +125,48 @@ def load_optimizer(optimizer: Shampoo4bit, folder: str | Path) -> None:
     folder = Path(folder)
     groups, sums = read_groups(folder)
     ours = [_described(optimizer, i)["parameters"] for i in range(len(optimizer.param_groups))]
-    for there, here in zip([group["parameters"] for group in groups], ours, strict=False):
-        for name in [*there, *here]:
-            if there.get(name) != here.get(name):
-                found = f"parameter {name!r} is {there.get(name)} there and {here.get(name)} here"
-                raise CheckpointError(f"{folder} is of another model: {found}")
+    there = _there(folder, [group["parameters"] for group in groups], ours)
     bare = [{key: value for key, value in group.items() if key != "parameters"} for group in groups]
-    saved = {parse_row_name(name)[0] for name in sums}
+    written = {parse_row_name(name)[0] for name in sums}
+    saved = {name for name, original in there.items() if original in written}
 
     def read(rows: dict[str, Tensor]) -> None:
         check_metadata(folder)
-        rows = {name: row for name, row in rows.items() if parse_row_name(name)[0] in saved}
+        of_whom = {name: parse_row_name(name)[0] for name in rows}
+        rows = {there[p] + name.removeprefix(p): rows[name] for name, p in of_whom.items() if p in saved}
         missing = sorted(rows.keys() - sums.keys())
         if missing:
             raise CheckpointError(f"{folder} lacks {len(missing)} blocks' tensors that are this rank's: {missing[:3]}")
         _load(rows, folder, sums)
 
     optimizer.load_blocks(bare, read, saved)
+
+
+def _there(
+    folder: Path, theirs: Sequence[dict[str, list[int]]], ours: Sequence[dict[str, list[int]]]
+) -> dict[str, str]:
+    """The names here -> the names that the folder has for the same parameters.
+
+    Args:
+        folder: for the message.
+        theirs: of each group, the parameters' names and shapes.
+        ours: the same of the optimizer.
+
+    Raises:
+        CheckpointError: they are not the same.
+    """
+    there, here = ([name for group in groups for name in group] for groups in (theirs, ours))
+    new = renamed(there, here)
+    named = [{new.get(name, name): shape for name, shape in group.items()} for group in theirs]
+    if [set(group) for group in named] != [set(group) for group in ours]:
+        raise CheckpointError(f"{folder} is {OTHERS}: {told_apart(there, here)}")
+    for group, mine in zip(named, ours, strict=True):
+        for name, shape in mine.items():
+            if group[name] != shape:
+                raise CheckpointError(
+                    f"{folder} is of another model: parameter {name!r} is {group[name]} there and {shape} here"
+                )
+    return {new.get(name, name): name for name in there}
 
 
 def read_groups(folder: Path) -> tuple[list[dict[str, Any]], dict[str, int]]:

@@ -17,6 +17,7 @@ from ..execution.state_layout import Entry, foreign_state, own_state, state_layo
 from ..options import NAMES, OF_THE_RUN, STRUCTURAL, Options, require_kind, structure
 from ..sharding.local_parameter import clean_name, full_shape, in_deepspeed, in_fsdp1
 from .formats import check_entry, well_formed
+from .names import OTHERS, renamed, told_apart
 
 
 def saved(groups: Sequence[Group], state: Mapping[Any, Any], spread: Mapping[Tensor, Entry]) -> dict[str, Any]:
@@ -71,8 +72,9 @@ def accepted(state_dict: Any, groups: ModelGroups, ours: Sequence[Group]) -> Acc
     theirs = copy.deepcopy(state_dict["param_groups"])
     for group, mine in zip(theirs, ours, strict=True):
         parameter.update(zip(group["params"], mine["params"], strict=True))
-        names = {name: mine[name] for name in ("param_names",) if name in mine and name not in group}
-        group.update(names, params=mine["params"], **{name: mine[name] for name in OF_THE_RUN})
+        if "param_names" in mine and ("param_names" not in group or len(own_names(mine)) == len(mine["params"])):
+            group["param_names"] = mine["param_names"]
+        group.update(params=mine["params"], **{name: mine[name] for name in OF_THE_RUN})
     state: defaultdict[Any, Any] = defaultdict(dict)
     for key, entry in state_dict["state"].items():
         state[parameter.get(key, key)] = _copied(entry, parameter[key]) if key in parameter else entry
@@ -121,14 +123,17 @@ def _numbered(state_dict: dict[str, Any], names: ModelGroups, ours: Sequence[Gro
     number: dict[str, int] = {}
     for index in range(len(ours)):
         number.update({name: len(number) + i for i, name in enumerate(names.names(index))})
-    strange = [key for group in groups for key in group["params"] if clean_name(str(key)) not in number]
-    if strange:
-        raise CheckpointError(f"checkpoint of another model: it has parameters {strange[:3]}, which are not here")
-    renamed = []
+    there = {key: clean_name(str(key)) for group in groups for key in group["params"]}
+    new = renamed(there.values(), number)
+    there = {key: new.get(name, name) for key, name in there.items()}
+    if not number.keys() >= set(there.values()):
+        said = told_apart(there.values(), number)
+        raise CheckpointError(f"checkpoint {OTHERS}: {said}")
+    numbered = []
     for group in groups:
-        of_group = sorted((clean_name(key) for key in group["params"]), key=number.__getitem__)
-        renamed.append({**group, "params": [number[name] for name in of_group], "param_names": of_group})
-    return {**state_dict, "param_groups": renamed, "state": {number[clean_name(k)]: v for k, v in state.items()}}
+        of_group = sorted((there[key] for key in group["params"]), key=number.__getitem__)
+        numbered.append({**group, "params": [number[name] for name in of_group], "param_names": of_group})
+    return {**state_dict, "param_groups": numbered, "state": {number[there[k]]: v for k, v in state.items()}}
 
 
 def _check(state_dict: dict[str, Any], names: ModelGroups, ours: Sequence[Group]) -> list[str]:
@@ -141,10 +146,12 @@ def _check(state_dict: dict[str, Any], names: ModelGroups, ours: Sequence[Group]
     sizes, here = [len(g["params"]) for g in theirs], [len(g["params"]) for g in ours]
     if sizes != here:
         raise CheckpointError(
-            f"checkpoint of another model: groups of {sizes} parameters, here {here}{_told_apart(theirs, ours)}"
+            f"checkpoint {OTHERS}: groups of {sizes}, here {here}; "
+            + told_apart(*([n for group in groups for n in own_names(group)] for groups in (theirs, ours)))
         )
     if len({key for group in theirs for key in group["params"]}) < sum(sizes):
         raise CheckpointError("damaged checkpoint: a parameter is there twice")
+    _check_names(theirs, ours)
     of_groups = [
         _check_group(group, mine, names.names(index), state)
         for index, (group, mine) in enumerate(zip(theirs, ours, strict=True))
@@ -152,14 +159,16 @@ def _check(state_dict: dict[str, Any], names: ModelGroups, ours: Sequence[Group]
     return [name for of_group in of_groups for name in of_group]
 
 
-def _told_apart(theirs: Sequence[Group], ours: Sequence[Group]) -> str:
-    """Which parameters only one of two models has, if all have names."""
+def _check_names(theirs: Sequence[Group], ours: Sequence[Group]) -> None:
+    """Compare the parameters of groups that are as large, as far as both have names."""
     there, here = ([name for group in groups for name in own_names(group)] for groups in (theirs, ours))
-    if not there or not here:
-        return ""
-    only = {"there": [n for n in there if n not in set(here)], "here": [n for n in here if n not in set(there)]}
-    told = [f"only {where}: {names[:3]}{', ...' * (len(names) > 3)}" for where, names in only.items() if names]
-    return f" ({'; '.join(told) or 'the same in other groups'}): freeze and tie here what was frozen and tied there"
+    new = renamed(there, here)
+    for group, mine in zip(theirs, ours, strict=True):
+        for a, b in zip(own_names(group), own_names(mine), strict=False):
+            if new.get(a, a) != b:
+                if set(there) == set(here):
+                    raise CheckpointError(f"checkpoint of another model: parameter {a!r} there, {b!r} here")
+                raise CheckpointError(f"checkpoint {OTHERS}: {told_apart(there, here)}")
 
 
 def _check_group(there: Group, ours: Group, names: Sequence[str], state: Mapping[Any, Any]) -> list[str]:
@@ -174,9 +183,6 @@ def _check_group(there: Group, ours: Group, names: Sequence[str], state: Mapping
                 f"the checkpoint was written with {name}={value}, this run has {name}={layout[name]}: "
                 f"resume with {name}={value}, or start the optimizer afresh"
             )
-    for theirs, mine in zip(own_names(there), own_names(ours), strict=False):  # either may have none
-        if theirs != mine:
-            raise CheckpointError(f"checkpoint of another model: parameter {theirs!r} there, {mine!r} here")
     stateless = []
     for key, p, name in zip(there["params"], ours["params"], names, strict=True):
         entry = state.get(key, {})

@@ -6,9 +6,11 @@ import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback
 
+from hf_shampoo4.exceptions import CheckpointError
 from tests.support.tiny import Tokens, arguments, llama
 
 OPTIONS = "algorithm=shampoo,stats_every=2,roots_every=3,stochastic_rounding=true"
@@ -67,6 +69,37 @@ def test_a_resumed_run_equals_an_unbroken_one(tmp_path, dtype, optim, options):
     assert same(dict(resumed.model.state_dict()), dict(unbroken.model.state_dict()))
     assert same(resumed.optimizer.state_dict(), unbroken.optimizer.state_dict())
     assert resumed.model.model.unused.weight.dtype == dtype
+
+
+class Frozen(TrainerCallback):
+    """Freezes a layer when the checkpoint is loaded."""
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        model.model.layers[1].mlp.requires_grad_(False)
+
+
+def test_a_layer_that_is_unfrozen_or_frozen_before_resuming_is_named_with_what_to_do(tmp_path):
+    def trained(layers: int, resume: bool = False, **options) -> Trainer:
+        made = llama()
+        for layer in made.model.layers[:layers]:
+            layer.mlp.requires_grad_(False)
+        args = arguments(tmp_path, max_steps=4 if resume else 2, save_strategy="steps", save_steps=2)
+        trainer = Trainer(made, args, train_dataset=Tokens(count=32), **options)
+        trainer.train(resume_from_checkpoint=resume)
+        return trainer
+
+    trained(1)
+    one = "model.layers.0.mlp.down_proj.weight"
+    with pytest.raises(
+        CheckpointError, match=f"only here are 3 .'{one}', .*If they were frozen then, freeze them when"
+    ):
+        trained(0, resume=True)
+    other = "model.layers.1.mlp.down_proj.weight"
+    with pytest.raises(CheckpointError, match=f"only there are 3 .'{other}', .*If they are frozen now, let them req"):
+        trained(2, resume=True)
+    weight = trained(1, resume=True, callbacks=[Frozen()]).model.model.layers[1].mlp.up_proj.weight
+    saved = load_file(tmp_path / "checkpoint-2" / "model.safetensors")
+    assert torch.equal(weight, saved["model.layers.1.mlp.up_proj.weight"]), "as the message says"
 
 
 def test_a_checkpoint_of_another_geometry_is_refused(tmp_path):
