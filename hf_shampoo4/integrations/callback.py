@@ -11,7 +11,7 @@ from transformers.trainer_callback import ExportableState, TrainerCallback
 
 from ..checkpointing.completeness import CALLBACK
 from ..options import pairs_as_text
-from ..state_report import metrics, table
+from ..state_report import metrics
 from .saving import follow_saves, shampoo_in, without_wrappers
 from .trainer import OPTIMS, check_args
 
@@ -60,11 +60,12 @@ class Shampoo4bitCallback(TrainerCallback, ExportableState):
         if ours is None:
             _refuse_another(args, optimizer)
             return
+        told = ours.report()
         for group in ours.param_groups:
             if group["stochastic_last"]:
                 group["stochastic_from"] = 1 + round(state.max_steps * (1 - group["stochastic_last"]))
         if state.is_world_process_zero:
-            print(table(ours), flush=True)
+            print(told, flush=True)
 
     def on_step_end(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
         """Count a step that a loss scaler (fp16) left out: then the optimizer was not called and cannot.

@@ -215,12 +215,8 @@ class Options:
 
     @classmethod
     def of(cls, group: Mapping[str, Any]) -> Options:
-        """What the options stored in a parameter group ask for (other keys of the group are ignored)."""
-        values = _values(group)
-        try:
-            return _carried_out(values)  # a step asks for each group, whose options seldom change
-        except TypeError:  # a list where there should be a tuple
-            return cls(*values).carried_out()
+        """What the options stored in a parameter group, cast, ask for (other keys of the group are ignored)."""
+        return _carried_out(_values(group))  # a step asks for each group, whose options seldom change
 
     def carried_out(self) -> Options:
         """With the algorithm that `embeddings` and `vocabulary` mean."""

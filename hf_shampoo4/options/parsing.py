@@ -87,12 +87,17 @@ def _merged(beneath: Mapping[str, Any], preset: Mapping[str, Any], explicit: Map
     Of a preset only what these use is taken, and what `beneath` has set for others goes back to its default.
 
     Raises:
-        OptionError: something explicit that they do not use, whatever its value; the message says what to add.
+        OptionError: something explicit that they do not use, whatever its value; the message says what to add.  Or two
+            ways to say from which step on something is.
     """
     chosen = {"algorithm": Options.algorithm, "factor": Options.factor, **beneath, **preset, **explicit}
     algorithm, factor = chosen["algorithm"], chosen["factor"]
     if not set(NAMES) <= set(explicit):  # which is a whole group of another optimizer, not somebody's choice
         refuse_unused(explicit, algorithm, factor)
+        both = explicit.get("stochastic_last") and explicit.get("stochastic_from")
+        require(
+            "stochastic_from", explicit.get("stochastic_from"), not both, "left out beside stochastic_last, or that"
+        )
     taken = {name: value for name, value in preset.items() if not what_uses(name, algorithm, factor)}
     if algorithm == FALLBACK:  # carries its neighbours' options along
         return {**taken, **explicit}

@@ -141,11 +141,6 @@ def _all_against_owners(groups: Sequence[PlannedGroup], world: int) -> Differenc
     return difference(shared_out, world) if able else None
 
 
-def model_on_meta(name: str, dtype: str = "float32", lora: int = 0) -> nn.Module:
-    """The parameters' shapes of a model by name, as `plan` takes it."""
-    return _named_model(Described(name, dtype, lora))[1]
-
-
 def _config(given: Union[PreTrainedConfig, str]) -> PreTrainedConfig:
     with named():
         from ..training.model import load_model_config

@@ -54,6 +54,14 @@ def test_an_explicit_choice_holds_for_all(tmp_path, optim_args: str, expected: s
     assert set(by_name(trained(tmp_path, optim_args, max_steps=10)).values()) == expected
 
 
+def test_a_share_that_is_set_in_the_groups_as_text_is_read(tmp_path) -> None:
+    trainer = Trainer(llama(), arguments(tmp_path, optim="adamw4bit", max_steps=10), train_dataset=Tokens())
+    for group in trainer.create_optimizer().param_groups:
+        group["stochastic_last"] = "0.5"
+    trainer.train()
+    assert set(by_name(trainer.optimizer.optimizer).values()) == {6}
+
+
 def test_the_head_has_a_group_of_its_own_only_when_asked() -> None:
     model = llama()
     assert all("stochastic_last" not in group for group in param_groups(model))

@@ -123,6 +123,10 @@ def test_casting(name: str, text: object, value: object) -> None:
             {"rates": "embedding"},
             "option rates='embedding' is not allowed: it must be numbers by kind, such as embedding:6;",
         ),
+        (
+            {"stochastic_last": 0.1, "stochastic_from": 5},
+            "option stochastic_from=5 is not allowed: it must be left out beside stochastic_last, or that",
+        ),
         ({"rates": 6}, "option rates=6 is not allowed: it must be numbers by kind"),
         ({"rates": {"head": None}}, "is not allowed: it must be numbers by kind"),
         ({"kind": "bias"}, "option kind='bias' is not allowed: it must be one of any, embedding, head, matrix, vector"),
