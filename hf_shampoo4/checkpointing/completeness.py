@@ -70,6 +70,8 @@ def _problems(folder: Path) -> Iterator[str]:
 
 
 def _missing(folder: Path) -> Iterator[str]:
+    if not any(_files(folder, ("scheduler.pt", "rng_state*.pth", *OPTIMIZERS))) and any(_files(folder, WEIGHTS)):
+        yield "it has weights alone (save_only_model=True): begin a new training with them as the model"
     if not (folder / "scheduler.pt").is_file() and not any(folder.glob("global_step*/*.pt")):
         yield "scheduler.pt is missing"  # a scheduler of DeepSpeed's own is in its files
     for kind, patterns in (("optimizer", OPTIMIZERS), ("weights", WEIGHTS)):

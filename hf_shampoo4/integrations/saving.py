@@ -95,8 +95,8 @@ def _refuse_half(trainer: Any, checkpoint: Any = None) -> None:
     folder = Path(checkpoint)
     if reason := incomplete(folder):
         raise CheckpointError(
-            f"checkpoint {str(folder)!r} is not complete, its training must have been stopped while it was written: "
-            f"{reason}.  `hf-shampoo4 checkpoint last {folder.parent}` finds the last one that is."
+            f"checkpoint {str(folder)!r} is not complete, as when a training is stopped while it writes: {reason}.  "
+            f"`hf-shampoo4 checkpoint last {folder.parent}` finds the last one that is."
         )
     for name in ("optimizer.pt", "optimizer.bin"):
         check_archive(folder / name)

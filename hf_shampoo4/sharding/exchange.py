@@ -80,6 +80,9 @@ class Ranks:
     """Bytes that this rank has sent to others so far, by purpose."""
     group: Any = None
     """Their process group; None: the default one."""
+    _reduction: Any = field(default=None, init=False, repr=False, compare=False)
+    """The last one.  Were gloo's thread the last to have it, it would need Python's lock to let go of its tensor, and
+    a script that ends after its last step would be aborted: at its end Python gives that lock to no thread."""
 
     @cached_property
     def global_ranks(self) -> tuple[int, ...]:
@@ -171,7 +174,11 @@ class Ranks:
         if self.world == 1:
             return x
         on_wire = x.to(self._wire(x.device))
-        dist.all_reduce(on_wire, dist.ReduceOp.MAX if largest else dist.ReduceOp.SUM, group=self.group)
+        by_thread = on_wire.device.type == "cpu"
+        operation = dist.ReduceOp.MAX if largest else dist.ReduceOp.SUM
+        self._reduction = dist.all_reduce(on_wire, operation, group=self.group, async_op=by_thread)
+        if by_thread:
+            self._reduction.wait()
         return on_wire.to(x.device)
 
     def gather(self, value: Any) -> list[Any]:

@@ -178,6 +178,13 @@ def test_the_callback_stops_where_the_trainer_would_go_on_without_a_file(run: Pa
         resumed(run)
 
 
+def test_a_checkpoint_of_weights_alone_is_called_that(tmp_path: Path) -> None:
+    """Of `save_only_model=True`, which nobody was stopped in writing."""
+    settings = {"max_steps": 1, "save_strategy": "steps", "save_steps": 1, "save_only_model": True}
+    Trainer(llama(), arguments(tmp_path, **settings), train_dataset=Tokens()).train()
+    assert incomplete(tmp_path / "checkpoint-1").startswith("it has weights alone (save_only_model=True)")
+
+
 def test_the_callback_finds_a_turned_bit_that_torch_loads(run: Path) -> None:
     file = run / "checkpoint-2" / "optimizer.pt"
     largest = max((t for e in torch.load(file)["state"].values() for t in e.values()), key=lambda t: t.nbytes)
