@@ -94,10 +94,9 @@ def _merged(beneath: Mapping[str, Any], preset: Mapping[str, Any], explicit: Map
     algorithm, factor = chosen["algorithm"], chosen["factor"]
     if not set(NAMES) <= set(explicit):  # which is a whole group of another optimizer, not somebody's choice
         refuse_unused(explicit, algorithm, factor)
-        both = explicit.get("stochastic_last") and explicit.get("stochastic_from")
-        require(
-            "stochastic_from", explicit.get("stochastic_from"), not both, "left out beside stochastic_last, or that"
-        )
+        start, share = explicit.get("stochastic_from"), explicit.get("stochastic_last")
+        rule = f"0 beside stochastic_last={share}, which the Trainer's callback makes a step of: give one of them"
+        require("stochastic_from", start, not (start and share), rule)
     taken = {name: value for name, value in preset.items() if not what_uses(name, algorithm, factor)}
     if algorithm == FALLBACK:  # carries its neighbours' options along
         return {**taken, **explicit}

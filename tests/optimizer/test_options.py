@@ -125,7 +125,7 @@ def test_casting(name: str, text: object, value: object) -> None:
         ),
         (
             {"stochastic_last": 0.1, "stochastic_from": 5},
-            "option stochastic_from=5 is not allowed: it must be left out beside stochastic_last, or that",
+            "option stochastic_from=5 is not allowed: it must be 0 beside stochastic_last=0.1,",
         ),
         ({"rates": 6}, "option rates=6 is not allowed: it must be numbers by kind"),
         ({"rates": {"head": None}}, "is not allowed: it must be numbers by kind"),
