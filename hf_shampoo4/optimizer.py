@@ -402,7 +402,8 @@ class Shampoo4bit(torch.optim.Optimizer):
         """The ranks that train together; from here on all of them do the same, or all raise."""
         if not all(cast("communicate", group["communicate"]) for group in self.groups.groups):
             return Ranks()
-        return self._process_group.ranks(of_an_engine=any(map(in_deepspeed, self.groups.every_parameter())))
+        parameters = self.groups.every_parameter()
+        return self._process_group.ranks([p.device for p in parameters], any(map(in_deepspeed, parameters)))
 
     def _wave_steps(self, unit: Unit, agreed: View) -> list[WaveStep]:
         """A step of each part of a unit's waves that has a gradient on some rank.

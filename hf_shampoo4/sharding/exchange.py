@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import socket
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -80,6 +80,9 @@ class Ranks:
     """Bytes that this rank has sent to others so far, by purpose."""
     group: Any = None
     """Their process group; None: the default one."""
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    """Where the parameters are.  Small numbers travel from there: a thread that saves a checkpoint meanwhile, as
+    `torch.distributed.checkpoint.async_save` does, has the CPU's backend."""
     _reduction: Any = field(default=None, init=False, repr=False, compare=False)
     """The last one.  Were gloo's thread the last to have it, it would need Python's lock to let go of its tensor, and
     a script that ends after its last step would be aborted: at its end Python gives that lock to no thread."""
@@ -173,7 +176,7 @@ class Ranks:
         """
         if self.world == 1:
             return x
-        on_wire = x.to(self._wire(x.device))
+        on_wire = x.to(self._wire(self.device if x.device.type == "cpu" else x.device))
         by_thread = on_wire.device.type == "cpu"
         operation = dist.ReduceOp.MAX if largest else dist.ReduceOp.SUM
         self._reduction = dist.all_reduce(on_wire, operation, group=self.group, async_op=by_thread)
@@ -217,8 +220,12 @@ class ProcessGroup:
             )
         self.group = group
 
-    def ranks(self, of_an_engine: bool = False) -> Ranks:
+    def ranks(self, devices: Iterable[torch.device], of_an_engine: bool = False) -> Ranks:
         """Its ranks, by default all processes, or this one alone where there are no others.
+
+        Args:
+            devices: of the parameters.
+            of_an_engine: whether DeepSpeed partitions them.
 
         Raises:
             ValueError: a part of the ranks, though an engine works with all of them.
@@ -230,7 +237,8 @@ class ProcessGroup:
                 f"process_group has {dist.get_world_size(self.group)} of {dist.get_world_size()} ranks, but DeepSpeed "
                 "partitions over all: leave process_group out"
             )
-        return Ranks(dist.get_rank(self.group), dist.get_world_size(self.group), group=self.group)
+        device = next((device for device in devices if device.type != "cpu"), torch.device("cpu"))
+        return Ranks(dist.get_rank(self.group), dist.get_world_size(self.group), group=self.group, device=device)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ProcessGroup:
         return self
