@@ -165,8 +165,11 @@ def _well_formed_group(index: int, group: dict[str, Any]) -> dict[str, Any]:
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise CheckpointError(f"damaged checkpoint: in parameter group {index}, param_names is no list of names")
     if names and len(names) != len(group["params"]):
-        raise CheckpointError(f"damaged checkpoint: parameter group {index} has {len(names)} names for its "
-                              f"{len(group['params'])} parameters")  # fmt: skip
+        if any(type(key) is int for key in group["params"]):
+            raise CheckpointError(f"damaged checkpoint: parameter group {index} has {len(names)} names for its "
+                                  f"{len(group['params'])} parameters")  # fmt: skip
+        # by names: torch has left out what is not in the optimizer, but not its name
+        group = {key: value for key, value in group.items() if key != "param_names"}
     empty = {name: () for name in NAMES if getattr(Options, name) == ()}
     betas = {"betas": tuple(group["betas"])} if "betas" in group else {}
     return {**group, **empty, **options, **betas}

@@ -9,6 +9,11 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
 
 from hf_shampoo4 import Shampoo4bit, load_optimizer, param_groups, save_optimizer
 from hf_shampoo4.checkpointing.names import renamed
@@ -128,3 +133,25 @@ def test_names_are_renamed_by_one_prefix_alone() -> None:
     assert renamed(["a.w"], ["x.a.w", "x.b.w"]) == {}
     assert renamed(["a.w"], ["a.w"]) == {}
     assert renamed([], []) == {}
+
+
+@pytest.mark.parametrize("flat", [False, True])
+def test_what_is_frozen_since_is_left_out_by_torchs_loading_by_names(flat: bool) -> None:
+    """As FSDP2 loads a checkpoint; torch leaves the parameters out of the groups, and not their names."""
+    model, other = network(), network()
+    first = made(model, steps=2)
+    other.load_state_dict(model.state_dict())
+    for one in (model, other):
+        one[0].requires_grad_(False)
+    second = made(other)
+    options = StateDictOptions(flatten_optimizer_state_dict=flat)
+    found = copy.deepcopy(get_optimizer_state_dict(model, first, options=options))
+    set_optimizer_state_dict(other, second, found, options=options)
+    step(second, 2)
+    for p in model[0].parameters():
+        p.grad = None
+    for p, q in zip(list(model.parameters())[2:], list(other.parameters())[2:], strict=True):
+        p.grad = q.grad.clone()
+    first.step()
+    assert all(map(torch.equal, weights(model), weights(other)))
+    assert second.names(0) == ["2.weight"]
