@@ -22,6 +22,7 @@ from ..exceptions import CheckpointError, OptionError
 from ..execution.state_layout import Entry, StateKey, foreign_state, is_partial, names_blocks, own_state
 from ..options import NAMES, Options, check_rates, saved_options
 from ..sharding.local_parameter import clean_name
+from .names import AFRESH
 
 FORMAT = 5  # of the state; in every param group, so that a checkpoint says what wrote it
 PACKED = "packed_state"  # in the first group
@@ -121,11 +122,14 @@ def well_formed(state_dict: Any) -> dict[str, Any]:
             f"the checkpoint is of another version of hf_shampoo4 (state format {min(others)}, here {FORMAT}), in "
             "which the state means something else: resume with that version, or start the optimizer afresh"
         )
-    if not all(type(group.get("format")) is int for group in groups):
+    lacking = [group["params"] for group in groups if type(group.get("format")) is not int]
+    if 0 < len(lacking) < len(groups):
+        raise CheckpointError(f"the checkpoint has nothing of the parameter group of {[*lacking[0]][:3]}: {AFRESH}")
+    if lacking:
         keys = sorted({str(name) for entry in state.values() if isinstance(entry, dict) for name in entry})[:4]
         raise CheckpointError(
             f"the checkpoint was not written by Shampoo4bit (state format {FORMAT}); its state holds {keys}. "
-            "Resume with the optimizer that wrote it, or load the model alone and start the optimizer afresh."
+            f"Resume with the optimizer that wrote it, or {AFRESH}."
         )
     keys = [key for group in groups for key in group["params"]]
     if {type(key) for key in keys} not in ({int}, {str}, set()):

@@ -135,6 +135,17 @@ def test_names_are_renamed_by_one_prefix_alone() -> None:
     assert renamed([], []) == {}
 
 
+def test_a_group_of_which_nothing_is_there_is_named_by_its_parameters() -> None:
+    """torch's loading, not strict, makes such a group of the parameters alone."""
+    model, other = network(), network()
+    model[0].requires_grad_(False)
+    other[2].requires_grad_(False)
+    options = StateDictOptions(strict=False)
+    found = copy.deepcopy(get_optimizer_state_dict(model, made(model, steps=1), options=options))
+    with pytest.raises(CheckpointError, match=r"has nothing of the parameter group of \['0.weight'\]: load"):
+        set_optimizer_state_dict(other, made(other), found, options=options)
+
+
 @pytest.mark.parametrize("flat", [False, True])
 def test_what_is_frozen_since_is_left_out_by_torchs_loading_by_names(flat: bool) -> None:
     """As FSDP2 loads a checkpoint; torch leaves the parameters out of the groups, and not their names."""
