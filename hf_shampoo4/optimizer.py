@@ -5,8 +5,8 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Set
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable, Iterator, Set
+from contextlib import contextmanager
 from typing import Any, get_type_hints
 
 import torch
@@ -357,9 +357,15 @@ class Shampoo4bit(torch.optim.Optimizer):
         """What each rank gives, by rank; any small object.  Every rank must call it."""
         return self._plans.ranks.gather(value)
 
-    def all_or_none(self) -> AbstractContextManager[None]:
-        """All ranks leave the block, or all raise; a rank must not fail in it before others wait for it."""
-        return all_or_none(self._plans.ranks)
+    @contextmanager
+    def all_or_none(self, call: str) -> Iterator[None]:
+        """All ranks leave the block, or all raise; a rank must not fail in it before others wait for it.
+
+        Args:
+            call: what every rank has called, named to one that waits for others in it.
+        """
+        with self._plans.announced(call), all_or_none(self._plans.ranks):
+            yield
 
     def _read_options(self) -> None:
         """Of all groups, what was set in them by hand since the last step.

@@ -51,7 +51,7 @@ def save_optimizer(optimizer: Shampoo4bit, folder: str | Path) -> None:
         TypeError: a parameter group has a value that JSON cannot hold.
     """
     folder = Path(folder)
-    with optimizer.all_or_none():
+    with optimizer.all_or_none("save_optimizer()"):
         rows = optimizer.named_blocks()
         if (folder / GROUPS).exists():
             raise FileExistsError(f"{folder} holds an optimizer already: choose another folder")
@@ -60,7 +60,7 @@ def save_optimizer(optimizer: Shampoo4bit, folder: str | Path) -> None:
         mine = {name: checksums.of_tensor(row) for name, row in rows.items()}
     _write(rows, folder, optimizer)
     everybodys = {name: number for of_rank in optimizer.gather(mine) for name, number in of_rank.items()}
-    with optimizer.all_or_none():  # nobody goes on before it is complete
+    with optimizer.all_or_none("save_optimizer()"):  # nobody goes on before it is complete
         if optimizer.rank == 0:
             _complete(folder, groups, everybodys)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 from torch import Tensor
 
 from ..execution.plans import Plans
@@ -27,10 +29,11 @@ class SpreadState:
 
     def consolidate(self) -> None:
         """Bring what `shard_state` has spread to every rank; every rank must call it.  Not done twice."""
-        if self.fetched:
+        spread = [wave for wave in self._plans.waves() if _only_consolidated(wave)]
+        if self.fetched or not spread:
             return
-        for wave in self._plans.waves():
-            if _only_consolidated(wave):
+        with self._plans.announced("consolidate()"):
+            for wave in spread:
                 found = wave.state.full()
                 with all_or_none(self._plans.ranks):
                     for m, entry in found.items():
@@ -49,12 +52,12 @@ class SpreadState:
             self._meet()
             self.consolidate()
         found = dict(self.fetched)
-        for wave in self._plans.waves():
-            first = wave.members[0].parameter
-            if wave.replicated or first in found:
-                continue
-            state = wave.state.partial() if in_deepspeed(first) else wave.state.full()
-            found.update({wave.members[m].parameter: entry for m, entry in state.items()})
+        spread = [w for w in self._plans.waves() if not w.replicated and w.members[0].parameter not in found]
+        alone = all(in_deepspeed(wave.members[0].parameter) for wave in spread)
+        with nullcontext() if alone else self._plans.announced("state_dict()"):
+            for wave in spread:
+                state = wave.state.partial() if alone else wave.state.full()
+                found.update({wave.members[m].parameter: entry for m, entry in state.items()})
         return found
 
     def of_copy(self, state: dict[Tensor, Entry]) -> dict[Tensor, Entry]:

@@ -10,7 +10,7 @@ import torch
 
 from ..sharding import agreement
 from ..sharding.agreement import Failures, View
-from ..sharding.rendezvous import announced
+from ..sharding.rendezvous import in_first_step
 from ..sharding.replicas import has_gradient
 from . import gradients
 from .model_groups import read_options
@@ -62,7 +62,7 @@ def agree(plans: Plans, units: Sequence[Unit], mine: View) -> View:
     if any(unit.key in plans.of_unit for unit in units):  # the second round: all that was to be read has been
         plans.reader = None
     device = next((local.buffer.device for unit in units for local in unit.candidates), torch.device("cpu"))
-    with nullcontext() if plans else announced(plans.ranks):
+    with nullcontext() if plans else in_first_step(plans.ranks):
         agreed = agreement.agree(plans.ranks, mine, lambda: plans.groups.explained(plans.of_unit), device)
     if agreed.apart:
         plans.equal_replicas.settle(plans.ranks, plans.waves(), plans.groups.groups)

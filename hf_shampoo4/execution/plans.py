@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Callable, Mapping, Sequence, Set
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -19,6 +20,7 @@ from ..options import Options, structure
 from ..sharding.agreement import all_or_none, gather_or_raise
 from ..sharding.exchange import Ranks, host
 from ..sharding.local_parameter import LocalParameter, check_trainable, full_shape
+from ..sharding.rendezvous import announced
 from ..sharding.replicas import ReplicaChecks
 from .build import build
 from .equal_replicas import EqualReplicas
@@ -54,11 +56,21 @@ class Plans:
         self.equal_replicas = EqualReplicas()
         self.meeting = ""
         """A word that these ranks alone know, for meetings outside of a step."""
+        self._calls = 0
         self.ranks_here = 0
         """How many of the ranks this computer has; 0: the first step will tell."""
 
     def __bool__(self) -> bool:
         return bool(self.of_unit)
+
+    def announced(self, call: str) -> AbstractContextManager[None]:
+        """What every rank must call outside of a step: who has waited in it for a minute is told whom for."""
+        self._calls += 1
+        said = (
+            f"in {call} for ranks {{ranks}}, which have not called it: where state is spread over ranks, what saves it "
+            "is called on every rank, also if one alone writes"
+        )
+        return announced(self.ranks, f"{self.meeting}/call/{self._calls}", said)
 
     def waves(self, group: int | None = None) -> list[Wave]:
         """Of all groups, or of one."""

@@ -9,7 +9,7 @@ import threading
 import time
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from datetime import timedelta
 from typing import Any
 
@@ -18,7 +18,7 @@ import torch.distributed as dist
 from .exchange import Ranks
 
 REMINDER = timedelta(seconds=10)
-LATE = timedelta(minutes=1)  # at the first step
+LATE = timedelta(minutes=1)  # in what would hang
 PATIENCE = timedelta(minutes=10)  # one rank may be writing the model's weights meanwhile
 
 
@@ -60,34 +60,53 @@ _meetings: dict[tuple[int, ...], int] = {}
 """How often this process has met those of a group."""
 
 
+def in_first_step(ranks: Ranks) -> AbstractContextManager[None]:
+    """What all ranks do in their first step: who has waited in it for a minute is told whom for."""
+    if ranks.world == 1:
+        return nullcontext()
+    _meetings[ranks.global_ranks] = _meetings.get(ranks.global_ranks, 0) + 1
+    said = (
+        "in its first step for ranks {ranks}, which have not called step(): all ranks of a process group train one "
+        "model together.  If these do not train, give the optimizer the group of those that do (process_group=), or "
+        "set communicate=False where every process trains a model of its own"
+    )
+    return announced(ranks, f"{hash(ranks.global_ranks)}/{_meetings[ranks.global_ranks]}", said)
+
+
 @contextmanager
-def announced(ranks: Ranks) -> Iterator[None]:
-    """Something that all ranks do: who has waited in it for a minute is told whom for."""
+def announced(ranks: Ranks, place: str, said: str) -> Iterator[None]:
+    """Something that all ranks do: who has waited in it for a minute is told whom for, if the store works.
+
+    Args:
+        ranks: who is expected.
+        place: a name that is used once only, the same on every rank.
+        said: where this rank waits for "{ranks}", and what to do.
+    """
     if ranks.world == 1:
         yield
         return
-    _meetings[ranks.global_ranks] = _meetings.get(ranks.global_ranks, 0) + 1
-    key = f"hf_shampoo4/{hash(ranks.global_ranks)}/{_meetings[ranks.global_ranks]}"
-    store: Any = dist.distributed_c10d._get_default_store()
-    store = store.clone() if hasattr(store, "clone") else store  # its own connection: the other one may be waiting
-    store.set(f"{key}/{ranks.rank}", "")
-    timer = threading.Timer(LATE.total_seconds(), _tell_who_is_missing, (ranks, store, key))
-    timer.daemon = True
-    timer.start()
+    timer = None
+    with suppress(Exception):  # one rank alone must not fail here: the others would wait for it
+        timer = _reminder(ranks, f"hf_shampoo4/{place}", said)
     try:
         yield
     finally:
-        timer.cancel()
+        if timer is not None:
+            timer.cancel()
 
 
-def _tell_who_is_missing(ranks: Ranks, store: Any, key: str) -> None:
+def _reminder(ranks: Ranks, key: str, said: str) -> threading.Timer:
+    store: Any = dist.distributed_c10d._get_default_store()
+    store = store.clone() if hasattr(store, "clone") else store  # its own connection: the other one may be waiting
+    store.set(f"{key}/{ranks.rank}", "")
+    timer = threading.Timer(LATE.total_seconds(), _tell_who_is_missing, (ranks, store, key, said))
+    timer.daemon = True
+    timer.start()
+    return timer
+
+
+def _tell_who_is_missing(ranks: Ranks, store: Any, key: str, said: str) -> None:
     missing = [member for rank, member in enumerate(ranks.global_ranks) if not store.check([f"{key}/{rank}"])]
     if missing:
-        warnings.warn(
-            f"Shampoo4bit has waited for {LATE.seconds} seconds in its first step for ranks {missing[:8]} of "
-            f"{ranks.world}, which have not called step(): all ranks of a process group train one model together.  "
-            "If these do not train, give the optimizer the group of those that do (process_group=), or set "
-            "communicate=False where every process trains a model of its own",
-            RuntimeWarning,
-            stacklevel=2,
-        )
+        where = said.format(ranks=f"{missing[:8]} of {ranks.world}")
+        warnings.warn(f"Shampoo4bit has waited for {LATE.seconds} seconds {where}", RuntimeWarning, stacklevel=2)

@@ -6,15 +6,19 @@ import argparse
 import os
 import resource
 import sys
+import time
 import warnings
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import hf_shampoo4 as s4
@@ -65,6 +69,24 @@ def alone() -> dict[str, Any]:
     truth = mine.state_dict()["state"]
     same = all(torch.equal(t, state[k][name]) for k, entry in truth.items() for name, t in entry.items())
     return {"error": error, "warned": [str(w.message) for w in warned], "same": same}
+
+
+def late() -> dict[str, Any]:
+    """Rank 1 comes late to a state_dict() of FSDP2, which has a part on every rank, and to save_optimizer()."""
+    torch.manual_seed(0)
+    model = fully_shard(nn.Linear(32, 32), mesh=init_device_mesh("cpu", (2,)))
+    optimizer = s4.Shampoo4bit(model.named_parameters(), **OPTIONS)
+    model(torch.ones(4, 32)).square().mean().backward()
+    optimizer.step()
+    with (
+        mock.patch.object(rendezvous, "LATE", timedelta(seconds=0.2)),
+        warnings.catch_warnings(record=True) as warned,
+    ):
+        warnings.simplefilter("always")
+        for call in (optimizer.state_dict, lambda: s4.save_optimizer(optimizer, "/dev/null/there")):
+            time.sleep(0.6 * dist.get_rank())
+            said(call)
+    return {"warned": [str(w.message) for w in warned if "has waited" in str(w.message)]}
 
 
 def full_disk(folder: Path) -> dict[str, Any]:
@@ -149,8 +171,8 @@ def main() -> None:
     dist.init_process_group("gloo", init_method=f"file://{given.worker}/store", rank=rank, world_size=world)
     saves = given.saves
     found = {
-        "alone": alone(), "full_disk": full_disk(saves / "side"), "accelerated": accelerated(saves / "state"),
-        "in_the_trainer": in_the_trainer(saves / "trainer"),
+        "alone": alone(), "late": late(), "full_disk": full_disk(saves / "side"),
+        "accelerated": accelerated(saves / "state"), "in_the_trainer": in_the_trainer(saves / "trainer"),
     }  # fmt: skip
     write_json(given.worker / f"rank{rank}.json", found)
     sys.stdout.flush()

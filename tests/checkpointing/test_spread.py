@@ -37,6 +37,15 @@ def test_a_rank_that_asks_for_the_state_alone_is_told_what_to_do(ranks: Ranks) -
     assert second["error"] == ""
 
 
+def test_a_rank_that_waits_in_a_call_of_all_ranks_is_told_whom_for(ranks: Ranks) -> None:
+    """`if rank == 0: torch.save(optimizer.state_dict())` under FSDP2 hung without a word."""
+    first, second = (rank["late"]["warned"] for rank in ranks)
+    assert [message.split(": ")[0].split(" seconds ")[1] for message in first] == [
+        f"in {call} for ranks [1] of 2, which have not called it" for call in ("state_dict()", "save_optimizer()")
+    ]
+    assert second == []
+
+
 def test_all_ranks_together_get_the_state_that_every_rank_would_keep(ranks: Ranks) -> None:
     assert all(rank["alone"]["same"] for rank in ranks)
 

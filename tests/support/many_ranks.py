@@ -60,7 +60,7 @@ def late_steps(model: nn.Module, world: int, triton: bool, steps: int = 10, **op
             (gradients, "are_finite", lambda *_, **__: True),
             (optimizer, "check_replicas", lambda *_: None),
             (agreement, "agree", lambda ranks, mine, *_: mine),
-            (consensus, "announced", lambda _: nullcontext()),
+            (consensus, "in_first_step", lambda _: nullcontext()),
             (build, "_refuse_sharing", lambda _: None),
             (plans.EqualReplicas, "digest", lambda *_: None),  # once in 97 steps
             (plans.ReplicaChecks, "begin", lambda *_: None),
