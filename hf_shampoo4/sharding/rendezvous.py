@@ -97,7 +97,6 @@ def announced(ranks: Ranks, place: str, said: str) -> Iterator[None]:
 
 def _reminder(ranks: Ranks, key: str, said: str) -> threading.Timer:
     store: Any = dist.distributed_c10d._get_default_store()
-    store = store.clone() if hasattr(store, "clone") else store  # its own connection: the other one may be waiting
     store.set(f"{key}/{ranks.rank}", "")
     timer = threading.Timer(LATE.total_seconds(), _tell_who_is_missing, (ranks, store, key, said))
     timer.daemon = True
@@ -106,6 +105,7 @@ def _reminder(ranks: Ranks, key: str, said: str) -> threading.Timer:
 
 
 def _tell_who_is_missing(ranks: Ranks, store: Any, key: str, said: str) -> None:
+    store = store.clone() if hasattr(store, "clone") else store  # its own connection: the other one may be waiting
     missing = [member for rank, member in enumerate(ranks.global_ranks) if not store.check([f"{key}/{rank}"])]
     if missing:
         where = said.format(ranks=f"{missing[:8]} of {ranks.world}")
