@@ -57,10 +57,18 @@ def trained(
 
 
 @pytest.mark.parametrize(
-    ("algorithm", "sides"), [("kl_shampoo", "auto"), ("kl_shampoo", "both"), ("soap", "auto"), ("kl_soap", "both")]
+    ("algorithm", "sides", "nesterov"),
+    [
+        ("kl_shampoo", "auto", False),
+        ("kl_shampoo", "both", False),
+        ("kl_shampoo", "auto", True),
+        ("soap", "auto", False),
+        ("kl_soap", "both", False),
+    ],
 )
-def test_steps_with_kernels_are_those_without(algorithm: str, sides: str) -> None:
+def test_steps_with_kernels_are_those_without(algorithm: str, sides: str, nesterov: bool) -> None:
     options = {"algorithm": algorithm, "sides": sides, "bits": 32, "moments": "fp32", "stats_every": 2}
+    options |= {"nesterov": True} if nesterov else {}
     (plain, one), (fused, other) = (trained(4, kernels, **options) for kernels in (False, True))
     for p, q in zip(plain, fused, strict=True):
         torch.testing.assert_close(q, p, rtol=2e-4, atol=2e-4)
