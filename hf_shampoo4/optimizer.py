@@ -259,6 +259,7 @@ class Shampoo4bit(torch.optim.Optimizer):
 
     def _load(self, state_dict: Any, awaited: Set[str] = frozenset()) -> None:
         """Take over a state dict; the state of the `awaited` is read later."""
+        self.groups.follow(self.param_groups)
         self._read_options()
         with self.groups.restored(self.state):
             found = accepted(state_dict, self.groups, self.param_groups)
@@ -325,6 +326,7 @@ class Shampoo4bit(torch.optim.Optimizer):
 
     def report(self) -> str:
         """A table of what is preconditioned how, why, and in how many bytes of state; also before the first step."""
+        self.groups.follow(self.param_groups)
         self._read_options()
         return table(self)
 

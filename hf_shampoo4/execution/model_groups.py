@@ -42,6 +42,8 @@ class ModelGroups:
         self._purposes: list[list[str]] = []
         self._shared_names: set[str] = set()
         self._digest = ""
+        self.were_edited = False
+        """Whether groups have other places than plans were made for; who plans takes it back."""
         for group in groups:
             self.add(group)
 
@@ -62,9 +64,28 @@ class ModelGroups:
             of_groups.pop()
         self._shared_names = _shared_names(self.groups)
 
-    def follow(self, groups: Sequence[Group]) -> None:
-        """The same groups as other dicts: frameworks replace them.  If some are missing, DeepSpeed took them out."""
-        if len(groups) == len(self.groups) and any(a is not b for a, b in zip(groups, self.groups, strict=True)):
+    def follow(self, groups: Sequence[Group], in_part: bool = False) -> None:
+        """The optimizer's groups now: frameworks put other dicts in their place, and users edit the list.
+
+        Args:
+            groups: of the optimizer.
+            in_part: whether those that are missing may come back: DeepSpeed takes some out for a step.
+
+        Raises:
+            OptionError: a group that was put into the list without the options of one.
+        """
+        if len(groups) == len(self.groups) and all(a is b for a, b in zip(groups, self.groups, strict=True)):
+            return
+        place = {id(group): i for i, group in enumerate(self.groups)}
+        places = [place.get(id(group), -1) for group in groups]
+        is_edited = sorted(places) != places or (len(groups) != len(self.groups) and (-1 in places or not in_part))
+        if is_edited and not any(map(self.is_replaced, range(len(self.groups)))):
+            for i, group in enumerate(groups):
+                _require_options(i, group)
+            self.groups, self._models, self._purposes, self._digest, self.were_edited = [], [], [], "", True
+            for group in groups:
+                self.add(group)
+        elif len(groups) == len(self.groups):
             self.groups = list(groups)
             self._shared_names = _shared_names(self.groups)
 
@@ -182,6 +203,14 @@ def _rates(group: Group) -> list[float]:
                 f"{error}; look at the schedule that has set it (0 steps of warmup or in all, perhaps)"
             ) from error
     return found
+
+
+def _require_options(index: int, group: Group) -> None:
+    for name in (*NAMES, "lr", "betas", "eps", "weight_decay", "step", "skipped_steps"):
+        if name not in group:
+            raise OptionError(
+                f"parameter group {index} was put into param_groups without {name!r}: use add_param_group()"
+            )
 
 
 def own_names(group: Mapping[str, Any]) -> list[str]:

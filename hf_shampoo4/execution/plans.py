@@ -29,6 +29,9 @@ from .state_layout import Entry, foreign_state, own_state
 from .units import Key, Standing, Unit, UnitPlan, is_lost, units_of, warn_of_fresh
 from .waves import Wave
 
+PUT_AWAY = -1
+"""In the place of a group's position: a plan of groups that were edited, whose state goes into the next one."""
+
 State = dict[Any, Any]
 """An optimizer's: parameter -> state key -> tensor, and what wrappers keep in it."""
 
@@ -78,6 +81,12 @@ class Plans:
 
     def units(self, called: Sequence[dict[str, Any]], state: State) -> list[Unit]:
         """What this call is to update; `called` are the optimizer's groups now."""
+        self.groups.follow(called, in_part=True)
+        if self.groups.were_edited:
+            self.groups.were_edited = False
+            if self.of_unit:
+                self.reader = None
+            self.of_unit = {(PUT_AWAY, i): plan for i, plan in enumerate(self.of_unit.values())}
         return units_of(self.groups, called, self.of_unit, partial(self._needs, state))
 
     def is_stale(self, unit: Unit, state: State) -> bool:
@@ -114,7 +123,8 @@ class Plans:
                 for local in unit.members:
                     check_trainable(local.parameter)
         if ranks.world > 1:  # owners may change
-            for wave in [wave for plan in before if plan for wave in plan.waves]:
+            put_away = [plan for (index, _), plan in self.of_unit.items() if index == PUT_AWAY]
+            for wave in [wave for plan in (*before, *put_away) if plan for wave in plan.waves]:
                 wave.state.load(_entries(wave, state))
                 _put(wave, wave.state.full(), state)
         for p in dropped:
@@ -131,6 +141,7 @@ class Plans:
             start = old.step if old else next(others, unit.group["step"])
             everything = set(self.groups.parameters(unit.key[0]))
             self.of_unit[unit.key] = UnitPlan(unit.identity(), everything, views, waves, of_unit, start, start)
+        self.of_unit = {key: plan for key, plan in self.of_unit.items() if key[0] != PUT_AWAY}
         self.equal_replicas.begin()
         if ranks.world > 1:
             with all_or_none(ranks):

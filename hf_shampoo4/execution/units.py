@@ -83,12 +83,11 @@ def units_of(
     """What this call is to update: all groups or, as DeepSpeed calls it, one group or a part of one.
 
     Args:
-        groups: all that the optimizer has.
+        groups: all that the optimizer has; they follow what is called.
         called: those that are in the optimizer's `param_groups` now.
         plans: what is planned so far.
         is_needed: whether this rank has a part in a parameter's training.
     """
-    groups.follow(called)
     units = []
     for index, group in enumerate(groups.groups):
         if not any(group is there for there in called):

@@ -89,6 +89,21 @@ def late() -> dict[str, Any]:
     return {"warned": [str(w.message) for w in warned if "has waited" in str(w.message)]}
 
 
+def edited() -> bool:
+    """A group is cut in two in the list, which puts others in its place: the state goes along from its owners."""
+    found = []
+    for is_cut in (False, True):
+        model, optimizer = begun()
+        train(model, optimizer, range(2))
+        (group,) = optimizer.param_groups
+        if is_cut:
+            names, params = group["param_names"], group["params"]
+            parts = ({"params": params[k], "param_names": names[k]} for k in (slice(2, None), slice(2)))
+            optimizer.param_groups = [{**group, **part} for part in parts]
+        found.append(train(model, optimizer, range(2, 5)))
+    return all(map(torch.equal, *found))
+
+
 def full_disk(folder: Path) -> dict[str, Any]:
     """Rank 1 cannot write its blocks; then rank 0 the file that completes the folder; then there is room."""
     model, optimizer = begun()
@@ -171,7 +186,7 @@ def main() -> None:
     dist.init_process_group("gloo", init_method=f"file://{given.worker}/store", rank=rank, world_size=world)
     saves = given.saves
     found = {
-        "alone": alone(), "late": late(), "full_disk": full_disk(saves / "side"),
+        "alone": alone(), "late": late(), "edited": edited(), "full_disk": full_disk(saves / "side"),
         "accelerated": accelerated(saves / "state"), "in_the_trainer": in_the_trainer(saves / "trainer"),
     }  # fmt: skip
     write_json(given.worker / f"rank{rank}.json", found)

@@ -50,6 +50,10 @@ def test_all_ranks_together_get_the_state_that_every_rank_would_keep(ranks: Rank
     assert all(rank["alone"]["same"] for rank in ranks)
 
 
+def test_a_group_that_is_cut_in_two_in_the_list_keeps_its_state(ranks: Ranks) -> None:
+    assert all(rank["edited"] for rank in ranks)
+
+
 def test_a_full_disk_on_one_rank_makes_all_raise_and_nothing_is_taken_for_whole(ranks: Ranks) -> None:
     first, second = (rank["full_disk"] for rank in ranks)
     for rank in (first, second):

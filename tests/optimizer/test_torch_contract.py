@@ -6,6 +6,7 @@ import inspect
 import math
 import warnings
 from collections import defaultdict
+from collections.abc import Sequence
 from copy import deepcopy
 from pathlib import Path
 from typing import Any, Literal
@@ -520,3 +521,73 @@ def test_a_gradient_that_is_not_finite_is_said_at_once_and_ends_the_training_if_
         step(math.nan)
     assert optimizer.param_groups[0]["skipped_steps"] == 5
     assert torch.isfinite(p).all()
+
+
+def cut(optimizer: torch.optim.Optimizer, wanted: Sequence[Sequence[int]]) -> None:
+    """Put groups with these parameters, copies of the first, in the place of all, as programs do that edit the list."""
+    first = optimizer.param_groups[0]
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    optimizer.param_groups = [{**first, "params": [params[i] for i in places]} for places in wanted]
+
+
+def append(optimizer: torch.optim.Optimizer, new: Sequence[torch.nn.Parameter]) -> None:
+    optimizer.param_groups.append({**optimizer.param_groups[0], "params": list(new)})
+
+
+@pytest.mark.parametrize("before", [0, 3])
+@pytest.mark.parametrize("wanted", [[[0, 1], [2]], [[2], [0, 1]], [[2], [1], [0]]])
+def test_groups_that_are_cut_in_the_list_are_trained_on_as_one_was(wanted: list[list[int]], before: int) -> None:
+    """Lightning's BaseFinetuning puts another list there when it resumes: nothing was trained, without a word."""
+    whole, parts = one_group(), one_group()
+    for steps in (before, 4):
+        for parameters, optimizer in (whole, parts):
+            follow(parameters, optimizer, steps)
+        if steps == before:
+            cut(parts[1], wanted)
+            assert len(parts[1].report().splitlines()) > 3
+    assert all(map(torch.equal, whole[0], parts[0]))
+    resumed = one_group()
+    cut(resumed[1], wanted)
+    resumed[1].load_state_dict(parts[1].state_dict())
+    for here, there in zip(resumed[0], parts[0], strict=True):
+        here.data.copy_(there)
+    for parameters, optimizer in (resumed, parts):
+        follow(parameters, optimizer, 2)
+    assert all(map(torch.equal, resumed[0], parts[0]))
+
+
+def test_groups_that_are_put_into_the_list_taken_out_or_turned_round() -> None:
+    parameters, optimizer = one_group()
+    follow(parameters, optimizer, 2)
+    new = torch.nn.Parameter(torch.ones(6, 6))
+    append(optimizer, [new])
+    follow([*parameters, new], optimizer, 1)
+    assert not torch.equal(new, torch.ones(6, 6))
+    optimizer.param_groups.reverse()
+    before = [p.clone() for p in (*parameters, new)]
+    follow([*parameters, new], optimizer, 1)
+    assert not any(map(torch.equal, before, (*parameters, new)))
+    optimizer.param_groups.clear()
+    optimizer.add_param_group({"params": [new]})
+    before = [p.clone() for p in (*parameters, new)]
+    follow([*parameters, new], optimizer, 1)
+    assert [torch.equal(a, b) for a, b in zip(before, (*parameters, new), strict=True)] == [True, True, True, False]
+    optimizer.load_state_dict(optimizer.state_dict())
+    follow([new], optimizer, 1)
+    optimizer.param_groups.append({"params": parameters, "lr": 1e-2})
+    with pytest.raises(OptionError, match=r"parameter group 1 was put into param_groups without .*add_param_group"):
+        follow(parameters, optimizer, 1)
+
+
+def one_group() -> tuple[list[torch.nn.Parameter], Shampoo4bit]:
+    torch.manual_seed(0)
+    parameters = [torch.nn.Parameter(torch.randn(shape)) for shape in ((12, 8), (8,), (8, 20))]
+    return parameters, Shampoo4bit(parameters, lr=1e-2, stats_every=2)
+
+
+def follow(parameters: Sequence[torch.nn.Parameter], optimizer: Shampoo4bit, steps: int) -> None:
+    """Some steps down a bowl."""
+    for _ in range(steps):
+        for p in parameters:
+            p.grad = p.detach() + 1
+        optimizer.step()
