@@ -122,9 +122,9 @@ class Plans:
                 _require_structure(unit, of_unit, was, plan, state)
                 for local in unit.members:
                     check_trainable(local.parameter)
+        left_behind = self._left_behind(units)
         if ranks.world > 1:  # owners may change
-            put_away = [plan for (index, _), plan in self.of_unit.items() if index == PUT_AWAY]
-            for wave in [wave for plan in (*before, *put_away) if plan for wave in plan.waves]:
+            for wave in [wave for plan in (*before, *left_behind.values()) if plan for wave in plan.waves]:
                 wave.state.load(_entries(wave, state))
                 _put(wave, wave.state.full(), state)
         for p in dropped:
@@ -141,11 +141,21 @@ class Plans:
             start = old.step if old else next(others, unit.group["step"])
             everything = set(self.groups.parameters(unit.key[0]))
             self.of_unit[unit.key] = UnitPlan(unit.identity(), everything, views, waves, of_unit, start, start)
-        self.of_unit = {key: plan for key, plan in self.of_unit.items() if key[0] != PUT_AWAY}
+        for key in left_behind:
+            del self.of_unit[key]
         self.equal_replicas.begin()
         if ranks.world > 1:
             with all_or_none(ranks):
                 self.replica_checks.begin(self.replicas(units), self.groups.every_parameter())
+
+    def _left_behind(self, units: Sequence[Unit]) -> dict[Key, UnitPlan]:
+        """Plans of other groups that these units' parameters were in, which were edited or taken out since."""
+        keys, members = {unit.key for unit in units}, {local.parameter for unit in units for local in unit.members}
+        return {
+            key: plan
+            for key, plan in self.of_unit.items()
+            if key[0] == PUT_AWAY or (key not in keys and not members.isdisjoint(plan.state))
+        }
 
     def _built(self, units: Sequence[Unit], state: State) -> list[list[Wave]]:
         """Waves for each unit, into which the state that there is fits."""

@@ -90,17 +90,24 @@ def late() -> dict[str, Any]:
 
 
 def edited() -> bool:
-    """A group is cut in two in the list, which puts others in its place: the state goes along from its owners."""
+    """A group is cut in two in the list, then these are joined: the state goes along from its owners."""
     found = []
-    for is_cut in (False, True):
+    for is_edited in (False, True):
         model, optimizer = begun()
         train(model, optimizer, range(2))
         (group,) = optimizer.param_groups
-        if is_cut:
-            names, params = group["param_names"], group["params"]
-            parts = ({"params": params[k], "param_names": names[k]} for k in (slice(2, None), slice(2)))
-            optimizer.param_groups = [{**group, **part} for part in parts]
-        found.append(train(model, optimizer, range(2, 5)))
+        names, params = group["param_names"], group["params"]
+        parts = [{**group, "params": params[k], "param_names": names[k]} for k in (slice(2, None), slice(2))]
+        if is_edited:
+            optimizer.param_groups = parts
+        train(model, optimizer, range(2, 5))
+        if is_edited:
+            for key in ("params", "param_names"):
+                parts[0][key] = parts[1][key] + parts[0][key]
+            del optimizer.param_groups[1]
+        train(model, optimizer, range(5, 7))
+        state = optimizer.state_dict()["state"]
+        found.append([*model.parameters(), *(t for k in sorted(state) for t in state[k].values())])
     return all(map(torch.equal, *found))
 
 

@@ -579,6 +579,19 @@ def test_groups_that_are_put_into_the_list_taken_out_or_turned_round() -> None:
         follow(parameters, optimizer, 1)
 
 
+def test_groups_that_are_joined_in_the_list_have_their_state_once() -> None:
+    parameters, optimizer = one_group()
+    cut(optimizer, [[0, 1], [2]])
+    follow(parameters, optimizer, 3)
+    held = metrics(optimizer)["optim/state_bytes"]
+    optimizer.param_groups[0]["params"] += optimizer.param_groups[1]["params"]
+    del optimizer.param_groups[1]
+    follow(parameters, optimizer, 1)
+    assert metrics(optimizer)["optim/state_bytes"] == held
+    members = [member.parameter for wave in optimizer.waves() for member in wave.members]
+    assert len(members) == len(set(members)) == 3
+
+
 def one_group() -> tuple[list[torch.nn.Parameter], Shampoo4bit]:
     torch.manual_seed(0)
     parameters = [torch.nn.Parameter(torch.randn(shape)) for shape in ((12, 8), (8,), (8, 20))]
