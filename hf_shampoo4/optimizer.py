@@ -253,8 +253,12 @@ class Shampoo4bit(torch.optim.Optimizer):
             RuntimeError: no step has been made that says which these are.
         """
         self._settle(for_good=False)
-        if not self._plans:
-            raise RuntimeError("which rank owns which block is known after the first step (also after loading)")
+        self.groups.follow(self.param_groups, in_part=True)
+        if not self._plans or self.groups.were_edited:
+            raise RuntimeError(
+                "which rank owns which block is known after the first step (also after loading, and after groups were "
+                "put into param_groups or turned round there)"
+            )
         return {name: row for wave in self.waves() for name, row in wave.state.named_blocks(owned=True).items()}
 
     def _load(self, state_dict: Any, awaited: Set[str] = frozenset()) -> None:
@@ -345,15 +349,20 @@ class Shampoo4bit(torch.optim.Optimizer):
 
     def names(self, index: int) -> list[str]:
         """A name for every parameter of group `index`, the same in every run: its own, or its position."""
-        return self.groups.names(index)
+        return self.groups.names(self._place(index))
 
     def parameters(self, index: int) -> list[Tensor]:
         """The parameters of group `index`: the model's, also where DeepSpeed has put its own tensors in their place."""
-        return self.groups.parameters(index)
+        return self.groups.parameters(self._place(index))
 
     def purposes(self, index: int) -> list[str]:
         """What each parameter of group `index` is for, as `param_groups` noted it; empty for what it has not seen."""
-        return self.groups.purposes(index)
+        return self.groups.purposes(self._place(index))
+
+    def _place(self, index: int) -> int:
+        """Where group `index` is among those that were planned, of which the list may have a part."""
+        group = self.param_groups[index]
+        return next((i for i, planned in enumerate(self.groups.groups) if planned is group), index)
 
     def gather(self, value: Any) -> list[Any]:
         """What each rank gives, by rank; any small object.  Every rank must call it."""

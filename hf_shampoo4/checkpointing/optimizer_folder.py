@@ -124,6 +124,7 @@ def load_optimizer(optimizer: Shampoo4bit, folder: str | Path) -> None:
     """
     folder = Path(folder)
     groups, sums = read_groups(folder)
+    optimizer.groups.follow(optimizer.param_groups)
     ours = [_described(optimizer, i)["parameters"] for i in range(len(optimizer.param_groups))]
     there = _there(folder, [group["parameters"] for group in groups], ours)
     bare = [{key: value for key, value in group.items() if key != "parameters"} for group in groups]

@@ -79,9 +79,10 @@ class ModelGroups:
         place = {id(group): i for i, group in enumerate(self.groups)}
         places = [place.get(id(group), -1) for group in groups]
         is_edited = sorted(places) != places or (len(groups) != len(self.groups) and (-1 in places or not in_part))
-        if is_edited and not any(map(self.is_replaced, range(len(self.groups)))):
-            for i, group in enumerate(groups):
+        for i, group in enumerate(groups):
+            if places[i] < 0:
                 _require_options(i, group)
+        if is_edited and not any(map(self.is_replaced, range(len(self.groups)))):
             self.groups, self._models, self._purposes, self._digest, self.were_edited = [], [], [], "", True
             for group in groups:
                 self.add(group)

@@ -104,7 +104,7 @@ def _merged(beneath: Mapping[str, Any], preset: Mapping[str, Any], explicit: Map
     algorithm, factor = chosen["algorithm"], chosen["factor"]
     if not set(NAMES) <= set(explicit):  # which is a whole group of another optimizer, not somebody's choice
         refuse_unused(explicit, algorithm, factor)
-        _refuse_idle({**preset, **explicit}, explicit, algorithm)
+        _refuse_idle(chosen, explicit, algorithm)
     taken = {name: value for name, value in preset.items() if not what_uses(name, algorithm, factor)}
     if algorithm == FALLBACK:  # carries its neighbours' options along
         return {**taken, **explicit}

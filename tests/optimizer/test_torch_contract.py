@@ -17,6 +17,7 @@ from torch import nn
 
 from hf_shampoo4 import Shampoo4bit, metrics
 from hf_shampoo4.checkpointing.command import main
+from hf_shampoo4.checkpointing.optimizer_folder import load_optimizer, save_optimizer
 from hf_shampoo4.exceptions import CheckpointError, OptionError
 from hf_shampoo4.options import NAMES
 from hf_shampoo4.state_report import rows, table
@@ -590,6 +591,54 @@ def test_groups_that_are_joined_in_the_list_have_their_state_once() -> None:
     assert metrics(optimizer)["optim/state_bytes"] == held
     members = [member.parameter for wave in optimizer.waves() for member in wave.members]
     assert len(members) == len(set(members)) == 3
+
+
+def named_groups(count: int) -> Shampoo4bit:
+    """Each of one matrix with a name, the last of as many as there could be."""
+    shapes = ((12, 8), (8, 20), (6, 6))[-count:]
+    return Shampoo4bit([{"params": [(f"{shape}", torch.nn.Parameter(torch.ones(shape)))]} for shape in shapes], lr=1e-2)
+
+
+def test_what_is_saved_of_a_list_without_its_first_group_is_that_of_the_others(tmp_path: Path) -> None:
+    optimizer, resumed = named_groups(3), named_groups(2)
+    follow(owners(optimizer), optimizer, 2)
+    del optimizer.param_groups[0]
+    assert (optimizer.names(0), optimizer.parameters(0)) == (["(8, 20)"], optimizer.param_groups[0]["params"])
+    follow(owners(optimizer), optimizer, 1)
+    save_optimizer(optimizer, tmp_path / "saved")
+    load_optimizer(resumed, tmp_path / "saved")
+    for here, there in zip(owners(resumed), owners(optimizer), strict=True):
+        here.data.copy_(there)
+    for one in (resumed, optimizer):
+        follow(owners(one), one, 1)
+    assert all(map(torch.equal, owners(resumed), owners(optimizer)))
+
+
+def test_a_folder_is_written_once_an_edited_list_is_planned_and_read_into_such_a_list(
+    tmp_path: Path,
+) -> None:
+    first, second = named_groups(2), named_groups(2)
+    for optimizer in (first, second):
+        follow(owners(optimizer), optimizer, 1)
+        group = {**optimizer.param_groups[0], "params": [torch.nn.Parameter(torch.ones(6, 4))], "param_names": ["new"]}
+        optimizer.param_groups.insert(0, group)
+    with pytest.raises(RuntimeError, match=r"known after the first step .*, and after groups were put into"):
+        save_optimizer(first, tmp_path / "saved")
+    follow(owners(first), first, 1)
+    save_optimizer(first, tmp_path / "saved")
+    load_optimizer(second, tmp_path / "saved")
+    for here, there in zip(owners(second), owners(first), strict=True):
+        here.data.copy_(there)
+    for one in (first, second):
+        follow(owners(one), one, 1)
+    assert all(map(torch.equal, owners(first), owners(second)))
+
+
+def test_other_groups_as_many_as_there_were_need_their_options_too() -> None:
+    optimizer = named_groups(2)
+    optimizer.param_groups = [{"params": group["params"], "lr": 1e-2} for group in optimizer.param_groups]
+    with pytest.raises(OptionError, match=r"parameter group 0 was put into param_groups without .*add_param_group"):
+        follow(owners(optimizer), optimizer, 1)
 
 
 def one_group() -> tuple[list[torch.nn.Parameter], Shampoo4bit]:

@@ -55,6 +55,13 @@ def test_adamw_as_torch(weight_decay: float, options: dict) -> None:
     run_both(Shampoo4bit(ps, moments="fp32", **settings, **options), ps, torch.optim.AdamW(qs, **settings), qs)
 
 
+def test_a_group_without_preconditioner_may_ask_for_nesterov_where_the_base_beneath_has_it() -> None:
+    a, b = parameters()[:2]
+    groups = [{"params": [a]}, {"params": [b], "algorithm": "elementwise", "nesterov": True}]
+    optimizer = Shampoo4bit(groups, algorithm="shampoo", base="sgdm")
+    assert [group["nesterov"] for group in optimizer.param_groups] == [False, True]
+
+
 @pytest.mark.parametrize("nesterov", [False, True])
 def test_shampoo_over_sgdm_as_a_float64_reference(nesterov: bool) -> None:
     """The preconditioned gradient takes the gradient's place; L2 is added after it, as a wrapper around SGD does."""
