@@ -330,7 +330,7 @@ class Shampoo4bit(torch.optim.Optimizer):
 
     def report(self) -> str:
         """A table of what is preconditioned how, why, and in how many bytes of state; also before the first step."""
-        self.groups.follow(self.param_groups)
+        self.groups.follow(self.param_groups, in_part=True)  # as a step: one rank alone may ask
         self._read_options()
         return table(self)
 

@@ -614,6 +614,21 @@ def test_what_is_saved_of_a_list_without_its_first_group_is_that_of_the_others(t
     assert all(map(torch.equal, owners(resumed), owners(optimizer)))
 
 
+def test_a_report_changes_nothing_where_a_group_is_out_of_the_list_for_a_while() -> None:
+    """One rank alone may ask for it: the ranks would have planned other groups, and that group's state was dropped."""
+    told, asked = named_groups(3), named_groups(3)
+    for optimizer in (told, asked):
+        follow(owners(optimizer), optimizer, 2)
+        taken = optimizer.param_groups.pop(0)
+        if optimizer is asked:
+            assert "12x8" not in asked.report()
+            assert "8x20" in asked.report()
+        follow(owners(optimizer), optimizer, 1)
+        optimizer.param_groups.insert(0, taken)
+        follow(owners(optimizer), optimizer, 2)
+    assert all(map(torch.equal, owners(told), owners(asked)))
+
+
 def test_a_folder_is_written_once_an_edited_list_is_planned_and_read_into_such_a_list(
     tmp_path: Path,
 ) -> None:
