@@ -389,6 +389,7 @@ class Shampoo4bit(torch.optim.Optimizer):
 
     def _reset(self) -> None:
         self._plans = Plans(self.groups)
+        self.groups.were_edited = False
         self._spread = SpreadState(self._plans)
         self._skipped = SkippedSteps()
         self._unsettled = None

@@ -83,6 +83,11 @@ class Plans:
         """What this call is to update; `called` are the optimizer's groups now."""
         self.groups.follow(called, in_part=True)
         if self.groups.were_edited:
+            if self.reader is not None and not self.of_unit:
+                raise RuntimeError(
+                    "param_groups was edited after load_optimizer() and before the step that reads the state, which "
+                    "goes by the groups' places: load it again, and edit the list before that or after the step"
+                )
             self.groups.were_edited = False
             if self.of_unit:
                 self.reader = None

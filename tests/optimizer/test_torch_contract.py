@@ -649,6 +649,24 @@ def test_a_folder_is_written_once_an_edited_list_is_planned_and_read_into_such_a
     assert all(map(torch.equal, owners(first), owners(second)))
 
 
+def test_a_list_that_is_edited_between_load_optimizer_and_the_step_that_reads_is_refused(tmp_path: Path) -> None:
+    """Groups are read by their places: the last one's state was not, without a word."""
+    optimizer, resumed = named_groups(2), named_groups(2)
+    follow(owners(optimizer), optimizer, 2)
+    save_optimizer(optimizer, tmp_path / "saved")
+    load_optimizer(resumed, tmp_path / "saved")
+    new = {**resumed.param_groups[0], "params": [torch.nn.Parameter(torch.ones(6, 4))], "param_names": ["new"]}
+    resumed.param_groups.insert(0, new)
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="param_groups was edited after load_optimizer"):
+            follow(owners(resumed), resumed, 1)
+    del resumed.param_groups[0]
+    load_optimizer(resumed, tmp_path / "saved")
+    follow(owners(resumed), resumed, 1)
+    resumed.param_groups.insert(0, new)
+    follow(owners(resumed), resumed, 1)
+
+
 def test_other_groups_as_many_as_there_were_need_their_options_too() -> None:
     optimizer = named_groups(2)
     optimizer.param_groups = [{"params": group["params"], "lr": 1e-2} for group in optimizer.param_groups]
