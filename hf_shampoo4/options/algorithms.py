@@ -53,7 +53,7 @@ ALGORITHMS: dict[str, Entry] = {
         defaults={"factor_beta": 0.95, "stagger": False},
     ),
     "soap": Entry("SOAP", **_EIGENBASES),
-    "kl_shampoo": Entry("KL-Shampoo", **{**_EIGENBASES, "uses": (*_EIGENBASES["uses"], "nesterov")}),
+    "kl_shampoo": Entry("KL-Shampoo", **_EIGENBASES),
     "kl_soap": Entry("KL-SOAP", **_EIGENBASES),
     "elementwise": Entry("the base alone", "hf_shampoo4.preconditioners.elementwise:Elementwise", _BASE),
 }

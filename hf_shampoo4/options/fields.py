@@ -94,8 +94,7 @@ class Options:
     base: Literal["adamw", "sgdm"] = "adamw"
     """The optimizer that the (preconditioned) gradient goes through; sgdm is `torch.optim.SGD`, momentum = betas[0]."""
     nesterov: bool = False
-    """Nesterov's momentum, for sgdm and KL-Shampoo: the direction is the first moment as it would be if the gradient
-    came once more.  What AdamW updates has none."""
+    """Nesterov's momentum, for sgdm."""
 
     # ---- shampoo, soap, kl_shampoo and kl_soap: factors
 
@@ -263,14 +262,10 @@ def _check_factor(o: Options) -> None:
     require("codebook", o.codebook, o.codebook not in ONLY_4_BITS or o.bits != 8, "linear2 or dynamic with bits=8")
 
 
-NESTEROV_NEEDS = "false unless base=sgdm or algorithm=kl_shampoo"
-
-
 def _check_moments(o: Options) -> None:
     """Refuse a base, recipe and codebooks that do not go together."""
     four_bit = o.moments.startswith("4bit")
-    looks_ahead = o.base == "sgdm" or o.algorithm in ("kl_shampoo", FALLBACK)
-    require("nesterov", o.nesterov, not o.nesterov or looks_ahead, NESTEROV_NEEDS)
+    require("nesterov", o.nesterov, not o.nesterov or o.base == "sgdm", "false unless base=sgdm")
     plain = ("fp32", "bf16", "8bit", "4bit")
     one_moment = "one of " + ", ".join(plain) + " with base=sgdm: the others are ways to keep a second moment"
     require("moments", o.moments, o.base == "adamw" or o.moments in plain, one_moment)

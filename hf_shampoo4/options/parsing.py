@@ -15,7 +15,6 @@ from .algorithms import ALGORITHMS, FALLBACK
 from .fields import (
     KINDS,
     NAMES,
-    NESTEROV_NEEDS,
     OF_ADAMW,
     PRESETS,
     TYPES,
@@ -82,15 +81,6 @@ def saved_options(group: Mapping[str, Any]) -> dict[str, Any]:
     return options
 
 
-def _refuse_idle(chosen: Mapping[str, Any], explicit: Mapping[str, Any], algorithm: str) -> None:
-    """Refuse what is allowed by itself, and has no effect beside something else."""
-    start, share = explicit.get("stochastic_from"), explicit.get("stochastic_last")
-    rule = f"0 beside stochastic_last={share}, which the Trainer's callback makes a step of: give one of them"
-    require("stochastic_from", start, not (start and share), rule)
-    of_adamw = algorithm == FALLBACK and chosen.get("base", Options.base) == "adamw"
-    require("nesterov", explicit.get("nesterov"), not (of_adamw and explicit.get("nesterov")), NESTEROV_NEEDS)
-
-
 def _merged(beneath: Mapping[str, Any], preset: Mapping[str, Any], explicit: Mapping[str, Any]) -> dict[str, Any]:
     """What is set above `beneath`, once the algorithm and the factor are known.
 
@@ -104,7 +94,9 @@ def _merged(beneath: Mapping[str, Any], preset: Mapping[str, Any], explicit: Map
     algorithm, factor = chosen["algorithm"], chosen["factor"]
     if not set(NAMES) <= set(explicit):  # which is a whole group of another optimizer, not somebody's choice
         refuse_unused(explicit, algorithm, factor)
-        _refuse_idle(chosen, explicit, algorithm)
+        start, share = explicit.get("stochastic_from"), explicit.get("stochastic_last")
+        rule = f"0 beside stochastic_last={share}, which the Trainer's callback makes a step of: give one of them"
+        require("stochastic_from", start, not (start and share), rule)
     taken = {name: value for name, value in preset.items() if not what_uses(name, algorithm, factor)}
     if algorithm == FALLBACK:  # carries its neighbours' options along
         return {**taken, **explicit}

@@ -86,8 +86,8 @@ class Eigenbasis(TwoSided):
         rotation = total(product(side.order, side.order, m * n // side.order) for side in sides)
         # into the bases and back;  the squares' weighted means, of which two sides with bases share one
         step = rotation * 2 + product(1, m, n) * (1 if self.is_two_sided else 2)
-        # the statistics;  what is carried over: G' goes apart where the direction needs it too;  the bases themselves
-        carried = rotation if isinstance(self.moments, Momentum) and not self.moments.nesterov else rotation * 2
+        # the statistics;  what is carried over: G' goes apart where the second moment needs it;  the bases themselves
+        carried = rotation if isinstance(self.moments, Momentum) else rotation * 2
         return {"step": step, "basis": rotation + carried + total(side.update_work() for side in sides)}
 
     def workspace(self, blocks: int) -> dict[str, int]:
@@ -136,8 +136,7 @@ class Eigenbasis(TwoSided):
         )
         # m', stored over sqrt(lambda_L lambda_R^T): few bits serve all directions alike
         fused = kl_shampoo and can_fuse(self.moments.first, at, g.device)
-        kind = FusedMoment if fused else WhitenedMoment
-        m = kind(self.moments.first, state["first"], _scales(left, right, o), kl_shampoo and o.nesterov)
+        m = (FusedMoment if fused else WhitenedMoment)(self.moments.first, state["first"], _scales(left, right, o))
         # G' = U_L^T G U_R
         precision = rotation_precision(o.rotation_precision, g.device)
         g = rotate(left.vectors, g, right.vectors, precision)
@@ -149,7 +148,6 @@ class Eigenbasis(TwoSided):
         # when due (`Eigenbasis.intervals`): Q R = A', U <- U Q, lambda <- diag(Q^T A' Q), m' <- Q_L^T m' Q_R
         updates = yield from self._update_bases(stack, left, right, g, context)
         m.carry(updates)
-        # nesterov: m' is b1 m' + (1 - b1) G' from here on
         # KL-Shampoo: u = m' / sqrt(lambda_L lambda_R^T);  SOAP: v' <- b2 v' + (1 - b2) G'^2, u = m' / (sqrt(v') + eps)
         if isinstance(self.moments, Adam) and isinstance(m, WhitenedMoment):
             g = carried(g, updates)

@@ -163,7 +163,6 @@ class Momentum:
     """A first moment alone: KL-Shampoo's, whose eigenvalues take the second one's place."""
 
     first: Storage
-    nesterov: bool = False
 
     def storages(self) -> dict[str, Storage]:
         return {"first": self.first}
@@ -210,7 +209,7 @@ def make_moments(shape: tuple[int, ...], options: Options, quantise: bool, secon
         return _adam(shape, options, quantise)
     first, _ = _storages(shape, options, quantise)
     in_8_bits = options.vocabulary and isinstance(first, Blockwise) and options.first_codebook == "auto"
-    return Momentum(Blockwise(shape, "dynamic", 8, VOCABULARY_BLOCK) if in_8_bits else first, options.nesterov)
+    return Momentum(Blockwise(shape, "dynamic", 8, VOCABULARY_BLOCK) if in_8_bits else first)
 
 
 def _adam(shape: tuple[int, ...], options: Options, quantise: bool) -> Adam:

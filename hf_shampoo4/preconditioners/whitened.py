@@ -47,29 +47,24 @@ def carried(x: Tensor, updates: Iterable[BasisUpdate]) -> Tensor:
 class WhitenedMoment:
     """A stack's first moment m' while a step works on it."""
 
-    def __init__(self, storage: Storage, buffers: Buffers, scales: Scales, nesterov: bool = False) -> None:
+    def __init__(self, storage: Storage, buffers: Buffers, scales: Scales) -> None:
         """
         Args:
             scales: what is stored has been divided by.
-            nesterov: whether the direction looks ahead.
         """
-        self._storage, self._buffers, self._nesterov = storage, buffers, nesterov
-        self._g: Tensor | None = None
+        self._storage, self._buffers = storage, buffers
         rows, columns = scales
         stored = storage.read(buffers)
         self.exact = (stored * rows if isinstance(storage, Dense) else stored.mul_(rows)).mul_(columns)
         """(B, m, n) float32."""
 
     def add(self, g: Tensor, weight: float) -> None:
-        """m' <- lerp(m', G', weight); G' (B, m, n) must stay as it is until m' is stored, or is used up (nesterov)."""
+        """m' <- lerp(m', G', weight); G' (B, m, n) must stay as it is until m' is stored."""
         self.exact.lerp_(g, weight)
-        self._g, self._weight = (g if self._nesterov else None), weight
 
     def carry(self, updates: list[BasisUpdate]) -> None:
-        """m' <- Q_L^T m' Q_R in the blocks whose bases were updated; for nesterov G' likewise."""
+        """m' <- Q_L^T m' Q_R in the blocks whose bases were updated."""
         self.exact = carried(self.exact, updates)
-        if self._g is not None:
-            self._g = carried(self._g, updates)
 
     def store(self, scales: Scales, at: MomentStep) -> Tensor:
         """m' over other scales, and not too large; it is not to be used any more.
@@ -83,24 +78,17 @@ class WhitenedMoment:
         return m
 
     def step(self, scales: Scales, at: MomentStep) -> Tensor:
-        """`store`, and the direction of KL-Shampoo: what is stored, bias-corrected, (B, m, n) float32.
-
-        With nesterov b1 m' + (1 - b1) G' in its place, whose weights add up to those of a step more.
-        """
+        """`store`, and the direction of KL-Shampoo: what is stored, bias-corrected, (B, m, n) float32."""
         m = self.store(scales, at)
-        u = m if at.watch is None else m.clone()
-        if self._g is None:
-            return u.div_(bias(at.betas[0], at.steps, m.dim()))
-        rows, columns = scales
-        ahead = self._g.div_(rows).div_(columns).clamp_(-LARGEST, LARGEST)
-        return u.lerp_(ahead, self._weight).div_(bias(at.betas[0], at.steps + 1, m.dim()))
+        by = bias(at.betas[0], at.steps, m.dim())
+        return m.div_(by) if at.watch is None else m / by
 
 
 class FusedMoment:
     """As `WhitenedMoment`, without a tensor of its own: `step` is one pass of a Triton kernel."""
 
-    def __init__(self, storage: Storage, buffers: Buffers, scales: Scales, nesterov: bool = False) -> None:
-        self._storage, self._buffers, self._scales, self._nesterov = storage, buffers, scales, nesterov
+    def __init__(self, storage: Storage, buffers: Buffers, scales: Scales) -> None:
+        self._storage, self._buffers, self._scales = storage, buffers, scales
         self._carried: Any = None
 
     def add(self, g: Tensor, weight: float) -> None:
@@ -118,17 +106,14 @@ class FusedMoment:
             at[blocks] = torch.arange(start, start + len(m), dtype=torch.int32, device=at.device)
             start += len(m)
             found.append(rotate(left, m, right))
-        if self._nesterov:
-            self._g = carried(self._g, updates)
         if found:
             self._carried = kernels("whitened").Carried(found[0] if len(found) == 1 else torch.cat(found), at)
 
     def step(self, scales: Scales, at: MomentStep) -> Tensor:
         """As `WhitenedMoment.step`."""
-        by = bias(at.betas[0], at.steps + 1 if self._nesterov else at.steps, 1)
         u: Tensor = kernels("whitened").moment(
-            self._g, self._stored(self._buffers), self._scales, scales, by, self._weight, LARGEST, self._carried,
-            self._nesterov,
+            self._g, self._stored(self._buffers), self._scales, scales, bias(at.betas[0], at.steps, 1), self._weight,
+            LARGEST, self._carried,
         )  # fmt: skip
         return u
 

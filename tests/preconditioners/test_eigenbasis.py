@@ -61,8 +61,8 @@ def train(shape: tuple[int, ...], steps: int, **options: object) -> tuple[nn.Par
 class Literal:
     """One block, in plain numpy and in the parameter's coordinates wherever the papers are: bases in full precision."""
 
-    def __init__(self, w: Array, algorithm: str, beta: float, damping: float, vocabulary: bool, nesterov: bool) -> None:
-        self.w, self.algorithm, self.damping, self.nesterov = w, algorithm, damping, nesterov
+    def __init__(self, w: Array, algorithm: str, beta: float, damping: float, vocabulary: bool) -> None:
+        self.w, self.algorithm, self.damping = w, algorithm, damping
         m, n = w.shape
         self.u = [np.eye(m), np.eye(n)]
         self.rotated = [m < 2.5 * n and not vocabulary, n < 2.5 * m]
@@ -90,8 +90,7 @@ class Literal:
             self.refresh(g, refresh_memory, kl)
         inside = self.u[0].T @ g @ self.u[1]
         self.momentum = 0.9 * self.momentum + 0.1 * g
-        ahead, weights = (0.9 * self.momentum + 0.1 * g, self.t + 1) if self.nesterov else (self.momentum, self.t)
-        m = self.u[0].T @ ahead @ self.u[1] / (1 - 0.9**weights)
+        m = self.u[0].T @ self.momentum @ self.u[1] / (1 - 0.9**self.t)
         if self.algorithm == "kl_shampoo":
             left, right = (x + self.damping * x.max() for x in self.eigenvalues)
             direction = m / np.sqrt(np.outer(left, right))
@@ -130,7 +129,7 @@ class Literal:
             self.eigenvalues[side] = np.diag(q.T @ a @ q)
 
 
-@pytest.mark.parametrize("algorithm", [*FAMILY, "vocabulary", "nesterov"])
+@pytest.mark.parametrize("algorithm", [*FAMILY, "vocabulary"])
 @pytest.mark.parametrize("shape", [(12, 12), (7, 16), (20, 7), (24, 4), (3, 16)])
 @pytest.mark.parametrize(("every", "warmup"), [(1, 0), (3, 2)])
 def test_32_bit_whole_run_agrees_with_the_literal_one(
@@ -141,10 +140,8 @@ def test_32_bit_whole_run_agrees_with_the_literal_one(
         if shape != (24, 4):
             pytest.skip("too few rows for a vocabulary: the base alone")
         algorithm, options = "kl_shampoo", {**options, "vocabulary": True, "vocabulary_beta": 0.98}
-    if nesterov := algorithm == "nesterov":
-        algorithm, options = "kl_shampoo", {**options, "nesterov": True}
     torch.manual_seed(0)
-    literal = Literal(torch.randn(shape).double().numpy(), algorithm, 0.9, 1e-4, vocabulary, nesterov)
+    literal = Literal(torch.randn(shape).double().numpy(), algorithm, 0.9, 1e-4, vocabulary)
     for t in range(8):
         interval = min(every, max(1, (t + 1) // warmup)) if warmup else every
         decay = 0.9**interval if (t + 1) % interval == 0 else None

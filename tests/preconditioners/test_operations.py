@@ -77,7 +77,6 @@ SHAPES = {
 ALGORITHMS = {
     **{name: {"algorithm": name} for name in ("soap", "kl_shampoo", "kl_soap")},
     "kl_shampoo, cholesky_qr": {"algorithm": "kl_shampoo", "orthogonalise": "cholesky_qr"},
-    "kl_shampoo, nesterov": {"algorithm": "kl_shampoo", "nesterov": True},
     "kl_shampoo, 32 bits": {"algorithm": "kl_shampoo", "bits": 32, "moments": "fp32"},
     "eigen": {"algorithm": "shampoo", "roots_every": 3, "rectify_roots": 2},
     "direct": {"algorithm": "shampoo", "roots_every": 3, "factor": "direct"},
@@ -134,7 +133,6 @@ def test_the_closed_form_by_hand() -> None:
 ROOMS = [
     ("kl_shampoo", (512, 512)), ("kl_shampoo", (320, 960)), ("soap", (512, 512)), ("soap", (960, 320)),
     ("kl_shampoo, 32 bits", (512, 512)),
-    ("kl_shampoo, nesterov", (512, 512)), ("kl_shampoo, nesterov", (320, 960)),
     ("kl_shampoo, cholesky_qr", (512, 512)), ("kl_shampoo, cholesky_qr", (320, 960)),
     ("soap, 32 bits", (320, 960)), ("eigen", (512, 512)), ("direct", (320, 960)),
     ("cholesky_ef", (512, 512)), ("adamw", (512, 512)), ("adamw, 32 bits", (512, 512)), ("adamw, zip", (512, 512)),

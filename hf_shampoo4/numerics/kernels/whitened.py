@@ -41,17 +41,10 @@ def _read(
 
 
 @triton.jit
-def _whitened(x, rows, columns, i, k, most, inside):
-    x = tl.div_rn(x, tl.load(rows + i, mask=inside, other=1.0))
-    x = tl.div_rn(x, tl.load(columns + k, mask=inside, other=1.0))
-    return tl.clamp(x, -most, most, propagate_nan=tl.PropagateNan.ALL)
-
-
-@triton.jit
 def _moment(
     g, codes, scales, table, thresholds, rows, columns, new_rows, new_columns, carried, carried_at, bias, u,
     weight, most, length, width, blocks,
-    CARRIED: tl.constexpr, NESTEROV: tl.constexpr, BITS: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr,
+    CARRIED: tl.constexpr, BITS: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     block = tl.program_id(1) * TILE + tl.arange(0, TILE)
@@ -70,12 +63,10 @@ def _moment(
     if CARRIED:
         given = j < tl.where(at < 0, 0, length)
         m = tl.where(given, tl.load(carried + at * length + j, mask=given, other=0.0), m)
-    m = _whitened(m, new_rows, new_columns, i, k, most, inside)
-    direction = m
-    if NESTEROV:  # b1 m' + (1 - b1) G'
-        ahead = tl.load(g + row * length + j, mask=inside, other=0.0)
-        direction = _lerp(m, _whitened(ahead, new_rows, new_columns, i, k, most, inside), weight)
-    tl.store(u + row * length + j, tl.div_rn(direction, tl.load(bias + row) + tl.zeros_like(m)), mask=inside)
+    m = tl.div_rn(m, tl.load(new_rows + i, mask=inside, other=1.0))
+    m = tl.div_rn(m, tl.load(new_columns + k, mask=inside, other=1.0))
+    m = tl.clamp(m, -most, most, propagate_nan=tl.PropagateNan.ALL)
+    tl.store(u + row * length + j, tl.div_rn(m, tl.load(bias + row) + tl.zeros_like(m)), mask=inside)
     if BITS > 8:
         tl.store(codes + row * length + j, m.to(codes.dtype.element_ty), mask=inside)
     else:
@@ -201,7 +192,7 @@ class Carried:
 
 def moment(
     g: Tensor, stored: Stored, scales: tuple[Tensor, Tensor], new_scales: tuple[Tensor, Tensor], bias: Tensor,
-    weight: float, most: float, carried: Carried | None = None, nesterov: bool = False,
+    weight: float, most: float, carried: Carried | None = None,
 ) -> Tensor:  # fmt: skip
     """A first moment brought up to date in one pass: w = lerp(m rows columns, g, weight) / new rows / new columns.
 
@@ -214,11 +205,9 @@ def moment(
         weight: of g.
         most: that an entry of w may have.
         carried: in the place of the lerp, of some blocks.
-        nesterov: whether the direction looks ahead.
 
     Returns:
-        w / bias, before w is stored: float32 (B, m, n).  With nesterov lerp(w, g / new rows / new columns, weight) in
-        the place of w.
+        w / bias, before w is stored: float32 (B, m, n).
     """
     g = g.contiguous()
     u = torch.empty_like(g)
@@ -231,7 +220,7 @@ def moment(
             _moment[len(g), triton.cdiv(blocks, tile)](
                 g, stored.codes, stored.scales, stored.table, stored.thresholds, *_vectors(scales),
                 *_vectors(new_scales), *given, bias.reshape(-1).contiguous(), u, weight, most, length, width, blocks,
-                CARRIED=carried is not None, NESTEROV=nesterov, BITS=stored.bits, TILE=tile, BLOCK=stored.block,
+                CARRIED=carried is not None, BITS=stored.bits, TILE=tile, BLOCK=stored.block,
             )  # fmt: skip
     return u
 
