@@ -127,8 +127,7 @@ def _numbered(state_dict: dict[str, Any], names: ModelGroups, ours: Sequence[Gro
     new = renamed(there.values(), number)
     there = {key: new.get(name, name) for key, name in there.items()}
     if not number.keys() >= set(there.values()):
-        said = told_apart(there.values(), number)
-        raise CheckpointError(f"checkpoint {OTHERS}: {said}")
+        raise CheckpointError(f"checkpoint {OTHERS}: {told_apart(there.values(), number)}")
     numbered = []
     for group in groups:
         of_group = sorted((there[key] for key in group["params"]), key=number.__getitem__)
@@ -146,8 +145,7 @@ def _check(state_dict: dict[str, Any], names: ModelGroups, ours: Sequence[Group]
     sizes, here = [len(g["params"]) for g in theirs], [len(g["params"]) for g in ours]
     if sizes != here:
         raise CheckpointError(
-            f"checkpoint {OTHERS}: groups of {sizes}, here {here}; "
-            + told_apart(*([n for group in groups for n in own_names(group)] for groups in (theirs, ours)))
+            f"checkpoint {OTHERS}: groups of {sizes}, here {here}; {told_apart(_all_names(theirs), _all_names(ours))}"
         )
     if len({key for group in theirs for key in group["params"]}) < sum(sizes):
         raise CheckpointError("damaged checkpoint: a parameter is there twice")
@@ -159,9 +157,13 @@ def _check(state_dict: dict[str, Any], names: ModelGroups, ours: Sequence[Group]
     return [name for of_group in of_groups for name in of_group]
 
 
+def _all_names(groups: Sequence[Group]) -> list[str]:
+    return [name for group in groups for name in own_names(group)]
+
+
 def _check_names(theirs: Sequence[Group], ours: Sequence[Group]) -> None:
     """Compare the parameters of groups that are as large, as far as both have names."""
-    there, here = ([name for group in groups for name in own_names(group)] for groups in (theirs, ours))
+    there, here = _all_names(theirs), _all_names(ours)
     new = renamed(there, here)
     for group, mine in zip(theirs, ours, strict=True):
         for a, b in zip(own_names(group), own_names(mine), strict=False):

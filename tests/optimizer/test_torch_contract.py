@@ -599,19 +599,24 @@ def named_groups(count: int) -> Shampoo4bit:
     return Shampoo4bit([{"params": [(f"{shape}", torch.nn.Parameter(torch.ones(shape)))]} for shape in shapes], lr=1e-2)
 
 
+def assert_resumed_from_a_folder(optimizer: Shampoo4bit, resumed: Shampoo4bit, folder: Path) -> None:
+    """The next step of both is the same, once one has the other's weights and, by way of a folder, its state."""
+    save_optimizer(optimizer, folder)
+    load_optimizer(resumed, folder)
+    for here, there in zip(owners(resumed), owners(optimizer), strict=True):
+        here.data.copy_(there)
+    for one in (resumed, optimizer):
+        follow(owners(one), one, 1)
+    assert all(map(torch.equal, owners(resumed), owners(optimizer)))
+
+
 def test_what_is_saved_of_a_list_without_its_first_group_is_that_of_the_others(tmp_path: Path) -> None:
     optimizer, resumed = named_groups(3), named_groups(2)
     follow(owners(optimizer), optimizer, 2)
     del optimizer.param_groups[0]
     assert (optimizer.names(0), optimizer.parameters(0)) == (["(8, 20)"], optimizer.param_groups[0]["params"])
     follow(owners(optimizer), optimizer, 1)
-    save_optimizer(optimizer, tmp_path / "saved")
-    load_optimizer(resumed, tmp_path / "saved")
-    for here, there in zip(owners(resumed), owners(optimizer), strict=True):
-        here.data.copy_(there)
-    for one in (resumed, optimizer):
-        follow(owners(one), one, 1)
-    assert all(map(torch.equal, owners(resumed), owners(optimizer)))
+    assert_resumed_from_a_folder(optimizer, resumed, tmp_path / "saved")
 
 
 def test_a_report_changes_nothing_where_a_group_is_out_of_the_list_for_a_while() -> None:
@@ -640,13 +645,7 @@ def test_a_folder_is_written_once_an_edited_list_is_planned_and_read_into_such_a
     with pytest.raises(RuntimeError, match=r"known after the first step .*, and after groups were put into"):
         save_optimizer(first, tmp_path / "saved")
     follow(owners(first), first, 1)
-    save_optimizer(first, tmp_path / "saved")
-    load_optimizer(second, tmp_path / "saved")
-    for here, there in zip(owners(second), owners(first), strict=True):
-        here.data.copy_(there)
-    for one in (first, second):
-        follow(owners(one), one, 1)
-    assert all(map(torch.equal, owners(first), owners(second)))
+    assert_resumed_from_a_folder(first, second, tmp_path / "saved")
 
 
 def test_a_list_that_is_edited_between_load_optimizer_and_the_step_that_reads_is_refused(tmp_path: Path) -> None:
