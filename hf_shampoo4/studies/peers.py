@@ -204,6 +204,15 @@ def heavyball(name: str, model: nn.Module, args: Any) -> Chosen:
     return chosen, kwargs
 
 
+def heavyball_matrices(name: str, model: nn.Module, args: Any) -> Chosen:
+    """HeavyBall's class on the hidden matrices alone, and torch's AdamW for the rest, as Muon has it.
+
+    Its KL-Shampoo leaves vectors as they are, and divides a vocabulary by its narrow side's root alone.
+    """
+    chosen, kwargs = heavyball(name, model, args)
+    return _joined(model, args, (chosen, {"betas": kwargs["betas"]}), (torch.optim.AdamW, {}))
+
+
 def _in_float32(module: Any) -> None:
     """Have Muon iterate in float32: a CPU without bfloat16 products takes a hundred times as long for those."""
     name = "zero_power_via_newton_schulz_5"
@@ -233,6 +242,6 @@ PEERS: dict[str, Peer] = {
     "muon_4bit": _our_muon(MuonQ4, "torch", "torch.optim:AdamW"),
     "muon_4bit_rest4": _our_muon(MuonQ4, "torchao", "torchao.optim:AdamW4bit"),
     "soap": Peer("pytorch_optimizer", soap),
-    "heavyball_kl_shampoo": Peer("heavyball", functools.partial(heavyball, "KLShampoo")),
+    "heavyball_kl_shampoo": Peer("heavyball", functools.partial(heavyball_matrices, "KLShampoo")),
     "heavyball_kl_soap": Peer("heavyball", functools.partial(heavyball, "KLSOAP")),
 }
