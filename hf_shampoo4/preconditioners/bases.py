@@ -29,8 +29,6 @@ from ..numerics.storage import SMALL, Blockwise, Dense, DoubleQuantized, Storage
 from ..options import Options
 from .operations import Work, bjorck_work, cholesky_qr_work, product, qr_work
 
-import os
-PROTO = dict(x.split("=") for x in os.environ.get("S4P", "").split(",") if x)
 MIN_DECAY = 0.3  # least weight of the old factor in a new one; .3, .6 and .8 train alike (docs/experiments.md)
 TINY = torch.finfo(torch.float32).tiny
 TINIEST = 2.0**-149  # above 0, so that only 0 is divided by it
@@ -51,33 +49,7 @@ class Side:
 
     def storages(self) -> dict[str, Storage]:
         basis: dict[str, Storage] = {} if self.basis is None else {"basis": self.basis}
-        if PROTO and self.basis is not None:
-            basis |= {"corr": self.corr, "pdiag": Dense((self.order,))}
         return {**basis, "eigenvalues": Dense((self.order,))}
-
-    @property
-    def corr(self):
-        k, bits = self.order, int(PROTO.get("bits", 32))
-        return Dense((k, k)) if bits == 32 or k * k < SMALL else Blockwise((k, k), "nf4" if bits == 4 else "dynamic", bits, 64)
-
-    def read_p(self, state):
-        c = self.corr.read(state["corr"])
-        if not isinstance(self.corr, Dense):
-            c = c.tril(-1)
-            c = c + c.mT
-        d = state["pdiag"]["dense"]
-        r = d.sqrt()
-        p = c * r.unsqueeze(-1) * r.unsqueeze(-2)
-        p.diagonal(dim1=-2, dim2=-1).copy_(d)
-        return p
-
-    def write_p(self, state, p):
-        d = p.diagonal(dim1=-2, dim2=-1).clamp_min(0.0)
-        r = torch.where(d > 0, d.rsqrt(), 0.0)
-        c = p * r.unsqueeze(-1) * r.unsqueeze(-2)
-        c.diagonal(dim1=-2, dim2=-1).zero_()
-        self.corr.write(state["corr"], c)
-        state["pdiag"]["dense"].copy_(d)
 
     def update_work(self) -> Work:
         """Of `DecodedSide.update_basis`, without the statistic: Bjorck steps, QR (also for auto), U Q."""

@@ -17,7 +17,7 @@ from ..numerics.precision import rotate, rotation_precision
 from ..numerics.quantize import DENSE_BLOCK, has_kernels, kernels
 from ..numerics.storage import Blockwise, Dense
 from ..options import ALGORITHMS, Options
-from .bases import factor_in_basis, PROTO, MIN_DECAY, TINY, BasisStep, DecodedSide, Side, make_sides, rotated_sides, statistic
+from .bases import MIN_DECAY, TINY, BasisStep, DecodedSide, Side, make_sides, rotated_sides, statistic
 from .moments import Adam, Momentum, make_moments
 from .operations import Work, coding_workspace, product, total
 from .protocols import Context, Stack, strip
@@ -142,8 +142,6 @@ class Eigenbasis(TwoSided):
         g = rotate(left.vectors, g, right.vectors, precision)
         # lambda_L <- beta lambda_L + (1 - beta) mean_j G'_ij^2 / lambda_Rj, lambda_R likewise (SOAP: / 1)
         state["failures"]["dense"] += self._update_eigenvalues(left, right, g, o)
-        if PROTO and PROTO["feed"] != "turn" and context.step % int(PROTO["feed"]) == 0:
-            self._feed(left, right, g, o.factor_beta ** int(PROTO["feed"]))
         # m' <- b1 m' + (1 - b1) G', before the basis update if nothing but m' sees G': both are rotated as one sum
         if kl_shampoo:
             m.add(g, 1 - b1)
@@ -240,15 +238,6 @@ class Eigenbasis(TwoSided):
     def _floors(self) -> Any:
         return kernels("eigenvalues").Floors(FLOOR, TINY)
 
-    def _feed(self, left, right, g, beta):
-        for side, other, x in ((left, right, g), (right, left, g.mT)):
-            if side.has_basis:
-                p = side.described.read_p(side.state)
-                fresh = side.state["pdiag"]["dense"].amax(-1) <= 0
-                sample = statistic(x, self._whitening(other))
-                w = torch.where(fresh, 1.0, 1 - beta)[:, None, None]
-                side.described.write_p(side.state, p + w * (sample - p))
-
     def _update_bases(
         self, stack: Stack, left: DecodedSide, right: DecodedSide, g: Tensor, context: Context
     ) -> Generator[list[BasisStep], list[BasisResult], list[BasisUpdate]]:
@@ -270,32 +259,6 @@ class Eigenbasis(TwoSided):
         found = []
         for blocks, every in context.due(stack, "basis"):
             some, decay = g[blocks], max(context.options.factor_beta**every, MIN_DECAY)
-            if PROTO:
-                olds = {}
-                for side, other, x in ((left, right, some), (right, left, some.mT)):
-                    if not side.has_basis:
-                        continue
-                    p = side.described.read_p(side.state)[blocks]
-                    if PROTO["feed"] == "turn":
-                        s_ = statistic(x, self._whitening(other)[blocks])
-                        fresh = p.diagonal(dim1=-2, dim2=-1).amax(-1) <= 0
-                        w = torch.where(fresh, 1.0, 1 - context.options.factor_beta**every)[:, None, None]
-                        p = p + w * (s_ - p)
-                    olds[side] = (p, factor_in_basis(side.eigenvalues[blocks].clone(), p, 0.0))
-                wanted = [BasisStep(side, blocks, [p.clone()], 0.0) for side, (p, _) in olds.items()]
-                updated = dict(zip(olds, (yield wanted), strict=True))
-                for side, (_, a) in olds.items():
-                    q = updated[side][0]
-                    p_all = side.described.read_p(side.state)
-                    if p_all is side.state["corr"].get("dense"):
-                        p_all = p_all.clone()
-                    p_all[blocks] = q.mT @ a @ q
-                    side.described.write_p(side.state, p_all)
-                failed = reduce(torch.logical_or, (failed for _, failed in updated.values()))
-                add_to_blocks(stack.state["failures"]["dense"], blocks, failed)
-                rotations = (updated.get(side, (None,))[0] for side in (left, right))
-                found.append(BasisUpdate(blocks, *rotations))
-                continue
             with context.stopwatch.on(g.device):
                 # both from the eigenvalues before either is updated; a side without a basis needs no statistic
                 wanted = [
