@@ -208,8 +208,8 @@ class Eigenbasis(TwoSided):
         # from the left: a matrix times a column is summed otherwise on a CPU in a stack of one than in one of several
         of_diagonal = (self._whitening(rotated).reciprocal() / squares.shape[-1]).unsqueeze(-2) @ squares.mT
         beta = o.vocabulary_beta if o.vocabulary else o.factor_beta
-        of_rotated = (self._whitening(diagonal).reciprocal() / squares.shape[-2]).unsqueeze(-2) @ squares
         diagonal.update_eigenvalues(of_diagonal.squeeze(-2), beta, bad)
+        of_rotated = (self._whitening(diagonal).reciprocal() / squares.shape[-2]).unsqueeze(-2) @ squares
         rotated.update_eigenvalues(of_rotated.squeeze(-2), o.factor_beta, bad)
         return bad
 
