@@ -207,7 +207,7 @@ def heavyball(name: str, model: nn.Module, args: Any) -> Chosen:
 def heavyball_matrices(name: str, model: nn.Module, args: Any) -> Chosen:
     """HeavyBall's class on the hidden matrices alone, and torch's AdamW for the rest, as Muon has it.
 
-    Its KL-Shampoo leaves vectors as they are, and divides a vocabulary by its narrow side's root alone.
+    Its KL-Shampoo moves vectors by their plain gradients, and divides a vocabulary's by its narrow side's root alone.
     """
     chosen, kwargs = heavyball(name, model, args)
     return _joined(model, args, (chosen, {"betas": kwargs["betas"]}), (torch.optim.AdamW, {}))
