@@ -14,12 +14,12 @@ import json
 import math
 import random
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from hf_shampoo4.utils.files import write_json
-from hf_shampoo4.utils.plots import COLOURS, picture
+from hf_shampoo4.utils.plots import COLOURS, DASHES, MARKERS, picture
 
 RESULTS = Path(__file__).resolve().parents[1] / "docs" / "results"
 GRIDS = {
@@ -34,8 +34,10 @@ GRIDS = {
 }
 """The first is what the others differ from in one thing."""
 CONTESTANTS = {"adamw": "AdamW", "shampoo4bit": "shampoo4bit"}
-FACTORS = {1.0: ":", 4.0: "--", 16.0: "-", 64.0: "-."}
-"""On the rate of embedding and head, and the lines that show them."""
+FACTORS = (1.0, 4.0, 16.0, 64.0)
+"""On the rate of embedding and head, those that the picture shows."""
+SHOWN_ABOVE_BEST = 1.0
+"""Nats above the lowest loss of a grid, up to which the picture shows losses."""
 NOISE, DRAWS = 0.02, 2000
 """Two trainings that differ in nothing but the seed differ by about so much, nats a token."""
 
@@ -145,34 +147,42 @@ def draw(found: Mapping[str, Mapping[str, Losses]], path: Path) -> None:
     """A panel a grid: final loss against the matrices' rate, a line for each contestant and factor."""
     columns = 4
     rows = -(-len(found) // columns)
-    with picture(path, (14, 3.6 * rows), (rows, columns), font=10) as (figure, axes):
+    with picture(path, (14, 3.5 * rows + 0.7), (rows, columns), font=10) as (figure, axes):
         for panel in axes.flat[len(found) :]:
             panel.set_visible(False)
+        handles: dict[tuple[str, float], Any] = {}
         for panel, (grid, losses) in zip(axes.flat, found.items(), strict=False):
-            _draw_grid(panel, losses)
+            handles |= _draw_grid(panel, losses)
             panel.set_title(GRIDS[grid])
+            panel.set_xlabel("learning rate of matrices")
         for panel in axes[:, 0]:
             panel.set_ylabel("final validation loss")
-        for panel in axes[-1]:
-            panel.set_xlabel("learning rate of matrices")
-        handles: dict[str, Any] = {}
-        for panel in axes.flat:
-            handles |= {line.get_label(): line for line in panel.get_lines()}
-        ordered: Sequence[str] = sorted(handles)
-        figure.legend([handles[label] for label in ordered], ordered, loc="outside lower center", ncols=4)
+        ordered = sorted(handles)  # a column of the legend for each factor
+        figure.legend(
+            [handles[key] for key in ordered],
+            [f"{CONTESTANTS[name]}, {factor:g}" for name, factor in ordered],
+            title="optimizer, factor on the rate of embedding and head",
+            loc="outside lower center",
+            ncols=len(ordered),
+        )
 
 
-def _draw_grid(panel: Any, found: Mapping[str, Losses]) -> None:
-    for colour, (name, label) in zip(COLOURS, CONTESTANTS.items(), strict=False):
-        for factor, dash in FACTORS.items():
+def _draw_grid(panel: Any, found: Mapping[str, Losses]) -> dict[tuple[str, float], Any]:
+    handles = {}
+    for colour, name in zip(COLOURS, CONTESTANTS, strict=False):
+        for dash, marker, factor in zip(DASHES, MARKERS, FACTORS, strict=False):
             if at := rates_at(found[name], factor):
                 rates = sorted(at)
-                shown = f"{label}, embedding and head {factor:g} times"
-                panel.plot(rates, [at[rate] for rate in rates], dash, marker="o", color=colour, label=shown)
+                (handles[name, factor],) = panel.plot(
+                    rates, [at[rate] for rate in rates], dash, marker=marker, color=colour
+                )
+    best = min(loss for losses in found.values() for loss in losses.values())
+    panel.set_ylim(best - 0.05, best + SHOWN_ABOVE_BEST)
     panel.set_xscale("log", base=2)
     ticks = sorted({point.rate for losses in found.values() for point in losses})
     panel.set_xticks(ticks, [f"{tick:g}".removeprefix("0") for tick in ticks], rotation=45)
     panel.minorticks_off()
+    return handles
 
 
 if __name__ == "__main__":
