@@ -1,7 +1,8 @@
 """Fine-tuning, optimizers side by side: `python -m benchmarks.finetuning FOLDER [--quick]`.
 
 Pretrains the model of configs/finetuning.yaml and fine-tunes it, one file a run in FOLDER, none made twice: the sweeps
-of all grids first, then the other seeds.  Every call writes finetuning.json, .md and .png there from what has finished.
+of all grids first, then the other seeds.  Every call writes finetuning.json, .md and .png there from what has finished;
+with --size SIZE they are called finetuning_SIZE.
 """
 
 import argparse
@@ -37,7 +38,7 @@ def main() -> None:
         [grid for grid in grids if grid.name in names],
         runs.of(code_of),
         base_model(grids[0].common["pretraining"], chosen.folder),
-        chosen.folder,
+        chosen.folder / f"finetuning{chosen.size and '_' + chosen.size}",
     )
 
 

@@ -1,4 +1,4 @@
-"""The report of the fine-tuning grids: finetuning.json, finetuning.md and finetuning.png."""
+"""The report of the fine-tuning grids: a .json, an .md and a .png of one name."""
 
 from __future__ import annotations
 
@@ -56,21 +56,21 @@ Lines = dict[str, list[Line]]
 """By the name of their grid, which has finished runs."""
 
 
-def report(grids: Sequence[Grid], finished: Sequence[Settings], base: Base, folder: Path) -> None:
+def report(grids: Sequence[Grid], finished: Sequence[Settings], base: Base, path: Path) -> None:
     """Write the three files from the runs finished so far, and print the table.
 
     Args:
         grids: in the order of the table.
         finished: runs of them.
         base: the model that they start from.
-        folder: for the files.
+        path: of the files, without their endings.
     """
     lines = {grid.name: found for grid in grids if (found := lines_of(grid, finished))}
     told = [grid for grid in grids if grid.name in lines]
-    write_json(folder / "finetuning.json", as_json(told, lines, base))
-    text = as_markdown(told, lines, base)
-    write_markdown(folder / "finetuning.md", text)
-    draw(told, lines, before(base), folder / "finetuning.png")
+    write_json(path.with_suffix(".json"), as_json(told, lines, base))
+    text = as_markdown(told, lines, base, path.name)
+    write_markdown(path.with_suffix(".md"), text)
+    draw(told, lines, before(base), path.with_suffix(".png"))
     print(text)
 
 
@@ -147,8 +147,8 @@ def _entry(line: Line, baseline: Line, loss_before: float) -> Settings:
     }
 
 
-def as_markdown(grids: Sequence[Grid], lines: Lines, base: Base) -> str:
-    """The table, how it was made, and every rate that was tried."""
+def as_markdown(grids: Sequence[Grid], lines: Lines, base: Base, name: str) -> str:
+    """The table, how it was made, and every rate that was tried; `name`: of the files beside it."""
     p = base.run["settings"]
     tokens = p["per_device_train_batch_size"] * p["seq_len"]
     commits = sorted({commit for found in lines.values() for line in found for commit in line.row.commits})
@@ -156,7 +156,7 @@ def as_markdown(grids: Sequence[Grid], lines: Lines, base: Base) -> str:
         "# Fine-tuning",
         "",
         "`python -m benchmarks.finetuning FOLDER` (settings: `configs/finetuning.yaml`; all numbers: "
-        f"`finetuning.json`), commit {', '.join(commits) or 'unknown'}.",
+        f"`{name}.json`), commit {', '.join(commits) or 'unknown'}.",
         "",
         f"A LLaMA of {base.run['parameters'] / 1e6:.1f}M parameters, pretrained by AdamW on {p['dataset']} for "
         f"{p['max_steps']} steps of {tokens:,} tokens to a validation loss of {before(base):.3f}, then fine-tuned for "
@@ -176,7 +176,7 @@ def as_markdown(grids: Sequence[Grid], lines: Lines, base: Base) -> str:
         "|---|---|---|",
         *(f"| {grid.title} | {line.row.label} | {_tried(line)} |" for grid in grids for line in lines[grid.name]),
         "",
-        "![Loss of the task against what was forgotten](finetuning.png)",
+        f"![Loss of the task against what was forgotten]({name}.png)",
         "",
     ]
     return "\n".join(text)
