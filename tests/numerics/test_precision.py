@@ -121,6 +121,8 @@ def test_a_cpus_own_products_round_float32_sums_and_nothing_else(monkeypatch: py
 def test_a_block_has_the_same_bits_in_any_stack_and_layout(
     own: bool, m: int, n: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    if own and not p.multiplies_bfloat16():
+        pytest.skip("this processor has no bfloat16 products, so torch's are not used")
     monkeypatch.setattr(p, "multiplies_bfloat16", lambda: own)
     torch.manual_seed(0)
     x, *bases = (torch.randn(4, *shape) for shape in ((m, n), (m, m), (n, n)))
