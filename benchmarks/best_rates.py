@@ -16,8 +16,10 @@ import random
 import statistics
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
+from hf_shampoo4.studies.grid import Point, best_of
+from hf_shampoo4.studies.race_summary import NOISE
 from hf_shampoo4.utils.files import write_json
 from hf_shampoo4.utils.plots import COLOURS, DASHES, MARKERS, picture
 
@@ -38,16 +40,8 @@ FACTORS = (1.0, 4.0, 16.0, 64.0)
 """On the rate of embedding and head, those that the picture shows."""
 SHOWN_ABOVE_BEST = 1.0
 """Nats above the lowest loss of a grid, up to which the picture shows losses."""
-NOISE, DRAWS = 0.02, 2000
-"""Two trainings that differ in nothing but the seed differ by about so much, nats a token."""
-
-
-class Point(NamedTuple):
-    """Where a contestant was run."""
-
-    rate: float
-    factor: float
-
+DRAWS = 2000
+"""Noisy copies of the losses, of which an error is made."""
 
 Losses = Mapping[Point, float]
 
@@ -71,24 +65,32 @@ def losses_of(contestants: Mapping[str, Any]) -> dict[str, dict[Point, float]]:
     for name, losses in found.items():
         for entry in (contestants.get(f"{name}_one", {}), contestants.get(name, {})):
             for tried in entry.get("sweep", []):
-                factors = tried.get("rates", {})
+                point = Point.of(tried)
+                factors = dict(point.rates)
                 if set(factors) <= {"embedding", "head"} and len(set(factors.values())) <= 1:
-                    losses[Point(tried["learning_rate"], float(factors.get("embedding", 1.0)))] = tried["loss"]
+                    losses[point] = tried["loss"]
     return found
 
 
+def factor_of(point: Point) -> float:
+    """On the rate of embedding and head, which is one number where `losses_of` has taken the point."""
+    return point.get("embedding")
+
+
 def summary(found: Mapping[str, Losses]) -> dict[str, Any]:
-    """Of one grid: each contestant's best point, its best rate and factor with their errors, and the ratio of ours to
-    AdamW's, of the matrices' rates and of those of embedding and head."""
+    """Each contestant's best point of a grid, its best rate and factor with their errors, and its best rate where all
+    parameters have one; the ratios of ours to AdamW's, of the matrices' best rates and of the best ones for all.
+    """
     told: dict[str, Any] = {}
     for name, losses in found.items():
-        best = min(losses, key=lambda point: losses[point])
+        best = best_of(losses)
+        at_its_rate = {p: loss for p, loss in losses.items() if p.learning_rate == best.learning_rate}
         told[name] = {
-            "learning_rate": best.rate,
-            "factor": best.factor,
+            "learning_rate": best.learning_rate,
+            "factor": factor_of(best),
             "loss": round(losses[best], 3),
-            "best_rate": estimate(rates_at(losses, best.factor)),
-            "best_factor": estimate({p.factor: loss for p, loss in losses.items() if p.rate == best.rate}),
+            "best_rate": estimate(rates_at(losses, factor_of(best))),
+            "best_factor": estimate({factor_of(p): loss for p, loss in at_its_rate.items()}),
             "one_rate": estimate(rates_at(losses, 1.0)),
         }
     theirs, ours = (told[name] for name in CONTESTANTS)
@@ -99,7 +101,7 @@ def summary(found: Mapping[str, Losses]) -> dict[str, Any]:
 
 def rates_at(losses: Losses, factor: float) -> dict[float, float]:
     """Rate -> loss at one factor."""
-    return {p.rate: loss for p, loss in losses.items() if p.factor == factor}
+    return {p.learning_rate: loss for p, loss in losses.items() if factor_of(p) == factor}
 
 
 def estimate(losses: Mapping[float, float]) -> dict[str, float] | None:
@@ -157,7 +159,7 @@ def draw(found: Mapping[str, Mapping[str, Losses]], path: Path) -> None:
             panel.set_xlabel("learning rate of matrices")
         for panel in axes[:, 0]:
             panel.set_ylabel("final validation loss")
-        ordered = sorted(handles)  # a column of the legend for each factor
+        ordered = sorted(handles)
         figure.legend(
             [handles[key] for key in ordered],
             [f"{CONTESTANTS[name]}, {factor:g}" for name, factor in ordered],
@@ -179,7 +181,7 @@ def _draw_grid(panel: Any, found: Mapping[str, Losses]) -> dict[tuple[str, float
     best = min(loss for losses in found.values() for loss in losses.values())
     panel.set_ylim(best - 0.05, best + SHOWN_ABOVE_BEST)
     panel.set_xscale("log", base=2)
-    ticks = sorted({point.rate for losses in found.values() for point in losses})
+    ticks = sorted({point.learning_rate for losses in found.values() for point in losses})
     panel.set_xticks(ticks, [f"{tick:g}".removeprefix("0") for tick in ticks], rotation=45)
     panel.minorticks_off()
     return handles

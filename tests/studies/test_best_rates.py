@@ -5,7 +5,12 @@ import math
 import numpy as np
 import pytest
 
-from benchmarks.best_rates import NOISE, Point, estimate, losses_of, lowest, ratio, summary
+from benchmarks.best_rates import NOISE, estimate, losses_of, lowest, ratio, summary
+from hf_shampoo4.studies.grid import Point
+
+
+def at(rate: float, factor: float) -> Point:
+    return Point.of({"learning_rate": rate, "rates": {"embedding": factor, "head": factor}})
 
 
 @pytest.mark.parametrize("optimum", [2.1e-3, 3.9e-3, 5.5e-3])
@@ -44,12 +49,17 @@ def test_points_of_both_entries_are_read_and_other_factors_left_out():
         {"learning_rate": 2e-3, "loss": 3.9, "rates": {"embedding": 4.0}},
     ]
     found = losses_of({"adamw_one": {"sweep": [{"learning_rate": 1e-3, "loss": 4.5}]}, "adamw": {"sweep": tried}})
-    assert found["adamw"] == {Point(1e-3, 1.0): 4.5, Point(1e-3, 4.0): 4.0, Point(2e-3, 4.0): 3.9}
+    assert found["adamw"] == {
+        at(1e-3, 1.0): 4.5, at(1e-3, 4.0): 4.0, Point(2e-3, (("embedding", 4.0),)): 3.9
+    }  # fmt: skip
 
 
 def test_ratio_of_two_optima():
-    star = {Point(r, f): math.log(r / 2e-3) ** 2 + math.log(f / 4) ** 2 for r in (1e-3, 2e-3, 4e-3) for f in (1, 4, 16)}
-    told = summary({"adamw": star, "shampoo4bit": {Point(3 * p.rate, p.factor): loss for p, loss in star.items()}})
+    def star(optimum: float) -> dict[Point, float]:
+        rates = (optimum / 2, optimum, 2 * optimum)
+        return {at(r, f): math.log(r / optimum) ** 2 + math.log(f / 4) ** 2 for r in rates for f in (1, 4, 16)}
+
+    told = summary({"adamw": star(2e-3), "shampoo4bit": star(6e-3)})
     assert told["adamw"]["learning_rate"] == 2e-3
     assert told["adamw"]["factor"] == 4
     assert told["adamw"]["best_factor"]["value"] == pytest.approx(4)
