@@ -151,12 +151,13 @@ def as_markdown(grids: Sequence[Grid], lines: Lines, base: Base, name: str) -> s
     """The table, how it was made, and every rate that was tried; `name`: of the files beside it."""
     p = base.run["settings"]
     tokens = p["per_device_train_batch_size"] * p["seq_len"]
+    size = name.partition("_")[2]
     commits = sorted({commit for found in lines.values() for line in found for commit in line.row.commits})
     text = [
         "# Fine-tuning",
         "",
-        "`python -m benchmarks.finetuning FOLDER` (settings: `configs/finetuning.yaml`; all numbers: "
-        f"`{name}.json`), commit {', '.join(commits) or 'unknown'}.",
+        f"`python -m benchmarks.finetuning FOLDER{size and f' --size {size}'}` (settings: `configs/finetuning.yaml`; "
+        f"all numbers: `{name}.json`), commit {', '.join(commits) or 'unknown'}.",
         "",
         f"A LLaMA of {base.run['parameters'] / 1e6:.1f}M parameters, pretrained by AdamW on {p['dataset']} for "
         f"{p['max_steps']} steps of {tokens:,} tokens to a validation loss of {before(base):.3f}, then fine-tuned for "

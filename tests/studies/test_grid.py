@@ -139,7 +139,8 @@ def test_a_contestant_like_another_one_differs_in_what_it_says_alone(monkeypatch
 )
 def test_the_long_grids_see_20_tokens_a_parameter(name: str, parameters: int, tmp_path) -> None:
     common = read_grid(name).common
-    tokens = common["max_steps"] * common["per_device_train_batch_size"] * common["seq_len"]
+    batch = common["per_device_train_batch_size"] * common.get("gradient_accumulation_steps", 1)
+    tokens = common["max_steps"] * batch * common["seq_len"]
     assert 20 <= tokens / parameters < 21
     model = parse({**common, "output_dir": str(tmp_path)}).model
     assert build_model(model, common["vocab_size"]).num_parameters() == parameters
