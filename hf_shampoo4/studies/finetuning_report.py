@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_shampoo4.studies.finetuning import Base
-from hf_shampoo4.studies.grid import Contestant, Grid, Settings
+from hf_shampoo4.studies.grid import Contestant, Grid, Settings, tokens_a_step
 from hf_shampoo4.studies.machine import machine
 from hf_shampoo4.studies.race_report import sweep_state, write_markdown
 from hf_shampoo4.studies.race_results import Row, rows_of
@@ -150,7 +150,6 @@ def _entry(line: Line, baseline: Line, loss_before: float) -> Settings:
 def as_markdown(grids: Sequence[Grid], lines: Lines, base: Base, name: str) -> str:
     """The table, how it was made, and every rate that was tried; `name`: of the files beside it."""
     p = base.run["settings"]
-    tokens = p["per_device_train_batch_size"] * p["seq_len"]
     size = name.partition("_")[2]
     commits = sorted({commit for found in lines.values() for line in found for commit in line.row.commits})
     text = [
@@ -160,9 +159,10 @@ def as_markdown(grids: Sequence[Grid], lines: Lines, base: Base, name: str) -> s
         f"all numbers: `{name}.json`), commit {', '.join(commits) or 'unknown'}.",
         "",
         f"A LLaMA of {base.run['parameters'] / 1e6:.1f}M parameters, pretrained by AdamW on {p['dataset']} for "
-        f"{p['max_steps']} steps of {tokens:,} tokens to a validation loss of {before(base):.3f}, then fine-tuned for "
-        f"{grids[0].common['max_steps'] if grids else 0} steps. Loss: validation, of the task, at the best rate; the "
-        "last rates of a sweep lie factors of 2 apart, and it is closed when the best has a worse one on either side. "
+        f"{p['max_steps']} steps of {tokens_a_step(p):,} tokens to a validation loss of {before(base):.3f}, then "
+        f"fine-tuned for {grids[0].common['max_steps'] if grids else 0} steps. Loss: validation, of the task, at the "
+        "best rate; the last rates of a sweep lie factors of 2 apart, and it is closed when the best has a worse one "
+        "on either side. "
         "Seconds: processor time for training, on one thread. First corpus: how much the validation loss of the "
         "pretraining has risen, at that rate; and the loss of the task where that rise is AdamW's, on a line "
         "between two rates of the first seed.",

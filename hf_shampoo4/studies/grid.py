@@ -18,6 +18,16 @@ COORDINATES = (RATE, *KINDS)
 """What can be swept: the rate of all parameters together, and the factor on it of one kind."""
 
 
+def pieces(settings: Mapping[str, Any]) -> int:
+    """How many forward and backward passes make a step."""
+    return int(settings.get("gradient_accumulation_steps", 1))
+
+
+def tokens_a_step(settings: Mapping[str, Any]) -> int:
+    """Of a run on one process."""
+    return int(settings["per_device_train_batch_size"]) * pieces(settings) * int(settings["seq_len"])
+
+
 @dataclass(frozen=True)
 class Point:
     """Where a contestant is run."""

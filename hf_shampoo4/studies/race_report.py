@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from hf_shampoo4.exceptions import ConfigError
-from hf_shampoo4.studies.grid import RATE, Grid, Point, Settings
+from hf_shampoo4.studies.grid import RATE, Grid, Point, Settings, tokens_a_step
 from hf_shampoo4.studies.machine import machine
 from hf_shampoo4.studies.race_pictures import draw_bytes, draw_curves, draw_shares
 from hf_shampoo4.studies.race_results import Row, gain_and_noise, rows_of
@@ -113,7 +113,6 @@ def _heading(grid: Grid, rows: Sequence[Row]) -> list[str]:
 
 def _how_it_was_made(grid: Grid, baseline: Row, times: Times | None) -> list[str]:
     c = grid.common
-    tokens = c["per_device_train_batch_size"] * c["seq_len"]
     measured = "Seconds are processor time for training, in which"
     if times:
         measured = (
@@ -122,7 +121,7 @@ def _how_it_was_made(grid: Grid, baseline: Row, times: Times | None) -> list[str
         )
     return [
         f"Model {c['model']}{' with ' + c['model_overrides'] if c.get('model_overrides') else ''}, corpus "
-        f"{c['dataset']}, {c['max_steps']} steps of {tokens:,} tokens; final validation loss on "
+        f"{c['dataset']}, {c['max_steps']} steps of {tokens_a_step(c):,} tokens; final validation loss on "
         f"{c['max_validation_sequences']} sequences. A seed is that of the weights and of the data's order, the same "
         "for all contestants. A kind's learning rate is the one in the second column times the factor in the third (1 "
         f"where none is given). {measured} the model's forward and backward "

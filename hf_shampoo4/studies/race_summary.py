@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hf_shampoo4.integrations.trainer import OPTIMS
-from hf_shampoo4.studies.grid import RATE, Settings, read_grid
+from hf_shampoo4.studies.grid import RATE, Settings, read_grid, tokens_a_step
 from hf_shampoo4.studies.measured_run import steps_to
 from hf_shampoo4.studies.race_report import write_markdown
 from hf_shampoo4.training.config import config_root, read_config
@@ -94,7 +94,7 @@ def comparisons(name: str, told: Settings) -> list[Comparison]:
     )
     chosen[BEST] = next(iter(others), "")
     common = told["common"]
-    size = f"{common['max_steps']:,}, {common['per_device_train_batch_size'] * common['seq_len']:,}"
+    size = f"{common['max_steps']:,}, {tokens_a_step(common):,}"
     return [
         _compared(name, told["title"], size, role, ours, there[key])
         for role, key in chosen.items()

@@ -25,7 +25,7 @@ from hf_shampoo4.options import Options, users_of
 from hf_shampoo4.preconditioners.algorithms import intervals
 from hf_shampoo4.studies.bench import peak_beyond
 from hf_shampoo4.studies.code_version import commit
-from hf_shampoo4.studies.grid import Contestant, Settings
+from hf_shampoo4.studies.grid import Contestant, Settings, pieces
 from hf_shampoo4.studies.machine import machine, state_bytes
 from hf_shampoo4.studies.peers import optimizer_of, train_settings
 from hf_shampoo4.training.model import build_model
@@ -53,7 +53,7 @@ class Times:
     """Of a grid's contestants, by name."""
 
     model_ms: float
-    """Median of forward and backward."""
+    """Median of forward and backward, of all pieces of a step."""
     steps: Mapping[str, StepTime]
     machine: Mapping[str, Any]
     commit: str
@@ -169,7 +169,7 @@ def measure_times(contestants: Sequence[Contestant], path: Path, steps: int = ST
     unit = statistics.median(s for racer in racers.values() for s in racer.model_seconds[FIRST:])
     rounds = [statistics.median(each) for each in zip(*(r.model_seconds for r in racers.values()), strict=True)]
     found = {c.name: _told(c.name, racers, [1e3 * unit / s for s in rounds]) for c in contestants}
-    times = Times(round(1e3 * unit, 2), found, machine(), commit())
+    times = Times(round(1e3 * unit * pieces(common), 2), found, machine(), commit())
     write_json(path, asdict(times))
     return times
 

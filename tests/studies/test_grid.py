@@ -11,7 +11,7 @@ from transformers import get_scheduler
 from hf_shampoo4.exceptions import ConfigError
 from hf_shampoo4.integrations.trainer import OPTIMS
 from hf_shampoo4.options import parse_optim_args
-from hf_shampoo4.studies.grid import Contestant, Point, read_grid, some_of
+from hf_shampoo4.studies.grid import Contestant, Point, read_grid, some_of, tokens_a_step
 from hf_shampoo4.studies.peers import PEERS
 from hf_shampoo4.training.config import config_root, read_config
 from hf_shampoo4.training.model import build_model
@@ -139,9 +139,7 @@ def test_a_contestant_like_another_one_differs_in_what_it_says_alone(monkeypatch
 )
 def test_the_long_grids_see_20_tokens_a_parameter(name: str, parameters: int, tmp_path) -> None:
     common = read_grid(name).common
-    batch = common["per_device_train_batch_size"] * common.get("gradient_accumulation_steps", 1)
-    tokens = common["max_steps"] * batch * common["seq_len"]
-    assert 20 <= tokens / parameters < 21
+    assert 20 <= common["max_steps"] * tokens_a_step(common) / parameters < 21
     model = parse({**common, "output_dir": str(tmp_path)}).model
     assert build_model(model, common["vocab_size"]).num_parameters() == parameters
 
