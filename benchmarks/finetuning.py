@@ -38,7 +38,8 @@ def main() -> None:
         [grid for grid in grids if grid.name in names],
         runs.of(code_of),
         base_model(grids[0].common["pretraining"], chosen.folder),
-        chosen.folder / f"finetuning{chosen.size and '_' + chosen.size}",
+        chosen.folder,
+        chosen.size,
     )
 
 

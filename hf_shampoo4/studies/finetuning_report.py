@@ -56,22 +56,29 @@ Lines = dict[str, list[Line]]
 """By the name of their grid, which has finished runs."""
 
 
-def report(grids: Sequence[Grid], finished: Sequence[Settings], base: Base, path: Path) -> None:
+def report(grids: Sequence[Grid], finished: Sequence[Settings], base: Base, folder: Path, size: str = "") -> None:
     """Write the three files from the runs finished so far, and print the table.
 
     Args:
         grids: in the order of the table.
         finished: runs of them.
         base: the model that they start from.
-        path: of the files, without their endings.
+        folder: of the files.
+        size: of the model, as `read_grids` has it; part of the files' names and of the command that makes them.
     """
     lines = {grid.name: found for grid in grids if (found := lines_of(grid, finished))}
     told = [grid for grid in grids if grid.name in lines]
+    path = folder / _name(size)
     write_json(path.with_suffix(".json"), as_json(told, lines, base))
-    text = as_markdown(told, lines, base, path.name)
+    text = as_markdown(told, lines, base, size)
     write_markdown(path.with_suffix(".md"), text)
     draw(told, lines, before(base), path.with_suffix(".png"))
     print(text)
+
+
+def _name(size: str) -> str:
+    """Of the three files, without their endings."""
+    return f"finetuning_{size}" if size else "finetuning"
 
 
 def lines_of(grid: Grid, finished: Sequence[Settings]) -> list[Line]:
@@ -147,16 +154,16 @@ def _entry(line: Line, baseline: Line, loss_before: float) -> Settings:
     }
 
 
-def as_markdown(grids: Sequence[Grid], lines: Lines, base: Base, name: str) -> str:
-    """The table, how it was made, and every rate that was tried; `name`: of the files beside it."""
+def as_markdown(grids: Sequence[Grid], lines: Lines, base: Base, size: str) -> str:
+    """The table, how it was made, and every rate that was tried; `size`: as for `report`."""
     p = base.run["settings"]
-    size = name.partition("_")[2]
+    name, command = _name(size), f"python -m benchmarks.finetuning FOLDER{f' --size {size}' if size else ''}"
     commits = sorted({commit for found in lines.values() for line in found for commit in line.row.commits})
     text = [
         "# Fine-tuning",
         "",
-        f"`python -m benchmarks.finetuning FOLDER{size and f' --size {size}'}` (settings: `configs/finetuning.yaml`; "
-        f"all numbers: `{name}.json`), commit {', '.join(commits) or 'unknown'}.",
+        f"`{command}` (settings: `configs/finetuning.yaml`; all numbers: `{name}.json`), commit "
+        f"{', '.join(commits) or 'unknown'}.",
         "",
         f"A LLaMA of {base.run['parameters'] / 1e6:.1f}M parameters, pretrained by AdamW on {p['dataset']} for "
         f"{p['max_steps']} steps of {tokens_a_step(p):,} tokens to a validation loss of {before(base):.3f}, then "

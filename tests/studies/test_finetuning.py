@@ -103,7 +103,7 @@ def test_the_report_has_every_grid_that_has_runs(tmp_path: Path, capsys: pytest.
         carry_out(replace(grids()[name], seeds=(0, 1)), runs, sweep=True, study=made)
     pretraining = {"settings": grids()["kjv_full"].common["pretraining"], "parameters": 4_700_000,
                    "validation": [[0, 8.0], [500, 3.4]], "commit": "abc"}  # fmt: skip
-    report(read_grids(), runs.of(made.code_of), Base(tmp_path, pretraining), tmp_path / "finetuning")
+    report(read_grids(), runs.of(made.code_of), Base(tmp_path, pretraining), tmp_path)
     found = json.loads((tmp_path / "finetuning.json").read_text())
     assert list(found["grids"]) == ["kjv_full", "instructions_full", "kjv_lora8"]
     ours = found["grids"]["kjv_full"]["contestants"]["shampoo4bit"]
@@ -117,6 +117,10 @@ def test_the_report_has_every_grid_that_has_runs(tmp_path: Path, capsys: pytest.
     )
     with Image.open(tmp_path / "finetuning.png") as drawn:
         assert min(drawn.size) > 400
+    report(read_grids("small"), [], Base(tmp_path, pretraining), tmp_path, "small")
+    told = (tmp_path / "finetuning_small.md").read_text()
+    assert "`python -m benchmarks.finetuning FOLDER --size small` (" in told
+    assert "all numbers: `finetuning_small.json`" in told
 
 
 def test_a_run_by_an_optimizer_without_a_name_of_the_trainers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
