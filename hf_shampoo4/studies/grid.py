@@ -19,7 +19,9 @@ COORDINATES = (RATE, *KINDS)
 
 
 def pieces(settings: Mapping[str, Any]) -> int:
-    """How many forward and backward passes make a step."""
+    """How many forward and backward passes make a step of a run on one process."""
+    if total := settings.get("total_batch_size"):
+        return int(total) // int(settings["per_device_train_batch_size"])
     return int(settings.get("gradient_accumulation_steps", 1))
 
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
 
 from hf_shampoo4 import cli
 from hf_shampoo4.options import Options
-from hf_shampoo4.studies.grid import read_grid
+from hf_shampoo4.studies import race_times
+from hf_shampoo4.studies.grid import Contestant, Point, read_grid, tokens_a_step
 from hf_shampoo4.studies.peers import code_of
 from hf_shampoo4.studies.race_peaks import peaks_of
 from hf_shampoo4.studies.race_times import StepTime, Times, pace_of
@@ -54,6 +56,32 @@ def test_seconds_follow_the_schedule_between_the_two_paces() -> None:
     assert measured.seconds("a", OURS, [40, 140])[1] - measured.seconds("a", OURS, [40])[0] == pytest.approx(12.0)
     assert at_140 > at_20
     assert times(5.0, 5.0).seconds("a", {"optim": "adamw_torch"}, [0, 100]) == pytest.approx([0.0, 10.5])
+
+
+class Clockwork:
+    """A racer whose forward and backward take 10 ms and whose optimizer takes 2."""
+
+    def __init__(self, settings: dict) -> None:
+        self.model_seconds: list[float] = []
+        self.optimizer_seconds: list[float] = []
+
+    def gradients(self, tokens: torch.Tensor) -> None:
+        self.model_seconds.append(0.010)
+
+    def update(self) -> None:
+        self.optimizer_seconds.append(0.002)
+
+
+@pytest.mark.parametrize("batch", [{"gradient_accumulation_steps": 8}, {"total_batch_size": 32}])
+def test_a_step_has_all_pieces_of_its_batch(tmp_path, monkeypatch, batch: dict) -> None:
+    monkeypatch.setattr(race_times, "Racer", Clockwork)
+    settings = {"optim": "adamw_torch", "vocab_size": 8, "seq_len": 16, "per_device_train_batch_size": 4, **batch}
+    assert tokens_a_step(settings) == 4 * 8 * 16
+    contestant = Contestant("adamw", "AdamW", (Point(1e-3, ()),), (), settings)
+    told = race_times.measure_times([contestant], tmp_path / "times.json")
+    assert told.model_ms == pytest.approx(8 * 10)
+    assert told.steps["adamw"].optimizer_ms == pytest.approx(2)
+    assert told.seconds("adamw", settings, [100]) == pytest.approx([8.2])
 
 
 def test_a_quick_measurement_and_its_file(tmp_path, capsys) -> None:
