@@ -28,7 +28,7 @@ them: queries, latents, scales, and two of weights (`fn` and `hc_fn` of hyper-co
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -88,9 +88,10 @@ class _Place(NamedTuple):
 
 def param_groups(
     model: nn.Module,
-    weight_decay: float = 0.0,
+    weight_decay: float | None = None,
     is_target: Callable[[str, nn.Module], bool] | None = None,
     head: Mapping[str, Any] | None = None,
+    decayed: Collection[str] | None = None,
 ) -> list[dict[str, Any]]:
     """Named parameter groups for `Shampoo4bit`: matrices first, then vocabularies, then what the base alone updates.
 
@@ -101,9 +102,10 @@ def param_groups(
 
     Args:
         model: any module; frozen parameters are left out, a shared parameter is taken once.
-        weight_decay: of the decayed groups; the others get 0.
+        weight_decay: of the decayed groups; the others get 0.  Default: what the optimizer is given.
         is_target: tells by a module's name and the module whether its parameters may be preconditioned (default: yes).
         head: options that the output head alone gets, in a group of its own (tied: with the embedding that it is).
+        decayed: the names of the parameters that are decayed, instead of those above.
 
     Returns:
         Groups `{"params": [(name, parameter), ...], "weight_decay": ..., "kind": ..., ...}`, each of one kind
@@ -122,12 +124,13 @@ def param_groups(
             treatment, why = "elementwise", f"{why}, not a target"
         note_purpose(parameter, why)
         undecayed = len(shape) < 2 or key in norms or bool(_NO_DECAY_NAME.search(name))
+        undecayed = undecayed if decayed is None else name not in decayed
         of_head = bool(head) and key in heads
         members.setdefault((order.index(treatment), kind, of_head, undecayed), []).append((name, parameter))
     return [
         {
             "params": named,
-            "weight_decay": 0.0 if undecayed else weight_decay,
+            **({"weight_decay": 0.0} if undecayed else {} if weight_decay is None else {"weight_decay": weight_decay}),
             "kind": kind,
             **_TREATMENTS[order[treatment]],
             **(head if head and of_head else {}),

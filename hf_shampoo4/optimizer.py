@@ -152,6 +152,7 @@ class Shampoo4bit(torch.optim.Optimizer):
         with plans.equal_replicas.step():
             for unit in units if agreed.present else ():
                 run(self._wave_steps(unit, agreed))  # collect gradients, update blocks, send updates, apply them
+                plans.of_unit[unit.key].seal()
             agreed.failures.raise_on_all()
         return loss
 
@@ -172,6 +173,7 @@ class Shampoo4bit(torch.optim.Optimizer):
         for before in self._optimizer_state_dict_pre_hooks.values():
             before(self)
         with self.groups.restored(self.state):
+            self._plans.reclaim(self.state)
             spread = self._spread.full()
             found = saved(self.param_groups, self.state, spread)
             is_packed = any(in_fsdp1(p) for group in self.param_groups for p in group["params"])
@@ -185,6 +187,7 @@ class Shampoo4bit(torch.optim.Optimizer):
 
         Every rank must call it.  It is kept in the CPU's memory until the next step, and not done twice before that.
         """
+        self._plans.reclaim(self.state)
         self._spread.consolidate()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -259,6 +262,7 @@ class Shampoo4bit(torch.optim.Optimizer):
                 "which rank owns which block is known after the first step (also after loading, and after groups were "
                 "put into param_groups or turned round there)"
             )
+        self._plans.reclaim(self.state)
         return {name: row for wave in self.waves() for name, row in wave.state.named_blocks(owned=True).items()}
 
     def _load(self, state_dict: Any, awaited: Set[str] = frozenset()) -> None:

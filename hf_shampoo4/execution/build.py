@@ -11,7 +11,6 @@ import torch
 from ..numerics.memory import keep_freed_memory
 from ..numerics.precision import lacks
 from ..numerics.quantize import without_kernels
-from ..numerics.storage import allocate
 from ..options import Options, require
 from ..preconditioners.protocols import Algorithm
 from ..sharding.agreement import gather_or_raise
@@ -22,7 +21,7 @@ from ..sharding.owners import assign
 from ..sharding.placement import Placement, ranges
 from .apply import Machine, agree_on_kernels, all_apply, this_machine
 from .blocking import Block, blocks_of, in_waves, loads_of, phases_of, wave_elements
-from .waves import BlockStack, Wave, WaveParameter
+from .waves import BlockStack, Wave, WaveParameter, new_state
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -190,8 +189,7 @@ def _stack(
 ) -> BlockStack:
     membership = torch.zeros((members, len(rows)), dtype=torch.float32, device="cpu")
     membership[[m for m, *_ in rows], list(range(len(rows)))] = 1.0
-    state = {name: allocate(storage, len(rows), device) for name, storage in algorithm.storages().items()}
-    algorithm.initialise(state)
+    state = new_state(algorithm, len(rows), device)
     seed_offsets = torch.tensor([seed_offset for _, _, seed_offset, _ in rows], dtype=torch.int32, device=device)
     phases = [phase for *_, phase in rows]
     return BlockStack(algorithm, [block for _, block, *_ in rows], membership.to(device), seed_offsets, phases, state)

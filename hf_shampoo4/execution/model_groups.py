@@ -1,7 +1,9 @@
 """The parameter groups of an optimizer as the model has them, whatever an engine has put in their place.
 
-DeepSpeed replaces a group's parameters by flat tensors of its own, and calls `step` with some of the groups only.  The
-model's parameters are remembered weakly, so that nothing is kept alive under FSDP2, which replaces them for good.
+DeepSpeed replaces a group's parameters by flat tensors of its own, and calls `step` with some of the groups only: the
+list that a group had is kept, with the model's parameters in it.  Not by weak references: torch does not move a module
+whose parameters are DTensors that have some.  And not beyond the first plan where others than DeepSpeed have replaced
+them, FSDP2 for good.
 """
 
 from __future__ import annotations
@@ -9,7 +11,6 @@ from __future__ import annotations
 import difflib
 import hashlib
 import math
-import weakref
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -38,7 +39,7 @@ class ModelGroups:
 
     def __init__(self, groups: Sequence[Group] = ()) -> None:
         self.groups: list[Group] = []
-        self._models: list[list[weakref.ref[Tensor]]] = []
+        self._models: list[list[Tensor]] = []
         self._purposes: list[list[str]] = []
         self._shared_names: set[str] = set()
         self._digest = ""
@@ -53,7 +54,7 @@ class ModelGroups:
     def add(self, group: Group) -> None:
         """A group that the optimizer has been given."""
         self.groups.append(group)
-        self._models.append([weakref.ref(p) for p in group["params"]])
+        self._models.append(group["params"])  # accelerate empties this very list before FSDP2 cuts the model
         # only `param_groups` says of which kind a group is
         self._purposes.append([noted_purpose(p) if group["kind"] != "any" else "" for p in group["params"]])
         self._shared_names = _shared_names(self.groups)
@@ -92,18 +93,17 @@ class ModelGroups:
 
     def is_replaced(self, index: int) -> bool:
         """Whether DeepSpeed has put its own tensors in the place of the parameters of group `index`."""
-        for ref in self._models[index]:
-            p = ref()
-            if p is not None and in_deepspeed(p):
-                return True
-        return False
+        return any(map(in_deepspeed, self._models[index]))
 
     def parameters(self, index: int) -> list[Tensor]:
         """The parameters of group `index`: the model's, also where DeepSpeed has put its own tensors in their place."""
         if not self.is_replaced(index):
             return self.groups[index]["params"]
-        models = (ref() for ref in self._models[index])
-        return [p for p in models if p is not None]
+        return self._models[index]
+
+    def let_go(self) -> None:
+        """Of parameters that others have taken the place of for good: a plan is made."""
+        self._models = [self.parameters(index) for index in range(len(self.groups))]
 
     def every_parameter(self) -> list[Tensor]:
         """Of all groups."""
@@ -111,7 +111,7 @@ class ModelGroups:
 
     def model_ids(self) -> set[int]:
         """The ids of the tensors that were in the groups when these were added."""
-        return {id(ref()) for refs in self._models for ref in refs}
+        return {id(p) for models in self._models for p in models}
 
     def named(self, index: int) -> list[tuple[str, Tensor]]:
         """The parameters of group `index`, each with a name that is the same in every run: its own, or its position.

@@ -26,7 +26,7 @@ from .build import build
 from .equal_replicas import EqualReplicas
 from .model_groups import ModelGroups
 from .state_layout import Entry, foreign_state, own_state
-from .units import Key, Standing, Unit, UnitPlan, is_lost, units_of, warn_of_fresh
+from .units import Key, Lent, Standing, Unit, UnitPlan, is_lost, units_of, warn_of_fresh
 from .waves import Wave
 
 PUT_AWAY = -1
@@ -99,6 +99,14 @@ class Plans:
         plan = self.of_unit.get(unit.key)
         return plan is None or plan.identity != unit.identity() or not plan.holds(state)
 
+    def reclaim(self, state: State) -> None:
+        """What others have put in the place of the waves' state since the last step goes into it: it is to be read."""
+        for plan in self.of_unit.values():
+            if not plan.holds(state):
+                for wave in plan.waves:
+                    entries = _entries(wave, state)
+                    wave.state.copy_whole(entries, wave.state.map.are_dtensors(entries))
+
     def replicas(self, units: Sequence[Unit]) -> list[LocalParameter]:
         """Plain tensors that every rank has."""
         waves = [wave for unit in units if unit.key in self.of_unit for wave in self.of_unit[unit.key].waves]
@@ -137,17 +145,20 @@ class Plans:
         planned = self._built(units, state)
         for wave in [wave for waves in planned for wave in waves]:
             wave.state.load(_entries(wave, state))
-            _put(wave, wave.state.local(), state)
+            _put(wave, wave.state.lent(), state)
         self._read(units, planned, before)
         self._count_updates([wave for waves in planned for wave in waves])
         for unit, of_unit, waves, old in zip(units, now, planned, before, strict=True):
-            views = {local.parameter: own_state(state[local.parameter]) for local in unit.members}
+            entries = {local.parameter: own_state(state[local.parameter]) for local in unit.members}
+            views = {p: {key: Lent.of(t) for key, t in entry.items()} for p, entry in entries.items()}
             others = (plan.start for (index, _), plan in self.of_unit.items() if index == unit.key[0])
             start = old.step if old else next(others, unit.group["step"])
             everything = set(self.groups.parameters(unit.key[0]))
-            self.of_unit[unit.key] = UnitPlan(unit.identity(), everything, views, waves, of_unit, start, start)
+            self.of_unit[unit.key] = plan = UnitPlan(unit.identity(), everything, views, waves, of_unit, start, start)
+            plan.seal()
         for key in left_behind:
             del self.of_unit[key]
+        self.groups.let_go()
         self.equal_replicas.begin()
         if ranks.world > 1:
             with all_or_none(ranks):
@@ -207,7 +218,7 @@ class Plans:
         Raises:
             RuntimeError: see `is_lost`.
         """
-        before = {p: entry for plan in self.of_unit.values() for p, entry in plan.state.items()}
+        before = {p: entry.keys() for plan in self.of_unit.values() for p, entry in plan.state.items()}
         here = set(self.groups.every_parameter())
         ranks = gather_or_raise(
             self.ranks, lambda: [[self._standing(local, before, state) for local in unit.candidates] for unit in units]
@@ -234,8 +245,8 @@ class Plans:
             )
         return surveyed, dropped
 
-    def _standing(self, local: LocalParameter, before: Mapping[Tensor, Entry], state: State) -> Standing:
-        """How one parameter's state is on this rank; `before` is what the plan before had."""
+    def _standing(self, local: LocalParameter, before: Mapping[Tensor, Set[str]], state: State) -> Standing:
+        """How one parameter's state is on this rank; `before` has the keys of what the plan before had."""
         p = local.parameter
         had, has = set(before.get(p, ())), set(own_state(state.get(p, {})))
         complete = had <= has

@@ -60,7 +60,7 @@ class StateMap:
     `send` saving.
     """
 
-    def __init__(self, wave: Wave, local: Mapping[int, Entry]) -> None:
+    def __init__(self, wave: Wave) -> None:
         self.wave = wave
         self.groups = [
             (m, algorithm)
@@ -78,7 +78,11 @@ class StateMap:
                 BlockedParameter(placement, MatrixView(1, 1, len(rows)), rects, [member.owners[i] for i in rows])
             )
             self.first.append(self.first[-1] + len(rows))
-        self.local_rows = [{key: local[m][key] for key in self.layout(g)} for g, (m, _) in enumerate(self.groups)]
+
+    def local_rows(self) -> list[Entry]:
+        """The rows that this rank keeps, views."""
+        local = self.wave.state.local()
+        return [{key: local[m][key] for key in self.layout(g)} for g, (m, _) in enumerate(self.groups)]
 
     @cached_property
     def route(self) -> Route:
@@ -133,12 +137,23 @@ class StateMap:
             found[m].update({key: _as_saved(t, self.wave.members[m].parameter, blocks) for key, t in rows[g].items()})
         return found
 
-    def move(self, transfer: Transfer, purpose: str, source: list[Entry], target: list[Entry]) -> None:
-        """Copy rows from where they are to where the exchange says, all of them in one all-to-all."""
+    def save(self, full: list[Entry]) -> None:
+        """Copy the local rows of all ranks to where full state has them; every rank must call it."""
+        self._move(self.route.send, "save", (self.local_rows(), True), (full, False))
+
+    def load(self, full: list[Entry], groups: Sequence[bool]) -> None:
+        """Copy rows of some groups from where full state has them into the local ones; every rank must call it."""
+        wanted = self.route.collect.of_blocks(self.rows_of(groups))
+        self._move(wanted, "load", (full, False), (self.local_rows(), True))
+
+    def _move(
+        self, transfer: Transfer, purpose: str, source: tuple[list[Entry], bool], target: tuple[list[Entry], bool]
+    ) -> None:
+        """In one all-to-all; `source` and `target` say whether they are local rows."""
         ranks, device = self.wave.ranks, self.wave.device
         with all_or_none(ranks):
-            outgoing = {rank: self.rows_at(pieces, source) for rank, pieces in transfer.out.items()}
-            incoming = {rank: self.rows_at(pieces, target) for rank, pieces in transfer.into.items()}
+            outgoing = {rank: self.rows_at(pieces, *source) for rank, pieces in transfer.out.items()}
+            incoming = {rank: self.rows_at(pieces, *target) for rank, pieces in transfer.into.items()}
             for here, there in zip(incoming.get(ranks.rank, ()), outgoing.get(ranks.rank, ()), strict=True):
                 here.write(there.read())
             out = {rank: packed([rows.read() for rows in found], device) for rank, found in outgoing.items()}
@@ -152,7 +167,7 @@ class StateMap:
                 for rows, values in zip(incoming.get(rank, ()), received, strict=True):
                     rows.write(values)
 
-    def rows_at(self, pieces: Sequence[Piece], tensors: list[Entry]) -> list[Rows]:
+    def rows_at(self, pieces: Sequence[Piece], tensors: list[Entry], local: bool) -> list[Rows]:
         """The rows, of every tensor of the groups, that the pieces are of."""
         found = []
         by_group: dict[int, list[Piece]] = {}
@@ -160,7 +175,7 @@ class StateMap:
             by_group.setdefault(piece.member, []).append(piece)
         for g, members in by_group.items():
             rows = [piece.offset for piece in members]
-            if tensors is self.local_rows:
+            if local:
                 position = {k: i for i, k in enumerate(self.kept_blocks(g))}
                 rows = [position[piece.block - self.first[g]] for piece in members]
             index = index_of(rows, self.wave.device)

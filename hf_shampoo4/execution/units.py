@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import warnings
+import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -13,7 +14,6 @@ from ..options import NAMES
 from ..sharding.deepspeed import deepspeed_parameters
 from ..sharding.local_parameter import LocalParameter, local_parameter
 from .model_groups import Group, ModelGroups
-from .state_layout import Entry
 from .waves import Wave
 
 Key = tuple[int, int]
@@ -36,6 +36,22 @@ class Unit(NamedTuple):
         return [self.group[name] for name in NAMES], live
 
 
+class Lent(NamedTuple):
+    """A state tensor as a plan has left it in `optimizer.state`."""
+
+    tensor: weakref.ref[Tensor]
+    address: int
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> Lent:
+        """As it is now."""
+        return cls(weakref.ref(tensor), tensor.data_ptr())
+
+    def is_still(self, there: Tensor | None) -> bool:
+        """Whether it is that very tensor, in the same memory (`there.data = ...` gives it another)."""
+        return there is not None and self.tensor() is there and there.data_ptr() == self.address
+
+
 @dataclass
 class UnitPlan:
     """A unit's waves, and what they were built on."""
@@ -43,7 +59,7 @@ class UnitPlan:
     identity: Any
     everything: set[Tensor]
     """All parameters of the group, frozen ones too."""
-    state: dict[Tensor, Entry]
+    state: dict[Tensor, dict[str, Lent]]
     """The very tensors that the waves work on."""
     waves: list[Wave]
     structure: dict[str, Any]
@@ -52,6 +68,8 @@ class UnitPlan:
     """The group's step before any of its units was updated."""
     step: int
     """The group's step at which this one was updated last."""
+    versions: list[int] = field(default_factory=list)
+    """Of the counts of updates in the waves' state."""
 
     def count(self, group: Group) -> int:
         """One more step; of several units of a group, the first counts the group's.
@@ -59,19 +77,30 @@ class UnitPlan:
         Returns:
             The number of the step.
         """
+        if group["step"] not in (self.step, self.step + 1):  # put back by hand
+            self.step = group["step"]
         if self.step == group["step"]:
             group["step"] += 1
         self.step = group["step"]
         return self.step
 
     def holds(self, state: Mapping[Any, Any]) -> bool:
-        """Whether `state` still has the very tensors that the waves work on (offloading replaces them)."""
+        """Whether `state` still has the very tensors that the waves work on (offloading replaces them), and these have
+        the counts that the last step left there (an earlier state may have been copied into them)."""
         for p, entry in self.state.items():
             there = state[p]
-            for key, tensor in entry.items():
-                if there.get(key) is not tensor:
+            for key, lent in entry.items():
+                if not lent.is_still(there.get(key)):
                     return False
-        return True
+        return self.versions == self._versions()
+
+    def seal(self) -> None:
+        """A step is made, or its plan."""
+        self.versions = self._versions()
+
+    def _versions(self) -> list[int]:
+        counts = [stack.state["steps"]["dense"] for wave in self.waves for stack in wave.stacks]
+        return [0 if count.is_inference() else count._version for count in counts]
 
 
 def units_of(

@@ -15,7 +15,7 @@ from .state_layout import Entry, StateKey, is_partial, state_layout
 from .state_map import StateMap
 
 if TYPE_CHECKING:
-    from .waves import Wave
+    from .waves import BlockStack, Wave
 
 
 class WaveState:
@@ -27,7 +27,7 @@ class WaveState:
     @cached_property
     def map(self) -> StateMap:
         """Between local and full state."""
-        return StateMap(self.wave, self.local())
+        return StateMap(self.wave)
 
     def local(self) -> dict[int, Entry]:
         """Member -> the rows of its state that this rank keeps, as views of the stacks.
@@ -43,15 +43,28 @@ class WaveState:
                 key: torch.empty((0, *shape[1:]), dtype=dtype, device=wave.device) for key, (shape, dtype) in layout
             }
         for stack in wave.stacks:
-            start = 0
-            for m in sorted({wave.member_of[block] for block in stack.blocks}):
+            start, state = 0, stack.state
+            for m in self._members_of(stack):
                 count = sum(wave.member_of[block] == m for block in stack.blocks)
-                for tensor, buffers in stack.state.items():
+                for tensor, buffers in state.items():
                     for name, buffer in buffers.items():
                         key = str(StateKey.of(stack.algorithm.shape, tensor, name))
                         found[m][key] = buffer[start : start + count]
                 start += count
         return found
+
+    def lent(self) -> dict[int, Entry]:
+        """`local`, for `optimizer.state`, which has the memory from now on."""
+        found = self.local()
+        for stack in self.wave.stacks:
+            shape, members = stack.algorithm.shape, self._members_of(stack)
+            for tensor, name in [(tensor, name) for tensor, buffers in stack.state.items() for name in buffers]:
+                key = str(StateKey.of(shape, tensor, name))
+                stack.lend(tensor, name, [found[m][key] for m in members])
+        return found
+
+    def _members_of(self, stack: BlockStack) -> list[int]:
+        return sorted({self.wave.member_of[block] for block in stack.blocks})
 
     def full(self) -> dict[int, Entry]:
         """Member -> its whole state in canonical block order, with no rank in it; every rank must call it.
@@ -63,7 +76,7 @@ class WaveState:
             return self.local()
         with all_or_none(self.wave.ranks):
             rows = self.map.empty_rows()
-        self.map.move(self.map.route.send, "save", self.map.local_rows, rows)
+        self.map.save(rows)
         return self.map.entries(rows)
 
     def partial(self) -> dict[int, Entry]:
@@ -80,10 +93,11 @@ class WaveState:
         Args:
             owned: of its own blocks alone, so that every row is some rank's and no row is two ranks'.
         """
+        local_rows = self.map.local_rows()
         return {
             row_name(self.wave.members[m].name, key, k): t[i]
             for g, (m, _) in enumerate(self.map.groups)
-            for key, t in self.map.local_rows[g].items()
+            for key, t in local_rows[g].items()
             for i, k in enumerate(self.map.kept_blocks(g))
             if not owned or self.map.parameters[g].owners[k] == self.wave.ranks.rank
         }
@@ -123,16 +137,16 @@ class WaveState:
             rows = self.map.dtensor_rows(saved) if any(are_dtensors) else []
             self.copy_whole(saved, are_dtensors)
         if any(are_dtensors):
-            wanted = self.map.route.collect.of_blocks(self.map.rows_of(are_dtensors))
-            self.map.move(wanted, "load", rows, self.map.local_rows)
+            self.map.load(rows, are_dtensors)
 
     def copy_whole(self, saved: Sequence[Mapping[str, Any]], are_dtensors: Sequence[bool]) -> None:
         """Take over what this rank has all it needs of: plain tensors of all blocks, or of its own."""
+        local_rows = self.map.local_rows()
         for g, (m, _) in enumerate(self.map.groups):
             if are_dtensors[g]:
                 continue
             mine, count = self.map.kept_blocks(g), len(self.map.parameters[g].rects)
-            for key, local in self.map.local_rows[g].items():
+            for key, local in local_rows[g].items():
                 there = saved[m].get(key)
                 if there is None:
                     continue

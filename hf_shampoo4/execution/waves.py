@@ -1,10 +1,12 @@
 """Stacks of equal blocks, and the waves in which gradients reach them and updates go back.
 
 A *stack* is all blocks of a wave that share an algorithm description (hence a shape), as one (B, m, n) tensor; its
-state buffers have B rows, and `optimizer.state[p]` holds the rows of parameter p as views, under
-its `StateKey`.  A *wave* is as many whole parameters as have room (`blocking.wave_elements`);
-one that does not fit, a large embedding, is a wave of several *parts*, which are computed one after the other.  That
-bounds the memory that a step needs at a time, whatever the size of the model.
+state buffers have B rows, and `optimizer.state[p]` holds the rows of parameter p as views, under its `StateKey`.  These
+views alone keep a buffer alive: who moves the state elsewhere, or empties it, frees its memory.
+
+A *wave* is as many whole parameters as have room (`blocking.wave_elements`); one that does not fit, a large embedding,
+is a wave of several *parts*, which are computed one after the other.  That bounds the memory that a step needs at a
+time, whatever the size of the model.
 
 A block's owner updates it, and sends the result to all that hold it.  Where every rank holds all of a parameter (one
 process, DDP), every rank keeps all state too: owners send what a step has changed of it along.  There every rank may
@@ -14,6 +16,7 @@ alone keeps its state.
 
 from __future__ import annotations
 
+import weakref
 import zlib
 from collections.abc import Callable, Collection, Hashable, Sequence
 from dataclasses import dataclass, field, replace
@@ -23,6 +26,7 @@ import torch
 from torch import Tensor
 
 from ..numerics.blocks import Index, State, gather_blocks, index_of, on_device, scatter_blocks
+from ..numerics.storage import allocate
 from ..options import Options
 from ..preconditioners.protocols import Algorithm, blocks_that_change
 from ..sharding.exchange import Ranks
@@ -104,9 +108,43 @@ class BlockStack:
     """int32 (B,)."""
     phases: list[float]
     """Of the blocks, in [0, 1)."""
-    state: State = field(default_factory=dict)
+    held: State = field(default_factory=dict)
+    """What is not lent."""
+    lent: dict[tuple[str, str], list[weakref.ref[Tensor]]] = field(default_factory=dict)
+    """Tensor and buffer of it -> the views in `optimizer.state`, of each member one."""
     updates: list[int] = field(default_factory=list)
     """How many each block has had, while a step works on it: this one included."""
+
+    @property
+    def state(self) -> State:
+        """Tensor -> buffer of it -> (B, ...).  What is lent and gone begins afresh, until it is loaded again."""
+        if not self.lent:
+            return self.held
+        found: State = {}
+        for (tensor, name), views in self.lent.items():
+            view = next((view for ref in views if (view := ref()) is not None), None)
+            base = None if view is None else view._base
+            if base is None:
+                self._begin_afresh()
+                return self.state
+            found.setdefault(tensor, {})[name] = base
+        return {tensor: {**self.held.get(tensor, {}), **found.get(tensor, {})} for tensor in self.algorithm.storages()}
+
+    def lend(self, tensor: str, name: str, views: Sequence[Tensor]) -> None:
+        """From now on a buffer lives as long as one of its members' views does."""
+        buffer = self.state[tensor][name]
+        if views and all(view._base is buffer for view in views):  # not in inference mode
+            self.lent[tensor, name] = [weakref.ref(view) for view in views]
+            self.held.get(tensor, {}).pop(name, None)
+
+    def _begin_afresh(self) -> None:
+        """Hold again what is left, and new memory for what is gone."""
+        fresh = new_state(self.algorithm, len(self.blocks), self.seed_offsets.device)
+        for (tensor, name), views in self.lent.items():
+            bases = [view._base for ref in views if (view := ref()) is not None]
+            left = next((base for base in bases if base is not None), None)
+            self.held.setdefault(tensor, {})[name] = fresh[tensor][name] if left is None else left
+        self.lent.clear()
 
     def select(self, positions: list[int]) -> tuple[BlockStack, Callable[[], None]]:
         """Some blocks of it, as a view where they follow each other, and what brings changed state back."""
@@ -117,6 +155,13 @@ class BlockStack:
         state = gather_blocks(self.state, index)
         some = BlockStack(self.algorithm, blocks, self.membership[:, index], self.seed_offsets[index], phases, state)
         return some, lambda: scatter_blocks(self.state, index, state)
+
+
+def new_state(algorithm: Algorithm, blocks: int, device: torch.device) -> State:
+    """As before the first update: tensor -> buffer of it -> (blocks, ...)."""
+    state = {name: allocate(storage, blocks, device) for name, storage in algorithm.storages().items()}
+    algorithm.initialise(state)
+    return state
 
 
 @dataclass(frozen=True)

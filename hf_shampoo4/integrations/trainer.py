@@ -5,8 +5,10 @@ Imports neither torch nor transformers until a training starts.
 
 from __future__ import annotations
 
+import functools
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
+from contextvars import ContextVar
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -25,23 +27,28 @@ OPTIMS: dict[str, dict[str, Any]] = {
     "adamw4bit": {"algorithm": "elementwise", "moments": "4bit"},
 }
 
+_decayed: ContextVar[Collection[str] | None] = ContextVar("decayed", default=None)
+"""The names that a Trainer of a user's own class wants decayed, while it makes its optimizer."""
+
 
 def register() -> None:
     """Add the names of `OPTIMS` to `--optim` of the Hugging Face Trainer; calling it again changes nothing.
 
     Call it before `TrainingArguments` are made, before or after transformers is imported.  Touched are the enum
-    `OptimizerNames`, the static method `Trainer.get_optimizer_cls_and_kwargs`, the list `DEFAULT_CALLBACKS` and the
-    methods of the Trainer that write a checkpoint (saving.py).
+    `OptimizerNames`, the static method `Trainer.get_optimizer_cls_and_kwargs`, the list `DEFAULT_CALLBACKS`, the method
+    `create_optimizer` and those that write a checkpoint (saving.py).
     """
     after_import("transformers.training_args", _extend_optimizer_names)
     after_import("transformers.trainer", _extend_trainer)
+    after_import("transformers.trainer", _follow_decay)
     follow_saves()
 
 
 def trainer_kwargs(model: nn.Module | None, args: Any, **options: Any) -> dict[str, Any]:
     """What to pass to a Trainer instead of `--optim`: `Trainer(model, args, **trainer_kwargs(model, args))`.
 
-    Nothing of transformers is changed but what saves a checkpoint (saving.py).
+    Nothing of transformers is changed but what saves a checkpoint (saving.py) and `Trainer.create_optimizer`, which
+    tells what a `get_decay_parameter_names` of your own says.
     `callbacks=[hf_shampoo4.Shampoo4bitCallback]` adds the report; trackers see its numbers only if it runs before them:
     `trainer.callback_handler.callbacks.insert(0, Shampoo4bitCallback())`.
 
@@ -63,6 +70,7 @@ def trainer_kwargs(model: nn.Module | None, args: Any, **options: Any) -> dict[s
             in a way in which this optimizer would not be used or could not work.
     """
     chosen = resolve_for_all(options)
+    after_import("transformers.trainer", _follow_decay)
     follow_saves()
     _optimizer_cls_and_kwargs(args, model, chosen)
     given = weakref.ref(model) if model is not None else lambda: None
@@ -131,7 +139,11 @@ def _optimizer_cls_and_kwargs(args: Any, model: nn.Module | None, options: dict[
         from ..groups import param_groups, require_preconditioned
 
         groups = param_groups(
-            model, args.weight_decay, _target_rule(args.optim_target_modules, model), head_options(options)
+            model,
+            args.weight_decay,
+            _target_rule(args.optim_target_modules, model),
+            head_options(options),
+            _decayed.get(),
         )
         require_preconditioned(groups, options)
         kwargs["params"] = [_apart(group) for group in groups]
@@ -212,10 +224,36 @@ def _extend_trainer(module: ModuleType) -> None:
     def get_optimizer_cls_and_kwargs(args: Any, model: Any = None) -> tuple[Any, Any]:
         if args.optim not in OPTIMS:
             return original(args, model)
+        if model is None and args.optim_target_modules:
+            raise ValueError(
+                f"optim_target_modules={args.optim_target_modules!r} needs the model: call "
+                "get_optimizer_cls_and_kwargs(args, model), and take its groups out of what it returns: "
+                'groups = kwargs.pop("params")'
+            )
         return _optimizer_cls_and_kwargs(args, model, optim_options(args.optim, args.optim_args))
 
     get_optimizer_cls_and_kwargs.knows_hf_shampoo4 = True  # type: ignore[attr-defined]
     module.Trainer.get_optimizer_cls_and_kwargs = staticmethod(get_optimizer_cls_and_kwargs)
+
+
+def _follow_decay(module: ModuleType) -> None:
+    """A Trainer's class may say itself what is decayed; the static method above, which has no Trainer, is told so."""
+    original = module.Trainer.create_optimizer
+    if hasattr(original, "before_hf_shampoo4"):
+        return
+
+    @functools.wraps(original)
+    def create_optimizer(trainer: Any, *arguments: Any, **named: Any) -> Any:
+        model = next((one for one in (*arguments, named.get("model")) if one is not None), trainer.model)
+        is_own = type(trainer).get_decay_parameter_names is not module.Trainer.get_decay_parameter_names
+        token = _decayed.set({*trainer.get_decay_parameter_names(model)} if is_own else None)
+        try:
+            return original(trainer, *arguments, **named)
+        finally:
+            _decayed.reset(token)
+
+    create_optimizer.before_hf_shampoo4 = original  # type: ignore[attr-defined]
+    module.Trainer.create_optimizer = create_optimizer
 
 
 def _extend_optimizer_names(module: ModuleType) -> None:

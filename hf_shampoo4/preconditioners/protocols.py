@@ -27,7 +27,6 @@ class Stack(Protocol):
     """All blocks of one algorithm that are computed together."""
 
     algorithm: Algorithm
-    state: State
     membership: Tensor
     """float32 (parameters of the wave, B): 1 where the block belongs to the parameter."""
     seed_offsets: Tensor
@@ -36,6 +35,11 @@ class Stack(Protocol):
     """What share of the parameter group's blocks comes before each."""
     updates: list[int]
     """How many each block has had, this one included."""
+
+    @property
+    def state(self) -> State:
+        """Tensor -> buffer of it -> (B, ...)."""
+        ...
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 _NOTE = "_hf_shampoo4_range"
 _NAME = "_hf_shampoo4_name"
@@ -216,8 +217,10 @@ def check_trainable(p: Tensor) -> None:
 
     Raises:
         TypeError: a parameter that is not real floating point.
-        ValueError: an expanded parameter, or one of FSDP1 whose shape cannot be known.
+        ValueError: an expanded parameter, one of a lazy module, or one of FSDP1 whose shape cannot be known.
     """
+    if is_lazy(p):
+        raise ValueError("a parameter of a lazy module has no shape yet: call the model before making the optimizer")
     if p.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
         raise TypeError(
             f"parameter of shape {tuple(p.shape)} is {p.dtype}: only real floating point can be trained, "

@@ -41,6 +41,20 @@ def test_llama_has_matrices_first_then_embedding_and_head_then_norms():
     assert (norms["algorithm"], norms["weight_decay"], norms["kind"]) == ("elementwise", 0.0, "vector")
 
 
+def test_the_decay_is_the_optimizers_or_the_groups_own_and_of_whom_they_say():
+    def decays(model, decay, **chosen):
+        optimizer = s4.Shampoo4bit(s4.param_groups(model, **chosen), lr=1e-3, weight_decay=decay)
+        return {name: group["weight_decay"] for group in optimizer.param_groups for name in names(group)}
+
+    found = decays(llama(), 0.1)
+    assert found["lm_head.weight"] == 0.1
+    assert {decay for name, decay in found.items() if "norm" in name} == {0.0}
+    assert found == decays(llama(), 0.0, weight_decay=0.1) == decays(llama(), 0.3, weight_decay=0.1)
+    assert set(decays(llama(), 0.3, weight_decay=0.0).values()) == {0.0}
+    chosen = decays(llama(), 0.1, decayed=["model.norm.weight"])
+    assert [name for name, decay in chosen.items() if decay] == ["model.norm.weight"]
+
+
 def test_a_kind_is_what_a_parameter_is_whether_preconditioned_or_not():
     def of(model, **options):
         return {name: group["kind"] for group in s4.param_groups(model, **options) for name in names(group)}

@@ -91,6 +91,29 @@ def test_hyper_parameters_come_from_the_arguments(tmp_path):
     }  # fmt: skip
 
 
+@pytest.mark.parametrize("registered", [True, False])
+def test_a_trainer_that_says_itself_what_is_decayed_is_followed(tmp_path, registered):
+    class Own(Trainer):
+        def get_decay_parameter_names(self, model):
+            return [name for name in super().get_decay_parameter_names(model) if "embed" not in name]
+
+    args = arguments(tmp_path, weight_decay=0.1, optim="shampoo4bit" if registered else "adamw_torch", optim_args=None)
+    for cls in (Own, Trainer):
+        model = llama()
+        trainer = cls(model, args, **({} if registered else s4.trainer_kwargs(model, args)))
+        optimizer = trainer.create_optimizer()
+        decayed = {id(p) for group in optimizer.param_groups for p in group["params"] if group["weight_decay"] == 0.1}
+        assert isinstance(optimizer, s4.Shampoo4bit)
+        names = trainer.get_decay_parameter_names(model)
+        assert decayed == {id(p) for name, p in model.named_parameters() if name in names}
+
+
+def test_targets_without_a_model_are_refused(tmp_path):
+    args = arguments(tmp_path, optim_target_modules=["mlp"])
+    with pytest.raises(ValueError, match=r"optim_target_modules=\['mlp'\] needs the model"):
+        Trainer.get_optimizer_cls_and_kwargs(args)
+
+
 def test_the_base_alone_is_an_optimizer_of_its_own(tmp_path):
     _, kwargs = Trainer.get_optimizer_cls_and_kwargs(arguments(tmp_path, optim="adamw4bit", optim_args="moments=fp32"))
     assert (kwargs["algorithm"], kwargs["moments"]) == ("elementwise", "fp32")
