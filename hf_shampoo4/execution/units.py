@@ -99,8 +99,7 @@ class UnitPlan:
         self.versions = self._versions()
 
     def _versions(self) -> list[int]:
-        counts = [stack.state["steps"]["dense"] for wave in self.waves for stack in wave.stacks]
-        return [0 if count.is_inference() else count._version for count in counts]
+        return [stack.version for wave in self.waves for stack in wave.stacks]
 
 
 def units_of(

@@ -120,15 +120,21 @@ class BlockStack:
         """Tensor -> buffer of it -> (B, ...).  What is lent and gone begins afresh, until it is loaded again."""
         if not self.lent:
             return self.held
-        found: State = {}
+        state = {tensor: dict(self.held.get(tensor, {})) for tensor in self.algorithm.storages()}
         for (tensor, name), views in self.lent.items():
-            view = next((view for ref in views if (view := ref()) is not None), None)
-            base = None if view is None else view._base
-            if base is None:
+            buffer = _base(views)
+            if buffer is None:
                 self._begin_afresh()
-                return self.state
-            found.setdefault(tensor, {})[name] = base
-        return {tensor: {**self.held.get(tensor, {}), **found.get(tensor, {})} for tensor in self.algorithm.storages()}
+                return self.held
+            state[tensor][name] = buffer
+        return state
+
+    @property
+    def version(self) -> int:
+        """Of the counts of updates: another one after each change of them, by whomever; 0 if they are gone."""
+        views = self.lent.get(("steps", "dense"))
+        counts = self.held["steps"]["dense"] if views is None else _base(views)
+        return 0 if counts is None or counts.is_inference() else counts._version
 
     def lend(self, tensor: str, name: str, views: Sequence[Tensor]) -> None:
         """From now on a buffer lives as long as one of its members' views does."""
@@ -141,20 +147,28 @@ class BlockStack:
         """Hold again what is left, and new memory for what is gone."""
         fresh = new_state(self.algorithm, len(self.blocks), self.seed_offsets.device)
         for (tensor, name), views in self.lent.items():
-            bases = [view._base for ref in views if (view := ref()) is not None]
-            left = next((base for base in bases if base is not None), None)
+            left = _base(views)
             self.held.setdefault(tensor, {})[name] = fresh[tensor][name] if left is None else left
         self.lent.clear()
 
     def select(self, positions: list[int]) -> tuple[BlockStack, Callable[[], None]]:
-        """Some blocks of it, as a view where they follow each other, and what brings changed state back."""
+        """Some blocks of it for a step, as a view where they follow each other, and what brings changed state back."""
         if len(positions) == len(self.blocks):
-            return self, lambda: None
+            return replace(self, held=self.state, lent={}), lambda: None
         index = index_of(positions, self.seed_offsets.device)
         blocks, phases = [self.blocks[i] for i in positions], [self.phases[i] for i in positions]
         state = gather_blocks(self.state, index)
         some = BlockStack(self.algorithm, blocks, self.membership[:, index], self.seed_offsets[index], phases, state)
         return some, lambda: scatter_blocks(self.state, index, state)
+
+
+def _base(views: Sequence[weakref.ref[Tensor]]) -> Tensor | None:
+    """What views are of, if one of them is still there."""
+    for ref in views:
+        view = ref()
+        if view is not None:
+            return view._base
+    return None
 
 
 def new_state(algorithm: Algorithm, blocks: int, device: torch.device) -> State:
