@@ -47,10 +47,6 @@ class Lent(NamedTuple):
         """As it is now."""
         return cls(weakref.ref(tensor), tensor.data_ptr())
 
-    def is_still(self, there: Tensor | None) -> bool:
-        """Whether it is that very tensor, in the same memory (`there.data = ...` gives it another)."""
-        return there is not None and self.tensor() is there and there.data_ptr() == self.address
-
 
 @dataclass
 class UnitPlan:
@@ -89,8 +85,9 @@ class UnitPlan:
         the counts that the last step left there (an earlier state may have been copied into them)."""
         for p, entry in self.state.items():
             there = state[p]
-            for key, lent in entry.items():
-                if not lent.is_still(there.get(key)):
+            for key, (ref, address) in entry.items():
+                tensor = there.get(key)
+                if tensor is None or ref() is not tensor or tensor.data_ptr() != address:  # after `tensor.data = ...`
                     return False
         return self.versions == self._versions()
 

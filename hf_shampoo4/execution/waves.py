@@ -120,14 +120,16 @@ class BlockStack:
         """Tensor -> buffer of it -> (B, ...).  What is lent and gone begins afresh, until it is loaded again."""
         if not self.lent:
             return self.held
-        state = {tensor: dict(self.held.get(tensor, {})) for tensor in self.algorithm.storages()}
+        found: State = {}
         for (tensor, name), views in self.lent.items():
             buffer = _base(views)
             if buffer is None:
                 self._begin_afresh()
                 return self.held
-            state[tensor][name] = buffer
-        return state
+            found.setdefault(tensor, {})[name] = buffer
+        for tensor, buffers in self.held.items():
+            found.setdefault(tensor, {}).update(buffers)
+        return found
 
     @property
     def version(self) -> int:
