@@ -86,8 +86,10 @@ class UnitPlan:
         for p, entry in self.state.items():
             there = state[p]
             for key, (ref, address) in entry.items():
-                tensor = there.get(key)
-                if tensor is None or ref() is not tensor or tensor.data_ptr() != address:  # after `tensor.data = ...`
+                tensor = ref()
+                if (
+                    tensor is None or there.get(key) is not tensor or tensor.data_ptr() != address
+                ):  # `tensor.data = ...`
                     return False
         return self.versions == self._versions()
 

@@ -32,6 +32,7 @@ CASES = {
     4: ["hsdp-shampoo", "fsdp1_hybrid-shampoo", "tp_fsdp2-kl_shampoo"],
 }  # fmt: skip
 REPLANNED = {2: ["fsdp2-replanned", "tp_sharded-replanned", "zero2-replanned", "zero3_groups-replanned"]}
+MOVED = {2: ["fsdp2-moved", "tp_sharded-moved", "ddp_sharded-moved", "zero2-moved"]}
 STRANGERS = {4: ["tp_fsdp2-strangers"]}
 SAVED = {2: ["fsdp2-full", "fsdp2-sharded", "fsdp2-flat", "tp-flat", "ddp-plain", "ddp_all-plain", "ddp_sharded-plain",
              "ddp_sharded-full", "ddp_sharded-flat", "zero0-own", "zero0_bf16-own", "zero1-own", "zero2-own",
@@ -54,7 +55,7 @@ WIDE = {2: ["tp-wide"]}
 LOPSIDED = {2: ["ddp_all-lopsided", "ddp_wire-lopsided"]}
 ROUNDED = {2: ["ddp-wire", "ddp_all-wire"]}
 KINDS = (
-    CASES, WIDE, LOPSIDED, ROUNDED, REPLANNED, STRANGERS, SAVED, LOADED, FAILING, REFUSED, TRAINER, ACCELERATED,
+    CASES, WIDE, LOPSIDED, ROUNDED, REPLANNED, MOVED, STRANGERS, SAVED, LOADED, FAILING, REFUSED, TRAINER, ACCELERATED,
     CONTRACT, HYBRID,
 )  # fmt: skip
 WORLDS = (2, 3, 4, 1)
@@ -129,6 +130,13 @@ def test_what_is_rounded_on_the_wire_trains_alike_and_ranks_stay_equal(results: 
 
 @each(REPLANNED)
 def test_a_new_plan_in_mid_training_is_as_in_one_process(results: dict, world: int, case: str) -> None:
+    for rank in results[world, case]:
+        assert "error" not in rank, rank["error"]
+        assert rank["bitwise"], rank["differ"]
+
+
+@each(MOVED)
+def test_weights_and_state_that_others_move_are_what_is_trained_and_saved(results: dict, world: int, case: str) -> None:
     for rank in results[world, case]:
         assert "error" not in rank, rank["error"]
         assert rank["bitwise"], rank["differ"]

@@ -476,6 +476,8 @@ class Case:
             return failing(self)
         if self.options == "replanned":
             return replanned(self)
+        if self.options == "moved":
+            return moved(self)
         if self.options == "lopsided":
             return lopsided(self)
         if self.options == "strangers":
@@ -549,6 +551,38 @@ def replanned(case: Case) -> dict[str, Any]:
             each.optimizer.param_groups[0]["damping"] = 1e-6 if t < 4 else 1e-4
             each.step(t)
     return _compared(run.parameters(), alone.parameters())
+
+
+def moved(case: Case) -> dict[str, Any]:
+    """Between steps weights and state are moved, state on one rank alone too; what is saved stays what it is."""
+    run = ENGINES[case.engine]({}, torch.float32)
+    alone = reference({}, run.data or dist.get_world_size(), missing=run.missing)
+    for t in range(case.steps):
+        for each in (run, alone):
+            each.step(t)
+        before = _state(run.optimizer)
+        for entry in run.optimizer.state.values():
+            for key, tensor in list(entry.items()):
+                if t == 3:
+                    tensor.data = tensor.data.clone()
+                elif t % 2 == 0 or dist.get_rank() == 0:
+                    entry[key] = tensor.clone()
+        if t % 2:
+            run.model.cpu()
+        after = _state(run.optimizer)
+        assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before), t
+    return _compared(run.parameters(), alone.parameters())
+
+
+def _state(optimizer: Shampoo4bit) -> dict[tuple[Any, str], Tensor]:
+    """What is saved, as this rank has it."""
+    entries = optimizer.state_dict()["state"].items()
+    return {
+        (p, key): (t.to_local() if hasattr(t, "to_local") else t).clone()
+        for p, entry in entries
+        for key, t in entry.items()
+        if isinstance(t, Tensor)
+    }
 
 
 def lopsided(case: Case) -> dict[str, Any]:
