@@ -570,7 +570,8 @@ def moved(case: Case) -> dict[str, Any]:
         if t % 2:
             run.model.cpu()
         after = _state(run.optimizer)
-        assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before), t
+        assert before.keys() == after.keys(), t
+        assert all(torch.equal(before[key], after[key]) for key in before), t
     return _compared(run.parameters(), alone.parameters())
 
 
