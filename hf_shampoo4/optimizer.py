@@ -19,7 +19,7 @@ from .checkpointing.state_dict import accepted, saved, without_state
 from .execution.consensus import agree, check_replicas, look
 from .execution.gradients import SkippedSteps, Unsettled, broken
 from .execution.model_groups import ModelGroups, check_group, check_keys, check_row_splits, read_options, with_names
-from .execution.plans import BlockReader, Plans
+from .execution.plans import BlockReader, Plans, entries_of
 from .execution.units import Key, Unit, is_dry_run, warn_of_fresh, warn_of_lengthless
 from .execution.wave_step import WaveStep, run, wave_steps
 from .execution.waves import Wave
@@ -152,8 +152,8 @@ class Shampoo4bit(torch.optim.Optimizer):
         with plans.equal_replicas.step():
             for unit in units if agreed.present else ():
                 run(self._wave_steps(unit, agreed))  # collect gradients, update blocks, send updates, apply them
-                plans.of_unit[unit.key].seal()
             agreed.failures.raise_on_all()
+            plans.seal(units if agreed.present else ())
         return loss
 
     def state_dict(self) -> dict[str, Any]:
@@ -173,8 +173,7 @@ class Shampoo4bit(torch.optim.Optimizer):
         for before in self._optimizer_state_dict_pre_hooks.values():
             before(self)
         with self.groups.restored(self.state):
-            self._plans.reclaim(self.state)
-            spread = self._spread.full()
+            spread = self._spread.full(self.state)
             found = saved(self.param_groups, self.state, spread)
             is_packed = any(in_fsdp1(p) for group in self.param_groups for p in group["params"])
         for after in self._optimizer_state_dict_post_hooks.values():
@@ -187,8 +186,7 @@ class Shampoo4bit(torch.optim.Optimizer):
 
         Every rank must call it.  It is kept in the CPU's memory until the next step, and not done twice before that.
         """
-        self._plans.reclaim(self.state)
-        self._spread.consolidate()
+        self._spread.consolidate(self.state)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group; its options are cast and checked as the constructor's are.
@@ -262,8 +260,10 @@ class Shampoo4bit(torch.optim.Optimizer):
                 "which rank owns which block is known after the first step (also after loading, and after groups were "
                 "put into param_groups or turned round there)"
             )
-        self._plans.reclaim(self.state)
-        return {name: row for wave in self.waves() for name, row in wave.state.named_blocks(owned=True).items()}
+        found: dict[str, Tensor] = {}
+        for wave in self.waves():
+            found.update(wave.state.named_blocks(entries_of(wave, self.state), owned=True))
+        return found
 
     def _load(self, state_dict: Any, awaited: Set[str] = frozenset()) -> None:
         """Take over a state dict; the state of the `awaited` is read later."""
@@ -410,12 +410,15 @@ class Shampoo4bit(torch.optim.Optimizer):
         Raises:
             RuntimeError: they do.
         """
+        put_back = self._plans.follow_steps()
         unsettled, self._unsettled = self._unsettled, None
         if unsettled is None:
             return
         where = unsettled.verdict.broken()
         if where:
-            unsettled.take_back()
+            if not put_back:
+                unsettled.take_back()
+                self._plans.note_steps()
             self._skipped.count(unsettled.units, where, for_good)
         else:
             self._skipped.clear()

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import nullcontext
 
 from torch import Tensor
 
-from ..execution.plans import Plans
+from ..execution.plans import Plans, entries_of
 from ..execution.state_layout import Entry
 from ..execution.waves import Wave
 from ..sharding.agreement import all_or_none
@@ -27,21 +28,24 @@ class SpreadState:
         self.fetched.clear()
         self._steps += 1
 
-    def consolidate(self) -> None:
+    def consolidate(self, state: Mapping[Tensor, Entry]) -> None:
         """Bring what `shard_state` has spread to every rank; every rank must call it.  Not done twice."""
         spread = [wave for wave in self._plans.waves() if _only_consolidated(wave)]
         if self.fetched or not spread:
             return
         with self._plans.announced("consolidate()"):
             for wave in spread:
-                found = wave.state.full()
+                found = wave.state.full(entries_of(wave, state))
                 with all_or_none(self._plans.ranks):
                     for m, entry in found.items():
                         kept = {key: t.to("cpu", copy=True) for key, t in entry.items()}
                         self.fetched[wave.members[m].parameter] = kept
 
-    def full(self) -> dict[Tensor, Entry]:
+    def full(self, kept: Mapping[Tensor, Entry]) -> dict[Tensor, Entry]:
         """Parameter -> its whole state, of those whose state is spread over the ranks; under DeepSpeed this rank's.
+
+        Args:
+            kept: what `optimizer.state` has.
 
         Raises:
             RuntimeError: it is not read yet, or other ranks that it needs have not called this.
@@ -50,13 +54,14 @@ class SpreadState:
             raise RuntimeError("the state is read at the first step after loading: make one before saving it again")
         if not self.fetched and any(map(_only_consolidated, self._plans.waves())):
             self._meet()
-            self.consolidate()
+            self.consolidate(kept)
         found = dict(self.fetched)
         spread = [w for w in self._plans.waves() if not w.replicated and w.members[0].parameter not in found]
         alone = all(in_deepspeed(wave.members[0].parameter) for wave in spread)
         with nullcontext() if alone else self._plans.announced("state_dict()"):
             for wave in spread:
-                state = wave.state.partial() if alone else wave.state.full()
+                entries = entries_of(wave, kept)
+                state = wave.state.partial(entries) if alone else wave.state.full(entries)
                 found.update({wave.members[m].parameter: entry for m, entry in state.items()})
         return found
 

@@ -47,6 +47,8 @@ def look(plans: Plans, called: Sequence[dict[str, Any]], state: State) -> tuple[
         if plans.ranks.world > 1:
             view.names = [local.name for local in live]
             view.settings = plans.groups.settings(plans.of_unit, afresh=view.stale)
+            if view.stale:
+                plans.reclaim(state)
             view.bits = plans.equal_replicas.digest(plans.waves())
             view.fresh = has_gradient(plans.replica_checks.pending(plans.replicas(units)))
     return units, view

@@ -60,6 +60,8 @@ class Plans:
         self.meeting = ""
         """A word that these ranks alone know, for meetings outside of a step."""
         self._calls = 0
+        self._counted: dict[int, int] = {}
+        """Each group's step after the last call."""
         self.ranks_here = 0
         """How many of the ranks this computer has; 0: the first step will tell."""
 
@@ -89,6 +91,7 @@ class Plans:
                     "goes by the groups' places: load it again, and edit the list before that or after the step"
                 )
             self.groups.were_edited = False
+            self._counted = {}
             if self.of_unit:
                 self.reader = None
             self.of_unit = {(PUT_AWAY, i): plan for i, plan in enumerate(self.of_unit.values())}
@@ -100,12 +103,36 @@ class Plans:
         return plan is None or plan.identity != unit.identity() or not plan.holds(state)
 
     def reclaim(self, state: State) -> None:
-        """What others have put in the place of the waves' state since the last step goes into it: it is to be read."""
+        """What others have put in the place of state that every rank computes goes into the stacks, to be compared."""
         for plan in self.of_unit.values():
-            if not plan.holds(state):
+            if any(wave.all_apply for wave in plan.waves) and not plan.holds(state):
                 for wave in plan.waves:
-                    entries = _entries(wave, state)
-                    wave.state.copy_whole(entries, wave.state.map.are_dtensors(entries))
+                    wave.state.copy_whole(entries_of(wave, state), [False] * len(wave.state.map.groups))
+
+    def follow_steps(self) -> bool:
+        """A group's count of steps that was set by hand since the last step is that of all its units, and their
+        parameters' may be others too.
+
+        Returns:
+            Whether there is one.
+        """
+        steps = {index: group["step"] for index, group in enumerate(self.groups.groups)}
+        put_back = {index for index, step in steps.items() if step != self._counted.get(index, step)}
+        for (index, _), plan in self.of_unit.items():
+            if index in put_back:
+                plan.step, plan.versions = steps[index], []
+        self.note_steps()
+        return bool(put_back)
+
+    def note_steps(self) -> None:
+        """Of the groups, as we have counted them."""
+        self._counted = {index: group["step"] for index, group in enumerate(self.groups.groups)}
+
+    def seal(self, units: Sequence[Unit]) -> None:
+        """A step of them is made."""
+        for unit in units:
+            self.of_unit[unit.key].seal()
+        self.note_steps()
 
     def replicas(self, units: Sequence[Unit]) -> list[LocalParameter]:
         """Plain tensors that every rank has."""
@@ -138,13 +165,13 @@ class Plans:
         left_behind = self._left_behind(units)
         if ranks.world > 1:  # owners may change
             for wave in [wave for plan in (*before, *left_behind.values()) if plan for wave in plan.waves]:
-                wave.state.load(_entries(wave, state))
+                wave.state.load(entries_of(wave, state))
                 _put(wave, wave.state.full(), state)
         for p in dropped:
             state[p] = foreign_state(state[p])
         planned = self._built(units, state)
         for wave in [wave for waves in planned for wave in waves]:
-            wave.state.load(_entries(wave, state))
+            wave.state.load(entries_of(wave, state))
             _put(wave, wave.state.lent(), state)
         self._read(units, planned, before)
         self._count_updates([wave for waves in planned for wave in waves])
@@ -156,6 +183,8 @@ class Plans:
             everything = set(self.groups.parameters(unit.key[0]))
             self.of_unit[unit.key] = plan = UnitPlan(unit.identity(), everything, views, waves, of_unit, start, start)
             plan.seal()
+        for wave in [wave for plan in (*before, *left_behind.values()) if plan for wave in plan.waves]:
+            wave.let_go()
         for key in left_behind:
             del self.of_unit[key]
         self.groups.let_go()
@@ -180,7 +209,7 @@ class Plans:
                 [(Options.of(unit.group), unit.members, self._planned_shapes(unit)) for unit in units], self.ranks
             )
             for wave in [wave for waves in planned for wave in waves]:
-                wave.state.check(_entries(wave, state))
+                wave.state.check(entries_of(wave, state))
         return planned
 
     def _read(
@@ -286,9 +315,9 @@ def _require_structure(
             )
 
 
-def _entries(wave: Wave, state: State) -> list[Entry]:
+def entries_of(wave: Wave, state: Mapping[Any, Any]) -> list[Entry]:
     """What there is of its members' state."""
-    return [own_state(state[member.parameter]) for member in wave.members]
+    return [own_state(state.get(member.parameter, {})) for member in wave.members]
 
 
 def _put(wave: Wave, entries: Mapping[int, Entry], state: State) -> None:

@@ -79,10 +79,28 @@ class StateMap:
             )
             self.first.append(self.first[-1] + len(rows))
 
-    def local_rows(self) -> list[Entry]:
-        """The rows that this rank keeps, views."""
-        local = self.wave.state.local()
-        return [{key: local[m][key] for key in self.layout(g)} for g, (m, _) in enumerate(self.groups)]
+    def local_rows(self, entries: Sequence[Entry] | None = None) -> list[Entry]:
+        """The rows that this rank keeps, views.
+
+        Args:
+            entries: of the members, what `optimizer.state` has of them; default: what the stacks have.
+
+        Raises:
+            RuntimeError: others have put something there that is not these rows, or have emptied it.
+        """
+        local = self.wave.state.local() if entries is None else entries
+        return [
+            {key: self._row(m, key, local[m].get(key), len(self.kept_blocks(g))) for key in self.layout(g)}
+            for g, (m, _) in enumerate(self.groups)
+        ]
+
+    def _row(self, member: int, key: str, there: Any, blocks: int) -> Tensor:
+        if not isinstance(there, Tensor) or hasattr(there, "to_local") or len(there) != blocks:
+            raise RuntimeError(
+                f"the state of {self.wave.members[member].name!r} was emptied or replaced since the last step ({key}): "
+                "make a step before saving it, or give what is to be trained on to load_state_dict"
+            )
+        return there.to(self.wave.device)
 
     @cached_property
     def route(self) -> Route:
@@ -137,9 +155,9 @@ class StateMap:
             found[m].update({key: _as_saved(t, self.wave.members[m].parameter, blocks) for key, t in rows[g].items()})
         return found
 
-    def save(self, full: list[Entry]) -> None:
+    def save(self, local: list[Entry], full: list[Entry]) -> None:
         """Copy the local rows of all ranks to where full state has them; every rank must call it."""
-        self._move(self.route.send, "save", (self.local_rows(), True), (full, False))
+        self._move(self.route.send, "save", (local, True), (full, False))
 
     def load(self, full: list[Entry], groups: Sequence[bool]) -> None:
         """Copy rows of some groups from where full state has them into the local ones; every rank must call it."""

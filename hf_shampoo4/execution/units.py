@@ -73,8 +73,6 @@ class UnitPlan:
         Returns:
             The number of the step.
         """
-        if group["step"] not in (self.step, self.step + 1):  # put back by hand
-            self.step = group["step"]
         if self.step == group["step"]:
             group["step"] += 1
         self.step = group["step"]
@@ -84,7 +82,7 @@ class UnitPlan:
         """Whether `state` still has the very tensors that the waves work on (offloading replaces them), and these have
         the counts that the last step left there (an earlier state may have been copied into them)."""
         for p, entry in self.state.items():
-            there = state[p]
+            there = state.get(p, {})
             for key, (ref, address) in entry.items():
                 tensor = ref()
                 if (

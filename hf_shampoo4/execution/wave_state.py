@@ -66,34 +66,53 @@ class WaveState:
     def _members_of(self, stack: BlockStack) -> list[int]:
         return sorted({self.wave.member_of[block] for block in stack.blocks})
 
-    def full(self) -> dict[int, Entry]:
+    def full(self, entries: Sequence[Entry] | None = None) -> dict[int, Entry]:
         """Member -> its whole state in canonical block order, with no rank in it; every rank must call it.
 
         Plain tensors for a parameter that is whole on every rank, DTensors with the blocks sharded over the
         parameter's mesh for one that is a DTensor.
+
+        Args:
+            entries: what `optimizer.state` has of the members; default: what the stacks have.
+
+        Raises:
+            RuntimeError: see `StateMap.local_rows`.
         """
         if self.wave.replicated:
-            return self.local()
+            return self.local() if entries is None else dict(enumerate(entries))
         with all_or_none(self.wave.ranks):
-            rows = self.map.empty_rows()
-        self.map.save(rows)
+            local, rows = self.map.local_rows(entries), self.map.empty_rows()
+        self.map.save(local, rows)
         return self.map.entries(rows)
 
-    def partial(self) -> dict[int, Entry]:
-        """Member -> the part of its state that this rank keeps (checkpointing/formats.py); plain tensors."""
-        found = {m: {key: t for key, t in entry.items() if len(t)} for m, entry in self.local().items()}
+    def partial(self, entries: Sequence[Entry]) -> dict[int, Entry]:
+        """Member -> the part of its state that this rank keeps (checkpointing/formats.py); plain tensors.
+
+        Args:
+            entries: what `optimizer.state` has of the members.
+
+        Raises:
+            RuntimeError: see `StateMap.local_rows`.
+        """
+        found: dict[int, Entry] = {m: {} for m in range(len(self.wave.members))}
+        for (m, _), rows in zip(self.map.groups, self.map.local_rows(entries), strict=True):
+            found[m].update({key: t for key, t in rows.items() if len(t)})
         for g, (m, algorithm) in enumerate(self.map.groups):
             kept = torch.tensor(self.map.kept_blocks(g), dtype=torch.long, device="cpu")
             found[m][StateKey.of(algorithm.shape).blocks] = kept
         return found
 
-    def named_blocks(self, owned: bool = False) -> dict[str, Tensor]:
+    def named_blocks(self, entries: Sequence[Entry] | None = None, owned: bool = False) -> dict[str, Tensor]:
         """The state that this rank keeps, block by block: the name of a row, see `row_name` -> a view.
 
         Args:
+            entries: what `optimizer.state` has of the members; default: what the stacks have.
             owned: of its own blocks alone, so that every row is some rank's and no row is two ranks'.
+
+        Raises:
+            RuntimeError: see `StateMap.local_rows`.
         """
-        local_rows = self.map.local_rows()
+        local_rows = self.map.local_rows(entries)
         return {
             row_name(self.wave.members[m].name, key, k): t[i]
             for g, (m, _) in enumerate(self.map.groups)
@@ -141,6 +160,7 @@ class WaveState:
 
     def copy_whole(self, saved: Sequence[Mapping[str, Any]], are_dtensors: Sequence[bool]) -> None:
         """Take over what this rank has all it needs of: plain tensors of all blocks, or of its own."""
+        found: list[tuple[Tensor, Tensor]] = []
         local_rows = self.map.local_rows()
         for g, (m, _) in enumerate(self.map.groups):
             if are_dtensors[g]:
@@ -153,13 +173,21 @@ class WaveState:
                 if len(there) not in (len(local), count):
                     name = self.wave.members[m].name
                     raise ValueError(f"state of {name!r}: {key} has {len(there)} blocks, expected {count}")
-                local.copy_(there if len(there) == len(local) else there[mine])
+                there = there if len(there) == len(local) else there[mine]
+                if there.data_ptr() != local.data_ptr() or there.device != local.device:
+                    found.append((local, there.clone() if _share_memory(there, local) else there))
+        for local, there in found:  # entries may have been exchanged
+            local.copy_(there)
 
 
 def _fits(entry: Mapping[str, Any], layout: Mapping[str, tuple[tuple[int, ...], torch.dtype]]) -> bool:
     """Whether an entry has the tensors of a layout, whatever the number of blocks."""
     rows = {key: shape[1:] for key, (shape, _) in layout.items()}
     return {key: tuple(tensor.shape[1:]) for key, tensor in entry.items()} == rows
+
+
+def _share_memory(one: Tensor, other: Tensor) -> bool:
+    return one.device == other.device and one.untyped_storage().data_ptr() == other.untyped_storage().data_ptr()
 
 
 def row_name(parameter: str, key: str, block: int) -> str:

@@ -338,6 +338,12 @@ class Wave:
         """Of its members, in each of its forms."""
         return WaveState(self)
 
+    def let_go(self) -> None:
+        """Of what its stacks still hold: there is a new plan."""
+        for stack in self.stacks:
+            stack.held, stack.lent = {}, {}
+        self.__dict__.pop("state", None)  # which has the wave: a cycle
+
     def keeps_state_of(self, owner: int) -> bool:
         """Whether this rank keeps the state of a block."""
         return self.replicated or owner == self.ranks.rank

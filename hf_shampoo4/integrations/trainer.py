@@ -27,8 +27,8 @@ OPTIMS: dict[str, dict[str, Any]] = {
     "adamw4bit": {"algorithm": "elementwise", "moments": "4bit"},
 }
 
-_decayed: ContextVar[Collection[str] | None] = ContextVar("decayed", default=None)
-"""The names that a Trainer of a user's own class wants decayed, while it makes its optimizer."""
+_decayed: ContextVar[Callable[[nn.Module], Collection[str]] | None] = ContextVar("decayed", default=None)
+"""What names the parameters to decay, of a Trainer that has an own way to say it, while it makes its optimizer."""
 
 
 def register() -> None:
@@ -138,12 +138,13 @@ def _optimizer_cls_and_kwargs(args: Any, model: nn.Module | None, options: dict[
     if model is not None:
         from ..groups import param_groups, require_preconditioned
 
+        names = _decayed.get()
         groups = param_groups(
             model,
             args.weight_decay,
             _target_rule(args.optim_target_modules, model),
             head_options(options),
-            _decayed.get(),
+            None if names is None else {*names(model)},
         )
         require_preconditioned(groups, options)
         kwargs["params"] = [_apart(group) for group in groups]
@@ -244,9 +245,9 @@ def _follow_decay(module: ModuleType) -> None:
 
     @functools.wraps(original)
     def create_optimizer(trainer: Any, *arguments: Any, **named: Any) -> Any:
-        model = next((one for one in (*arguments, named.get("model")) if one is not None), trainer.model)
-        is_own = type(trainer).get_decay_parameter_names is not module.Trainer.get_decay_parameter_names
-        token = _decayed.set({*trainer.get_decay_parameter_names(model)} if is_own else None)
+        names = getattr(trainer, "get_decay_parameter_names", None)
+        is_own = getattr(names, "__func__", names) is not getattr(module.Trainer, "get_decay_parameter_names", None)
+        token = _decayed.set(names if is_own else None)
         try:
             return original(trainer, *arguments, **named)
         finally:

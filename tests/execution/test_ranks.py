@@ -32,7 +32,7 @@ CASES = {
     4: ["hsdp-shampoo", "fsdp1_hybrid-shampoo", "tp_fsdp2-kl_shampoo"],
 }  # fmt: skip
 REPLANNED = {2: ["fsdp2-replanned", "tp_sharded-replanned", "zero2-replanned", "zero3_groups-replanned"]}
-MOVED = {2: ["fsdp2-moved", "tp_sharded-moved", "ddp_sharded-moved", "zero2-moved"]}
+MOVED = {2: ["fsdp2-moved", "tp_sharded-moved", "ddp_sharded-moved", "ddp_all-moved", "zero2-moved"]}
 STRANGERS = {4: ["tp_fsdp2-strangers"]}
 SAVED = {2: ["fsdp2-full", "fsdp2-sharded", "fsdp2-flat", "tp-flat", "ddp-plain", "ddp_all-plain", "ddp_sharded-plain",
              "ddp_sharded-full", "ddp_sharded-flat", "zero0-own", "zero0_bf16-own", "zero1-own", "zero2-own",

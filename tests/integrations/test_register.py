@@ -108,6 +108,20 @@ def test_a_trainer_that_says_itself_what_is_decayed_is_followed(tmp_path, regist
         assert decayed == {id(p) for name, p in model.named_parameters() if name in names}
 
 
+def test_who_says_what_is_decayed_is_asked_for_our_optimizers_alone(tmp_path):
+    class Silent(Trainer):
+        def get_decay_parameter_names(self, model):
+            raise AssertionError("nobody has asked for it")
+
+    model = llama()
+    given = torch.optim.SGD(model.parameters(), lr=1e-3)
+    trainer = Silent(model, arguments(tmp_path, optim="sgd", optim_args=None), optimizers=(given, None))
+    assert trainer.create_optimizer() is given
+    trainer = Trainer(model, arguments(tmp_path, optim="shampoo4bit", weight_decay=0.1))
+    trainer.get_decay_parameter_names = lambda model: []
+    assert {group["weight_decay"] for group in trainer.create_optimizer().param_groups} == {0.0}
+
+
 def test_targets_without_a_model_are_refused(tmp_path):
     args = arguments(tmp_path, optim_target_modules=["mlp"])
     with pytest.raises(ValueError, match=r"optim_target_modules=\['mlp'\] needs the model"):

@@ -81,6 +81,62 @@ def test_moved_state_is_what_is_trained_and_saved(move: Callable[[Training], Non
     assert Training(**options).resumed(saved).losses(5) == training.losses(5)
 
 
+def test_entries_that_change_places_are_each_others() -> None:
+    training, still = Training(), Training()
+    for each in (training, still):
+        each.losses(3)
+    state = training.optimizer.state
+    norms = [p for p in training.model.parameters() if p.dim() == 1]
+    first, second = (state[p] for p in training.model.parameters() if p.dim() == 2)
+    assert norms
+    for key in list(first):  # of equal shapes
+        if key in second and first[key].shape == second[key].shape:
+            first[key], second[key] = second[key], first[key]
+    wanted = [entry[key].clone() for entry, key in training.entries()]
+    training.optimizer.state_dict()
+    training.optimizer.named_blocks()
+    assert all(torch.equal(entry[key], t) for (entry, key), t in zip(training.entries(), wanted, strict=True))
+
+
+def test_saving_offloaded_state_does_not_bring_it_back() -> None:
+    training = Training()
+    training.losses(3)
+    offloaded(training)
+    saved = training.optimizer.state_dict()["state"]
+    assert {t.device.type for entry in saved.values() for t in entry.values()} == {"meta"}
+    assert not any(t.numel() for wave in training.optimizer.waves() for stack in wave.stacks for t in held(stack))
+
+
+def held(stack: Any) -> list[torch.Tensor]:
+    return [t for buffers in stack.held.values() for t in buffers.values()]
+
+
+def test_emptied_state_is_no_blocks_to_save() -> None:
+    training = Training()
+    training.losses(3)
+    training.optimizer.state.clear()
+    with pytest.raises(RuntimeError, match="was emptied or replaced since the last step .*: make a step before saving"):
+        training.optimizer.named_blocks()
+    assert not training.optimizer.state_dict()["state"]
+    assert not training.optimizer.state, "looking makes no entries"
+
+
+def test_a_step_that_was_put_back_is_that_of_every_unit() -> None:
+    training = Training()
+    training.losses(9)
+    group, plans = training.optimizer.param_groups[0], training.optimizer._plans
+    (plan,) = plans.of_unit.values()
+    other = copy.copy(plan)  # DeepSpeed makes several of a group
+    for put, counted in ((5, 6), (7, 8), (7, 8)):
+        group["step"] = put
+        plans.of_unit[0, 1] = other
+        plans.follow_steps()
+        assert [plan.count(group), other.count(group), plan.count(group)] == [counted, counted, counted + 1]
+        del plans.of_unit[0, 1]
+        group["step"] = plan.step = counted
+        plans.note_steps()
+
+
 def test_blocks_are_saved_as_they_are_in_the_state() -> None:
     training = Training()
     training.losses(3)
@@ -93,7 +149,10 @@ def test_blocks_are_saved_as_they_are_in_the_state() -> None:
     ("options", "first", "more"),
     [({}, 205, 33), *((options, 7, 16) for options in OPTIONS)],  # bases rarer after 200
 )
-def test_state_copied_back_in_place_goes_on_from_there(options: dict[str, Any], first: int, more: int) -> None:
+@pytest.mark.parametrize("past_autograd", [False, True])
+def test_state_copied_back_in_place_goes_on_from_there(
+    options: dict[str, Any], first: int, more: int, past_autograd: bool
+) -> None:
     training = Training(**options)
     training.losses(first)
     weights = copy.deepcopy(training.model.state_dict())
@@ -102,7 +161,7 @@ def test_state_copied_back_in_place_goes_on_from_there(options: dict[str, Any], 
     ahead = training.losses(more)
     training.model.load_state_dict(weights)
     for (entry, key), t in zip(training.entries(), state, strict=True):
-        entry[key].copy_(t)
+        (entry[key].data if past_autograd else entry[key]).copy_(t)
     for group, there in zip(training.optimizer.param_groups, numbers, strict=True):
         group.update(there)
     assert training.losses(more) == ahead
