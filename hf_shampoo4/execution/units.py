@@ -84,10 +84,8 @@ class UnitPlan:
         for p, entry in self.state.items():
             there = state.get(p, {})
             for key, (ref, address) in entry.items():
-                tensor = ref()
-                if (
-                    tensor is None or there.get(key) is not tensor or tensor.data_ptr() != address
-                ):  # `tensor.data = ...`
+                tensor = ref()  # in other memory after `tensor.data = ...`
+                if tensor is None or there.get(key) is not tensor or tensor.data_ptr() != address:
                     return False
         return self.versions == self._versions()
 

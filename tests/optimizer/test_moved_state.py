@@ -115,7 +115,7 @@ def test_emptied_state_is_no_blocks_to_save() -> None:
     training = Training()
     training.losses(3)
     training.optimizer.state.clear()
-    with pytest.raises(RuntimeError, match=r"was emptied or replaced since the last step .*: make a step before saving"):
+    with pytest.raises(RuntimeError, match=r"was emptied or replaced since the last step .*: make a step before"):
         training.optimizer.named_blocks()
     assert not training.optimizer.state_dict()["state"]
     assert not training.optimizer.state, "looking makes no entries"
