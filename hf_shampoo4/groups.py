@@ -123,14 +123,17 @@ def param_groups(
         if treatment != "elementwise" and is_target and not any(is_target(p.path, p.module) for p in places[key]):
             treatment, why = "elementwise", f"{why}, not a target"
         note_purpose(parameter, why)
-        undecayed = len(shape) < 2 or key in norms or bool(_NO_DECAY_NAME.search(name))
-        undecayed = undecayed if decayed is None else name not in decayed
+        if decayed is None:
+            undecayed = len(shape) < 2 or key in norms or bool(_NO_DECAY_NAME.search(name))
+        else:
+            undecayed = name not in decayed
         of_head = bool(head) and key in heads
         members.setdefault((order.index(treatment), kind, of_head, undecayed), []).append((name, parameter))
+    decay = {} if weight_decay is None else {"weight_decay": weight_decay}
     return [
         {
             "params": named,
-            **({"weight_decay": 0.0} if undecayed else {} if weight_decay is None else {"weight_decay": weight_decay}),
+            **({"weight_decay": 0.0} if undecayed else decay),
             "kind": kind,
             **_TREATMENTS[order[treatment]],
             **(head if head and of_head else {}),

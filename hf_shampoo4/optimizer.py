@@ -153,7 +153,8 @@ class Shampoo4bit(torch.optim.Optimizer):
             for unit in units if agreed.present else ():
                 run(self._wave_steps(unit, agreed))  # collect gradients, update blocks, send updates, apply them
             agreed.failures.raise_on_all()
-            plans.seal(units if agreed.present else ())
+            for unit in units if agreed.present else ():
+                plans.of_unit[unit.key].seal()
         return loss
 
     def state_dict(self) -> dict[str, Any]:
@@ -418,7 +419,6 @@ class Shampoo4bit(torch.optim.Optimizer):
         if where:
             if not put_back:
                 unsettled.take_back()
-                self._plans.note_steps()
             self._skipped.count(unsettled.units, where, for_good)
         else:
             self._skipped.clear()

@@ -60,8 +60,6 @@ class Plans:
         self.meeting = ""
         """A word that these ranks alone know, for meetings outside of a step."""
         self._calls = 0
-        self._counted: dict[int, int] = {}
-        """Each group's step after the last call."""
         self.ranks_here = 0
         """How many of the ranks this computer has; 0: the first step will tell."""
 
@@ -91,7 +89,6 @@ class Plans:
                     "goes by the groups' places: load it again, and edit the list before that or after the step"
                 )
             self.groups.were_edited = False
-            self._counted = {}
             if self.of_unit:
                 self.reader = None
             self.of_unit = {(PUT_AWAY, i): plan for i, plan in enumerate(self.of_unit.values())}
@@ -116,23 +113,18 @@ class Plans:
         Returns:
             Whether there is one.
         """
-        steps = {index: group["step"] for index, group in enumerate(self.groups.groups)}
-        put_back = {index for index, step in steps.items() if step != self._counted.get(index, step)}
+        if self.groups.were_edited:  # the plans have the groups' places before
+            return False
+        counted: dict[int, int] = {}  # by the unit that was updated last
         for (index, _), plan in self.of_unit.items():
-            if index in put_back:
-                plan.step, plan.versions = steps[index], []
-        self.note_steps()
-        return bool(put_back)
-
-    def note_steps(self) -> None:
-        """Of the groups, as we have counted them."""
-        self._counted = {index: group["step"] for index, group in enumerate(self.groups.groups)}
-
-    def seal(self, units: Sequence[Unit]) -> None:
-        """A step of them is made."""
-        for unit in units:
-            self.of_unit[unit.key].seal()
-        self.note_steps()
+            counted[index] = max(plan.step, counted.get(index, 0))
+        put_back = False
+        for index, step in counted.items():
+            if index != PUT_AWAY and (now := self.groups.groups[index]["step"]) != step:
+                put_back = True
+                for plan in [plan for key, plan in self.of_unit.items() if key[0] == index]:
+                    plan.step, plan.identity = now, None  # so that it is made anew
+        return put_back
 
     def replicas(self, units: Sequence[Unit]) -> list[LocalParameter]:
         """Plain tensors that every rank has."""
@@ -181,7 +173,10 @@ class Plans:
             others = (plan.start for (index, _), plan in self.of_unit.items() if index == unit.key[0])
             start = old.step if old else next(others, unit.group["step"])
             everything = set(self.groups.parameters(unit.key[0]))
-            self.of_unit[unit.key] = plan = UnitPlan(unit.identity(), everything, views, waves, of_unit, start, start)
+            lent = [stack.lent.get(("steps", "dense"), [])[:1] for wave in waves for stack in wave.stacks]
+            counts = [view for views_of_one in lent for view in views_of_one]  # none in inference mode
+            plan = UnitPlan(unit.identity(), everything, views, waves, of_unit, start, start, counts)
+            self.of_unit[unit.key] = plan
             plan.seal()
         for wave in [wave for plan in (*before, *left_behind.values()) if plan for wave in plan.waves]:
             wave.let_go()

@@ -88,11 +88,11 @@ class StateMap:
         Raises:
             RuntimeError: others have put something there that is not these rows, or have emptied it.
         """
-        local = self.wave.state.local() if entries is None else entries
-        return [
-            {key: self._row(m, key, local[m].get(key), len(self.kept_blocks(g))) for key in self.layout(g)}
-            for g, (m, _) in enumerate(self.groups)
-        ]
+        local, found = self.wave.state.local() if entries is None else entries, list[Entry]()
+        for g, (m, _) in enumerate(self.groups):
+            kept = len(self.kept_blocks(g))
+            found.append({key: self._row(m, key, local[m].get(key), kept) for key in self.layout(g)})
+        return found
 
     def _row(self, member: int, key: str, there: Any, blocks: int) -> Tensor:
         if not isinstance(there, Tensor) or hasattr(there, "to_local") or len(there) != blocks:

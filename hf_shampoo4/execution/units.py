@@ -64,8 +64,10 @@ class UnitPlan:
     """The group's step before any of its units was updated."""
     step: int
     """The group's step at which this one was updated last."""
+    counts: list[weakref.ref[Tensor]] = field(default_factory=list)
+    """Of the stacks' counts of updates, a view of each."""
     versions: list[int] = field(default_factory=list)
-    """Of the counts of updates in the waves' state."""
+    """Of these after the last step."""
 
     def count(self, group: Group) -> int:
         """One more step; of several units of a group, the first counts the group's.
@@ -87,14 +89,15 @@ class UnitPlan:
                 tensor = ref()  # in other memory after `tensor.data = ...`
                 if tensor is None or there.get(key) is not tensor or tensor.data_ptr() != address:
                     return False
-        return self.versions == self._versions()
+        for ref, version in zip(self.counts, self.versions, strict=True):
+            count = ref()
+            if count is None or count._version != version:
+                return False
+        return True
 
     def seal(self) -> None:
         """A step is made, or its plan."""
-        self.versions = self._versions()
-
-    def _versions(self) -> list[int]:
-        return [stack.version for wave in self.waves for stack in wave.stacks]
+        self.versions = [-1 if (count := ref()) is None else count._version for ref in self.counts]
 
 
 def units_of(

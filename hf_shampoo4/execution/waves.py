@@ -21,6 +21,7 @@ import zlib
 from collections.abc import Callable, Collection, Hashable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -122,21 +123,16 @@ class BlockStack:
             return self.held
         found: State = {}
         for (tensor, name), views in self.lent.items():
-            buffer = _base(views)
-            if buffer is None:
+            view: Any = views[0]()
+            if view is None:
+                view = _first(views)
+            if view is None:
                 self._begin_afresh()
                 return self.held
-            found.setdefault(tensor, {})[name] = buffer
+            found.setdefault(tensor, {})[name] = view._base
         for tensor, buffers in self.held.items():
             found.setdefault(tensor, {}).update(buffers)
         return found
-
-    @property
-    def version(self) -> int:
-        """Of the counts of updates: another one after each change of them, by whomever; 0 if they are gone."""
-        views = self.lent.get(("steps", "dense"))
-        counts = self.held["steps"]["dense"] if views is None else _base(views)
-        return 0 if counts is None or counts.is_inference() else counts._version
 
     def lend(self, tensor: str, name: str, views: Sequence[Tensor]) -> None:
         """From now on a buffer lives as long as one of its members' views does."""
@@ -149,14 +145,16 @@ class BlockStack:
         """Hold again what is left, and new memory for what is gone."""
         fresh = new_state(self.algorithm, len(self.blocks), self.seed_offsets.device)
         for (tensor, name), views in self.lent.items():
-            left = _base(views)
-            self.held.setdefault(tensor, {})[name] = fresh[tensor][name] if left is None else left
+            left = _first(views)
+            self.held.setdefault(tensor, {})[name] = fresh[tensor][name] if left is None else left._base
         self.lent.clear()
 
     def select(self, positions: list[int]) -> tuple[BlockStack, Callable[[], None]]:
         """Some blocks of it for a step, as a view where they follow each other, and what brings changed state back."""
         if len(positions) == len(self.blocks):
-            return replace(self, held=self.state, lent={}), lambda: None
+            state = self.state
+            all_of_it = BlockStack(self.algorithm, self.blocks, self.membership, self.seed_offsets, self.phases, state)
+            return all_of_it, lambda: None
         index = index_of(positions, self.seed_offsets.device)
         blocks, phases = [self.blocks[i] for i in positions], [self.phases[i] for i in positions]
         state = gather_blocks(self.state, index)
@@ -164,13 +162,9 @@ class BlockStack:
         return some, lambda: scatter_blocks(self.state, index, state)
 
 
-def _base(views: Sequence[weakref.ref[Tensor]]) -> Tensor | None:
-    """What views are of, if one of them is still there."""
-    for ref in views:
-        view = ref()
-        if view is not None:
-            return view._base
-    return None
+def _first(views: Sequence[weakref.ref[Tensor]]) -> Any:
+    """The first view that is still there."""
+    return next((view for ref in views if (view := ref()) is not None), None)
 
 
 def new_state(algorithm: Algorithm, blocks: int, device: torch.device) -> State:

@@ -82,20 +82,20 @@ def test_moved_state_is_what_is_trained_and_saved(move: Callable[[Training], Non
 
 
 def test_entries_that_change_places_are_each_others() -> None:
-    training, still = Training(), Training()
-    for each in (training, still):
-        each.losses(3)
-    state = training.optimizer.state
-    norms = [p for p in training.model.parameters() if p.dim() == 1]
-    first, second = (state[p] for p in training.model.parameters() if p.dim() == 2)
-    assert norms
-    for key in list(first):  # of equal shapes
-        if key in second and first[key].shape == second[key].shape:
-            first[key], second[key] = second[key], first[key]
-    wanted = [entry[key].clone() for entry, key in training.entries()]
-    training.optimizer.state_dict()
-    training.optimizer.named_blocks()
-    assert all(torch.equal(entry[key], t) for (entry, key), t in zip(training.entries(), wanted, strict=True))
+    generator = torch.Generator().manual_seed(0)
+    parameters = [nn.Parameter(torch.randn(32, 48, generator=generator)) for _ in range(2)]
+    optimizer = Shampoo4bit(parameters, lr=1e-2)
+    for p in parameters:
+        p.grad = torch.randn(p.shape, generator=generator)
+    optimizer.step()
+    first, second = (optimizer.state[p] for p in parameters)
+    before = [{key: t.clone() for key, t in entry.items()} for entry in (first, second)]
+    optimizer.state[parameters[0]], optimizer.state[parameters[1]] = second, first
+    optimizer.state_dict()
+    optimizer.named_blocks()
+    for p, wanted in zip(parameters, reversed(before), strict=True):
+        assert all(torch.equal(optimizer.state[p][key], t) for key, t in wanted.items())
+    assert not all(torch.equal(t, before[1][key]) for key, t in before[0].items())
 
 
 def test_saving_offloaded_state_does_not_bring_it_back() -> None:
@@ -134,7 +134,6 @@ def test_a_step_that_was_put_back_is_that_of_every_unit() -> None:
         assert [plan.count(group), other.count(group), plan.count(group)] == [counted, counted, counted + 1]
         del plans.of_unit[0, 1]
         group["step"] = plan.step = counted
-        plans.note_steps()
 
 
 def test_blocks_are_saved_as_they_are_in_the_state() -> None:

@@ -51,7 +51,7 @@ def test_a_parameter_more_costs_few_calls_and_none_of_them_looks_at_its_state_or
 
 
 def test_a_step_of_two_waves_enters_few_functions() -> None:
-    assert calls_of(steps_of(12)).total() <= 1170  # there were 2,156
+    assert calls_of(steps_of(12)).total() <= 1120  # there were 2,156
 
 
 def test_options_are_not_checked_again_in_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
