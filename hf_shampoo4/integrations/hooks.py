@@ -1,4 +1,4 @@
-"""Do something to a module right after it was imported, whenever that happens.
+"""Do something to a module right after it was imported, whenever that happens, and put methods of ours around others'.
 
 Importing transformers ourselves would cost seconds, and a script that sets environment variables before it imports
 transformers would find them ignored.  So nothing is imported early: a finder in `sys.meta_path` waits.
@@ -6,11 +6,13 @@ transformers would find them ignored.  So nothing is imported early: a finder in
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Callable, Sequence
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
+from typing import Any
 
 Action = Callable[[ModuleType], None]
 
@@ -32,6 +34,16 @@ def after_import(name: str, action: Action) -> None:
     waiting = _FINDER.actions.setdefault(name, [])
     if action not in waiting:
         waiting.append(action)
+
+
+def wrap_once(owner: Any, name: str, wrapping: Callable[[Any], Callable[..., Any]]) -> None:
+    """Put `wrapping(original)` in the place of a class's method `name`; again it changes nothing."""
+    original = getattr(owner, name)
+    if hasattr(original, "before_hf_shampoo4"):
+        return
+    wrapped: Any = functools.wraps(original)(wrapping(original))
+    wrapped.before_hf_shampoo4 = original
+    setattr(owner, name, staticmethod(wrapped) if isinstance(vars(owner).get(name), staticmethod) else wrapped)
 
 
 class _Finder(MetaPathFinder):

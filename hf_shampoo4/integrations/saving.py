@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..checkpointing.completeness import STATE, incomplete
 from ..exceptions import CheckpointError
-from .hooks import after_import
+from .hooks import after_import, wrap_once
 
 if TYPE_CHECKING:
     from ..optimizer import Shampoo4bit
@@ -52,18 +52,14 @@ def _wrap_saves(module: ModuleType) -> None:
         ("_tune_save_checkpoint", _bring_together),
         ("_load_optimizer_and_scheduler", _refuse_half),
     ):
-        original = getattr(module.Trainer, name)
-        if not hasattr(original, "before_hf_shampoo4"):
-            setattr(module.Trainer, name, _preceded(original, before))
+        wrap_once(module.Trainer, name, functools.partial(_preceded, before))
 
 
-def _preceded(original: Any, before: Any) -> Any:
-    @functools.wraps(original)
+def _preceded(before: Any, original: Any) -> Any:
     def method(trainer: Any, *arguments: Any, **named: Any) -> Any:
         before(trainer, *arguments, **named)
         return original(trainer, *arguments, **named)
 
-    method.before_hf_shampoo4 = original  # type: ignore[attr-defined]
     return method
 
 

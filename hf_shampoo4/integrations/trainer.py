@@ -5,7 +5,6 @@ Imports neither torch nor transformers until a training starts.
 
 from __future__ import annotations
 
-import functools
 import weakref
 from collections.abc import Callable, Collection, Mapping
 from contextvars import ContextVar
@@ -13,7 +12,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from ..options import STOCHASTIC_HEAD, parse_optim_args, resolve_for_all
-from .hooks import after_import
+from .hooks import after_import, wrap_once
 from .saving import follow_saves
 
 if TYPE_CHECKING:
@@ -218,10 +217,10 @@ def _extend_trainer(module: ModuleType) -> None:
 
     if Shampoo4bitCallback not in module.DEFAULT_CALLBACKS:
         module.DEFAULT_CALLBACKS.append(Shampoo4bitCallback)  # trackers come after it, and log what it adds
-    original = module.Trainer.get_optimizer_cls_and_kwargs
-    if getattr(original, "knows_hf_shampoo4", False):
-        return
+    wrap_once(module.Trainer, "get_optimizer_cls_and_kwargs", _answering)
 
+
+def _answering(original: Any) -> Any:
     def get_optimizer_cls_and_kwargs(args: Any, model: Any = None) -> tuple[Any, Any]:
         if args.optim not in OPTIMS:
             return original(args, model)
@@ -233,28 +232,25 @@ def _extend_trainer(module: ModuleType) -> None:
             )
         return _optimizer_cls_and_kwargs(args, model, optim_options(args.optim, args.optim_args))
 
-    get_optimizer_cls_and_kwargs.knows_hf_shampoo4 = True  # type: ignore[attr-defined]
-    module.Trainer.get_optimizer_cls_and_kwargs = staticmethod(get_optimizer_cls_and_kwargs)
+    return get_optimizer_cls_and_kwargs
 
 
 def _follow_decay(module: ModuleType) -> None:
     """A Trainer's class may say itself what is decayed; the static method above, which has no Trainer, is told so."""
-    original = module.Trainer.create_optimizer
-    if hasattr(original, "before_hf_shampoo4"):
-        return
 
-    @functools.wraps(original)
-    def create_optimizer(trainer: Any, *arguments: Any, **named: Any) -> Any:
-        names = getattr(trainer, "get_decay_parameter_names", None)
-        is_own = getattr(names, "__func__", names) is not getattr(module.Trainer, "get_decay_parameter_names", None)
-        token = _decayed.set(names if is_own else None)
-        try:
-            return original(trainer, *arguments, **named)
-        finally:
-            _decayed.reset(token)
+    def telling(original: Any) -> Any:
+        def create_optimizer(trainer: Any, *arguments: Any, **named: Any) -> Any:
+            names = getattr(trainer, "get_decay_parameter_names", None)
+            is_own = getattr(names, "__func__", names) is not getattr(module.Trainer, "get_decay_parameter_names", None)
+            token = _decayed.set(names if is_own else None)
+            try:
+                return original(trainer, *arguments, **named)
+            finally:
+                _decayed.reset(token)
 
-    create_optimizer.before_hf_shampoo4 = original  # type: ignore[attr-defined]
-    module.Trainer.create_optimizer = create_optimizer
+        return create_optimizer
+
+    wrap_once(module.Trainer, "create_optimizer", telling)
 
 
 def _extend_optimizer_names(module: ModuleType) -> None:
