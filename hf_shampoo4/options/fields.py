@@ -188,7 +188,7 @@ class Options:
         require("algorithm", self.algorithm, self.algorithm in ALGORITHMS, f"one of {', '.join(ALGORITHMS)}")
         if self.algorithm != FALLBACK:  # which carries its neighbours' options along
             changed = [name for name in NAMES if getattr(self, name) != getattr(Options, name)]
-            refuse_unused(changed, self.algorithm, self.factor)
+            refuse_unused(changed, vars(self))
         spread = "auto or owners with shard_state=true: a block's owner alone has its state"
         require("apply", self.apply, self.apply != "all" or not self.shard_state, spread)
         _check_factors_by_kind(self.rates)
@@ -228,25 +228,39 @@ class Options:
 
 KINDS = ("embedding", "head", "matrix", "vector")
 
-# Which of Shampoo's factors use an option that not all of them use.
-USED_BY_FACTOR = {"rectify_stats": ("eigen",), "rectify_roots": ("eigen",), "error_beta": ("cholesky_ef",)}
+# Option -> which values of others it is used with; of others that the algorithm does not use, it does not matter.
+USED_WITH: dict[str, dict[str, tuple[Any, ...]]] = {
+    "error_beta": {"factor": ("cholesky_ef",)},
+    "rectify_stats": {"factor": ("eigen",), "bits": (4, 8)},
+    "rectify_roots": {"factor": ("eigen",), "bits": (4, 8)},
+    "quant_block": {"bits": (4, 8)},
+    "codebook": {"bits": (4, 8)},
+    "oblong": {"sides": ("auto",)},
+    "vocabulary_beta": {"embeddings": ("auto",)},
+}
 
 
-def what_uses(name: str, algorithm: str, factor: str) -> str:
-    """Why an option has no effect with this algorithm, or with this factor of Shampoo, and what to add; "" if it has
-    one."""
-    users, factors = users_of(name), USED_BY_FACTOR.get(name, (factor,))
+def what_uses(name: str, chosen: Mapping[str, Any]) -> str:
+    """Why an option has no effect with the others that are chosen, and what to add; "" if it has one.
+
+    Args:
+        name: of the option.
+        chosen: option -> value; what is not there is at its default.
+    """
+    algorithm, users = chosen.get("algorithm", Options.algorithm), users_of(name)
     if algorithm not in users:
         return f"with algorithm={algorithm}: remove it, or add algorithm={' or '.join(users)}"
-    if algorithm in users_of("factor") and factor not in factors:
-        return f"with factor={factor}: remove it, or add factor={' or '.join(factors)}"
+    for other, values in USED_WITH.get(name, {}).items():
+        value = chosen.get(other, getattr(Options, other))
+        if algorithm in users_of(other) and value not in values:
+            return f"with {other}={value}: remove it, or add {other}={' or '.join(map(str, values))}"
     return ""
 
 
-def refuse_unused(names: Iterable[str], algorithm: str, factor: str) -> None:
-    """Raises an OptionError for the first of the options that has no effect, with what to add."""
+def refuse_unused(names: Iterable[str], chosen: Mapping[str, Any]) -> None:
+    """Raises an OptionError for the first of the options that has no effect with those chosen, with what to add."""
     for name in names:
-        if why := what_uses(name, algorithm, factor):
+        if why := what_uses(name, chosen):
             raise OptionError(f"option {name} has no effect {why}")
 
 

@@ -74,15 +74,15 @@ def saved_options(group: Mapping[str, Any]) -> dict[str, Any]:
         OptionError: a value of the wrong type or out of range.
     """
     options = {name: cast(name, group[name]) for name in NAMES if name in group}
-    algorithm, factor = options.get("algorithm", Options.algorithm), options.get("factor", Options.factor)
+    algorithm = options.get("algorithm", Options.algorithm)
     if algorithm in ALGORITHMS and algorithm != FALLBACK:  # what an older version took and had no use for
-        options |= {name: usual for name, usual in _without_use(algorithm, factor).items() if name in options}
+        options |= {name: usual for name, usual in _without_use(options).items() if name in options}
     Options(**options)
     return options
 
 
 def _merged(beneath: Mapping[str, Any], preset: Mapping[str, Any], explicit: Mapping[str, Any]) -> dict[str, Any]:
-    """What is set above `beneath`, once the algorithm and the factor are known.
+    """What is set above `beneath`, once it is known what else is chosen.
 
     Of a preset only what these use is taken, and what `beneath` has set for others goes back to its default.
 
@@ -90,23 +90,23 @@ def _merged(beneath: Mapping[str, Any], preset: Mapping[str, Any], explicit: Map
         OptionError: something explicit that they do not use, whatever its value; the message says what to add.  Or two
             ways to say from which step on something is.
     """
-    chosen = {"algorithm": Options.algorithm, "factor": Options.factor, **beneath, **preset, **explicit}
-    algorithm, factor = chosen["algorithm"], chosen["factor"]
+    chosen = {**beneath, **preset, **explicit}
+    algorithm = chosen.get("algorithm", Options.algorithm)
     if not set(NAMES) <= set(explicit):  # which is a whole group of another optimizer, not somebody's choice
-        refuse_unused(explicit, algorithm, factor)
+        refuse_unused(explicit, chosen)
         start, share = explicit.get("stochastic_from"), explicit.get("stochastic_last")
         rule = f"0 beside stochastic_last={share}, which the Trainer's callback makes a step of: give one of them"
         require("stochastic_from", start, not (start and share), rule)
-    taken = {name: value for name, value in preset.items() if not what_uses(name, algorithm, factor)}
+    taken = {name: value for name, value in preset.items() if not what_uses(name, chosen)}
     if algorithm == FALLBACK:  # carries its neighbours' options along
         return {**taken, **explicit}
-    reset = {n: usual for n, usual in _without_use(algorithm, factor).items() if beneath.get(n, usual) != usual}
+    reset = {n: usual for n, usual in _without_use(chosen).items() if beneath.get(n, usual) != usual}
     return {**reset, **_defaults_of(algorithm, beneath), **taken, **explicit}
 
 
-def _without_use(algorithm: str, factor: str) -> dict[str, Any]:
+def _without_use(chosen: Mapping[str, Any]) -> dict[str, Any]:
     """The options that these have no use for, at their defaults."""
-    return {name: getattr(Options, name) for name in NAMES if what_uses(name, algorithm, factor)}
+    return {name: getattr(Options, name) for name in NAMES if what_uses(name, chosen)}
 
 
 def _without_adamws(given: Mapping[str, Any]) -> dict[str, Any]:

@@ -208,6 +208,12 @@ def test_another_algorithm_than_the_presets(preset: str, algorithm: str) -> None
         ),
         ({"error_beta": 0.7, "algorithm": "shampoo"}, "error_beta has no effect with factor=eigen: .* add factor=chol"),
         ({"rectify_roots": 4, "factor": "direct", "preset": "paper_eigen"}, "no effect with factor=direct"),
+        ({"codebook": "dynamic", "bits": 32}, "codebook has no effect with bits=32: remove it, or add bits=4 or 8"),
+        ({"quant_block": 0, "bits": 32, "algorithm": "shampoo"}, "quant_block has no effect with bits=32: "),
+        ({"rectify_stats": 2, "bits": 32, "algorithm": "soap"}, "rectify_stats has no effect with bits=32: "),
+        ({"rectify_roots": 4, "bits": 32, "preset": "paper_eigen"}, "rectify_roots has no effect with bits=32: "),
+        ({"oblong": 3, "sides": "short"}, "oblong has no effect with sides=short: remove it, or add sides=auto"),
+        ({"vocabulary_beta": 0.9, "embeddings": "elementwise"}, "vocabulary_beta has no effect with embeddings=elem"),
     ],
 )
 def test_no_option_changes_the_algorithm_and_none_is_without_effect(given: dict[str, Any], message: str) -> None:
@@ -216,7 +222,9 @@ def test_no_option_changes_the_algorithm_and_none_is_without_effect(given: dict[
         resolve(given)
 
 
-@pytest.mark.parametrize("chosen", [{"factor": "direct"}, {"algorithm": "kl_shampoo"}, {"algorithm": "elementwise"}])
+@pytest.mark.parametrize(
+    "chosen", [{"factor": "direct"}, {"bits": 32}, {"algorithm": "kl_shampoo"}, {"algorithm": "elementwise"}]
+)
 @pytest.mark.parametrize("preset", sorted(PRESETS))
 def test_of_a_preset_what_the_explicit_choice_does_not_use_is_left_out(preset: str, chosen: dict[str, Any]) -> None:
     """The Trainer resolves twice: what the first time has left is no explicit option without effect."""

@@ -21,6 +21,7 @@ from hf_shampoo4.options import PRESETS, Options
 from hf_shampoo4.preconditioners.factors import Cholesky, Factor, make_factor
 from tests.support.reference import LINEAR2, PROPERTY, nearest
 
+CODEBOOKS = ("linear2", "dynamic", "nf4", "lloyd16")
 FACTORS = ["eigen", "direct", "cholesky", "cholesky_ef"]
 
 
@@ -248,21 +249,16 @@ def test_cholesky_takes_half_of_the_eigenvectors_bytes() -> None:
 # --------------------------------------------------------------------------------------------- in the optimizer
 
 
-@pytest.mark.parametrize("codebook", ["linear2", "dynamic", "nf4", "lloyd16"])
-@pytest.mark.parametrize("bits", [4, 8, 32])
+@pytest.mark.parametrize(
+    "storage",
+    [{"bits": 32}, *({"bits": 8, "codebook": name} for name in CODEBOOKS if name not in ONLY_4_BITS),
+     *({"bits": 4, "codebook": name} for name in CODEBOOKS)],
+    ids=lambda storage: "-".join(map(str, storage.values())),
+)  # fmt: skip
 @pytest.mark.parametrize("factor", FACTORS)
-def test_every_storage_of_every_factor_steps(factor: str, bits: int, codebook: str) -> None:
-    if bits == 8 and codebook in ONLY_4_BITS:
-        pytest.skip(f"{codebook} has 4 bits")
+def test_every_storage_of_every_factor_steps(factor: str, storage: dict[str, Any]) -> None:
     p = torch.nn.Parameter(torch.randn(64, 80))
-    options = {
-        "factor": factor,
-        "bits": bits,
-        "codebook": codebook,
-        "stats_every": 1,
-        "roots_every": 2,
-        "algorithm": "shampoo",
-    }
+    options = {"factor": factor, **storage, "stats_every": 1, "roots_every": 2, "algorithm": "shampoo"}
     optimizer = Shampoo4bit([p], lr=0.01, **options)
     target = torch.randn(64, 80)
     losses = []

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from hf_shampoo4 import Shampoo4bit
+from tests.support import used
 from tests.support.reference import Checked, Settings, Shampoo4, Shampoo32
 
 # What the phases of a 4-bit step may differ by: float32 against float64, errors in codes relative to their scale.
@@ -111,10 +112,6 @@ def follow(shapes: list[tuple[int, ...]], steps: int, channels_last: bool = Fals
         "codebook": "linear2", "stats_every": 1, "roots_every": 1, "factor_beta": 0.9, "damping": 0.02,
         "rectify_stats": 1, "rectify_roots": 1, "graft": "norm", **options,
     }  # fmt: skip
-    if chosen["factor"] != "eigen":  # nothing is rectified
-        given = {name: value for name, value in chosen.items() if name not in ("rectify_stats", "rectify_roots")}
-    else:
-        given = chosen
     base = {"lr": 0.01, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.1}
     quantised = chosen["bits"] < 32
     reference = Shampoo4(
@@ -128,7 +125,7 @@ def follow(shapes: list[tuple[int, ...]], steps: int, channels_last: bool = Fals
         )
     )  # fmt: skip
     parameters = [parameter(shape, channels_last) for shape in shapes]
-    optimizer = Shampoo4bit(parameters, **base, **given)
+    optimizer = Shampoo4bit(parameters, **base, **used(chosen))
     for p in parameters:
         p.grad = gradient(p, 1)
     optimizer.step()  # makes the state that the reference begins from

@@ -75,10 +75,9 @@ mixed_options = st.lists(usable, max_size=5, unique=True).flatmap(
 
 
 def without_effect(options: dict[str, Any]) -> list[str]:
-    """The options that the chosen algorithm, or Shampoo's factor, does not use."""
-    chosen = {**vars(Options()), **PRESETS.get(options.get("preset"), {}), **options}
-    algorithm, factor = chosen["algorithm"], chosen["factor"]
-    return [name for name in options if what_uses(name, algorithm, factor)]
+    """The options that have no effect with the others."""
+    chosen = {**PRESETS.get(options.get("preset"), {}), **options}
+    return [name for name in options if what_uses(name, chosen)]
 
 
 def legal(options: dict[str, Any]) -> dict[str, Any]:
