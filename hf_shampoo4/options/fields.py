@@ -118,7 +118,8 @@ class Options:
     When a block is refreshed depends on its position among the blocks of the parameter group, and on how many updates
     its parameter has had: steps on which that has no gradient do not count."""
     factor_beta: float = 0.9
-    """Decay of the factors' moving average, per step; for shampoo per update."""
+    """Decay of the factors' moving average, per step; for shampoo per update.  SOAP's and KL-Shampoo's eigenvalues are
+    forgotten no faster than the first moment that they divide: by the larger of this and betas[0]."""
     damping: float = 1e-6
     """Added to a factor before its root, times its largest eigenvalue; for SOAP and KL-Shampoo to the eigenvalues that
     their first moment is divided by when it is stored (1e-7 if it is less)."""
@@ -149,7 +150,8 @@ class Options:
     with products of its own for `bfloat16` (avx512_bf16, amx) takes half the time in it, and rounds the sums to
     bfloat16 too; else it rounds operands as a GPU would, and multiplies in float32, which takes longer than float32."""
     vocabulary_beta: float = 0.99
-    """Decay of the eigenvalues of a vocabulary: most of its entries have no gradient for many steps."""
+    """Decay of the eigenvalues of a vocabulary: most of its entries have no gradient for many steps.  As `factor_beta`
+    no less than betas[0]."""
 
     # ---- shampoo: inverse roots
 

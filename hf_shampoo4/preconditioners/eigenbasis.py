@@ -6,7 +6,7 @@ import math
 from collections.abc import Generator, Mapping
 from dataclasses import dataclass
 from functools import reduce
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -127,7 +127,7 @@ class Eigenbasis(TwoSided):
         Returns:
             (B, m, n) float32.
         """
-        o, state, b1 = context.options, stack.state, context.betas[0]
+        o, state, b1, decays = context.options, stack.state, context.betas[0], _decays(context)
         kl_shampoo = isinstance(self.moments, Momentum)
         at = context.moment_step(stack)
         left, right = (
@@ -141,7 +141,7 @@ class Eigenbasis(TwoSided):
         precision = rotation_precision(o.rotation_precision, g.device)
         g = rotate(left.vectors, g, right.vectors, precision)
         # lambda_L <- beta lambda_L + (1 - beta) mean_j G'_ij^2 / lambda_Rj, lambda_R likewise (SOAP: / 1)
-        state["failures"]["dense"] += self._update_eigenvalues(left, right, g, o)
+        state["failures"]["dense"] += self._update_eigenvalues(left, right, g, decays)
         # m' <- b1 m' + (1 - b1) G', before the basis update if nothing but m' sees G': both are rotated as one sum
         if kl_shampoo:
             m.add(g, 1 - b1)
@@ -160,9 +160,9 @@ class Eigenbasis(TwoSided):
         # U_L u U_R^T
         back = [transpose(left.vectors), transpose(right.vectors)]
         if kl_shampoo and has_kernels(u.device, DENSE_BLOCK):
-            back = self._bounding(u, back[0], back[1], o)
+            back = self._bounding(u, back[0], back[1], decays)
         else:
-            u = self._bounded(u, o, context.betas[1])
+            u = self._bounded(u, decays, context.betas[1])
         return rotate(back[0], u, back[1], precision)
 
     def held(self, blocks: int) -> int:
@@ -177,7 +177,7 @@ class Eigenbasis(TwoSided):
     def _squares(self) -> int:
         return sum(side.order**2 for side in (self.left, self.right) if side.basis)
 
-    def _update_eigenvalues(self, left: DecodedSide, right: DecodedSide, g: Tensor, o: Options) -> Tensor:
+    def _update_eigenvalues(self, left: DecodedSide, right: DecodedSide, g: Tensor, decays: Decays) -> Tensor:
         """Eigenvalues follow the squares of the rotated gradient at every step.
 
         Of a side without a basis first, then the other's, whitened by the new ones: both from the old ones, the two
@@ -188,7 +188,7 @@ class Eigenbasis(TwoSided):
                 eigenvalues stay.
         """
         if has_kernels(g.device, DENSE_BLOCK):
-            return self._update_eigenvalues_in_passes(left, right, g, o)
+            return self._update_eigenvalues_in_passes(left, right, g, decays)
         squares = g.square()
         level = squares.mean((-2, -1))
         bad = (level < torch.inf).logical_not_()
@@ -201,25 +201,24 @@ class Eigenbasis(TwoSided):
         if self.is_two_sided:
             of_right = (self._whitening(left).reciprocal() / self.left.order).unsqueeze(-2) @ squares
             of_left = squares.div_(self._whitening(right).unsqueeze(-2)).mean(-1)
-            left.update_eigenvalues(of_left, o.factor_beta, bad)
-            right.update_eigenvalues(of_right.squeeze(-2), o.factor_beta, bad)
+            left.update_eigenvalues(of_left, decays.rotated, bad)
+            right.update_eigenvalues(of_right.squeeze(-2), decays.rotated, bad)
             return bad
         diagonal, rotated, squares = (left, right, squares) if right.has_basis else (right, left, squares.mT)
         # from the left: a matrix times a column is summed otherwise on a CPU in a stack of one than in one of several
         of_diagonal = (self._whitening(rotated).reciprocal() / squares.shape[-1]).unsqueeze(-2) @ squares.mT
-        beta = o.vocabulary_beta if o.vocabulary else o.factor_beta
-        diagonal.update_eigenvalues(of_diagonal.squeeze(-2), beta, bad)
+        diagonal.update_eigenvalues(of_diagonal.squeeze(-2), decays.diagonal, bad)
         of_rotated = (self._whitening(diagonal).reciprocal() / squares.shape[-2]).unsqueeze(-2) @ squares
-        rotated.update_eigenvalues(of_rotated.squeeze(-2), o.factor_beta, bad)
+        rotated.update_eigenvalues(of_rotated.squeeze(-2), decays.rotated, bad)
         return bad
 
-    def _update_eigenvalues_in_passes(self, left: DecodedSide, right: DecodedSide, g: Tensor, o: Options) -> Tensor:
+    def _update_eigenvalues_in_passes(self, left: DecodedSide, right: DecodedSide, g: Tensor, decays: Decays) -> Tensor:
         """As `_update_eigenvalues`, by kernels that sum squares and keep none: one pass over g, or two."""
         passes, vectors, floors = kernels("whitened"), kernels("eigenvalues"), self._floors
         sides, (m, n) = (left.eigenvalues, right.eigenvalues), self.shape
         flip = not right.has_basis  # of one basis: the left one
         rows, columns = (True, True) if self.is_two_sided else (not flip, flip)
-        beta = o.vocabulary_beta if o.vocabulary and not self.is_two_sided else o.factor_beta
+        beta = decays.rotated if self.is_two_sided else decays.diagonal
         # blocks without eigenvalues as yet are summed with weights of 1, which `follow` knows
         weights = vectors.weights(*sides, floors, self.whitened)
         sums = passes.square_sums(g, *weights, rows=rows, columns=columns, whole=True)
@@ -229,7 +228,7 @@ class Eigenbasis(TwoSided):
             weights = vectors.weights(*sides, floors, self.whitened)
             sums = passes.square_sums(g, *weights, rows=flip, columns=not flip)
             of_rotated = (sides[0], sums.rows, n) if flip else (sides[1], sums.columns, m)
-            vectors.follow_alone(*of_rotated, 1 - o.factor_beta)
+            vectors.follow_alone(*of_rotated, 1 - decays.rotated)
         left.changed()
         right.changed()
         return good.logical_not_()
@@ -281,27 +280,27 @@ class Eigenbasis(TwoSided):
         # directions without any gradient for long have decayed to 0: the first one there must not overflow
         return torch.maximum(side.eigenvalues, (FLOOR * side.largest).clamp_min_(TINY))
 
-    def _bounding(self, u: Tensor, left: Tensor | None, right: Tensor | None, o: Options) -> list[Tensor | None]:
+    def _bounding(self, u: Tensor, left: Tensor | None, right: Tensor | None, decays: Decays) -> list[Tensor | None]:
         """As `_bounded` of KL-Shampoo, on the bases: u is read once and not written.
 
         Args:
             u: (B, m, n).
             left: U_L^T, or None.
             right: U_R^T, or None.
-            o: the options.
+            decays: of eigenvalues.
 
         Returns:
             Both, each row times what the row or column of u is to be scaled by.
         """
         sums = kernels("whitened").square_sums(u, rows=left is not None, columns=right is not None)
-        most = (1 - o.factor_beta) ** -0.5
+        most = (1 - decays.rotated) ** -0.5
         found = ((left, sums.rows, u.shape[-1]), (right, sums.columns, u.shape[-2]))
         return [
             None if basis is None else basis * of.rsqrt_().mul_(most * count**0.5).clamp_max_(1.0).unsqueeze(-1)
             for basis, of, count in found
         ]
 
-    def _bounded(self, u: Tensor, o: Options, beta2: float) -> Tensor:
+    def _bounded(self, u: Tensor, decays: Decays, beta2: float) -> Tensor:
         """u, in place, no larger than gradients can make it as long as the bases rest; without a spike it seldom is.
 
         After a basis update the first moment may be large where the second moment, or eigenvalue, is tiny as yet.
@@ -310,8 +309,28 @@ class Eigenbasis(TwoSided):
             limit = max(LIMIT, (1 - beta2) ** -0.5)
             return u.clamp_(-limit, limit)
         # (1 - beta) mean_j G'_ij^2 / lambda_Rj is a part of lambda_Li: what bounds a gradient's rows bounds a mean's
-        most = (1 - o.factor_beta) ** -0.5
+        most = (1 - decays.rotated) ** -0.5
         return clamp_rms_(u, most, rows=self.left.basis is not None, columns=self.right.basis is not None)
+
+
+class Decays(NamedTuple):
+    """Of eigenvalues, a step."""
+
+    rotated: float
+    """Of a side with a basis, and of both where both have one."""
+    diagonal: float
+    """Of a side without."""
+
+
+def _decays(context: Context) -> Decays:
+    """No eigenvalue is forgotten faster than the first moment.
+
+    Where gradients end (a dead unit), m' falls by b1 a step and the root that it is divided by, by that of the decay:
+    below b1^2 a row would be moved for ever, and faster and faster.
+    """
+    o, b1 = context.options, context.betas[0]
+    beta = max(o.factor_beta, b1)
+    return Decays(beta, max(o.vocabulary_beta, b1) if o.vocabulary else beta)
 
 
 def _scales(left: DecodedSide, right: DecodedSide, o: Options) -> tuple[Tensor, Tensor]:

@@ -23,9 +23,9 @@ def test_training_goes_on(nth: int) -> None:
 @pytest.mark.parametrize("algorithm", ["kl_shampoo", "kl_soap", "soap"])
 @pytest.mark.parametrize("name", ["rank1", "constant"])
 def test_directions_that_were_silent_for_long_may_speak_again(algorithm: str, name: str, monkeypatch) -> None:
-    """Eigenvalues decay to exactly 0 in 150 steps here, as in 2,000 with the usual factor_beta."""
+    """Eigenvalues decay to exactly 0 in 150 steps here, as in 2,000 with the usual factor_beta and first beta."""
     options = faults.options_of(algorithm, "4bit")
-    monkeypatch.setattr(faults, "options_of", lambda a, m: {**options, "factor_beta": 0.5})
+    monkeypatch.setattr(faults, "options_of", lambda a, m: {**options, "factor_beta": 0.5, "betas": (0.5, 0.999)})
     assert faults.stream(algorithm, "4bit", name, 160) == []
 
 
