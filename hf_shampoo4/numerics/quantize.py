@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from .codebooks import levels
-from .rounding import Stochastic
+from .rounding import NEAR, Rounding, Settling, Stochastic
 
 Fit = Literal["largest", "eden", "least_squares"]
 
@@ -41,13 +41,13 @@ GPUS = ("cuda",)  # devices that Triton builds kernels for
 
 
 def quantize_block(
-    x: Tensor, codebook: str, bits: int, block: int, rounding: Stochastic | None = None, fit: Fit = "largest"
+    x: Tensor, codebook: str, bits: int, block: int, rounding: Rounding | None = None, fit: Fit = "largest"
 ) -> tuple[Tensor, Tensor]:
     """Quantise rows of numbers, `block` consecutive ones sharing a scale.
 
     Args:
         x: (..., L), any float dtype.  The last block of a row may be shorter.
-        rounding: how to choose between the two neighbouring levels; the nearer without it.
+        rounding: how to choose between neighbouring levels; the nearest without it.
         fit: what a block's scale is in the end: its largest magnitude; or, for the levels that this has chosen, what
             makes <x, Q(x)> = |x|^2 (eden: ZE-EDEN, 2610.12444) or |x - Q(x)| least.
 
@@ -73,6 +73,8 @@ def quantize_block(
         part = part / divisor
         if rounding is None:
             codes[i, j] = encode(part, codebook, bits)
+        elif isinstance(rounding, Settling):
+            codes[i, j] = encode_settling(part, codebook, bits, rounding.part(i, j), divisor)
         else:
             codes[i, j] = encode_between(part, codebook, bits, rounding.part(i, j), divisor)
         if fit != "largest":
@@ -199,6 +201,24 @@ def encode_between(x: Tensor, codebook: str, bits: int, rounding: Stochastic, sc
     b = torch.index_select(table, 0, index + 1).view(x.shape)
     upper = (x > a) & (rounding.uniform >= rounding.odds_of_lower(x.clamp(a, b), a, b, scale))
     return lower.add_(upper)
+
+
+def encode_settling(x: Tensor, codebook: str, bits: int, rounding: Settling, scale: Tensor) -> Tensor:
+    """`encode`, and of what falls the index of the next level towards zero.
+
+    Args:
+        scale: as of `encode_between`.
+    """
+    code, ended = encode(x, codebook, bits), rounding.ended(x, scale)
+    if x.device.type == "cpu" and not bool(ended.any()):  # as usual, and a CPU's host waits for nobody
+        return code
+    table = _table(codebook, bits, x.device)
+    level = torch.index_select(table, 0, code.flatten().int()).view(x.shape)
+    lower = code.int() - level.sign().int()
+    next_level = torch.index_select(table, 0, lower.flatten()).view(x.shape)
+    level, next_level = level.abs_(), next_level.abs_()
+    falls = ended & (level - x.abs() > (level - next_level).mul_(NEAR)) & (next_level < level)
+    return torch.where(falls, lower.to(torch.uint8), code)
 
 
 def decode(codes: Tensor, codebook: str, bits: int, length: int) -> Tensor:

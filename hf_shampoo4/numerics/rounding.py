@@ -1,5 +1,7 @@
-"""Stochastic rounding whose noise is a function of (seed, step, block, position): a resume repeats it exactly,
-and so does any other number of ranks."""
+"""Rounding other than to the nearest level: stochastically, or so that a moment without gradients falls.
+
+Noise is a function of (seed, step, block, position): a resume repeats it exactly, and so does any other number of
+ranks."""
 
 from __future__ import annotations
 
@@ -88,6 +90,35 @@ class PreconditionerSpace(Stochastic):
         e = (self.bias / scale).sqrt_().mul_(self.eps)
         x, a, b = x.sqrt(), a.sqrt(), b.sqrt()
         return (b - x).mul_(a + e).div_(x.add(e).mul_(b - a))
+
+
+NEAR = 0.01  # of the way from a level to the next one towards zero: what is no farther off lies on that level
+
+
+@dataclass(frozen=True)
+class Settling:
+    """To the nearest level; entries of a moment whose gradient has ended fall to the next one towards zero.
+
+    Of 16 levels the nearest one to 0.9 of a level is that level again, so that a moment would never fall while its
+    block's scale is that of others.  Where the scale falls along, each number lies on its level, and stays there.
+    """
+
+    gradient: Tensor
+    """Of the shape of what is rounded."""
+    share: float
+    """Gradients of at most this times the moment count as ended; 0: those that are zero."""
+
+    def part(self, rows: slice, columns: slice) -> Settling:
+        """As `Stochastic.part`."""
+        return Settling(_as_rows(self.gradient)[rows, columns], self.share)
+
+    def ended(self, x: Tensor, scale: Tensor) -> Tensor:
+        """bool: whose gradient has ended, of the moments x times `scale`."""
+        return self.gradient.abs() <= (x * scale).abs_().mul_(self.share)
+
+
+Rounding = Stochastic | Settling
+"""Of what is stored in levels, other than to the nearest."""
 
 
 def to_bfloat16(x: Tensor, noise: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from .blocks import Buffers
 from .quantize import Fit, dequantize_block, dequantize_rank1, packed_length, quantize_block, quantize_rank1
-from .rounding import Stochastic
+from .rounding import Rounding
 
 Layout = dict[str, tuple[tuple[int, ...], torch.dtype]]
 
@@ -127,12 +127,12 @@ class Blockwise:
             "scales": ((*lead, -(-length // self.block)), torch.float32),
         }
 
-    def write(self, buffers: Buffers, x: Tensor, rounding: Stochastic | None = None) -> None:
+    def write(self, buffers: Buffers, x: Tensor, rounding: Rounding | None = None) -> None:
         """As every storage's; `rounding` chooses between neighbouring levels, on rows as they are quantised."""
         for name, new in self.encoded(x, rounding).items():
             buffers[name].copy_(new)
 
-    def encoded(self, x: Tensor, rounding: Stochastic | None = None) -> Buffers:
+    def encoded(self, x: Tensor, rounding: Rounding | None = None) -> Buffers:
         """What `write` stores, in buffers of its own."""
         rows = transposed(x) if self.columns else x.flatten(1)
         codes, scales = quantize_block(rows, self.codebook, self.bits, self.block, rounding, self.fit)

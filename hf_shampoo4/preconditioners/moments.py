@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..numerics.blocks import State
 from ..numerics.quantize import has_kernels, kernels, padded
-from ..numerics.rounding import Noise, PreconditionerSpace, Stochastic, to_bfloat16
+from ..numerics.rounding import Noise, PreconditionerSpace, Settling, Stochastic, to_bfloat16
 from ..numerics.storage import Bitsandbytes, Blockwise, Dense, Factored, RankOne, Storage
 from ..options import SECOND_CODEBOOKS, Options, auto_of
 from .operations import ZIP_CODER, coding_workspace
@@ -23,6 +23,8 @@ BASES = {"adamw": "AdamW", "sgdm": "SGDM"}
 MOMENT_BLOCK = 128  # 2309.01507: smaller than 8-bit's 256, because outliers cost a 4-bit block more
 
 VOCABULARY_BLOCK = 256  # of a vocabulary's 8-bit first moment, as bitsandbytes' and torchao's
+
+ENDED = 1 / 16  # gradients of at most this times the first moment count as ended
 
 FIRST_STREAM, SECOND_STREAM = 1, 2  # of a block's noise; 0 is the parameter's
 
@@ -39,6 +41,8 @@ class MomentStep:
     """For stochastic rounding."""
     stochastic_first: bool = False
     """Round the first moment stochastically, where it is stored in 4 bits."""
+    settles: bool = False
+    """Let entries of a 4-bit first moment whose gradient has ended fall by a level, see `rounding.Settling`."""
     watch: Callable[[Tensor], None] | None = None
     """Is told the first moment, (B, *shape) float32, as it was before it was stored."""
 
@@ -99,7 +103,7 @@ class Adam:
         # m <- b1 m + (1 - b1) g
         m = self.first.read(state["first"]).lerp_(g, 1 - at.betas[0])
         u = self.over_second(state, m, g, at)
-        write_first(self.first, state, m, at)
+        write_first(self.first, state, m, at, g, ENDED)
         return u
 
     def over_second(self, state: State, m: Tensor, g: Tensor, at: MomentStep) -> Tensor:
@@ -131,7 +135,8 @@ class Adam:
         ]
         biases = (bias(at.betas[0], at.steps, 1), bias(at.betas[1], at.steps, 1))
         eden = isinstance(self.second, Blockwise) and self.second.fit == "eden"
-        u = kernels().adamw(g.flatten(1), *moments, biases, at.betas, at.eps, 4, MOMENT_BLOCK, eden).view_as(g)
+        ended = ENDED if at.settles else None
+        u = kernels().adamw(g.flatten(1), *moments, biases, at.betas, at.eps, 4, MOMENT_BLOCK, eden, ended).view_as(g)
         if at.watch:
             at.watch(exact)
         return u
@@ -154,7 +159,7 @@ class Sgdm:
         # m <- mu m + g;  u = m, or with Nesterov's momentum g + mu m
         """u = m or, with Nesterov's momentum, g + mu m; (B, *shape) float32."""
         m = self.first.read(state["first"]).mul_(at.betas[0]).add_(g)
-        write_first(self.first, state, m, at)
+        write_first(self.first, state, m, at, g, (1 - at.betas[0]) * ENDED)
         return torch.add(g, m, alpha=at.betas[0]) if self.nesterov else m
 
 
@@ -274,14 +279,31 @@ def _for_bfloat16(storage: Storage, v: Tensor, noise: Noise | None) -> Tensor:
     return to_bfloat16(v, noise.bits(SECOND_STREAM, v[0].numel()).view_as(v))
 
 
-def write_first(storage: Storage, state: State, exact: Tensor, at: MomentStep) -> None:
-    """Store a first moment, (B, *shape) float32."""
-    if at.stochastic_first and at.noise is not None and isinstance(storage, Blockwise) and storage.bits == 4:
+def write_first(storage: Storage, state: State, exact: Tensor, at: MomentStep, g: Tensor, ended: float = ENDED) -> None:
+    """Store a first moment, (B, *shape) float32.
+
+    Args:
+        g: (B, *shape), the gradient that it was brought up to date by.
+        ended: see `rounding.Settling`.
+    """
+    if not isinstance(storage, Blockwise) or storage.bits != 4:
+        storage.write(state["first"], exact)
+    elif at.stochastic_first and at.noise is not None:
         storage.write(state["first"], exact, Stochastic(at.noise.uniform(FIRST_STREAM, exact[0].numel())))
+    elif at.settles:
+        storage.write(state["first"], exact, Settling(g.flatten(1), ended))
     else:
         storage.write(state["first"], exact)
     if at.watch:
         at.watch(exact)
+
+
+def settling_period(beta1: float) -> int:
+    """Steps between two at which 4-bit first moments settle.
+
+    A level of nf4 is about .73 of the next one: a fall every .3 / (1 - b1) steps is b1 a step.
+    """
+    return max(1, round(0.3 / (1 - beta1)))
 
 
 def _required(noise: Noise | None) -> Noise:

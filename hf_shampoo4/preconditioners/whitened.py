@@ -60,6 +60,7 @@ class WhitenedMoment:
 
     def add(self, g: Tensor, weight: float) -> None:
         """m' <- lerp(m', G', weight); G' (B, m, n) must stay as it is until m' is stored."""
+        self._g = g
         self.exact.lerp_(g, weight)
 
     def carry(self, updates: list[BasisUpdate]) -> None:
@@ -74,7 +75,8 @@ class WhitenedMoment:
         """
         rows, columns = scales
         m = self.exact.div_(rows).div_(columns).clamp_(-LARGEST, LARGEST)
-        write_first(self._storage, {"first": self._buffers}, m, at)
+        # over its eigenvalues what falls is as large as before: nothing settles but where gradients are zero
+        write_first(self._storage, {"first": self._buffers}, m, at, self._g, 0.0)
         return m
 
     def step(self, scales: Scales, at: MomentStep) -> Tensor:
@@ -113,7 +115,7 @@ class FusedMoment:
         """As `WhitenedMoment.step`."""
         u: Tensor = kernels("whitened").moment(
             self._g, self._stored(self._buffers), self._scales, scales, bias(at.betas[0], at.steps, 1), self._weight,
-            LARGEST, self._carried,
+            LARGEST, self._carried, at.settles,
         )  # fmt: skip
         return u
 

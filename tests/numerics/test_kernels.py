@@ -83,9 +83,12 @@ def test_quantise_takes_the_kernels_and_any_shape(kernels: ModuleType, monkeypat
     assert decoded.shape == x.shape
 
 
+@pytest.mark.parametrize("settles", [False, True])
 @pytest.mark.parametrize("eden", [False, True])
 @pytest.mark.parametrize("length", [300, 4097])
-def test_adamw_in_one_pass(kernels: ModuleType, eden: bool, length: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_adamw_in_one_pass(
+    kernels: ModuleType, eden: bool, settles: bool, length: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     recipe = make_base(
         (length,), Options(algorithm="elementwise", moments="4bit_eden" if eden else "4bit"), quantise=True
     )
@@ -95,8 +98,9 @@ def test_adamw_in_one_pass(kernels: ModuleType, eden: bool, length: int, monkeyp
         torch.manual_seed(0)
         state = {name: allocate(storage, 2, "cpu") for name, storage in recipe.storages().items()}
         for t in (1, 2, 3):
-            g = torch.randn(2, length)
-            u = recipe.direction(state, g, MomentStep((0.9, 0.99), 1e-8, torch.tensor([float(t), t + 1.0])))
+            g = torch.randn(2, length) * torch.tensor([1.0, 1.0, 1.0, 0.0, 1e-3])[torch.arange(length) % 5] ** (t > 1)
+            at = MomentStep((0.9, 0.99), 1e-8, torch.tensor([float(t), t + 1.0]), settles=settles)
+            u = recipe.direction(state, g, at)
         decoded = {name: storage.read(state[name]) for name, storage in recipe.storages().items()}
         passes.append((u, decoded))
     (u, decoded), (fused_u, fused_decoded) = passes
@@ -137,7 +141,7 @@ types = {"x": "*bf16", "carried_at": "*i32", "seeds": "*i32", "good": "*i1", "co
 types |= dict.fromkeys(("targets", "offsets"), "*i64")
 types |= dict.fromkeys(("length", "blocks", "width", "height", "row", "column", "count"), "i32")
 types |= dict.fromkeys(("seed_term", "step_term", "target_stride", "update_stride"), "i32")
-types |= dict.fromkeys(("beta1", "beta2", "weight1", "weight2", "eps", "weight", "most", "keep", "lr"), "fp32")
+types |= dict.fromkeys(("beta1", "beta2", "weight1", "weight2", "eps", "weight", "most", "keep", "lr", "ended"), "fp32")
 types |= dict.fromkeys(("damping", "floor", "tiny"), "fp32")
 WITHOUT = {
     "CODES": ("scales", "table", "thresholds"), "CARRIED": ("carried", "carried_at"), "COUNTED": ("counts",),
@@ -151,8 +155,8 @@ kernels = (
     (blockwise._quantize, [(fit, *c) for fit, c in zip((True, False, False, True), coded)]),
     (blockwise._dequantize, [(False, *c) for c in coded]),
     (blockwise._dequantize, [(True, *c) for c in coded]),
-    (blockwise._adamw, [(fit, *c) for fit, c in zip((True, False, False, True), coded)]),
-    (whitened._moment, [(carried, *c) for carried, c in zip((True, False, False, True), dense)]),
+    (blockwise._adamw, [(not fit, fit, *c) for fit, c in zip((True, False, False, True), coded)]),
+    (whitened._moment, [(carried, c[0] == 4, *c) for carried, c in zip((True, False, False, True), dense)]),
     (whitened._lerped, dense),
     (whitened._square_sums, [(*which, 16, 128) for which in sums]),
     (whitened._clear, [(1024,)]),

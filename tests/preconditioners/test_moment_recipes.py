@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import math
 from collections.abc import Callable
+from typing import Any
 
 import hypothesis.strategies as st
 import numpy as np
@@ -17,10 +18,17 @@ from hf_shampoo4.exceptions import OptionError
 from hf_shampoo4.numerics import storage as storage_module
 from hf_shampoo4.numerics.codebooks import levels
 from hf_shampoo4.numerics.quantize import dequantize_block, encode_between, quantize_block
-from hf_shampoo4.numerics.rounding import Noise, PreconditionerSpace, Stochastic, noise_bits
-from hf_shampoo4.numerics.storage import Bitsandbytes, Blockwise, Factored, allocate
+from hf_shampoo4.numerics.rounding import Noise, PreconditionerSpace, Settling, Stochastic, noise_bits
+from hf_shampoo4.numerics.storage import Bitsandbytes, Blockwise, Factored, allocate, roundtrip
 from hf_shampoo4.options import Options
-from hf_shampoo4.preconditioners.moments import FIRST_STREAM, SECOND_STREAM, make_base, radial_bias, unmoved
+from hf_shampoo4.preconditioners.moments import (
+    FIRST_STREAM,
+    SECOND_STREAM,
+    make_base,
+    radial_bias,
+    settling_period,
+    unmoved,
+)
 from tests.support import used
 from tests.support.reference import (
     DYNAMIC,
@@ -31,6 +39,7 @@ from tests.support.reference import (
     excess_error,
     scales_of_rank1,
     scales_of_rows,
+    settle,
     unpack,
 )
 
@@ -83,21 +92,24 @@ class Reference:
         return decode_rows(entry[f"{moment}.codes"], entry[f"{moment}.scales"], table, 128, size).reshape(self.shape)
 
     def step(self, x: Array, g: Array, t: int, before: dict[str, Array]) -> tuple[Array, Array, Array]:
-        """The new parameter and the working moments."""
+        """The new parameter and the working moments; SGD's gradient has the weight decay in it."""
         (b1, b2), m = BETAS, self.read(before, "first")
         if self.base == "sgdm":
-            m = b1 * m + g + DECAY * x
+            m = b1 * m + g
             return x - LR * m, m, m
         m = b1 * m + (1 - b1) * g
         v = b2 * self.read(before, "second") + (1 - b2) * g**2
         u = (m / (1 - b1**t)) / (np.sqrt(v / (1 - b2**t)) + EPS)
         return x - LR * DECAY * x - LR * u, m, v
 
-    def check_first(self, m: Array, after: dict[str, Array], uniform: Array) -> None:
+    def check_first(self, m: Array, g: Array, t: int, after: dict[str, Array], uniform: Array) -> None:
         flat, stored = m.reshape(1, -1), self.read(after, "first").reshape(1, -1)
         scale = scales_of_rows(flat, 128)
         np.testing.assert_allclose(after["first.scales"], block_maxima(flat), rtol=1e-5)
         if not self.stochastic_first:
+            if t % 3 == 0:
+                ended = np.abs(g) <= np.abs(m) / 16 * (1 if self.base == "adamw" else 1 - BETAS[0])
+                flat = settle(flat, ended.reshape(1, -1), scale, self.first_levels)
             assert excess_error(flat, stored, scale, self.first_levels) < 1e-5
             return
         check_between(flat, stored, scale, self.first_levels, uniform, lambda x, a, b, s: (b - x) / (b - a))
@@ -177,9 +189,10 @@ def test_each_step_as_a_float64_reference(base: str, recipe: str, shape: tuple[i
         uniforms = [Noise(seed_offsets, t, 7).uniform(k, p.numel())[0].numpy() for k in (FIRST_STREAM, SECOND_STREAM)]
         after = {key.removeprefix(prefix): value.numpy().copy() for key, value in ours.state[p].items()}
         reference = Reference(recipe, base, shape, late and t >= 4)
-        expected, m, v = reference.step(x, p.grad.double().numpy(), t, before or zeros_like(after))
+        g = p.grad.double().numpy() + (DECAY * x if base == "sgdm" else 0.0)
+        expected, m, v = reference.step(x, g, t, before or zeros_like(after))
         np.testing.assert_allclose(p.detach().numpy(), expected, rtol=1e-5, atol=LR * 1e-4)
-        reference.check_first(m, after, uniforms[0])
+        reference.check_first(m, g, t, after, uniforms[0])
         if base == "adamw":
             reference.check_second(v, t, after, uniforms[1])
         before = after
@@ -669,3 +682,67 @@ def test_unmoved_counts_codes() -> None:
     b = torch.tensor([[0x12, 0x35], [0x65, 0x87]], dtype=torch.uint8)
     assert unmoved(a, b, 4).tolist() == [0.75, 0.0]
     assert unmoved(a, b, 8).tolist() == [0.5, 0.0]
+
+
+# ------------------------------------------------------------------------------------------ gradients that end
+
+WAYS = {
+    **{f"adamw-{m}": {"algorithm": "elementwise", "moments": m} for m in ("4bit", "4bit_factored", "4bit_eden")},
+    "adamw-4bit_zipsr": {"algorithm": "elementwise", "moments": "4bit_zipsr"},
+    "sgdm": {"algorithm": "elementwise", "base": "sgdm"},
+    "shampoo": {"algorithm": "shampoo", "factor": "direct"},
+    "soap": {"algorithm": "soap"},
+    "kl_shampoo": {"algorithm": "kl_shampoo"},
+}
+
+
+def moved_columns(faint: float, **options: Any) -> tuple[float, float]:
+    """How far some columns go in 250 steps after their gradients have become `faint`, and the largest step there."""
+    generator = torch.Generator().manual_seed(0)
+    p = torch.nn.Parameter(torch.zeros(48, 192))
+    optimizer = Shampoo4bit([p], lr=1.0, betas=(0.9, 0.95), **options)
+    drawn = 0.5 * torch.randn(p.shape, generator=generator)
+    quiet, start, largest = slice(10, 14), torch.zeros(()), 0.0
+    for t in range(350):
+        before = p.detach().clone()
+        p.grad = torch.randn(p.shape, generator=generator) + drawn
+        if t >= 100:
+            p.grad[:, quiet] *= faint
+        if t == 100:
+            start = before
+        optimizer.step()
+        if t >= 100:
+            largest = max(largest, float((p.detach() - before)[:, quiet].square().mean().sqrt()))
+    return float((p.detach() - start)[:, quiet].square().mean().sqrt()), largest
+
+
+@pytest.mark.parametrize("faint", [0.0, 1e-3, 0.1])
+@pytest.mark.parametrize("way", WAYS)
+def test_what_has_no_gradients_any_more_comes_to_rest_as_in_32_bits(way: str, faint: float) -> None:
+    """Dead units: to the nearest of 16 levels their moment stayed where it was, while the second one, or the scale of
+    their column, was forgotten: steps of 8,000 learning rates with AdamW's recipe."""
+    far, largest = moved_columns(faint, **WAYS[way])
+    exact, exact_largest = moved_columns(faint, **{**WAYS[way], "moments": "fp32"})
+    assert far < 1.5 * exact
+    assert largest < 1.6 * exact_largest
+
+
+def test_a_moment_falls_where_its_block_has_others() -> None:
+    """By .9 a step, stored in between; what lies on its level, for its block falls along, stays there."""
+    assert [settling_period(b1) for b1 in (0.0, 0.8, 0.9, 0.95, 0.98)] == [1, 2, 3, 6, 15]
+    storage = Blockwise((128,), "nf4", 4, 128)
+    g = torch.tensor([1.0] + [0.0] * 127).unsqueeze(0)
+    left = {}
+    for settles in (False, True):
+        m = torch.cat([torch.tensor([4.0]), torch.randn(127)]).unsqueeze(0)
+        for t in range(1, 31):
+            m = torch.where(g > 0, 4.0, 0.9 * m)
+            m = storage.read(storage.encoded(m, Settling(g, 0.0) if settles and t % 3 == 0 else None))
+        left[settles] = int(m[:, 1:].count_nonzero())
+    assert left[True] == 0
+    assert left[False] > 50
+    alone = roundtrip(storage, torch.randn(1, 128))
+    for _ in range(30):
+        expected = 0.9 * alone
+        alone = storage.read(storage.encoded(expected, Settling(torch.zeros(1, 128), 1 / 16)))
+        torch.testing.assert_close(alone, expected)

@@ -48,7 +48,7 @@ class Diagonal(Algorithm):
             right[blocks] += g[blocks].square().sum(-2)
         scale = (left.unsqueeze(-1) * right.unsqueeze(-2)).pow(0.25).clamp_min(context.eps)
         m = self.moments.first.read(stack.state["first"]).lerp_(g / scale, 1 - context.betas[0])
-        write_first(self.moments.first, stack.state, m, at)
+        write_first(self.moments.first, stack.state, m, at, g)
         return m
 
 

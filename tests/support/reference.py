@@ -79,6 +79,19 @@ def excess_error(x: Array, decoded: Array, scale: Array, levels: Sequence[float]
     return float((excess / np.where(scale > 0, scale, 1.0)).max())
 
 
+def settle(x: Array, ended: Array, scale: Array, levels: Sequence[float]) -> Array:
+    """x, but where `ended` and its nearest level is farther from 0 than x is, by a hundredth of a gap or more: the next
+    level towards 0."""
+    out = x.copy()
+    for i, j in zip(*np.nonzero(ended & (scale > 0)), strict=True):
+        normal = abs(x[i, j] / scale[i, j])
+        at = nearest(x[i, j] / scale[i, j], levels)
+        below = at - int(np.sign(levels[at]))
+        if normal < abs(levels[at]) - 0.01 * abs(levels[at] - levels[below]):
+            out[i, j] = levels[below] * scale[i, j]
+    return out
+
+
 # ------------------------------------------------------------------------------------------------------- blocks
 
 
@@ -389,8 +402,10 @@ class Shampoo4:
         new_m = self._first(prefix, row, p.shape, after, quantised)
         new_v = self._second(prefix, row, p.shape, after, quantised)
         if quantised:
-            flat = m.reshape(1, -1)
-            checked.note("first", excess_error(flat, new_m.reshape(1, -1), scales_of_rows(flat, 128), DYNAMIC))
+            flat, scales = m.reshape(1, -1), scales_of_rows(m.reshape(1, -1), 128)
+            ended = np.abs(p.reshape(1, -1)) <= np.abs(flat) / 16 if round(t) % round(0.3 / (1 - b1)) == 0 else None
+            settled = flat if ended is None else settle(flat, ended, scales, DYNAMIC)
+            checked.note("first", excess_error(settled, new_m.reshape(1, -1), scales, DYNAMIC))
             checked.note("second", excess_error(v, new_v, scales_of_rank1(v), LINEAR0))
         else:
             checked.note("first", float(np.abs(m - new_m).max() / np.abs(m).max()))

@@ -16,6 +16,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .. import rounding
+
+NEAR = tl.constexpr(rounding.NEAR)
 FLOAT32_MAX = tl.constexpr(torch.finfo(torch.float32).max)
 NUMBERS = 2048  # of a program's tile
 LARGEST_BLOCK = 8192  # more would not fit a program's registers
@@ -39,6 +42,18 @@ def _encode(value, scale, thresholds, BITS: tl.constexpr):
         passed = normal > tl.load(thresholds + code + (step - 1))
         code += tl.where(passed, step, 0)
     return code
+
+
+@triton.jit
+def _settled(code, value, gradient, scale, table, ended):
+    """As `quantize.encode_settling`, from the codes of the nearest levels."""
+    level = tl.load(table + code)
+    lower = tl.where(level > 0, code - 1, tl.where(level < 0, code + 1, code))
+    level, next_level = tl.abs(level), tl.abs(tl.load(table + lower))
+    normal = tl.abs(tl.div_rn(value, tl.where(scale > 0, scale, 1.0)[:, None] + tl.zeros_like(value)))
+    has_ended = tl.abs(gradient) <= tl.abs(value) * ended
+    falls = has_ended & (level - normal > (level - next_level) * NEAR) & (next_level < level)
+    return tl.where(falls, lower, code)
 
 
 @triton.jit
@@ -106,8 +121,8 @@ def _dequantize(
 @triton.jit
 def _adamw(
     g, u, codes1, scales1, codes2, scales2, table1, thresholds1, table2, thresholds2, bias1, bias2,
-    beta1, beta2, weight1, weight2, eps, length, blocks,
-    EDEN: tl.constexpr, BITS: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr,
+    beta1, beta2, weight1, weight2, eps, ended, length, blocks,
+    SETTLES: tl.constexpr, EDEN: tl.constexpr, BITS: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     block = tl.program_id(1) * TILE + tl.arange(0, TILE)
@@ -124,7 +139,10 @@ def _adamw(
     root = tl.sqrt(v / tl.load(bias2 + row)) + eps
     tl.store(u + row * length + j, m / tl.load(bias1 + row) / root, mask=inside)
     scale = _scale(m)
-    _store_codes(codes1, _encode(m, scale, thresholds1, BITS), row, j, length, BITS, TILE, BLOCK)
+    code = _encode(m, scale, thresholds1, BITS)
+    if SETTLES:
+        code = _settled(code, m, gradient, scale, table1, ended)
+    _store_codes(codes1, code, row, j, length, BITS, TILE, BLOCK)
     tl.store(scales1 + place, scale, mask=whole)
     scale = _scale(v)
     code = _encode(v, scale, thresholds2, BITS)
@@ -204,7 +222,7 @@ class Codes:
 
 def adamw(
     g: Tensor, first: Codes, second: Codes, biases: tuple[Tensor, Tensor], betas: tuple[float, float], eps: float,
-    bits: int, block: int, eden: bool,
+    bits: int, block: int, eden: bool, ended: float | None = None,
 ) -> Tensor:  # fmt: skip
     """`moments.Adam.direction` in one pass: moments are decoded, brought up to date, used and encoded again.
 
@@ -215,6 +233,7 @@ def adamw(
         first, second: the moments; changed in place.
         biases: 1 - beta^t, float32 (rows,) each.
         eden: correct the second moment's scales, as `quantize.quantize_block`.
+        ended: the share of a `rounding.Settling` of the first moment; None: to the nearest level.
 
     Returns:
         The direction, float32 (rows, L).
@@ -226,8 +245,8 @@ def adamw(
     with torch.cuda.device_of(g):
         _adamw[rows, triton.cdiv(blocks, tile)](
             g, u, first.codes, first.scales, second.codes, second.scales, first.table, first.thresholds, second.table,
-            second.thresholds, *biases, *betas, 1 - betas[0], 1 - betas[1], eps, length, blocks,
-            EDEN=eden, BITS=bits, TILE=tile, BLOCK=block,
+            second.thresholds, *biases, *betas, 1 - betas[0], 1 - betas[1], eps, ended or 0.0, length, blocks,
+            SETTLES=ended is not None, EDEN=eden, BITS=bits, TILE=tile, BLOCK=block,
         )  # fmt: skip
     return u
 

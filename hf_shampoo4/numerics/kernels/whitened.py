@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..quantize import DENSE_BLOCK
-from .blockwise import _encode, _load_levels, _scale, _store_codes, _tile
+from .blockwise import _encode, _load_levels, _scale, _settled, _store_codes, _tile
 
 HIGH, WIDE = 16, 128  # of a tile whose rows and columns are summed
 CLEARED = 1024  # numbers that a program clears at a time
@@ -44,7 +44,8 @@ def _read(
 def _moment(
     g, codes, scales, table, thresholds, rows, columns, new_rows, new_columns, carried, carried_at, bias, u,
     weight, most, length, width, blocks,
-    CARRIED: tl.constexpr, BITS: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr,
+    CARRIED: tl.constexpr, SETTLES: tl.constexpr,
+    BITS: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     block = tl.program_id(1) * TILE + tl.arange(0, TILE)
@@ -72,7 +73,11 @@ def _moment(
     else:
         m = tl.where(inside, m, 0.0)
         scale = _scale(m)
-        _store_codes(codes, _encode(m, scale, thresholds, BITS), row, j, length, BITS, TILE, BLOCK)
+        code = _encode(m, scale, thresholds, BITS)
+        if SETTLES:
+            gradient = tl.load(g + row * length + j, mask=inside, other=0.0)
+            code = _settled(code, m, gradient, scale, table, 0.0)
+        _store_codes(codes, code, row, j, length, BITS, TILE, BLOCK)
         tl.store(scales + row * blocks + block, scale, mask=block < blocks)
 
 
@@ -192,7 +197,7 @@ class Carried:
 
 def moment(
     g: Tensor, stored: Stored, scales: tuple[Tensor, Tensor], new_scales: tuple[Tensor, Tensor], bias: Tensor,
-    weight: float, most: float, carried: Carried | None = None,
+    weight: float, most: float, carried: Carried | None = None, settles: bool = False,
 ) -> Tensor:  # fmt: skip
     """A first moment brought up to date in one pass: w = lerp(m rows columns, g, weight) / new rows / new columns.
 
@@ -205,6 +210,7 @@ def moment(
         weight: of g.
         most: that an entry of w may have.
         carried: in the place of the lerp, of some blocks.
+        settles: codes of 4 bits fall where g is zero, as by a `rounding.Settling`.
 
     Returns:
         w / bias, before w is stored: float32 (B, m, n).
@@ -220,7 +226,8 @@ def moment(
             _moment[len(g), triton.cdiv(blocks, tile)](
                 g, stored.codes, stored.scales, stored.table, stored.thresholds, *_vectors(scales),
                 *_vectors(new_scales), *given, bias.reshape(-1).contiguous(), u, weight, most, length, width, blocks,
-                CARRIED=carried is not None, BITS=stored.bits, TILE=tile, BLOCK=stored.block,
+                CARRIED=carried is not None, SETTLES=settles and stored.bits == 4,
+                BITS=stored.bits, TILE=tile, BLOCK=stored.block,
             )  # fmt: skip
     return u
 
