@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import re
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,13 @@ def last_complete(output_dir: Path) -> tuple[Path | None, dict[str, str]]:
             return folder, reasons
         reasons[folder.name] = reason
     return None, reasons
+
+
+def noted(stateful_callbacks: Mapping[str, Any]) -> dict[str, Any]:
+    """What our callback has noted in a Trainer's state: the last, if there were several of them; empty if none."""
+    found = stateful_callbacks.get(CALLBACK) or {}
+    last = found[-1] if isinstance(found, list) else found
+    return dict(last.get("attributes", {}))
 
 
 def _step(folder: Path) -> int:
@@ -98,10 +105,9 @@ def _unfinished_ranks(folder: Path, state: dict[str, Any]) -> Iterator[str]:
         int(found[1]) for path in folder.glob("rng_state_*.pth") if (found := re.search(r"_(\d+)\.pth$", path.name))
     }
     try:
-        noted = state["stateful_callbacks"][CALLBACK]
-        noted = (noted[-1] if isinstance(noted, list) else noted)["attributes"]  # a list if there are two of them
-        world, node = int(noted["world_size"]), int(noted["local_world_size"])
-    except (KeyError, TypeError, ValueError, IndexError):  # written without the callback
+        told = noted(state["stateful_callbacks"])
+        world, node = int(told["world_size"]), int(told["local_world_size"])
+    except (KeyError, TypeError, ValueError, AttributeError):  # written without the callback
         world = node = max(there, default=0) + 1
     nodes = [set(range(first, first + node)) for first in range(0, world, max(node, 1))]
     if there < set(range(world)) and there not in nodes:

@@ -9,12 +9,13 @@ from typing import Any
 
 from transformers.trainer_callback import ExportableState, TrainerCallback
 
-from ..checkpointing.completeness import CALLBACK
+from ..checkpointing.completeness import CALLBACK, noted
 from ..options import pairs_as_text
 from ..state_report import metrics
 from .saving import follow_saves, shampoo_in, without_wrappers
 from .trainer import OPTIMS, check_args
 
+REFRESH = "optim/refresh_seconds"
 WITHOUT_GRADIENTS = 3
 """Steps at the beginning after which a training in which no parameter has had a gradient is stopped."""
 
@@ -32,6 +33,8 @@ class Shampoo4bitCallback(TrainerCallback, ExportableState):
         self.seconds: list[list[float]] = []
         """[step, seconds since training began, evaluations included] of every log with a loss."""
         self._began = 0.0
+        self._refreshed = 0.0
+        """Seconds spent on refreshes in this training that the optimizer, which counts from its last load, lacks."""
         self.steps_without_gradients = 0
         follow_saves()
 
@@ -51,16 +54,17 @@ class Shampoo4bitCallback(TrainerCallback, ExportableState):
         self.steps_without_gradients = 0
         given = pairs_as_text(args.optim_args or "")
         self.optimizer = " ".join(filter(None, (str(getattr(args.optim, "value", args.optim)), given)))
-        before = state.stateful_callbacks.get(CALLBACK) if state.global_step else None  # of the checkpoint
-        noted = before["attributes"].get("seconds", ()) if isinstance(before, dict) else ()
-        self.seconds = [[step, spent] for step, spent in noted if step <= state.global_step]
+        before = noted(state.stateful_callbacks) if state.global_step else {}  # of the checkpoint
+        self.seconds = [[step, spent] for step, spent in before.get("seconds", ()) if step <= state.global_step]
         self._began = time.perf_counter() - (self.seconds[-1][1] if self.seconds else 0.0)
-        state.stateful_callbacks.setdefault(CALLBACK, self.state())  # a checkpoint from before may lack it
+        state.stateful_callbacks[CALLBACK] = self.state()  # a checkpoint from before may lack it
         ours = shampoo_in(optimizer)
         if ours is None:
             _refuse_another(args, optimizer)
             return
         told = ours.report()
+        refreshed = next((entry[REFRESH] for entry in reversed(state.log_history) if REFRESH in entry), 0.0)
+        self._refreshed = refreshed - ours.refresh_seconds()
         for group in ours.param_groups:
             if group["stochastic_last"]:
                 group["stochastic_from"] = 1 + round(state.max_steps * (1 - group["stochastic_last"]))
@@ -95,8 +99,7 @@ class Shampoo4bitCallback(TrainerCallback, ExportableState):
         """Add bytes, skipped steps, failed refreshes and refresh time to what the Trainer logs."""
         if logs is not None and _are_of_training(logs):
             self.seconds.append([state.global_step, round(time.perf_counter() - self._began, 3)])
-            if isinstance(state.stateful_callbacks.get(CALLBACK), dict):
-                state.stateful_callbacks[CALLBACK] = self.state()
+            state.stateful_callbacks[CALLBACK] = self.state()
         ours = shampoo_in(optimizer)
         if ours is None or logs is None:
             return
@@ -105,6 +108,7 @@ class Shampoo4bitCallback(TrainerCallback, ExportableState):
             extra = {"train_optimizer_state_mb": metrics(ours)["optim/state_bytes"] / 1e6}
         elif _are_of_training(logs):
             extra = metrics(ours)
+            extra[REFRESH] = round(extra[REFRESH] + self._refreshed, 4)
         logs.update(extra)
         if state.log_history:
             state.log_history[-1].update(extra)  # for trainer_state.json: a copy of the logs, made before the callbacks

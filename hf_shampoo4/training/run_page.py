@@ -1,7 +1,7 @@
 """`hf-shampoo4 report RUN_DIR...`: training runs as one HTML page that opens from disk.
 
-A run is a folder with the Trainer's `trainer_state.json` (in it or in its newest checkpoint), or with `metrics.jsonl`,
-a line of JSON for each logged step, as a loop of one's own writes it with `hf_shampoo4.metrics`.
+A run is a folder with the Trainer's `trainer_state.json` (in it or, while it is at work, in its newest checkpoint), or
+with `metrics.jsonl`, a line of JSON for each logged step, as a loop of one's own writes it with `hf_shampoo4.metrics`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from ..checkpointing.completeness import CALLBACK
+from ..checkpointing.completeness import STATE, noted
 from ..exceptions import ConfigError
 from ..utils.files import check_writable, write_text
 from ..utils.plots import GRID, label_ends, style
@@ -81,13 +81,13 @@ def read_run(folder: Path) -> Run:
     Raises:
         ConfigError: nothing to read there, or not JSON.
     """
-    checkpoints = sorted(folder.glob("checkpoint-*/trainer_state.json"), key=lambda path: path.stat().st_mtime)
-    states = [path for path in (folder / "trainer_state.json", *reversed(checkpoints)) if path.is_file()]
     lines, results = folder / "metrics.jsonl", folder / "all_results.json"
     try:
-        if states:
-            state = json.loads(states[0].read_text(encoding="utf-8"))
-            log, (optimizer, seconds) = state["log_history"], _noted(state)
+        file = _newest_state(folder)
+        if file is not None:
+            state = json.loads(file.read_text(encoding="utf-8"))
+            log, told = state["log_history"], noted(state.get("stateful_callbacks", {}))
+            optimizer, seconds = str(told.get("optimizer", "")), dict(told.get("seconds", ()))
         elif lines.is_file():
             log = _lines(lines)
             optimizer = next((str(entry["optimizer"]) for entry in log if "optimizer" in entry), "")
@@ -95,18 +95,32 @@ def read_run(folder: Path) -> Run:
         else:
             missing = "it has neither trainer_state.json nor metrics.jsonl"
             raise ConfigError(missing if folder.is_dir() else "there is no such folder")
-        found = json.loads(results.read_text(encoding="utf-8")) if results.is_file() else {}
+        of_another = (folder / STATE).is_file() and file != folder / STATE  # a training that ended before this one
+        found = json.loads(results.read_text(encoding="utf-8")) if results.is_file() and not of_another else {}
         _check([*log, found, *({"step": step, "seconds": spent} for step, spent in seconds.items())])
-    except (ValueError, TypeError, KeyError, RecursionError) as error:  # ConfigError is a ValueError too
+    except (
+        ValueError,
+        TypeError,
+        KeyError,
+        AttributeError,
+        RecursionError,
+    ) as error:  # ConfigError is a ValueError too
         raise ConfigError(f"run {str(folder)!r} cannot be read: {error}") from error
     return Run(folder.resolve().name, log, found, optimizer, seconds)
 
 
-def _noted(state: dict[str, Any]) -> tuple[str, dict[float, float]]:
-    """What our callback has noted in the Trainer's state: the optimizer, and the seconds at each log."""
-    noted = state.get("stateful_callbacks", {}).get(CALLBACK, {})
-    attributes = noted.get("attributes", {}) if isinstance(noted, dict) else {}
-    return str(attributes.get("optimizer", "")), dict(attributes.get("seconds", ()))
+def _newest_state(folder: Path) -> Path | None:
+    """What the Trainer wrote last: at the end of a training, or with a checkpoint of one that is at work or was killed.
+
+    What it wrote at the end of the checkpoint's own training is newer, whatever the files' times: they may be copies.
+    """
+    end = folder / STATE
+    found = [path for path in (end, *folder.glob(f"checkpoint-*/{STATE}")) if path.is_file()]
+    newest = max(found, key=lambda path: path.stat().st_mtime, default=None)
+    if newest in (None, end) or end not in found:
+        return newest
+    before, whole = (json.loads(path.read_text(encoding="utf-8"))["log_history"] for path in (newest, end))
+    return end if whole[: len(before)] == before else newest
 
 
 def _lines(file: Path) -> list[dict[str, Any]]:
@@ -221,6 +235,8 @@ BEST = "lowest validation loss"
 def _figures(run: Run) -> dict[str, str]:
     evaluated, rates = run.curve("eval_loss"), run.curve("learning_rate")
     size = run.last("optim/state_bytes")
+    noted_time, last_session = max(run.seconds.values(), default=0.0), run.last("train_runtime") or 0.0
+    speed = run.last("train_samples_per_second") if last_session >= noted_time else None  # else it is of a part alone
     return {
         "optimizer": run.optimizer,
         "steps": _number(max((entry["step"] for entry in run.log if "step" in entry), default=None), ".0f"),
@@ -228,9 +244,9 @@ def _figures(run: Run) -> dict[str, str]:
         "validation loss": _number(run.last("eval_loss"), ".4f"),
         BEST: _number(min((value for _, value in evaluated), default=None), ".4f"),
         "optimizer state, MB": _number(size / 1e6 if size else run.last("train_optimizer_state_mb"), ".2f"),
-        "time, s": _number(run.last("train_runtime") or max(run.seconds.values(), default=None), ".1f"),
+        "time, s": _number(max(noted_time, last_session) or None, ".1f"),
         "of it on factors and bases, s": _number(run.last("optim/refresh_seconds"), ".1f"),
-        "samples/s": _number(run.last("train_samples_per_second"), ".1f"),
+        "samples/s": _number(speed, ".1f"),
         "peak learning rate": _number(max((value for _, value in rates), default=None), ".3g"),
         "skipped steps": _number(run.last("optim/skipped_steps") or None, ".0f"),
         "failed refreshes": _number(run.last("optim/failed_refreshes") or None, ".0f"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 from html.parser import HTMLParser
@@ -15,7 +16,7 @@ from transformers import Trainer
 import hf_shampoo4 as s4
 from hf_shampoo4.cli import main
 from hf_shampoo4.exceptions import ConfigError
-from hf_shampoo4.training.run_page import _unit_of_time, page, read_run
+from hf_shampoo4.training.run_page import _figures, _unit_of_time, page, read_run
 from tests.support.tiny import Tokens, arguments, llama
 
 
@@ -142,13 +143,48 @@ def test_time_goes_on_where_a_checkpoint_was(tmp_path):
     s4.register()
     args = arguments(tmp_path / "run", optim_args="block_size=64", max_steps=4, save_strategy="steps", save_steps=2)
     Trainer(llama(), args, train_dataset=Tokens()).train()
-    whole = read_run(tmp_path / "run").seconds
     shutil.rmtree(tmp_path / "run" / "checkpoint-4")
-    Trainer(llama(), args, train_dataset=Tokens()).train(resume_from_checkpoint=True)
-    resumed = read_run(tmp_path / "run").seconds
-    assert list(resumed) == list(whole) == [1, 2, 3, 4]
-    assert [resumed[step] for step in (1, 2)] == [whole[step] for step in (1, 2)]
-    assert list(resumed.values()) == sorted(resumed.values())
+    file = tmp_path / "run" / "checkpoint-2" / "trainer_state.json"
+    state = json.loads(file.read_text())
+    state["stateful_callbacks"]["Shampoo4bitCallback"]["attributes"]["seconds"] = [[1, 100.0], [2, 200.0]]
+    state["log_history"][-1]["optim/refresh_seconds"] = 50.0
+    file.write_text(json.dumps(state))
+    trainer = Trainer(llama(), args, train_dataset=Tokens())
+    for _ in ("to its end", "when it has ended"):
+        trainer.train(resume_from_checkpoint=True)
+        trainer.save_state()
+        run = read_run(tmp_path / "run")
+        assert list(run.seconds) == [1, 2, 3, 4]
+        assert list(run.seconds.values())[:2] == [100.0, 200.0]
+        assert 200.0 < run.seconds[3] < run.seconds[4]
+        refreshed = [spent for _, spent in run.curve("optim/refresh_seconds")]
+        assert refreshed[1] == 50.0 < refreshed[2] <= refreshed[3]
+        shown = _figures(run)
+        assert 200 <= float(shown["time, s"]) < 300
+        assert 50 <= float(shown["of it on factors and bases, s"]) < 100
+        assert shown["samples/s"] == "", "the Trainer's is of the last session"
+
+
+def test_a_checkpoint_of_a_continuation_is_newer_than_the_end_before(tmp_path):
+    def write(file: Path, at: int, log: list[dict]) -> None:
+        file.parent.mkdir(exist_ok=True, parents=True)
+        file.write_text(json.dumps({"log_history": log}))
+        os.utime(file, (at, at))
+
+    run, log = tmp_path / "run", [{"step": step, "loss": 5.0 / step} for step in range(1, 5)]
+    ended = [*log[:2], {"step": 2, "train_runtime": 9.0, "train_samples_per_second": 3.0}]
+    write(run / "checkpoint-1" / "trainer_state.json", 1, log[:1])
+    write(run / "trainer_state.json", 2, ended)
+    (run / "all_results.json").write_text(json.dumps({"train_runtime": 9.0, "train_samples_per_second": 3.0}))
+    assert read_run(run).log == ended
+    assert _figures(read_run(run))["samples/s"] == "3.0"
+    os.utime(run / "checkpoint-1" / "trainer_state.json", (5, 5))  # a copy's
+    assert read_run(run).log == ended
+    write(run / "checkpoint-3" / "trainer_state.json", 6, log[:3])  # it goes on, and is at work or was killed
+    shown = _figures(read_run(run))
+    assert (shown["steps"], shown["time, s"], shown["samples/s"]) == ("3", "", "")
+    write(run / "trainer_state.json", 7, log)
+    assert read_run(run).log == log
 
 
 def test_diagnostics_are_drawn(tmp_path):
