@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
 from transformers.trainer_callback import ExportableState, TrainerCallback
@@ -13,7 +14,7 @@ from ..checkpointing.completeness import CALLBACK, noted
 from ..options import pairs_as_text
 from ..state_report import metrics
 from .saving import follow_saves, shampoo_in, without_wrappers
-from .trainer import OPTIMS, check_args
+from .trainer import OPTIMS, check_args, optim_name
 
 REFRESH = "optim/refresh_seconds"
 WITHOUT_GRADIENTS = 3
@@ -29,7 +30,7 @@ class Shampoo4bitCallback(TrainerCallback, ExportableState):
     def __init__(self) -> None:
         self.world_size = self.local_world_size = 1
         self.optimizer = ""
-        """What trains, by its `--optim` and options: `hf-shampoo4 report` names it."""
+        """What trains: `hf-shampoo4 report` names it."""
         self.seconds: list[list[float]] = []
         """[step, seconds since training began, evaluations included] of every log with a loss."""
         self._began = 0.0
@@ -47,22 +48,24 @@ class Shampoo4bitCallback(TrainerCallback, ExportableState):
         """Refuse a bad option when the Trainer is made, not after the data were prepared."""
         check_args(args)
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
+    def on_train_begin(
+        self, args: Any, state: Any, control: Any, model: Any = None, optimizer: Any = None, **kwargs: Any
+    ) -> None:
         """Turn shares of training into steps, and print what is preconditioned how."""
+        ours = shampoo_in(optimizer)
+        if ours is None:
+            _refuse_another(args, optimizer)
+        told = "" if ours is None else ours.report()  # reads options that were set by hand
         self.world_size = args.world_size
         self.local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", self.world_size))  # on_step_end knows better
         self.steps_without_gradients = 0
-        given = pairs_as_text(args.optim_args or "")
-        self.optimizer = " ".join(filter(None, (str(getattr(args.optim, "value", args.optim)), given)))
+        self.optimizer = _name(args, model, optimizer)
         before = noted(state.stateful_callbacks) if state.global_step else {}  # of the checkpoint
         self.seconds = [[step, spent] for step, spent in before.get("seconds", ()) if step <= state.global_step]
         self._began = time.perf_counter() - (self.seconds[-1][1] if self.seconds else 0.0)
         state.stateful_callbacks[CALLBACK] = self.state()  # a checkpoint from before may lack it
-        ours = shampoo_in(optimizer)
         if ours is None:
-            _refuse_another(args, optimizer)
             return
-        told = ours.report()
         refreshed = next((entry[REFRESH] for entry in reversed(state.log_history) if REFRESH in entry), 0.0)
         self._refreshed = refreshed - ours.refresh_seconds()
         for group in ours.param_groups:
@@ -118,6 +121,21 @@ def _are_of_training(logs: Mapping[str, Any]) -> bool:
     """Whether a loss is among them, under any name that a Trainer gives it, and not an evaluation's."""
     evaluated = any(key.endswith("_runtime") or key.startswith(("eval_", "test_")) for key in logs)
     return not evaluated and any("loss" in key for key in logs)
+
+
+def _name(args: Any, model: Any, optimizer: Any) -> str:
+    """What trains, as `--optim` and `--optim_args` say it; an optimizer that these do not make, by its class."""
+    asked = str(getattr(args.optim, "value", args.optim))
+    ours = shampoo_in(optimizer)
+    if ours is not None:
+        return optim_name(ours, asked if asked in OPTIMS else "shampoo4bit")
+    from transformers import Trainer
+
+    made, found = None, type(without_wrappers(optimizer))
+    with suppress(Exception):  # a package or an argument that is missing, where the Trainer was given another optimizer
+        made = Trainer.get_optimizer_cls_and_kwargs(args, model)[0]
+    by_args = optimizer is None or made is found
+    return f"{asked} {pairs_as_text(args.optim_args or '')}".rstrip() if by_args else found.__name__
 
 
 def _refuse_another(args: Any, optimizer: Any) -> None:

@@ -11,12 +11,23 @@ from contextvars import ContextVar
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from ..options import STOCHASTIC_HEAD, parse_optim_args, resolve_for_all
+from ..options import (
+    NAMES,
+    OF_GROUPS,
+    STOCHASTIC_HEAD,
+    Options,
+    pairs_as_text,
+    parse_optim_args,
+    resolve,
+    resolve_for_all,
+)
 from .hooks import after_import, wrap_once
 from .saving import follow_saves
 
 if TYPE_CHECKING:
     from torch import nn
+
+    from ..optimizer import Shampoo4bit
 
 # --optim NAME -> the options it stands for; --optim_args win over them
 OPTIMS: dict[str, dict[str, Any]] = {
@@ -121,6 +132,29 @@ def optim_options(optim: str, optim_args: str | None) -> dict[str, Any]:
     """
     named = OPTIMS[optim]
     return {**named, **parse_optim_args(optim_args, beneath=named)}
+
+
+def optim_name(optimizer: Shampoo4bit, asked: str = "shampoo4bit") -> str:
+    """The `--optim` and `--optim_args` that stand for what an optimizer has, whoever made it and whatever was loaded.
+
+    Args:
+        optimizer: where its groups differ in an option, what it was made with counts.
+        asked: a name of `OPTIMS`, kept if it stands for the same algorithm.
+    """
+    has = {name: _of_most(name, optimizer) for name in NAMES if name not in OF_GROUPS}
+    if has["stochastic_last"]:
+        has["stochastic_from"] = 0  # which the callback makes of it
+    optim = asked if OPTIMS[asked].get("algorithm", Options.algorithm) == has["algorithm"] else "shampoo4bit"
+    usual = {**vars(Options()), **OPTIMS[optim]}
+    given = {"algorithm": has["algorithm"]} if has["algorithm"] != usual["algorithm"] else {}
+    usual |= resolve(given, beneath=OPTIMS[optim])
+    given |= {name: value for name, value in has.items() if value != usual[name]}
+    return f"{optim} {pairs_as_text(given)}".rstrip()
+
+
+def _of_most(name: str, optimizer: Shampoo4bit) -> Any:
+    values = [group[name] for group in optimizer.param_groups]
+    return optimizer.defaults[name] if optimizer.defaults[name] in values else values[0]
 
 
 def _optimizer_cls_and_kwargs(args: Any, model: nn.Module | None, options: dict[str, Any]) -> tuple[Any, dict]:

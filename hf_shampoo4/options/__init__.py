@@ -24,7 +24,16 @@ from .fields import (
     structure,
     what_uses,
 )
-from .parsing import CONFIG_ENV, cast, pairs_as_text, parse_optim_args, resolve, resolve_for_all, saved_options
+from .parsing import (
+    CONFIG_ENV,
+    OF_GROUPS,
+    cast,
+    pairs_as_text,
+    parse_optim_args,
+    resolve,
+    resolve_for_all,
+    saved_options,
+)
 
 __all__ = [
     "ALGORITHMS",
@@ -35,6 +44,7 @@ __all__ = [
     "KINDS",
     "NAMES",
     "OF_ADAMW",
+    "OF_GROUPS",
     "OF_THE_RUN",
     "OptionError",
     "Options",

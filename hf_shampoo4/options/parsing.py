@@ -161,15 +161,15 @@ def resolve_for_all(given: Mapping[str, Any], beneath: Mapping[str, Any] | None 
 
 
 def pairs_as_text(value: str | Mapping[str, Any]) -> str:
-    """What a YAML file has as a mapping, as the command line has it: `key=value,key=value`."""
+    """What a YAML file has as a mapping, or an optimizer, as the command line has it: `key=value,key=value`."""
     return value if isinstance(value, str) else ",".join(map(_pair, value, value.values()))
 
 
 def _pair(key: str, value: Any) -> str:
     """`key=value`; a list is separated by semicolons, and so are the kinds of `rates`; what is no text is JSON."""
-    if key == "rates" and isinstance(value, Mapping):
-        value = [f"{kind}:{factor}" for kind, factor in value.items()]
-    if isinstance(value, list):
+    if key == "rates" and isinstance(value, (Mapping, tuple)):
+        value = [f"{kind}:{factor}" for kind, factor in dict(value).items()]
+    if isinstance(value, (list, tuple)):
         return f"{key}={';'.join(map(str, value))}"
     return f"{key}={value if isinstance(value, str) else json.dumps(value)}"
 

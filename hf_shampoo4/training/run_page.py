@@ -98,13 +98,7 @@ def read_run(folder: Path) -> Run:
         of_another = (folder / STATE).is_file() and file != folder / STATE  # a training that ended before this one
         found = json.loads(results.read_text(encoding="utf-8")) if results.is_file() and not of_another else {}
         _check([*log, found, *({"step": step, "seconds": spent} for step, spent in seconds.items())])
-    except (
-        ValueError,
-        TypeError,
-        KeyError,
-        AttributeError,
-        RecursionError,
-    ) as error:  # ConfigError is a ValueError too
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:  # a ConfigError is the first
         raise ConfigError(f"run {str(folder)!r} cannot be read: {error}") from error
     return Run(folder.resolve().name, log, found, optimizer, seconds)
 
@@ -182,7 +176,7 @@ table {{ border-collapse: collapse; margin: 1rem 0 2rem }}
 th, td {{ padding: .35rem .7rem; border-bottom: 1px solid #dee2e6; text-align: right; vertical-align: bottom }}
 th {{ font-weight: 600; color: #495057 }}
 th:first-child, td:first-child {{ text-align: left; white-space: nowrap }}
-td.text {{ text-align: left; min-width: 12rem }}
+td.text {{ text-align: left; min-width: 12rem; overflow-wrap: anywhere }}
 .mark {{ width: 2.2rem; height: .8rem; margin-right: .5rem }}
 .curves {{ display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 30rem), 1fr)); gap: 1rem }}
 svg {{ width: 100%; height: auto }}

@@ -11,6 +11,9 @@ import torch
 from transformers import Trainer
 
 import hf_shampoo4 as s4
+from hf_shampoo4.checkpointing.completeness import noted
+from hf_shampoo4.integrations.callback import _name
+from hf_shampoo4.integrations.trainer import optim_options
 from tests.support.tiny import Tokens, arguments, llama
 
 KEYS = {"optim/state_bytes", "optim/skipped_steps", "optim/failed_refreshes", "optim/refresh_seconds"}
@@ -93,12 +96,41 @@ def test_without_patching(tmp_path, capsys):
     trainer.train()
     group = trainer.optimizer.optimizer.param_groups[0]
     assert (group["stats_every"], group["block_size"], group["lr"] >= 0) == (2, 1200, True)
+    assert noted(trainer.state.stateful_callbacks)["optimizer"].startswith(
+        "shampoo4bit algorithm=shampoo,moments=bf16,"
+    )
     assert losses(trainer)[-1] < losses(trainer)[0]
 
 
 def moved(trainer: Trainer, start: torch.nn.Module) -> bool:
     pairs = zip(trainer.model.parameters(), start.parameters(), strict=True)
     return any(not torch.equal(p.detach(), q.detach()) for p, q in pairs)
+
+
+@pytest.mark.parametrize(
+    ("optim", "optim_args"),
+    [
+        ("shampoo4bit", ""), ("soap4bit", "bits=8"), ("adamw4bit", "moments=4bit_eden"),
+        ("shampoo4bit", "algorithm=shampoo,rates=embedding:6.0;head:2.0,stats_every=2"),
+        ("shampoo4bit", "row_splits=64;32;32,stochastic_last=0.5,bits=32,stagger=false"),
+    ],
+)  # fmt: skip
+def test_an_optimizer_is_named_by_what_it_has(tmp_path, optim, optim_args):
+    groups = [{"params": [torch.nn.Parameter(torch.zeros(128, 8))], "kind": "matrix"}]
+    has = s4.Shampoo4bit(groups, **optim_options(optim, optim_args))
+    args, named = arguments(tmp_path, optim=optim, optim_args="preset=paper_eigen"), f"{optim} {optim_args}".strip()
+    assert _name(args, None, has) == named
+    args.optim = "adamw_torch"
+    assert _name(args, None, has).split(" ")[0] == "shampoo4bit"
+    assert has.defaults.items() >= optim_options(*_name(args, None, has).partition(" ")[::2]).items()
+
+
+def test_an_optimizer_of_others_is_named_by_the_arguments_that_make_it_or_its_class(tmp_path):
+    args, weights = arguments(tmp_path, optim="adamw_torch", optim_args=None), llama(num_hidden_layers=1).parameters()
+    assert _name(args, None, torch.optim.AdamW(weights)) == "adamw_torch"
+    assert _name(args, None, torch.optim.SGD(llama(num_hidden_layers=1).parameters())) == "SGD"
+    args.optim = "galore_adamw"  # which needs a package, or optim_target_modules
+    assert _name(args, None, torch.optim.SGD(llama(num_hidden_layers=1).parameters())) == "SGD"
 
 
 def test_without_patching_the_model_that_model_init_makes_is_trained(tmp_path):

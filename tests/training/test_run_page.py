@@ -149,11 +149,13 @@ def test_time_goes_on_where_a_checkpoint_was(tmp_path):
     state["stateful_callbacks"]["Shampoo4bitCallback"]["attributes"]["seconds"] = [[1, 100.0], [2, 200.0]]
     state["log_history"][-1]["optim/refresh_seconds"] = 50.0
     file.write_text(json.dumps(state))
+    args.optim_args = "block_size=64,stats_every=3"
     trainer = Trainer(llama(), args, train_dataset=Tokens())
     for _ in ("to its end", "when it has ended"):
         trainer.train(resume_from_checkpoint=True)
         trainer.save_state()
         run = read_run(tmp_path / "run")
+        assert run.optimizer == "shampoo4bit block_size=64", "the checkpoint's stats_every holds"
         assert list(run.seconds) == [1, 2, 3, 4]
         assert list(run.seconds.values())[:2] == [100.0, 200.0]
         assert 200.0 < run.seconds[3] < run.seconds[4]
