@@ -82,7 +82,8 @@ class Shampoo4bit(torch.optim.Optimizer):
     """
 
     has_seen_gradients: bool
-    """Whether any parameter has had a gradient on any rank, since construction or the last load."""
+    """Whether any parameter has had a gradient on any rank, since construction, the last load or the beginning of a
+    Trainer's training."""
     _unsettled: Unsettled | None
     """The last step, if the host does not know yet whether it was made."""
 

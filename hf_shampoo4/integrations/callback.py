@@ -58,7 +58,6 @@ class Shampoo4bitCallback(TrainerCallback, ExportableState):
         told = "" if ours is None else ours.report()  # reads options that were set by hand
         self.world_size = args.world_size
         self.local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", self.world_size))  # on_step_end knows better
-        self.steps_without_gradients = 0
         self.optimizer = _name(args, model, optimizer)
         before = noted(state.stateful_callbacks) if state.global_step else {}  # of the checkpoint
         self.seconds = [[step, spent] for step, spent in before.get("seconds", ()) if step <= state.global_step]
@@ -68,9 +67,12 @@ class Shampoo4bitCallback(TrainerCallback, ExportableState):
             return
         refreshed = next((entry[REFRESH] for entry in reversed(state.log_history) if REFRESH in entry), 0.0)
         self._refreshed = refreshed - ours.refresh_seconds()
+        self.steps_without_gradients, ours.has_seen_gradients = 0, False
         for group in ours.param_groups:
             if group["stochastic_last"]:
-                group["stochastic_from"] = 1 + round(state.max_steps * (1 - group["stochastic_last"]))
+                earlier = group["step"] - state.global_step  # of another training: moments count all of the group's
+                nearest = round(state.max_steps * (1 - group["stochastic_last"]))
+                group["stochastic_from"] = max(1, 1 + earlier + nearest)
         if state.is_world_process_zero:
             print(told, flush=True)
 

@@ -9,10 +9,11 @@ from hf_shampoo4 import Shampoo4bit, param_groups, trainer_kwargs
 from tests.support.tiny import Tokens, arguments, llama
 
 
-def trained(tmp_path, optim_args: str, model=None, **changes) -> Shampoo4bit:
+def trained(tmp_path, optim_args: str, model=None, made=Trainer, times: int = 1, **changes) -> Shampoo4bit:
     args = arguments(tmp_path, optim="adamw4bit", optim_args=optim_args, **changes)
-    trainer = Trainer(model or llama(), args, train_dataset=Tokens())
-    trainer.train()
+    trainer = made(model or llama(), args, train_dataset=Tokens())
+    for _ in range(times):
+        trainer.train()
     return trainer.optimizer.optimizer
 
 
@@ -85,3 +86,28 @@ def test_a_resumed_run_goes_on_with_the_new_length(tmp_path) -> None:
     trainer = Trainer(llama(), args, train_dataset=Tokens())
     trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-5"))
     assert by_name(trainer.optimizer.optimizer)["lm_head.weight"] == 19
+
+
+class TooLarge(Trainer):
+    """Runs out of memory at step 4, until the Trainer has taken half of the batch."""
+
+    def training_step(self, *args, **kwargs):
+        if self.state.global_step == 3 and self._train_batch_size == 4:
+            raise RuntimeError("CUDA out of memory. Tried to allocate")
+        return super().training_step(*args, **kwargs)
+
+
+def test_an_optimizer_that_is_older_than_the_training_counts_from_its_begin(tmp_path) -> None:
+    changes = {"max_steps": 10, "save_strategy": "steps", "save_steps": 5}
+    optimizer = trained(tmp_path, "moments=4bit_eden", times=2, **changes)
+    assert {group["step"] for group in optimizer.param_groups} == {20}
+    assert by_name(optimizer)["lm_head.weight"] == 20, "the 10th step of the second training"
+    trainer = Trainer(
+        llama(), arguments(tmp_path, optim="adamw4bit", optim_args="moments=4bit_eden", max_steps=10),
+        train_dataset=Tokens(),
+    )  # fmt: skip
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-5"))  # of the second training
+    assert by_name(trainer.optimizer.optimizer)["lm_head.weight"] == 20
+    optimizer = trained(tmp_path, "moments=4bit_eden", made=TooLarge, max_steps=10, auto_find_batch_size=True)
+    assert {group["step"] for group in optimizer.param_groups} == {13}
+    assert by_name(optimizer)["lm_head.weight"] == 13
