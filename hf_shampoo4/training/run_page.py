@@ -10,6 +10,7 @@ import argparse
 import html
 import io
 import json
+import math
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -236,7 +237,7 @@ def _figures(run: Run) -> dict[str, str]:
         "steps": _number(max((entry["step"] for entry in run.log if "step" in entry), default=None), ".0f"),
         "training loss": _number(run.last("loss"), ".4f"),
         "validation loss": _number(run.last("eval_loss"), ".4f"),
-        BEST: _number(min((value for _, value in evaluated), default=None), ".4f"),
+        BEST: _number(min((value for _, value in evaluated if math.isfinite(value)), default=None), ".4f"),
         "optimizer state, MB": _number(size / 1e6 if size else run.last("train_optimizer_state_mb"), ".2f"),
         "time, s": _number(max(noted_time, last_session) or None, ".1f"),
         "of it on factors and bases, s": _number(run.last("optim/refresh_seconds"), ".1f"),
@@ -284,7 +285,8 @@ def _picture(
             if curve:
                 xs, ys = zip(*curve, strict=True)
                 axes.plot(xs, ys, linewidth=1.8, markersize=5, markevery=max(1, len(xs) // 8), **style(i))
-                ends.append((xs[-1], ys[-1], run.name[:24], style(i)["color"]))
+            if seen := [point for point in curve if math.isfinite(point[1])]:
+                ends.append((*seen[-1], run.name[:24], style(i)["color"]))
         axes.set(title=title, xlabel=across, ylabel=unit)
         axes.xaxis.set_major_locator(MaxNLocator(6, integer=across == "steps"))
         if key in COUNTS:

@@ -139,6 +139,23 @@ def test_the_lowest_loss_is_bold_above_ten_too(tmp_path):
     assert "<b>10.2000</b>" not in text
 
 
+@pytest.mark.filterwarnings("error:constrained_layout")
+@pytest.mark.parametrize("order", [1, -1])
+def test_a_run_that_diverged_is_not_the_best_and_its_name_stands_where_its_line_ends(tmp_path, order):
+    losses = {"diverged": (2.0, float("nan")), "at_once": (float("nan"), float("inf")), "sound": (2.0, 1.5)}
+    for name, of_run in losses.items():
+        (tmp_path / name).mkdir()
+        lines = [{"step": step, "eval_loss": loss} for step, loss in enumerate(of_run, 1)]
+        (tmp_path / name / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    runs = [read_run(tmp_path / name) for name in [*losses][::order]]
+    assert {run.name: _figures(run)["lowest validation loss"] for run in runs} == {
+        "diverged": "2.0000", "at_once": "", "sound": "1.5000"
+    }  # fmt: skip
+    text = page(runs)
+    assert re.findall("<b>(.*?)</b>", text) == ["1.5000"]
+    assert {*losses} & {*re.findall("<!-- (.*?) -->", text)} == {"diverged", "sound"}, "named beside their lines"
+
+
 def test_time_goes_on_where_a_checkpoint_was(tmp_path):
     s4.register()
     args = arguments(tmp_path / "run", optim_args="block_size=64", max_steps=4, save_strategy="steps", save_steps=2)
