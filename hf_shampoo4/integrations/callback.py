@@ -49,7 +49,7 @@ class Shampoo4bitCallback(TrainerCallback, ExportableState):
         check_args(args)
 
     def on_train_begin(
-        self, args: Any, state: Any, control: Any, model: Any = None, optimizer: Any = None, **kwargs: Any
+        self, args: Any, state: Any, control: Any, optimizer: Any = None, model: Any = None, **kwargs: Any
     ) -> None:
         """Turn shares of training into steps, and print what is preconditioned how."""
         ours = shampoo_in(optimizer)

@@ -45,8 +45,8 @@ def register() -> None:
     """Add the names of `OPTIMS` to `--optim` of the Hugging Face Trainer; calling it again changes nothing.
 
     Call it before `TrainingArguments` are made, before or after transformers is imported.  Touched are the enum
-    `OptimizerNames`, the static method `Trainer.get_optimizer_cls_and_kwargs`, the list `DEFAULT_CALLBACKS`, the method
-    `create_optimizer` and those that write a checkpoint (saving.py).
+    `OptimizerNames`, the static method `Trainer.get_optimizer_cls_and_kwargs`, the list `DEFAULT_CALLBACKS`, and the
+    methods `CallbackHandler.add_callback`, `Trainer.create_optimizer` and those that write a checkpoint (saving.py).
     """
     after_import("transformers.training_args", _extend_optimizer_names)
     after_import("transformers.trainer", _extend_trainer)
@@ -60,7 +60,7 @@ def trainer_kwargs(model: nn.Module | None, args: Any, **options: Any) -> dict[s
     Nothing of transformers is changed but what saves a checkpoint (saving.py) and `Trainer.create_optimizer`, which
     tells what a `get_decay_parameter_names` of your own says.
     `callbacks=[hf_shampoo4.Shampoo4bitCallback]` adds the report; trackers see its numbers only if it runs before them:
-    `trainer.callback_handler.callbacks.insert(0, Shampoo4bitCallback())`.
+    `trainer.callback_handler.callbacks.insert(0, Shampoo4bitCallback())`.  After `register()` it is there already.
 
     The optimizer is made for the model that the Trainer comes to train: what `model_init` returns, in every trial of a
     hyperparameter search with its learning rate, or what a TRL trainer has made of the model by `peft_config`.
@@ -251,7 +251,22 @@ def _extend_trainer(module: ModuleType) -> None:
 
     if Shampoo4bitCallback not in module.DEFAULT_CALLBACKS:
         module.DEFAULT_CALLBACKS.append(Shampoo4bitCallback)  # trackers come after it, and log what it adds
+    wrap_once(module.CallbackHandler, "add_callback", _adding_one_of_ours)
     wrap_once(module.Trainer, "get_optimizer_cls_and_kwargs", _answering)
+
+
+def _adding_one_of_ours(original: Any) -> Any:
+    """A callback of ours that is added beside the default one takes its place: two would count and print all twice."""
+    from .callback import Shampoo4bitCallback
+
+    def add_callback(handler: Any, callback: Any) -> None:
+        there = [i for i, one in enumerate(handler.callbacks) if isinstance(one, Shampoo4bitCallback)]
+        if there and issubclass(callback if isinstance(callback, type) else type(callback), Shampoo4bitCallback):
+            handler.callbacks[there[0]] = callback() if isinstance(callback, type) else callback
+        else:
+            original(handler, callback)
+
+    return add_callback
 
 
 def _answering(original: Any) -> Any:

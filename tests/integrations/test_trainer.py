@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from transformers import Trainer
+from transformers.trainer import DEFAULT_CALLBACKS
 
 import hf_shampoo4 as s4
 from hf_shampoo4.checkpointing.completeness import noted
@@ -88,12 +89,16 @@ def test_wandb_receives_the_numbers(tmp_path, monkeypatch):
 
 def test_without_patching(tmp_path, capsys):
     args = arguments(tmp_path, optim="adamw_torch", optim_args=None)
-    model = llama()
+    model, own = llama(), s4.Shampoo4bitCallback()
     trainer = Trainer(
-        model, args, train_dataset=Tokens(), callbacks=[],
+        model, args, train_dataset=Tokens(), callbacks=[s4.Shampoo4bitCallback, own],
         **s4.trainer_kwargs(model, args, stats_every=2, roots_every=2, preset="paper_eigen"),
     )  # fmt: skip
     trainer.train()
+    callbacks = trainer.callback_handler.callbacks
+    assert [callback for callback in callbacks if isinstance(callback, s4.Shampoo4bitCallback)] == [own]
+    assert callbacks.index(own) == DEFAULT_CALLBACKS.index(s4.Shampoo4bitCallback), "before the trackers"
+    assert capsys.readouterr().out.count("Shampoo4bit state") == 1
     group = trainer.optimizer.optimizer.param_groups[0]
     assert (group["stats_every"], group["block_size"], group["lr"] >= 0) == (2, 1200, True)
     assert noted(trainer.state.stateful_callbacks)["optimizer"].startswith(

@@ -156,6 +156,15 @@ def test_a_run_that_diverged_is_not_the_best_and_its_name_stands_where_its_line_
     assert {*losses} & {*re.findall("<!-- (.*?) -->", text)} == {"diverged", "sound"}, "named beside their lines"
 
 
+def test_what_two_callbacks_have_noted_is_read(tmp_path):
+    file = trainer_run(tmp_path / "a") / "trainer_state.json"
+    told = {"attributes": {"optimizer": "soap4bit", "seconds": [[1, 2.0], [2, 3.0]]}}
+    both = {"stateful_callbacks": {"Shampoo4bitCallback": [{"attributes": {}}, told]}}
+    file.write_text(json.dumps({**json.loads(file.read_text()), **both}))
+    run = read_run(tmp_path / "a")
+    assert (run.optimizer, run.seconds) == ("soap4bit", {1: 2.0, 2: 3.0})
+
+
 def test_time_goes_on_where_a_checkpoint_was(tmp_path):
     s4.register()
     args = arguments(tmp_path / "run", optim_args="block_size=64", max_steps=4, save_strategy="steps", save_steps=2)
