@@ -28,7 +28,7 @@ from .preconditioners.diagnostics import Probe
 from .preconditioners.protocols import Context
 from .sharding.agreement import View, all_or_none
 from .sharding.exchange import ProcessGroup, Ranks
-from .sharding.local_parameter import in_deepspeed, in_fsdp1
+from .sharding.local_parameter import in_deepspeed, in_fsdp1, note_purpose, noted_purpose
 from .state_report import table
 from .utils.stopwatch import Stopwatch
 
@@ -293,7 +293,9 @@ class Shampoo4bit(torch.optim.Optimizer):
         """
         self._settle(for_good=False)
         state = defaultdict(dict, {**self.state, **self._spread.of_copy(self.state)})
-        return {**super().__getstate__(), "state": state, "_process_group": self._process_group}
+        purposes = [[noted_purpose(p) for p in group["params"]] for group in self.param_groups]  # a copy loses notes
+        kept = {"state": state, "_process_group": self._process_group, "_purposes": purposes}
+        return {**super().__getstate__(), **kept}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -306,6 +308,9 @@ class Shampoo4bit(torch.optim.Optimizer):
         if "groups" in vars(self):
             self.groups.follow(self.param_groups)
         else:  # a copy
+            for group, purposes in zip(self.param_groups, vars(self).pop("_purposes", ()), strict=False):
+                for p, purpose in zip(group["params"], purposes, strict=True):
+                    note_purpose(p, purpose)
             self.groups = ModelGroups(self.param_groups)
         self._reset()
 
