@@ -61,7 +61,11 @@ class DataArguments:
         default=None, metadata={"help": "Validate on N sequences drawn once from the held-out ones (streams: 1024)."}
     )
     tokenizer: str = field(
-        default="bpe", metadata={"help": "'bpe': byte-level BPE trained on the training text; or a name or a folder."}
+        default="bpe",
+        metadata={
+            "help": "'bpe': byte-level BPE trained on the training text, or that of the weights to begin with; or a "
+            "name or a folder."
+        },
     )
     vocab_size: int = field(default=4096, metadata={"help": "Size of the vocabulary of the trained BPE."})
     seq_len: int = field(default=256, metadata={"help": "Tokens of a sequence."})

@@ -8,12 +8,12 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..exceptions import ConfigError, reason
-from .arguments import DataArguments
+from .arguments import DataArguments, ModelArguments
 from .documents import load_documents
 
 if TYPE_CHECKING:
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from .sources import Documents
 
 END_OF_TEXT, MASK = "<|endoftext|>", "<|mask|>"
+BPE = "bpe"  # as `DataArguments.tokenizer`: one of our own
 TOKENIZER_SAMPLE = 50_000_000  # characters of training text that a BPE is trained on: more hardly changes its merges
 STREAM_SHUFFLE = 10_000  # documents that a stream is shuffled within
 
@@ -76,23 +77,83 @@ def load_text(data: DataArguments, seed: int = 0) -> TextData:
 # ---------------------------------------------------------------------------------------------------- tokenizer
 
 
+def known_tokenizer(data: DataArguments, model: ModelArguments, checkpoint: str | None) -> DataArguments:
+    """The settings with the tokenizer of the weights that a training begins with, if it begins with some.
+
+    A BPE that is trained on other text gives the same tokens other numbers, which these weights do not know.
+
+    Args:
+        data: what is asked for.
+        model: whose weights they are, with `init_from_pretrained`.
+        checkpoint: the folder that the training goes on from; None: it is new.
+
+    Raises:
+        ConfigError: there is no such tokenizer, or `data` asks for another one.
+    """
+    if checkpoint:
+        return replace(data, tokenizer=_of_checkpoint(data, Path(checkpoint)))
+    if not model.init_from_pretrained or data.tokenizer != BPE:
+        return data
+    try:
+        open_tokenizer(model.model)
+    except ConfigError as error:
+        why = reason(error.__cause__ or error)
+        raise ConfigError(f"init_from_pretrained: model {model.model!r} comes without a tokenizer that can be used "
+                          f"({why}): name the one that it was trained with by --tokenizer") from error  # fmt: skip
+    return replace(data, tokenizer=model.model)
+
+
+def _of_checkpoint(data: DataArguments, checkpoint: Path) -> str:
+    """The tokenizer that lies in a checkpoint, or in its run's folder."""
+    asked = data.tokenizer
+    folder = next((folder for folder in (checkpoint, checkpoint.parent) if (folder / "tokenizer.json").is_file()), None)
+    if folder is None and asked != BPE:
+        return asked
+    if folder is None:
+        raise ConfigError(f"there is no tokenizer.json in {str(checkpoint)!r} or its run's folder: name the tokenizer "
+                          "that it was trained with by --tokenizer (a BPE of this machine's is one of the folders in "
+                          f"{data.cache / 'tokenizers'})")  # fmt: skip
+    kept = open_tokenizer(str(folder))
+    if asked != BPE and not open_tokenizer(asked).get_vocab().items() <= kept.get_vocab().items():
+        raise ConfigError(f"tokenizer {asked!r} numbers tokens otherwise than that of {str(folder)!r}, with which the "
+                          "weights were trained: leave it out, or begin a new training")  # fmt: skip
+    if asked == BPE and kept.vocab_size > data.vocab_size:
+        raise ConfigError(f"vocab_size={data.vocab_size}, but the tokenizer of {str(folder)!r}, with which the weights "
+                          f"were trained, has {kept.vocab_size} tokens: set that, or begin a new training")  # fmt: skip
+    fewer = asked == BPE and kept.vocab_size < data.vocab_size  # a short text may have no more
+    said = f", not vocab_size={data.vocab_size:,}, which is for a new one" if fewer else ""
+    print(f"tokenizer: that of {folder}, {kept.vocab_size:,} tokens{said}", flush=True)
+    return str(folder)
+
+
 def load_tokenizer(data: DataArguments, train: Documents) -> PreTrainedTokenizerBase:
     """The tokenizer asked for; a BPE is trained on (the first 50 million characters of) the training documents.
 
     Raises:
+        ConfigError: as `open_tokenizer`.
+    """
+    if data.tokenizer == BPE:
+        return _trained_bpe(list(_sample(train["text"] if not data.streaming else _texts(train))), data)
+    return open_tokenizer(data.tokenizer)
+
+
+def open_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    """One that is there, by its folder or its name on the hub.
+
+    Raises:
         ConfigError: no such tokenizer, or one without an end-of-text token.
     """
-    if data.tokenizer == "bpe":
-        return _trained_bpe(list(_sample(train["text"] if not data.streaming else _texts(train))), data)
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(data.tokenizer)
+        tokenizer = AutoTokenizer.from_pretrained(name)
+        if len(tokenizer) <= len(tokenizer.all_special_ids):  # of a type that transformers makes without any file
+            raise ValueError("it has no tokens but special ones")
     except (OSError, ValueError) as error:
-        raise ConfigError(f"tokenizer {data.tokenizer!r} cannot be loaded ({reason(error)}); "
+        raise ConfigError(f"tokenizer {name!r} cannot be loaded ({reason(error)}); "
                           "allowed: 'bpe', a folder, or a hub name") from error  # fmt: skip
     if tokenizer.eos_token_id is None or not tokenizer.is_fast:
-        raise ConfigError(f"tokenizer {data.tokenizer!r} must be a fast one with an end-of-text (EOS) token")
+        raise ConfigError(f"tokenizer {name!r} must be a fast one with an end-of-text (EOS) token")
     return tokenizer
 
 

@@ -14,12 +14,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Union
 
-from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers import (
+    PreTrainedModel,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+    set_seed,
+)
 from transformers.trainer_callback import ProgressCallback
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from .arguments import DataArguments, ModelArguments, RunArguments
 from .config import parse_as
-from .data import TextData, collate, load_text, masked
+from .data import TextData, collate, known_tokenizer, load_text, masked
 from .model import build_model, load_model_config
 from .output_dir import prepare_output
 
@@ -78,13 +87,24 @@ def run(
     checkpoint = prepare_output(config.run, training)
     load_model_config(config.model)  # refuse a bad one before the text is prepared
     with training.main_process_first(desc="text"):
-        text = load_text(config.data, training.data_seed or training.seed)
+        data = known_tokenizer(config.data, config.model, checkpoint)
+        text = load_text(data, training.data_seed or training.seed)
     set_seed(training.seed)
     fraction = config.data.mask_fraction
     model = build_model(config.model, len(text.tokenizer), text.tokenizer.eos_token_id, fraction > 0)
     collator = functools.partial(masked, mask=text.tokenizer.mask_token_id, fraction=fraction) if fraction else collate
     trainer = _trainer(model, text, training, list(callbacks), optimizer and optimizer(model, training), collator)
     return train_and_evaluate(trainer, checkpoint, progress)
+
+
+class TokenizerBeside(TrainerCallback):
+    """Puts the tokenizer into checkpoints of sharded weights, where the Trainer leaves it out."""
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """After the Trainer has written a checkpoint."""
+        folder = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+        if args.should_save and not (folder / "tokenizer.json").is_file():
+            kwargs["processing_class"].save_pretrained(folder)
 
 
 def train_and_evaluate(trainer: Trainer, checkpoint: str | None, progress: TrainerCallback | None = None) -> Result:
@@ -145,7 +165,7 @@ def _trainer(
         eval_dataset=text.validation,
         data_collator=collator,
         processing_class=text.tokenizer,
-        callbacks=callbacks,
+        callbacks=[TokenizerBeside(), *callbacks],
         optimizer_cls_and_kwargs=optimizer,
     )
 

@@ -209,6 +209,10 @@ def test_other_bad_input(tmp_path, jsonl, cache, monkeypatch):
         load_documents(arguments(broken))
     with pytest.raises(ConfigError, match=r"tokenizer '/nowhere' cannot be loaded"):
         load_text(arguments(jsonl, tokenizer="/nowhere"))
+    (tmp_path / "gpt2").mkdir()
+    (tmp_path / "gpt2" / "config.json").write_text('{"model_type": "gpt2"}')  # transformers makes one of one token
+    with pytest.raises(ConfigError, match=r"gpt2' cannot be loaded \(it has no tokens but special ones\)"):
+        load_text(arguments(jsonl, tokenizer=str(tmp_path / "gpt2")))
     with pytest.raises(ConfigError, match="shorter than one sequence of seq_len=100000"):
         load_text(arguments(jsonl, seq_len=100_000))
     for changes in ({"seq_len": 1}, {"vocab_size": 10}, {"validation_fraction": 1.0}):

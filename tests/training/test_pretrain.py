@@ -1,6 +1,7 @@
 """Configurations and runs of `hf_shampoo4.training.pretrain`, on a tiny model and a few lines of text."""
 
 import json
+import os
 import subprocess
 from types import SimpleNamespace
 
@@ -123,6 +124,76 @@ def test_missing_data_is_told_before_a_model_is_built(settings, monkeypatch):
     monkeypatch.setattr("hf_shampoo4.training.pretrain.build_model", lambda *_: pytest.fail("a model was built"))
     with pytest.raises(ConfigError, match=r"dataset file 'nowhere.txt' does not exist .* allowed: 'stdlib'"):
         run(parse({**settings, "dataset": "nowhere.txt"}))
+
+
+# ---------------------------------------------------------------------------------------------------- tokenizers
+
+
+def vocabulary(folder):
+    return json.loads((folder / "tokenizer.json").read_text())["model"]["vocab"]
+
+
+def more_text(settings):
+    """Rows of other words, of which a BPE would make other tokens."""
+    with open(settings["dataset"], "a") as file:
+        file.writelines(json.dumps({"text": f"quick brown zebras {i} hum over foxes"}) + "\n" for i in range(60))
+
+
+def test_a_resumed_run_keeps_its_tokenizer(settings, tmp_path, capsys):
+    """Text has come to the file: a new BPE would number tokens otherwise than the embedding knows them."""
+    out = tmp_path / "out"
+    run(parse(settings))
+    before = vocabulary(out)
+    more_text(settings)
+    again = parse({**settings, "max_steps": 6, "vocab_size": 310}, ["--resume_from_checkpoint", "auto"])
+    assert len(run(again).trainer.processing_class) == 288  # all that this text gives
+    assert vocabulary(out) == vocabulary(out / "checkpoint-6") == before
+    said = f"tokenizer: that of {out}/checkpoint-4, 288 tokens, not vocab_size=310, which is for a new one\n"
+    assert said in capsys.readouterr().out
+    fresh = run(parse({**settings, "max_steps": 1, "output_dir": str(tmp_path / "fresh")}))
+    assert fresh.trainer.processing_class.get_vocab() != before
+
+
+def test_a_tokenizer_that_is_not_the_checkpoints_is_refused(settings, tmp_path):
+    out = tmp_path / "out"
+    run(parse({**settings, "max_steps": 2}))
+    resumed = {**settings, "resume_from_checkpoint": "auto"}
+    with pytest.raises(ConfigError, match=r"vocab_size=280, but the tokenizer of .*checkpoint-2'.* has 288 tokens"):
+        run(parse({**resumed, "vocab_size": 280}))
+    more_text(settings)
+    run(parse({**settings, "max_steps": 1, "output_dir": str(tmp_path / "other")}))
+    with pytest.raises(ConfigError, match=r"other' numbers tokens otherwise than that of .*checkpoint-2', with which"):
+        run(parse({**resumed, "tokenizer": str(tmp_path / "other")}))
+    (out / "checkpoint-2" / "tokenizer.json").unlink()  # as where weights are sharded: its run's is taken
+    assert run(parse({**resumed, "tokenizer": str(out)})).trainer.processing_class.get_vocab() == vocabulary(out)
+    for folder in (out, out / "checkpoint-4"):
+        (folder / "tokenizer.json").unlink()
+    with pytest.raises(ConfigError, match=r"no tokenizer.json in .*checkpoint-4' or its run's folder: name the tokeni"):
+        run(parse(resumed))
+
+
+def test_a_checkpoint_without_whole_weights_gets_its_tokenizer(settings, tmp_path, monkeypatch):
+    """The Trainer writes it beside whole weights alone."""
+    monkeypatch.setattr(
+        "transformers.Trainer.save_model", lambda _, folder=tmp_path, **__: os.makedirs(folder, exist_ok=True)
+    )
+    run(parse({**settings, "max_steps": 2, "save_steps": 2}))
+    assert (tmp_path / "out" / "checkpoint-2" / "tokenizer.json").is_file()
+
+
+def test_weights_that_are_there_keep_their_tokenizer(settings, tmp_path):
+    run(parse({**settings, "max_steps": 1}))
+    more_text(settings)
+    begun = {**settings, "model": str(tmp_path / "out"), "model_overrides": "", "init_from_pretrained": True}
+    begun |= {"max_steps": 1, "output_dir": str(tmp_path / "begun")}
+    run(parse(begun))
+    assert vocabulary(tmp_path / "begun") == vocabulary(tmp_path / "out")
+    begun |= {"overwrite_output_dir": True}
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / "out" / name).unlink()
+    with pytest.raises(ConfigError, match=r"out' comes without a tokenizer .*: name the one that it was trained with"):
+        run(parse(begun))
+    assert len(run(parse({**begun, "tokenizer": str(tmp_path / "begun")})).trainer.processing_class) == 288
 
 
 # ---------------------------------------------------------------------------------------------------- configuration
