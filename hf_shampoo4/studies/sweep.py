@@ -5,12 +5,14 @@ from __future__ import annotations
 import functools
 import gc
 import glob
+import json
 import math
 import os
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from hf_shampoo4.exceptions import ConfigError
 from hf_shampoo4.integrations.trainer import OPTIMS, optim_options
@@ -81,15 +83,11 @@ def search_of(settings: Settings, rates: Sequence[float], kinds: Sequence[str], 
     if kinds and optim not in OPTIMS:
         raise ConfigError(f"--kinds needs an optimizer with a rate for each kind ({', '.join(OPTIMS)}), not {optim!r}")
     given = settings.get(RATE)
-    try:
-        own = float(given) if given is not None else math.nan
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"learning_rate={given!r} is not allowed: it must be a number") from error
+    own = math.nan if given is None else _number(RATE, given)
     if not rates and not 0 < own < math.inf:
         said = "the configuration has no learning_rate" if given is None else f"learning_rate={given!r} is no start"
         raise ConfigError(f"{said}: give one with --learning_rate, or some with --rates")
-    options = optim_options(optim, settings.get("optim_args")) if optim in OPTIMS else {}
-    first = Point.of({RATE: rates[0] if rates else own, "rates": dict(options.get("rates", ()))})
+    first = Point.of({RATE: rates[0] if rates else own, "rates": dict(_options(settings).get("rates", ()))})
     start = tuple(replace(first, learning_rate=rate) for rate in dict.fromkeys(rates)) or (first,)
     return Search(start, (*((RATE,) if rates or not kinds else ()), *kinds), factor)
 
@@ -103,30 +101,57 @@ def shortened(settings: Settings, steps: int | None) -> Settings:
 
     Raises:
         ConfigError: a length in steps that cannot be taken in proportion, or nothing to validate on.
+        OptionError: an `optim_args` item that the optimizer refuses.
     """
     validation = [settings.get(name) for name in ("validation_dataset", "validation_split")]
     if not any(validation) and float(settings.get("validation_fraction", 1)) == 0:
         raise ConfigError("a sweep compares validation losses, and there are no validation examples: "
                           "give validation_fraction above 0, or a validation_dataset")  # fmt: skip
-    whole = int(settings.get("max_steps") or 0)
+    whole = int(_number("max_steps", settings.get("max_steps") or 0))
     taken = steps or min(STEPS, whole if whole > 0 else STEPS)
     kept = {key: value for key, value in settings.items() if key not in DROPPED}
-    lengths = {"warmup_steps": float(kept.get("warmup_steps") or 0)}
-    if lengths["warmup_steps"] >= 1:
-        kept["warmup_steps"] = _in_proportion("warmup_steps", lengths["warmup_steps"], whole, taken)
-    if isinstance(others := kept.get("lr_scheduler_kwargs"), Mapping):
+    if _number("warmup_steps", kept.get("warmup_steps") or 0) >= 1:
+        kept["warmup_steps"] = _in_proportion("warmup_steps", kept["warmup_steps"], whole, taken)
+    if isinstance(others := _mapping(kept.get("lr_scheduler_kwargs")), Mapping):
         kept["lr_scheduler_kwargs"] = {
             name: _in_proportion(name, value, whole, taken) if name.endswith("_steps") else value
             for name, value in others.items()
         }
+    if start := _options(settings).get("stochastic_from"):
+        told = f"stochastic_from={max(1, _in_proportion('stochastic_from', start, whole, taken))}"  # 0: never
+        kept["optim_args"] = ",".join(filter(None, (kept.get("optim_args"), told)))
     return {**kept, **AS_EVERY_RUN, "max_steps": taken}
 
 
-def _in_proportion(name: str, length: float, whole: int, taken: int) -> int:
+def _mapping(value: Any) -> Any:
+    """What the command line has as JSON, as a file has it; TrainingArguments reads no other text."""
+    if not isinstance(value, str) or not value.startswith("{"):
+        return value
+    try:
+        return json.loads(value)
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"lr_scheduler_kwargs={value!r} is not allowed: it must be a mapping, as JSON") from error
+
+
+def _in_proportion(name: str, length: Any, whole: int, taken: int) -> int:
     if whole <= 0:
-        raise ConfigError(f"{name}={length:g} is in steps, and the training has no max_steps to tell its share: "
-                          f"give --max_steps, the length of the whole training, or {name} below 1")  # fmt: skip
-    return round(length * taken / whole)
+        other = {"warmup_steps": ", or warmup_steps below 1", "stochastic_from": ", or stochastic_last, a share"}
+        raise ConfigError(f"{name}={length} is in steps, and the training has no max_steps to tell its share: "
+                          f"give --max_steps, the length of the whole training{other.get(name, '')}")  # fmt: skip
+    return round(_number(name, length) * taken / whole)
+
+
+def _number(name: str, value: Any) -> float:
+    try:
+        return float(value)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"{name}={value!r} is not allowed: it must be a number") from error
+
+
+def _options(settings: Settings) -> Mapping[str, Any]:
+    """Of the optimizer, if it is ours."""
+    optim = settings.get("optim", DEFAULT_OPTIM)
+    return optim_options(optim, settings.get("optim_args")) if optim in OPTIMS else {}
 
 
 def at_point(settings: Settings, point: Point, has_factors: bool) -> Settings:

@@ -12,6 +12,7 @@ import yaml
 
 from hf_shampoo4 import cli
 from hf_shampoo4.exceptions import ConfigError
+from hf_shampoo4.integrations.trainer import optim_options
 from hf_shampoo4.studies import sweep
 from hf_shampoo4.studies.grid import RATE, Point
 from hf_shampoo4.studies.runner import Runs
@@ -98,6 +99,32 @@ def test_a_short_run_has_the_schedule_in_proportion_and_leaves_no_checkpoints() 
         shortened({"num_train_epochs": 2, "warmup_steps": 100}, 30)
     with pytest.raises(ConfigError, match="no validation examples: give validation_fraction above 0"):
         shortened({"validation_fraction": "0"}, 30)
+
+
+@pytest.mark.parametrize("as_text", [False, True])
+def test_lengths_are_taken_in_proportion_as_a_file_and_as_the_command_line_has_them(as_text: bool) -> None:
+    kwargs: Any = {"num_decay_steps": 500, "min_lr_ratio": 0.1}
+    short = shortened({"max_steps": "2000", "lr_scheduler_kwargs": json.dumps(kwargs) if as_text else kwargs}, 200)
+    assert short["lr_scheduler_kwargs"] == {"num_decay_steps": 50, "min_lr_ratio": 0.1}
+    with pytest.raises(ConfigError, match=r"lr_scheduler_kwargs='\{x' is not allowed: it must be a mapping, as JSON"):
+        shortened({"max_steps": 2000, "lr_scheduler_kwargs": "{x"}, 200)
+    with pytest.raises(ConfigError, match="num_decay_steps='many' is not allowed: it must be a number"):
+        shortened({"max_steps": 2000, "lr_scheduler_kwargs": {"num_decay_steps": "many"}}, 200)
+
+
+def test_the_step_from_which_moments_are_rounded_stochastically_is_taken_in_proportion(tmp_path: Path) -> None:
+    whole = {"max_steps": 1000, "optim_args": "bits=8,moments=4bit,stochastic_from=900"}
+    short = shortened(whole, 200)
+    assert optim_options("shampoo4bit", short["optim_args"])["stochastic_from"] == 180
+    assert optim_options("shampoo4bit", shortened(whole, 1)["optim_args"])["stochastic_from"] == 1
+    (tmp_path / "options.yaml").write_text("stochastic_from: 900\n")
+    short = shortened({**whole, "optim_args": f"config={tmp_path}/options.yaml"}, 200)
+    assert optim_options("shampoo4bit", short["optim_args"])["stochastic_from"] == 180
+    share = {**whole, "optim_args": "stochastic_last=0.1"}
+    assert shortened(share, 200)["optim_args"] == "stochastic_last=0.1"
+    assert shortened({**whole, "optim": "adamw_torch", "optim_args": "x=1"}, 200)["optim_args"] == "x=1"
+    with pytest.raises(ConfigError, match=r"stochastic_from=900 is in steps, .* training, or stochastic_last, a share"):
+        shortened({**whole, "max_steps": -1}, 200)
 
 
 def test_finished_runs_are_not_made_again_and_max_runs_ends_a_sweep(tmp_path: Path, capsys) -> None:
