@@ -10,7 +10,7 @@ import hashlib
 from typing import TYPE_CHECKING, Any
 
 from ..exceptions import ConfigError
-from .sources import PACKAGED, check_split, has_splits, open_dataset
+from .sources import PACKAGED, check_split, has_splits, of_utf8, open_dataset
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -26,9 +26,11 @@ def load_documents(data: DataArguments) -> tuple[Documents, Documents]:
         ConfigError: the source does not exist, cannot be read, or has no such column; or validation would be on the
             training documents.
     """
-    train = _read(data.dataset, data.train_split, data)
+    with of_utf8(data.dataset):
+        train = _read(data.dataset, data.train_split, data)
     if validation := validation_source(data.dataset, data.train_split, data.validation_dataset, data.validation_split):
-        held_out = _read(*validation, data)
+        with of_utf8(validation[0]):
+            held_out = _read(*validation, data)
     elif not data.streaming and len(train) < 2 / data.validation_fraction:
         train, held_out = _cut_each(train, data.validation_fraction)
     else:

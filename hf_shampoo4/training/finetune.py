@@ -19,7 +19,7 @@ from .documents import validation_source
 from .output_dir import prepare_output
 from .pretrain import Result
 from .pretrain import train_and_evaluate as finish
-from .sources import open_dataset
+from .sources import of_utf8, open_dataset
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -101,7 +101,8 @@ def _with_known_columns(source: str, examples: Dataset) -> Dataset:
         raise ConfigError(f"dataset {source!r} has pictures (column {pictures[0]!r}), which would not be learnt from: "
                           "remove the column to train on the text alone")  # fmt: skip
     examples = examples.select_columns([name for name in (*kind, *BESIDE) if name in examples.column_names])
-    return _full(source, _as_text(examples, kind), kind)
+    with of_utf8(source):
+        return _full(source, _as_text(examples, kind), kind)
 
 
 def _as_text(examples: Dataset, kind: tuple[str, ...]) -> Dataset:

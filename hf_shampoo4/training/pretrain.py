@@ -31,6 +31,7 @@ from .config import parse_as
 from .data import TextData, collate, known_tokenizer, load_text, masked
 from .model import build_model, load_model_config
 from .output_dir import prepare_output
+from .sources import of_utf8
 
 
 @dataclass
@@ -86,7 +87,7 @@ def run(
     training = config.training
     checkpoint = prepare_output(config.run, training)
     load_model_config(config.model)  # refuse a bad one before the text is prepared
-    with training.main_process_first(desc="text"):
+    with training.main_process_first(desc="text"), of_utf8(config.data.dataset):
         data = known_tokenizer(config.data, config.model, checkpoint)
         text = load_text(data, training.data_seed or training.seed)
     set_seed(training.seed)
@@ -94,7 +95,8 @@ def run(
     model = build_model(config.model, len(text.tokenizer), text.tokenizer.eos_token_id, fraction > 0)
     collator = functools.partial(masked, mask=text.tokenizer.mask_token_id, fraction=fraction) if fraction else collate
     trainer = _trainer(model, text, training, list(callbacks), optimizer and optimizer(model, training), collator)
-    return train_and_evaluate(trainer, checkpoint, progress)
+    with of_utf8(config.data.dataset):  # a stream is read meanwhile
+        return train_and_evaluate(trainer, checkpoint, progress)
 
 
 class TokenizerBeside(TrainerCallback):

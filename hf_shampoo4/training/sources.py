@@ -9,6 +9,7 @@ import glob
 import hashlib
 import sysconfig
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Union
 
@@ -50,6 +51,21 @@ def open_dataset(source: str, split: str, config: str | None = None, streaming: 
             raise ConfigError(f"dataset {source!r} cannot be loaded ({why})") from error
         hint = "" if config else "; a dataset of several configurations needs dataset_config"
         raise ConfigError(f"dataset {source!r} cannot be loaded ({why}{hint}); {ALLOWED}") from error
+
+
+@contextmanager
+def of_utf8(source: str) -> Iterator[None]:
+    """Where rows are read, which `datasets` decodes only then, and in a stream as it comes to them.
+
+    Raises:
+        ConfigError: a text that is no UTF-8.
+    """
+    try:
+        yield
+    except UnicodeDecodeError as error:
+        near = error.object[max(0, error.start - 20) : error.end + 20]
+        raise ConfigError(f"dataset {source!r}: a text in it is not UTF-8, near {near!r} ({error.reason}): "
+                          "convert the file, or remove the row") from error  # fmt: skip
 
 
 def has_splits(source: str) -> bool:

@@ -7,8 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import Dataset, IterableDataset
+from transformers import PreTrainedTokenizerFast
 
 from hf_shampoo4.exceptions import ConfigError
+from hf_shampoo4.training import pretrain
 from hf_shampoo4.training.arguments import DataArguments
 from hf_shampoo4.training.data import collate, load_text, load_tokenizer, masked, pack_texts, train_bpe
 from hf_shampoo4.training.documents import load_documents
@@ -281,6 +283,20 @@ def test_empty_cells_are_left_out_and_counted(cache, tmp_path, capsys):
     train, validation = load_documents(arguments(path))
     assert len(train) + len(validation) == len(TEXTS)
     assert "2 of 62 rows have no text and are left out" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("where", ["text", "validation", "stream"])
+def test_a_row_that_is_not_utf8_is_told_in_one_line(where, cache, jsonl, tmp_path):
+    """`datasets` decodes it when it is read, a stream's in the middle of the training."""
+    bad, good = tmp_path / "bad.jsonl", tmp_path / "good"
+    bad.write_bytes(jsonl.read_bytes() + json.dumps({"text": "ein café"}, ensure_ascii=False).encode("latin-1"))
+    PreTrainedTokenizerFast(tokenizer_object=train_bpe(TEXTS, 300), eos_token="<|endoftext|>").save_pretrained(good)
+    first, second = (jsonl, bad) if where == "validation" else (bad, jsonl)
+    settings = {"dataset": str(first), "validation_dataset": str(second), "streaming": where == "stream"}
+    settings |= {"tokenizer": str(good), "seq_len": 16, "use_cpu": True, "output_dir": str(tmp_path / "out")}
+    settings |= {"max_steps": 1, "model_overrides": "hidden_size=64,num_hidden_layers=1", "max_validation_sequences": 1}
+    with pytest.raises(ConfigError, match=r"bad.jsonl': a text in it is not UTF-8, near b'ein caf.xe9' "):
+        pretrain.run(pretrain.parse(settings))
 
 
 def test_cells_that_are_no_text_are_refused(cache, tmp_path):

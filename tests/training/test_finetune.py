@@ -190,6 +190,13 @@ def test_numbers_and_empty_cells_of_a_csv(tmp_path: Path, capsys: pytest.Capture
     assert "1 of 20 rows have no prompt or completion and are left out" in capsys.readouterr().out
 
 
+def test_a_row_that_is_not_utf8_is_told_in_one_line(data: Path, tmp_path: Path) -> None:
+    path = tmp_path / "bad.jsonl"
+    path.write_bytes(data.read_bytes().replace(b'"content": "', b'"content": "caf\xe9', 1))
+    with pytest.raises(ConfigError, match=r"bad.jsonl': a text in it is not UTF-8, near b'caf.xe9"):
+        load_examples(ChatArguments(dataset=str(path)))
+
+
 def test_a_model_without_a_chat_template_is_told_so(model: Path, data: Path, tmp_path: Path) -> None:
     bare = tmp_path / "bare"
     shutil.copytree(model, bare, ignore=shutil.ignore_patterns("chat_template.jinja"))
