@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence, Sized
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,7 @@ from transformers import (
 from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from ..exceptions import ConfigError
 from .arguments import DataArguments, ModelArguments, RunArguments
 from .config import parse_as
 from .data import TextData, collate, known_tokenizer, load_text, masked
@@ -110,13 +112,23 @@ class TokenizerBeside(TrainerCallback):
 
 
 def train_and_evaluate(trainer: Trainer, checkpoint: str | None, progress: TrainerCallback | None = None) -> Result:
-    """Train, evaluate where there is something to evaluate on, write model, state and metrics."""
+    """Train, evaluate where there is something to evaluate on, write model, state and metrics.
+
+    Raises:
+        ConfigError: a checkpoint of weights of other shapes.
+    """
     if trainer.is_world_process_zero():
         print(planned(trainer, checkpoint), flush=True)
     if progress is not None:
         trainer.remove_callback(ProgressCallback)
         trainer.add_callback(progress)
-    metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
+    try:
+        metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
+    except RuntimeError as error:
+        if checkpoint is None or not (found := re.search(r"size mismatch for (.*)\.", str(error))):
+            raise
+        raise ConfigError(f"the weights of {checkpoint!r} do not fit the model ({found[1]}): give the settings that "
+                          "they were trained with, or begin a new training") from error  # fmt: skip
     trainer.save_model()
     trainer.save_state()
     trainer.save_metrics("train", metrics)

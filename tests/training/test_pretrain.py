@@ -120,6 +120,15 @@ def test_a_missing_checkpoint_is_named(asked, message, settings):
         run(parse(settings, ["--resume_from_checkpoint", asked]))
 
 
+@pytest.mark.parametrize("change", ["hidden_size=32", "hidden_size=64,vocab_size=400"])
+def test_a_checkpoint_of_another_model_is_told_in_one_line(change, settings):
+    settings |= {"max_steps": 2, "model_overrides": "hidden_size=64,num_hidden_layers=1"}
+    run(parse(settings))
+    settings |= {"model_overrides": f"num_hidden_layers=1,{change}", "resume_from_checkpoint": "auto", "max_steps": 3}
+    with pytest.raises(ConfigError, match=r"checkpoint-2' do not fit the model \(.*weight: .*\): give the settings"):
+        run(parse(settings))
+
+
 def test_missing_data_is_told_before_a_model_is_built(settings, monkeypatch):
     monkeypatch.setattr("hf_shampoo4.training.pretrain.build_model", lambda *_: pytest.fail("a model was built"))
     with pytest.raises(ConfigError, match=r"dataset file 'nowhere.txt' does not exist .* allowed: 'stdlib'"):
