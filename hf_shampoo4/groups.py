@@ -27,6 +27,7 @@ them: queries, latents, scales, and two of weights (`fn` and `hc_fn` of hyper-co
 
 from __future__ import annotations
 
+import difflib
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any, NamedTuple
@@ -34,6 +35,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList
 
+from .exceptions import OptionError
 from .execution.blocking import blocks_of
 from .options import ALGORITHMS, FALLBACK, NAMES, Options
 from .preconditioners.algorithms import algorithm_class
@@ -105,12 +107,17 @@ def param_groups(
         weight_decay: of the decayed groups; the others get 0.  Default: what the optimizer is given.
         is_target: tells by a module's name and the module whether its parameters may be preconditioned (default: yes).
         head: options that the output head alone gets, in a group of its own (tied: with the embedding that it is).
-        decayed: the names of the parameters that are decayed, instead of those above.
+        decayed: the names of the parameters that are decayed, instead of those above; of any that the model has,
+            frozen ones and other names of a shared one too.
 
     Returns:
         Groups `{"params": [(name, parameter), ...], "weight_decay": ..., "kind": ..., ...}`, each of one kind
         (`Options.kind`), none of them empty, in an order that depends on the model and the arguments alone.
+
+    Raises:
+        OptionError: `decayed` names what is no parameter of the model.
     """
+    _check_names(decayed or (), model)
     note_flat_ranges(model)
     places, heads, order = _places(model), _output_heads(model), list(_TREATMENTS)
     norms = {id(p) for module in model.modules() if isinstance(module, _NORMS) for p in module.parameters(False)}
@@ -140,6 +147,20 @@ def param_groups(
         }
         for (treatment, kind, of_head, undecayed), named in sorted(members.items(), key=lambda item: item[0])
     ]
+
+
+def _check_names(names: Collection[str], model: nn.Module) -> None:
+    known = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    if unknown := sorted({*names} - known - _slots(model)):
+        close = difflib.get_close_matches(unknown[0], known, n=1)
+        hint = f"did you mean {close[0]!r}?" if close else f"they are {', '.join(sorted(known)[:4])}, ..."
+        raise OptionError(f"decayed={unknown[0]!r} is no name of a parameter of {type(model).__name__}: {hint}")
+
+
+def _slots(model: nn.Module) -> set[str]:
+    """What a Trainer's list may have beside: names with a wrapper's own part in them, and of a norm without weights."""
+    modules = model.named_modules(remove_duplicate=False)
+    return {f"{path}.{name}".removeprefix(".") for path, module in modules for name in module._parameters}
 
 
 def is_of_matrices(group: Mapping[str, Any]) -> bool:

@@ -55,6 +55,20 @@ def test_the_decay_is_the_optimizers_or_the_groups_own_and_of_whom_they_say():
     assert [name for name, decay in chosen.items() if decay] == ["model.norm.weight"]
 
 
+def test_a_name_to_decay_that_the_model_does_not_have_is_refused():
+    """One letter off, and nothing would have been decayed."""
+    model = nn.Sequential(nn.Linear(80, 80), nn.LayerNorm(80), nn.LayerNorm(8, elementwise_affine=False))
+    for wrong, hint in (("0.wieght", "did you mean '0.weight'"), ("head", "they are 0.bias, 0.weight, ")):
+        with pytest.raises(ValueError, match=f"decayed='{wrong}' is no name of a parameter of Sequential: {hint}"):
+            s4.param_groups(model, decayed=["1.weight", wrong])
+    model[0].bias.requires_grad_(False)
+    decayed = ["0.weight", "0.bias", "2.weight"]  # one is frozen, one is None
+    assert [names(g) for g in s4.param_groups(model, 0.1, decayed=decayed) if g["weight_decay"]] == [["0.weight"]]
+    tied = llama(tie_word_embeddings=True)
+    assert s4.param_groups(tied, 0.1, decayed=Trainer.get_decay_parameter_names(None, tied))
+    assert s4.param_groups(tied, 0.1, decayed=["lm_head.weight", "model.embed_tokens.weight"])
+
+
 def test_a_kind_is_what_a_parameter_is_whether_preconditioned_or_not():
     def of(model, **options):
         return {name: group["kind"] for group in s4.param_groups(model, **options) for name in names(group)}
