@@ -95,7 +95,7 @@ def known_tokenizer(data: DataArguments, model: ModelArguments, checkpoint: str 
     if not model.init_from_pretrained or data.tokenizer != BPE:
         return data
     try:
-        open_tokenizer(model.model)
+        _say(model.model, open_tokenizer(model.model), data)
     except ConfigError as error:
         why = reason(error.__cause__ or error)
         raise ConfigError(f"init_from_pretrained: model {model.model!r} comes without a tokenizer that can be used "
@@ -120,10 +120,14 @@ def _of_checkpoint(data: DataArguments, checkpoint: Path) -> str:
     if asked == BPE and kept.vocab_size > data.vocab_size:
         raise ConfigError(f"vocab_size={data.vocab_size}, but the tokenizer of {str(folder)!r}, with which the weights "
                           f"were trained, has {kept.vocab_size} tokens: set that, or begin a new training")  # fmt: skip
-    fewer = asked == BPE and kept.vocab_size < data.vocab_size  # a short text may have no more
-    said = f", not vocab_size={data.vocab_size:,}, which is for a new one" if fewer else ""
-    print(f"tokenizer: that of {folder}, {kept.vocab_size:,} tokens{said}", flush=True)
+    _say(str(folder), kept, data)
     return str(folder)
+
+
+def _say(source: str, taken: PreTrainedTokenizerBase, data: DataArguments) -> None:
+    other = data.tokenizer == BPE and taken.vocab_size != data.vocab_size  # a short text may have given no more
+    unused = f", not vocab_size={data.vocab_size:,}, which is for a new one" if other else ""
+    print(f"tokenizer: that of {source}, {taken.vocab_size:,} tokens{unused}", flush=True)
 
 
 def load_tokenizer(data: DataArguments, train: Documents) -> PreTrainedTokenizerBase:

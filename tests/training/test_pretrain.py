@@ -190,13 +190,14 @@ def test_a_checkpoint_without_whole_weights_gets_its_tokenizer(settings, tmp_pat
     assert (tmp_path / "out" / "checkpoint-2" / "tokenizer.json").is_file()
 
 
-def test_weights_that_are_there_keep_their_tokenizer(settings, tmp_path):
+def test_weights_that_are_there_keep_their_tokenizer(settings, tmp_path, capsys):
     run(parse({**settings, "max_steps": 1}))
     more_text(settings)
     begun = {**settings, "model": str(tmp_path / "out"), "model_overrides": "", "init_from_pretrained": True}
     begun |= {"max_steps": 1, "output_dir": str(tmp_path / "begun")}
     run(parse(begun))
     assert vocabulary(tmp_path / "begun") == vocabulary(tmp_path / "out")
+    assert f"tokenizer: that of {tmp_path / 'out'}, 288 tokens, not vocab_size=300, " in capsys.readouterr().out
     begun |= {"overwrite_output_dir": True}
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (tmp_path / "out" / name).unlink()
