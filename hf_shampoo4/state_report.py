@@ -15,6 +15,7 @@ from .numerics.storage import SMALL, nbytes
 from .options import Options
 from .preconditioners.algorithms import algorithm_class
 from .sharding.local_parameter import full_shape
+from .utils.wrappers import without_wrappers
 
 if TYPE_CHECKING:
     from .optimizer import Shampoo4bit
@@ -88,7 +89,11 @@ def metrics(optimizer: Shampoo4bit) -> dict[str, float]:
     """Figures for a tracker: state bytes, skipped steps, failed refreshes, seconds spent on refreshes so far.
 
     With `diagnose_every`, also the last diagnostics (diagnostics.py) of the first group that has any (the matrices).
+
+    Args:
+        optimizer: also as accelerate or DeepSpeed has wrapped it.
     """
+    optimizer = without_wrappers(optimizer)
     entries = [entry for p, entry in optimizer.state.items() if isinstance(p, Tensor)]
     tensors = [t for entry in entries for t in entry.values() if isinstance(t, Tensor)]
     failures = [entry[key] for entry in entries for key in entry if StateKey.parse(key).tensor == "failures"]

@@ -28,6 +28,7 @@ from ..execution.state_layout import Entry
 from ..execution.wave_state import parse_row_name
 from ..sharding.local_parameter import full_shape
 from ..utils.files import write_json
+from ..utils.wrappers import without_wrappers
 from . import checksums
 from .formats import check_metadata
 from .names import OTHERS, renamed, told_apart
@@ -44,13 +45,17 @@ def save_optimizer(optimizer: Shampoo4bit, folder: str | Path) -> None:
 
     If it fails on one rank it raises on all, and what is in the folder then is not taken for a checkpoint.
 
+    Args:
+        optimizer: also as accelerate or DeepSpeed has wrapped it.
+        folder: a new one.
+
     Raises:
         FileExistsError: the folder holds one already.
         RuntimeError: no step was made since the optimizer was made or loaded; or another rank failed.
         CheckpointError: a rank could not write: the disk is full, read-only, or not the same for all ranks.
         TypeError: a parameter group has a value that JSON cannot hold.
     """
-    folder = Path(folder)
+    optimizer, folder = without_wrappers(optimizer), Path(folder)
     with optimizer.all_or_none("save_optimizer()"):
         rows = optimizer.named_blocks()
         if (folder / GROUPS).exists():
@@ -117,12 +122,16 @@ def load_optimizer(optimizer: Shampoo4bit, folder: str | Path) -> None:
     this rank keeps; the folder must be there until then.  What was frozen when it was written and is not here begins
     afresh, with a warning; of what is frozen here the state is kept.
 
+    Args:
+        optimizer: also as accelerate or DeepSpeed has wrapped it.
+        folder: what was given to `save_optimizer`.
+
     Raises:
         FileNotFoundError: there is none, or it was not completed.
         CheckpointError: another model or other structural options.  Nothing is changed then.  At the next step also:
             a block is missing, or not what was written; the step is not made then.
     """
-    folder = Path(folder)
+    optimizer, folder = without_wrappers(optimizer), Path(folder)
     groups, sums = read_groups(folder)
     optimizer.groups.follow(optimizer.param_groups)
     ours = [_described(optimizer, i)["parameters"] for i in range(len(optimizer.param_groups))]

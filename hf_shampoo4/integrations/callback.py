@@ -13,7 +13,8 @@ from transformers.trainer_callback import ExportableState, TrainerCallback
 from ..checkpointing.completeness import CALLBACK, noted
 from ..options import pairs_as_text
 from ..state_report import metrics
-from .saving import follow_saves, shampoo_in, without_wrappers
+from ..utils.wrappers import without_wrappers
+from .saving import follow_saves, shampoo_in
 from .trainer import OPTIMS, check_args, optim_name
 
 REFRESH = "optim/refresh_seconds"

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..checkpointing.completeness import STATE, incomplete
 from ..exceptions import CheckpointError
+from ..utils.wrappers import without_wrappers
 from .hooks import after_import, wrap_once
 
 if TYPE_CHECKING:
@@ -28,13 +29,6 @@ def follow_saves() -> None:
     `_load_optimizer_and_scheduler`.
     """
     after_import("transformers.trainer", _wrap_saves)
-
-
-def without_wrappers(optimizer: Any) -> Any:
-    """The optimizer that accelerate and DeepSpeed have wrapped."""
-    while hasattr(optimizer, "optimizer"):
-        optimizer = optimizer.optimizer
-    return optimizer
 
 
 def shampoo_in(optimizer: Any) -> Shampoo4bit | None:

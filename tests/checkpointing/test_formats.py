@@ -155,6 +155,19 @@ def side(tmp_path: Path) -> Path:
     return tmp_path / "side"
 
 
+def test_an_optimizer_that_accelerate_has_wrapped_is_the_one_in_it(tmp_path: Path) -> None:
+    accelerate = pytest.importorskip("accelerate")
+    parameters = model()
+    optimizer = optimizer_of(parameters)
+    wrapped = accelerate.Accelerator(cpu=True).prepare(optimizer)
+    train(parameters, optimizer, range(3))
+    s4.save_optimizer(wrapped, tmp_path / "side")
+    assert s4.metrics(wrapped) == s4.metrics(optimizer)
+    other = accelerate.Accelerator(cpu=True).prepare(optimizer_of(parameters, lr=0.5))
+    s4.load_optimizer(other, tmp_path / "side")
+    assert other.param_groups[0]["lr"] == OPTIONS["lr"]
+
+
 @pytest.mark.parametrize("converted", [False, True])
 def test_the_state_in_a_folder_of_its_own(side: Path, converted: bool) -> None:
     parameters = model()
@@ -167,7 +180,7 @@ def test_the_state_in_a_folder_of_its_own(side: Path, converted: bool) -> None:
         optimizer.load_state_dict(torch.load(side.parent / "optimizer.pt", weights_only=True, mmap=True))
     else:
         s4.load_optimizer(optimizer, side)
-        with pytest.raises(RuntimeError, match="make one before saving it again"):
+        with pytest.raises(RuntimeError, match="make one before it is saved again"):
             optimizer.state_dict()
     assert optimizer.param_groups[0]["lr"] == OPTIONS["lr"]
     assert optimizer.param_groups[0]["step"] == 3
