@@ -52,8 +52,8 @@ class SpreadState:
         """
         if self._plans.reader is not None and not self._plans:
             raise RuntimeError(
-                "the state is read at the first step after load_optimizer: make one before it is saved again or copied; "
-                "accelerate's `prepare` copies it: prepare the optimizer before loading it"
+                "the state is read at the first step after load_optimizer: make one before it is saved again or "
+                "copied; accelerate's `prepare` copies it: prepare the optimizer before loading it"
             )
         if not self.fetched and any(map(_only_consolidated, self._plans.waves())):
             self._meet()
