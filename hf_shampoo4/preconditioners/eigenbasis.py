@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Generator, Mapping
 from dataclasses import dataclass
-from functools import reduce
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -127,7 +127,8 @@ class Eigenbasis(TwoSided):
         Returns:
             (B, m, n) float32.
         """
-        o, state, b1, decays = context.options, stack.state, context.betas[0], _decays(context)
+        o, state, b1 = context.options, stack.state, context.betas[0]
+        decays = decays_of(o, b1)
         kl_shampoo = isinstance(self.moments, Momentum)
         at = context.moment_step(stack)
         left, right = (
@@ -267,7 +268,7 @@ class Eigenbasis(TwoSided):
                 ]
             sides = [step.side for step in wanted]
             updated = dict(zip(sides, (yield wanted), strict=True))
-            failed = reduce(torch.logical_or, (failed for _, failed in updated.values()))
+            failed = functools.reduce(torch.logical_or, (failed for _, failed in updated.values()))
             add_to_blocks(stack.state["failures"]["dense"], blocks, failed)
             rotations = (updated.get(side, (None,))[0] for side in (left, right))
             found.append(BasisUpdate(blocks, *rotations))
@@ -322,15 +323,15 @@ class Decays(NamedTuple):
     """Of a side without."""
 
 
-def _decays(context: Context) -> Decays:
+@functools.lru_cache(maxsize=64)
+def decays_of(options: Options, b1: float) -> Decays:
     """No eigenvalue is forgotten faster than the first moment.
 
     Where gradients end (a dead unit), m' falls by b1 a step and the root that it is divided by, by that of the decay:
     below b1^2 a row would be moved for ever, and faster and faster.
     """
-    o, b1 = context.options, context.betas[0]
-    beta = max(o.factor_beta, b1)
-    return Decays(beta, max(o.vocabulary_beta, b1) if o.vocabulary else beta)
+    beta = max(options.factor_beta, b1)
+    return Decays(beta, max(options.vocabulary_beta, b1) if options.vocabulary else beta)
 
 
 def _scales(left: DecodedSide, right: DecodedSide, o: Options) -> tuple[Tensor, Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from ..numerics.blocks import State
 from ..numerics.quantize import has_kernels, kernels, padded
-from ..numerics.rounding import Noise, PreconditionerSpace, Settling, Stochastic, to_bfloat16
+from ..numerics.rounding import Noise, PreconditionerSpace, Rounding, Settling, Stochastic, to_bfloat16
 from ..numerics.storage import Bitsandbytes, Blockwise, Dense, Factored, RankOne, Storage
 from ..options import SECOND_CODEBOOKS, Options, auto_of
 from .operations import ZIP_CODER, coding_workspace
@@ -24,7 +25,7 @@ MOMENT_BLOCK = 128  # 2309.01507: smaller than 8-bit's 256, because outliers cos
 
 VOCABULARY_BLOCK = 256  # of a vocabulary's 8-bit first moment, as bitsandbytes' and torchao's
 
-ENDED = 1 / 16  # gradients of at most this times the first moment count as ended
+ENDED = 1 / 32  # gradients of at most this times the first moment count as ended
 
 FIRST_STREAM, SECOND_STREAM = 1, 2  # of a block's noise; 0 is the parameter's
 
@@ -286,18 +287,21 @@ def write_first(storage: Storage, state: State, exact: Tensor, at: MomentStep, g
         g: (B, *shape), the gradient that it was brought up to date by.
         ended: see `rounding.Settling`.
     """
-    if not isinstance(storage, Blockwise) or storage.bits != 4:
-        storage.write(state["first"], exact)
-    elif at.stochastic_first and at.noise is not None:
-        storage.write(state["first"], exact, Stochastic(at.noise.uniform(FIRST_STREAM, exact[0].numel())))
-    elif at.settles:
-        storage.write(state["first"], exact, Settling(g.flatten(1), ended))
+    if isinstance(storage, Blockwise) and storage.bits == 4:
+        rounding: Rounding | None = None
+        if at.stochastic_first and at.noise is not None:
+            rounding = Stochastic(at.noise.uniform(FIRST_STREAM, exact[0].numel()))
+        # a CPU's host waits for nobody to know that no gradient is zero
+        elif at.settles and not (ended == 0 and g.device.type == "cpu" and bool(g.all())):
+            rounding = Settling(g.flatten(1), ended)
+        storage.write(state["first"], exact, rounding)
     else:
         storage.write(state["first"], exact)
     if at.watch:
         at.watch(exact)
 
 
+@functools.lru_cache(maxsize=64)
 def settling_period(beta1: float) -> int:
     """Steps between two at which 4-bit first moments settle.
 

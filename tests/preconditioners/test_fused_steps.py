@@ -15,7 +15,7 @@ from hf_shampoo4.numerics.precision import rotate
 from hf_shampoo4.numerics.storage import Dense
 from hf_shampoo4.options import Options
 from hf_shampoo4.preconditioners.bases import make_sides
-from hf_shampoo4.preconditioners.eigenbasis import Eigenbasis
+from hf_shampoo4.preconditioners.eigenbasis import Eigenbasis, decays_of
 from hf_shampoo4.preconditioners.moments import Momentum
 
 pytest.importorskip("triton", reason="Triton is not installed (the extra `triton`): its kernels are not tested")
@@ -98,8 +98,8 @@ def test_the_bound_on_the_bases_is_the_bound_on_what_they_rotate(rotated: tuple[
     u[1, :, 7] *= 100
     u[1, 5] = 0
     bases = [torch.randn(2, order, order) if has else None for order, has in zip((12, 20), rotated, strict=True)]
-    expected = rotate(bases[0], algorithm._bounded(u, options, 0.98), bases[1])
-    left, right = algorithm._bounding(u, *bases, options)
+    expected = rotate(bases[0], algorithm._bounded(u, decays_of(options, 0.9), 0.98), bases[1])
+    left, right = algorithm._bounding(u, *bases, decays_of(options, 0.9))
     torch.testing.assert_close(rotate(left, u, right), expected, rtol=1e-5, atol=1e-4)
 
 
