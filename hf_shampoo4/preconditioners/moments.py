@@ -104,7 +104,7 @@ class Adam:
         # m <- b1 m + (1 - b1) g
         m = self.first.read(state["first"]).lerp_(g, 1 - at.betas[0])
         u = self.over_second(state, m, g, at)
-        write_first(self.first, state, m, at, g, ENDED)
+        write_first(self.first, state, m, at, g)
         return u
 
     def over_second(self, state: State, m: Tensor, g: Tensor, at: MomentStep) -> Tensor:

@@ -75,7 +75,7 @@ class WhitenedMoment:
         """
         rows, columns = scales
         m = self.exact.div_(rows).div_(columns).clamp_(-LARGEST, LARGEST)
-        # over its eigenvalues what falls is as large as before: nothing settles but where gradients are zero
+        # eigenvalues follow the gradients, so that faint ones come to move m' as others do: only what has none settles
         write_first(self._storage, {"first": self._buffers}, m, at, self._g, 0.0)
         return m
 

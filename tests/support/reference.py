@@ -403,9 +403,10 @@ class Shampoo4:
         new_v = self._second(prefix, row, p.shape, after, quantised)
         if quantised:
             flat, scales = m.reshape(1, -1), scales_of_rows(m.reshape(1, -1), 128)
-            ended = np.abs(p.reshape(1, -1)) <= np.abs(flat) / 32 if round(t) % round(0.3 / (1 - b1)) == 0 else None
-            settled = flat if ended is None else settle(flat, ended, scales, DYNAMIC)
-            checked.note("first", excess_error(settled, new_m.reshape(1, -1), scales, DYNAMIC))
+            expected = flat
+            if round(t) % max(1, round(0.3 / (1 - b1))) == 0:
+                expected = settle(flat, np.abs(p.reshape(1, -1)) <= np.abs(flat) / 32, scales, DYNAMIC)
+            checked.note("first", excess_error(expected, new_m.reshape(1, -1), scales, DYNAMIC))
             checked.note("second", excess_error(v, new_v, scales_of_rank1(v), LINEAR0))
         else:
             checked.note("first", float(np.abs(m - new_m).max() / np.abs(m).max()))
