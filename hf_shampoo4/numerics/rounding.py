@@ -1,6 +1,6 @@
-"""Rounding other than to the nearest level: stochastically, or so that a moment without gradients falls.
+"""Stochastic rounding, of all numbers or of those that would not move otherwise.
 
-Noise is a function of (seed, step, block, position): a resume repeats it exactly, and so does any other number of
+The noise is a function of (seed, step, block, position): a resume repeats it exactly, and so does any other number of
 ranks."""
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def noise_bits(seed_offsets: Tensor, step: int, seed: int, count: int, stream: i
 
 
 def noise_at(seed_offsets: Tensor, step: int, seed: int, position: Tensor, stream: int = 0) -> Tensor:
-    """`noise_bits` at some positions of each block only: int32 (count,) -> int32 (B, count)."""
+    """`noise_bits` at some positions of each block only: int32 (count,), or of each block its own, (B, count)."""
     start = _mix(seed_offsets.to(torch.int32) + _as_int32(seed * 0x9E3779B9))
     start = _mix(start + _as_int32(step * 0x85EBCA6B))
     start = _mix(start + _as_int32(stream * 0xC2B2AE35)) if stream else start
@@ -49,7 +49,7 @@ class Noise:
 
     def uniform(self, stream: int, count: int) -> Tensor:
         """float32 (B, count), uniform on 2^31 points inside (0, 1), which float32 tells apart near 0 (small odds)."""
-        return self.bits(stream, count).bitwise_and_(0x7FFFFFFF).to(torch.float32).add_(0.5).mul_(2.0**-31)
+        return _uniform(self.bits(stream, count))
 
 
 @dataclass(frozen=True)
@@ -92,29 +92,33 @@ class PreconditionerSpace(Stochastic):
         return (b - x).mul_(a + e).div_(x.add(e).mul_(b - a))
 
 
-NEAR = 0.01  # of the way from a level to the next one towards zero: what is no farther off lies on that level
-
-
 @dataclass(frozen=True)
 class Settling:
-    """To the nearest level; entries of a moment whose gradient has ended fall to the next one towards zero.
+    """To the nearest level; entries of a moment whose gradient has ended are rounded stochastically.
 
     Of 16 levels the nearest one to 0.9 of a level is that level again, so that a moment would never fall while its
-    block's scale is that of others.  Where the scale falls along, each number lies on its level, and stays there.
+    block's scale is that of others.  What has a gradient moves from level to level by that.
     """
 
     gradient: Tensor
-    """Of the shape of what is rounded."""
+    """(B, L), of what is rounded."""
     share: float
     """Gradients of at most this times the moment count as ended; 0: those that are zero."""
+    noise: Noise
+    stream: int
 
-    def part(self, rows: slice, columns: slice) -> Settling:
-        """As `Stochastic.part`."""
-        return Settling(_as_rows(self.gradient)[rows, columns], self.share)
+    def ended(self, x: Tensor, rows: slice, columns: slice) -> tuple[Tensor, Tensor]:
+        """Rows and columns of entries whose gradient has ended, int64 (n,) each, of this part x of (B, L)."""
+        gradient = self.gradient[rows, columns].abs()
+        row, column = (gradient <= x.abs().mul_(self.share)).nonzero(as_tuple=True)
+        return row + rows.start, column + columns.start
 
-    def ended(self, x: Tensor, scale: Tensor) -> Tensor:
-        """bool: whose gradient has ended, of the moments x times `scale`."""
-        return self.gradient.abs() <= (x * scale).abs_().mul_(self.share)
+    def stochastic(self, row: Tensor, column: Tensor) -> Stochastic:
+        """The rounding of entries, as `ended` names them."""
+        noise, position = self.noise, column.to(torch.int32).unsqueeze(1)
+        return Stochastic(
+            _uniform(noise_at(noise.seed_offsets[row], noise.step, noise.seed, position, self.stream))[:, 0]
+        )
 
 
 Rounding = Stochastic | Settling
@@ -130,6 +134,10 @@ def to_bfloat16(x: Tensor, noise: Tensor) -> Tensor:
     """
     bits = x.contiguous().view(torch.int32) + (noise & 0xFFFF)
     return (bits & ~0xFFFF).view(torch.float32).to(torch.bfloat16)
+
+
+def _uniform(bits: Tensor) -> Tensor:
+    return bits.bitwise_and_(0x7FFFFFFF).to(torch.float32).add_(0.5).mul_(2.0**-31)
 
 
 def _as_rows(x: Tensor) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -25,7 +24,7 @@ MOMENT_BLOCK = 128  # 2309.01507: smaller than 8-bit's 256, because outliers cos
 
 VOCABULARY_BLOCK = 256  # of a vocabulary's 8-bit first moment, as bitsandbytes' and torchao's
 
-ENDED = 1 / 32  # gradients of at most this times the first moment count as ended
+ENDED = 1 / 8  # gradients of at most this times the first moment count as ended
 
 FIRST_STREAM, SECOND_STREAM = 1, 2  # of a block's noise; 0 is the parameter's
 
@@ -39,11 +38,9 @@ class MomentStep:
     steps: Tensor
     """float32 (B,), how many times each block has been updated, this one included."""
     noise: Noise | None = None
-    """For stochastic rounding."""
+    """For stochastic rounding; None: 4-bit first moments stay where their gradients end, see `rounding.Settling`."""
     stochastic_first: bool = False
     """Round the first moment stochastically, where it is stored in 4 bits."""
-    settles: bool = False
-    """Let entries of a 4-bit first moment whose gradient has ended fall by a level, see `rounding.Settling`."""
     watch: Callable[[Tensor], None] | None = None
     """Is told the first moment, (B, *shape) float32, as it was before it was stored."""
 
@@ -104,7 +101,7 @@ class Adam:
         # m <- b1 m + (1 - b1) g
         m = self.first.read(state["first"]).lerp_(g, 1 - at.betas[0])
         u = self.over_second(state, m, g, at)
-        write_first(self.first, state, m, at, g)
+        write_first(self.first, state, m, at, g, ENDED)
         return u
 
     def over_second(self, state: State, m: Tensor, g: Tensor, at: MomentStep) -> Tensor:
@@ -136,8 +133,9 @@ class Adam:
         ]
         biases = (bias(at.betas[0], at.steps, 1), bias(at.betas[1], at.steps, 1))
         eden = isinstance(self.second, Blockwise) and self.second.fit == "eden"
-        ended = ENDED if at.settles else None
-        u = kernels().adamw(g.flatten(1), *moments, biases, at.betas, at.eps, 4, MOMENT_BLOCK, eden, ended).view_as(g)
+        g, shape = g.flatten(1), g.shape
+        settling = None if at.noise is None else Settling(g, ENDED, at.noise, FIRST_STREAM)
+        u = kernels().adamw(g, *moments, biases, at.betas, at.eps, 4, MOMENT_BLOCK, eden, settling).view(shape)
         if at.watch:
             at.watch(exact)
         return u
@@ -280,7 +278,7 @@ def _for_bfloat16(storage: Storage, v: Tensor, noise: Noise | None) -> Tensor:
     return to_bfloat16(v, noise.bits(SECOND_STREAM, v[0].numel()).view_as(v))
 
 
-def write_first(storage: Storage, state: State, exact: Tensor, at: MomentStep, g: Tensor, ended: float = ENDED) -> None:
+def write_first(storage: Storage, state: State, exact: Tensor, at: MomentStep, g: Tensor, ended: float) -> None:
     """Store a first moment, (B, *shape) float32.
 
     Args:
@@ -291,23 +289,13 @@ def write_first(storage: Storage, state: State, exact: Tensor, at: MomentStep, g
         rounding: Rounding | None = None
         if at.stochastic_first and at.noise is not None:
             rounding = Stochastic(at.noise.uniform(FIRST_STREAM, exact[0].numel()))
-        # a CPU's host waits for nobody to know that no gradient is zero
-        elif at.settles and not (ended == 0 and g.device.type == "cpu" and bool(g.all())):
-            rounding = Settling(g.flatten(1), ended)
+        elif at.noise is not None:
+            rounding = Settling(g.flatten(1), ended, at.noise, FIRST_STREAM)
         storage.write(state["first"], exact, rounding)
     else:
         storage.write(state["first"], exact)
     if at.watch:
         at.watch(exact)
-
-
-@functools.lru_cache(maxsize=64)
-def settling_period(beta1: float) -> int:
-    """Steps between two at which 4-bit first moments settle.
-
-    A level of nf4 is about .73 of the next one: a fall every .3 / (1 - b1) steps is b1 a step.
-    """
-    return max(1, round(0.3 / (1 - beta1)))
 
 
 def _required(noise: Noise | None) -> Noise:

@@ -15,7 +15,7 @@ from ..numerics.rounding import Noise
 from ..numerics.storage import Dense, Storage
 from ..options import ALGORITHMS, Options
 from ..utils.stopwatch import Stopwatch
-from .moments import Moments, MomentStep, settling_period
+from .moments import Moments, MomentStep
 from .operations import Work
 from .schedule import due
 
@@ -81,7 +81,6 @@ class Context:
             steps=stack.state["steps"]["dense"].add_(1),
             noise=Noise(stack.seed_offsets, self.step, o.seed),
             stochastic_first=0 < o.stochastic_from <= self.step,
-            settles=self.step % settling_period(self.betas[0]) == 0,
             watch=None if probe is None else lambda exact: probe.moment(stack, exact),
         )
 

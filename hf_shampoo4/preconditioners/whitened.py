@@ -14,8 +14,9 @@ from torch import Tensor
 from ..numerics.blocks import Buffers, Index, covers
 from ..numerics.precision import rotate
 from ..numerics.quantize import DENSE_BLOCK, has_kernels, kernels, padded
+from ..numerics.rounding import Settling
 from ..numerics.storage import Blockwise, Dense, Storage
-from .moments import MomentStep, bias, write_first
+from .moments import FIRST_STREAM, MomentStep, bias, write_first
 
 LARGEST = 1e30  # of a whitened moment, which grows while no gradient comes and eigenvalues are forgotten faster
 
@@ -115,7 +116,8 @@ class FusedMoment:
         """As `WhitenedMoment.step`."""
         u: Tensor = kernels("whitened").moment(
             self._g, self._stored(self._buffers), self._scales, scales, bias(at.betas[0], at.steps, 1), self._weight,
-            LARGEST, self._carried, at.settles,
+            LARGEST, self._carried,
+            None if at.noise is None else Settling(self._g.flatten(1), 0.0, at.noise, FIRST_STREAM),
         )  # fmt: skip
         return u
 

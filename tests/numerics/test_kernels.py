@@ -15,6 +15,7 @@ import torch
 
 from hf_shampoo4.numerics import quantize
 from hf_shampoo4.numerics.codebooks import CODEBOOKS, ONLY_4_BITS, levels
+from hf_shampoo4.numerics.rounding import Noise, Settling
 from hf_shampoo4.numerics.storage import Blockwise, DoubleQuantized, allocate
 from hf_shampoo4.options import Options
 from hf_shampoo4.preconditioners import moments
@@ -72,6 +73,21 @@ def test_fitted_scales_are_the_references_up_to_their_sums(
         assert torch.isfinite(scales).all()
 
 
+@pytest.mark.parametrize("name", [name for name, bits in KINDS if bits == 4 and levels(name, 4)[0] < 0])
+def test_what_has_ended_is_rounded_as_the_reference_does_bit_for_bit(kernels: ModuleType, name: str) -> None:
+    tables = quantize.padded(name, 4, CPU)
+    for rows, length, block in SHAPES:
+        x, g = numbers(rows, length, name), torch.randn(rows, length) * 0.3
+        g[:, ::3] = 0.0
+        noise = Noise(torch.arange(rows, dtype=torch.int32) * 1000 - 7, 3, 5)
+        settling = Settling(g, 1 / 8, noise, stream=1)
+        expected = quantize.quantize_block(x, name, 4, block, settling)
+        found = kernels.quantize(x, *tables, 4, block, settling=settling)
+        assert all(map(torch.equal, found, expected))
+        nearest = quantize.quantize_block(x, name, 4, block)[0]
+        assert length < 70 or not torch.equal(found[0], nearest)
+
+
 def test_quantise_takes_the_kernels_and_any_shape(kernels: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     x = numbers(6, 40, "linear2").view(2, 3, 40).transpose(1, 2)
     expected = quantize.quantize_block(x, "linear2", 4, 2)
@@ -99,7 +115,8 @@ def test_adamw_in_one_pass(
         state = {name: allocate(storage, 2, "cpu") for name, storage in recipe.storages().items()}
         for t in (1, 2, 3):
             g = torch.randn(2, length) * torch.tensor([1.0, 1.0, 1.0, 0.0, 1e-3])[torch.arange(length) % 5] ** (t > 1)
-            at = MomentStep((0.9, 0.99), 1e-8, torch.tensor([float(t), t + 1.0]), settles=settles)
+            noise = Noise(torch.tensor([3, -7], dtype=torch.int32), t, 5) if settles else None
+            at = MomentStep((0.9, 0.99), 1e-8, torch.tensor([float(t), t + 1.0]), noise)
             u = recipe.direction(state, g, at)
         decoded = {name: storage.read(state[name]) for name, storage in recipe.storages().items()}
         passes.append((u, decoded))
@@ -140,19 +157,19 @@ BITS = {4: "*u8", 8: "*u8", 16: "*bf16", 32: "*fp32"}
 types = {"x": "*bf16", "carried_at": "*i32", "seeds": "*i32", "good": "*i1", "counts": "*i1"}
 types |= dict.fromkeys(("targets", "offsets"), "*i64")
 types |= dict.fromkeys(("length", "blocks", "width", "height", "row", "column", "count"), "i32")
-types |= dict.fromkeys(("seed_term", "step_term", "target_stride", "update_stride"), "i32")
+types |= dict.fromkeys(("seed_term", "step_term", "stream_term", "target_stride", "update_stride"), "i32")
 types |= dict.fromkeys(("beta1", "beta2", "weight1", "weight2", "eps", "weight", "most", "keep", "lr", "ended"), "fp32")
 types |= dict.fromkeys(("damping", "floor", "tiny"), "fp32")
 WITHOUT = {
     "CODES": ("scales", "table", "thresholds"), "CARRIED": ("carried", "carried_at"), "COUNTED": ("counts",),
-    "STOCHASTIC": ("seeds",), "ROWS": ("of_rows",), "COLUMNS": ("of_columns",), "ALL": ("of_all",),
-    "SHARES": ("largest",), "WEIGHTED": ("row_weights", "column_weights"),
+    "STOCHASTIC": ("seeds",), "SETTLES": ("seeds",), "ROWS": ("of_rows",), "COLUMNS": ("of_columns",),
+    "ALL": ("of_all",), "SHARES": ("largest",), "WEIGHTED": ("row_weights", "column_weights"),
 }
 coded = [(4, 64, 16), (8, 16, 128), (4, 1, 128), (4, 2, 4)]  # bits, tile, block
 dense = [(4, 16, 128), (8, 8, 256), (16, 1, 128), (32, 16, 128)]
 sums = [(True, True, True, True), (True, False, False, True), (False, True, True, False)]
 kernels = (
-    (blockwise._quantize, [(fit, *c) for fit, c in zip((True, False, False, True), coded)]),
+    (blockwise._quantize, [(c[0] == 4, fit, *c) for fit, c in zip((True, False, False, True), coded)]),
     (blockwise._dequantize, [(False, *c) for c in coded]),
     (blockwise._dequantize, [(True, *c) for c in coded]),
     (blockwise._adamw, [(not fit, fit, *c) for fit, c in zip((True, False, False, True), coded)]),

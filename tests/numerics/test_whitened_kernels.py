@@ -11,6 +11,7 @@ from torch import Tensor
 
 from hf_shampoo4.numerics import quantize
 from hf_shampoo4.numerics.codebooks import CODEBOOKS, ONLY_4_BITS, levels
+from hf_shampoo4.numerics.rounding import Noise
 from hf_shampoo4.numerics.storage import Blockwise, Dense, allocate
 from hf_shampoo4.preconditioners import whitened
 from hf_shampoo4.preconditioners.moments import MomentStep
@@ -63,7 +64,8 @@ def test_a_moment_in_one_pass_is_the_references(
         (plain, stored), (fused, fused_stored) = moments(storage, count, torch.randn(count, m, n), scales(count, m, n))
         exact, g, new = plain.exact.double(), torch.randn(count, n, m).mT, scales(count, m, n)
         g = torch.where(torch.arange(n) % 3 == 1, 0.0, g)
-        at = MomentStep((1 - weight, 0.99), 1e-8, torch.arange(1.0, count + 1), settles=settles)
+        noise = Noise(torch.arange(count, dtype=torch.int32) * 1000 - 7, 3, 5)
+        at = MomentStep((1 - weight, 0.99), 1e-8, torch.arange(1.0, count + 1), noise if settles else None)
         for moment in (plain, fused):
             moment.add(g, weight)
             moment.carry([])

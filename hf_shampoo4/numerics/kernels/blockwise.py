@@ -16,9 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .. import rounding
+from ..rounding import Settling
 
-NEAR = tl.constexpr(rounding.NEAR)
 FLOAT32_MAX = tl.constexpr(torch.finfo(torch.float32).max)
 NUMBERS = 2048  # of a program's tile
 LARGEST_BLOCK = 8192  # more would not fit a program's registers
@@ -45,15 +44,31 @@ def _encode(value, scale, thresholds, BITS: tl.constexpr):
 
 
 @triton.jit
-def _settled(code, value, gradient, scale, table, ended):
+def _mix(x):
+    """As rounding.py's, of uint32."""
+    x = (x ^ (x >> 16)) * 0x7FEB352D
+    x = (x ^ (x >> 15)) * 0x846CA68B
+    return x ^ (x >> 16)
+
+
+@triton.jit
+def _settled(
+    code, value, gradient, scale, table, ended, seed, seed_term, step_term, stream_term, j, BITS: tl.constexpr
+):  # fmt: skip
     """As `quantize.encode_settling`, from the codes of the nearest levels."""
-    level = tl.load(table + code)
-    lower = tl.where(level > 0, code - 1, tl.where(level < 0, code + 1, code))
-    level, next_level = tl.abs(level), tl.abs(tl.load(table + lower))
-    normal = tl.abs(tl.div_rn(value, tl.where(scale > 0, scale, 1.0)[:, None] + tl.zeros_like(value)))
-    has_ended = tl.abs(gradient) <= tl.abs(value) * ended
-    falls = has_ended & (level - normal > (level - next_level) * NEAR) & (next_level < level)
-    return tl.where(falls, lower, code)
+    normal = tl.div_rn(value, tl.where(scale > 0, scale, 1.0)[:, None] + tl.zeros_like(value))
+    is_above = normal > tl.load(table + code)
+    lower = tl.where(is_above, code, tl.maximum(code - 1, 0))
+    upper = tl.where(is_above, tl.minimum(code + 1, (1 << BITS) - 1), code)
+    a, b = tl.load(table + lower), tl.load(table + upper)
+    start = _mix(seed.to(tl.uint32, bitcast=True) + seed_term.to(tl.uint32))
+    start = _mix(_mix(start + step_term.to(tl.uint32)) + stream_term.to(tl.uint32))
+    bits = _mix(_mix(j.to(tl.uint32)) + start) & 0x7FFFFFFF
+    uniform = (bits.to(tl.float32) + 0.5) * 4.656612873077393e-10  # 2^-31
+    odds = tl.div_rn(b - normal, tl.where(b > a, b - a, 1.0))
+    between = tl.where((b > a) & (normal > a) & (uniform >= odds), upper, lower)
+    between = tl.where(normal == tl.load(table + code), code, between)
+    return tl.where(tl.abs(gradient) <= tl.abs(value) * ended, between, code)
 
 
 @triton.jit
@@ -81,10 +96,10 @@ def _load_levels(codes, table, row, j, length, BITS: tl.constexpr, TILE: tl.cons
     return levels
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["seed_term", "step_term"])
 def _quantize(
-    x, codes, scales, table, thresholds, length, blocks,
-    LEAST_SQUARES: tl.constexpr, BITS: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr,
+    x, g, codes, scales, table, thresholds, seeds, ended, seed_term, step_term, stream_term, length, blocks,
+    SETTLES: tl.constexpr, LEAST_SQUARES: tl.constexpr, BITS: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     block = tl.program_id(1) * TILE + tl.arange(0, TILE)
@@ -92,6 +107,12 @@ def _quantize(
     value = tl.load(x + row * length + j, mask=j < length, other=0.0).to(tl.float32)
     scale = _scale(value)
     code = _encode(value, scale, thresholds, BITS)
+    if SETTLES:
+        gradient = tl.load(g + row * length + j, mask=j < length, other=0.0)
+        seed = tl.load(seeds + row)
+        code = _settled(
+            code, value, gradient, scale, table, ended, seed, seed_term, step_term, stream_term, j, BITS
+        )  # fmt: skip
     _store_codes(codes, code, row, j, length, BITS, TILE, BLOCK)
     if LEAST_SQUARES:
         # scale <- scale <x, Q(x)> / |Q(x)|^2, of the normalised x
@@ -118,10 +139,10 @@ def _dequantize(
     tl.store(x + row * length + j, levels * scale[:, None], mask=j < length)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["seed_term", "step_term"])
 def _adamw(
     g, u, codes1, scales1, codes2, scales2, table1, thresholds1, table2, thresholds2, bias1, bias2,
-    beta1, beta2, weight1, weight2, eps, ended, length, blocks,
+    beta1, beta2, weight1, weight2, eps, seeds, ended, seed_term, step_term, stream_term, length, blocks,
     SETTLES: tl.constexpr, EDEN: tl.constexpr, BITS: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
@@ -141,7 +162,10 @@ def _adamw(
     scale = _scale(m)
     code = _encode(m, scale, thresholds1, BITS)
     if SETTLES:
-        code = _settled(code, m, gradient, scale, table1, ended)
+        seed = tl.load(seeds + row)
+        code = _settled(
+            code, m, gradient, scale, table1, ended, seed, seed_term, step_term, stream_term, j, BITS
+        )  # fmt: skip
     _store_codes(codes1, code, row, j, length, BITS, TILE, BLOCK)
     tl.store(scales1 + place, scale, mask=whole)
     scale = _scale(v)
@@ -157,9 +181,10 @@ def _adamw(
 
 
 def quantize(
-    x: Tensor, table: Tensor, thresholds: Tensor, bits: int, block: int, least_squares: bool = False
-) -> tuple[Tensor, Tensor]:
-    """As `quantize.quantize_block`, to the nearest level; fitted scales up to the rounding of their sums.
+    x: Tensor, table: Tensor, thresholds: Tensor, bits: int, block: int, least_squares: bool = False,
+    settling: Settling | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """As `quantize.quantize_block`, but not stochastically; fitted scales up to the rounding of their sums.
 
     Args:
         x: (rows, L), float32, float16 or bfloat16.
@@ -180,7 +205,8 @@ def quantize(
     tile = _tile(block, blocks)
     with torch.cuda.device_of(x):
         _quantize[rows, triton.cdiv(blocks, tile)](
-            x, codes, scales, table, thresholds, length, blocks,
+            x, None if settling is None else settling.gradient.contiguous(), codes, scales, table, thresholds,
+            *terms_of(settling), length, blocks, SETTLES=settling is not None,
             LEAST_SQUARES=least_squares, BITS=bits, TILE=tile, BLOCK=block,
         )  # fmt: skip
     return codes, scales
@@ -220,9 +246,25 @@ class Codes:
     """As `quantize`'s."""
 
 
+def terms_of(settling: Settling | None) -> tuple[Tensor | None, float, int, int, int]:
+    """What kernels are told of it beside the gradient: seed offsets, share, and the terms of seed, step and stream."""
+    if settling is None:
+        return None, 0.0, 0, 0, 0
+    noise = settling.noise
+    return (
+        noise.seed_offsets, settling.share, _as_int32(noise.seed * 0x9E3779B9), _as_int32(noise.step * 0x85EBCA6B),
+        _as_int32(settling.stream * 0xC2B2AE35),
+    )  # fmt: skip
+
+
+def _as_int32(n: int) -> int:
+    n &= 0xFFFFFFFF
+    return n - (1 << 32) if n >= 1 << 31 else n
+
+
 def adamw(
     g: Tensor, first: Codes, second: Codes, biases: tuple[Tensor, Tensor], betas: tuple[float, float], eps: float,
-    bits: int, block: int, eden: bool, ended: float | None = None,
+    bits: int, block: int, eden: bool, settling: Settling | None = None,
 ) -> Tensor:  # fmt: skip
     """`moments.Adam.direction` in one pass: moments are decoded, brought up to date, used and encoded again.
 
@@ -233,7 +275,7 @@ def adamw(
         first, second: the moments; changed in place.
         biases: 1 - beta^t, float32 (rows,) each.
         eden: correct the second moment's scales, as `quantize.quantize_block`.
-        ended: the share of a `rounding.Settling` of the first moment; None: to the nearest level.
+        settling: of the first moment, g is its gradient; None: to the nearest level.
 
     Returns:
         The direction, float32 (rows, L).
@@ -245,8 +287,8 @@ def adamw(
     with torch.cuda.device_of(g):
         _adamw[rows, triton.cdiv(blocks, tile)](
             g, u, first.codes, first.scales, second.codes, second.scales, first.table, first.thresholds, second.table,
-            second.thresholds, *biases, *betas, 1 - betas[0], 1 - betas[1], eps, ended or 0.0, length, blocks,
-            SETTLES=ended is not None, EDEN=eden, BITS=bits, TILE=tile, BLOCK=block,
+            second.thresholds, *biases, *betas, 1 - betas[0], 1 - betas[1], eps, *terms_of(settling), length, blocks,
+            SETTLES=settling is not None, EDEN=eden, BITS=bits, TILE=tile, BLOCK=block,
         )  # fmt: skip
     return u
 

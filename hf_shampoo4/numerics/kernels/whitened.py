@@ -14,7 +14,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ..quantize import DENSE_BLOCK
-from .blockwise import _encode, _load_levels, _scale, _settled, _store_codes, _tile
+from ..rounding import Settling
+from .blockwise import _encode, _load_levels, _scale, _settled, _store_codes, _tile, terms_of
 
 HIGH, WIDE = 16, 128  # of a tile whose rows and columns are summed
 CLEARED = 1024  # numbers that a program clears at a time
@@ -40,10 +41,10 @@ def _read(
     return m * tl.load(rows + i, mask=inside, other=1.0) * tl.load(columns + k, mask=inside, other=1.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["seed_term", "step_term"])
 def _moment(
     g, codes, scales, table, thresholds, rows, columns, new_rows, new_columns, carried, carried_at, bias, u,
-    weight, most, length, width, blocks,
+    weight, most, seeds, ended, seed_term, step_term, stream_term, length, width, blocks,
     CARRIED: tl.constexpr, SETTLES: tl.constexpr,
     BITS: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -76,7 +77,10 @@ def _moment(
         code = _encode(m, scale, thresholds, BITS)
         if SETTLES:
             gradient = tl.load(g + row * length + j, mask=inside, other=0.0)
-            code = _settled(code, m, gradient, scale, table, 0.0)
+            seed = tl.load(seeds + row)
+            code = _settled(
+                code, m, gradient, scale, table, ended, seed, seed_term, step_term, stream_term, j, BITS
+            )  # fmt: skip
         _store_codes(codes, code, row, j, length, BITS, TILE, BLOCK)
         tl.store(scales + row * blocks + block, scale, mask=block < blocks)
 
@@ -197,7 +201,7 @@ class Carried:
 
 def moment(
     g: Tensor, stored: Stored, scales: tuple[Tensor, Tensor], new_scales: tuple[Tensor, Tensor], bias: Tensor,
-    weight: float, most: float, carried: Carried | None = None, settles: bool = False,
+    weight: float, most: float, carried: Carried | None = None, settling: Settling | None = None,
 ) -> Tensor:  # fmt: skip
     """A first moment brought up to date in one pass: w = lerp(m rows columns, g, weight) / new rows / new columns.
 
@@ -210,7 +214,7 @@ def moment(
         weight: of g.
         most: that an entry of w may have.
         carried: in the place of the lerp, of some blocks.
-        settles: codes of 4 bits fall where g is zero, as by a `rounding.Settling`.
+        settling: of codes of 4 bits, g is their gradient; None: to the nearest level.
 
     Returns:
         w / bias, before w is stored: float32 (B, m, n).
@@ -225,8 +229,9 @@ def moment(
         with torch.cuda.device_of(g):
             _moment[len(g), triton.cdiv(blocks, tile)](
                 g, stored.codes, stored.scales, stored.table, stored.thresholds, *_vectors(scales),
-                *_vectors(new_scales), *given, bias.reshape(-1).contiguous(), u, weight, most, length, width, blocks,
-                CARRIED=carried is not None, SETTLES=settles and stored.bits == 4,
+                *_vectors(new_scales), *given, bias.reshape(-1).contiguous(), u,
+                weight, most, *terms_of(settling), length, width, blocks,
+                CARRIED=carried is not None, SETTLES=settling is not None and stored.bits == 4,
                 BITS=stored.bits, TILE=tile, BLOCK=stored.block,
             )  # fmt: skip
     return u
