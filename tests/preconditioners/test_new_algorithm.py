@@ -17,7 +17,7 @@ import hf_shampoo4 as s4
 from hf_shampoo4.exceptions import OptionError
 from hf_shampoo4.numerics.storage import Dense, Storage
 from hf_shampoo4.options import ALGORITHMS, Entry, Options, parse_optim_args, register, resolve
-from hf_shampoo4.preconditioners.moments import make_moments, write_first
+from hf_shampoo4.preconditioners.moments import ENDED, make_moments, write_first
 from hf_shampoo4.preconditioners.protocols import Algorithm, Context, Stack
 from hf_shampoo4.state_report import rows, table
 
@@ -47,8 +47,9 @@ class Diagonal(Algorithm):
             left[blocks] += g[blocks].square().sum(-1)
             right[blocks] += g[blocks].square().sum(-2)
         scale = (left.unsqueeze(-1) * right.unsqueeze(-2)).pow(0.25).clamp_min(context.eps)
-        m = self.moments.first.read(stack.state["first"]).lerp_(g / scale, 1 - context.betas[0])
-        write_first(self.moments.first, stack.state, m, at, g)
+        scaled = g / scale
+        m = self.moments.first.read(stack.state["first"]).lerp_(scaled, 1 - context.betas[0])
+        write_first(self.moments.first, stack.state, m, at, scaled, ENDED)
         return m
 
 
