@@ -47,8 +47,7 @@ def quantize_block(
 
     Args:
         x: (..., L), any float dtype.  The last block of a row may be shorter.
-        rounding: how to choose between neighbouring levels; the nearest without it.  Only 4 bits with the largest
-            magnitudes settle.
+        rounding: how to choose between neighbouring levels; the nearest without it.
         fit: what a block's scale is in the end: its largest magnitude; or, for the levels that this has chosen, what
             makes <x, Q(x)> = |x|^2 (eden: ZE-EDEN, 2610.12444) or |x - Q(x)| least.
 
@@ -65,10 +64,6 @@ def quantize_block(
     if _has_whole_blocks(x.device, length, block) and rounding is None and fit != "eden":
         codes, scales = _quantize_whole_blocks(rows, codebook, bits, block, fit)
         return codes.view(*x.shape[:-1], -1), scales.view(*x.shape[:-1], -1)
-    if isinstance(rounding, Settling):
-        codes, scales = quantize_block(x, codebook, bits, block)
-        _settle(codes.view(len(rows), -1), scales.view(len(rows), -1), rows, codebook, block, rounding)
-        return codes, scales
     codes = torch.empty(rows.shape, dtype=torch.uint8, device=x.device)
     count = rows.shape[0]
     scales = torch.empty((count, -(-length // block)), dtype=torch.float32, device=x.device)
@@ -79,6 +74,8 @@ def quantize_block(
         part = part / divisor
         if rounding is None:
             codes[i, j] = encode(part, codebook, bits)
+        elif isinstance(rounding, Settling):
+            codes[i, j] = encode_settling(part, codebook, bits, rounding.part(i, j), divisor)
         else:
             codes[i, j] = encode_between(part, codebook, bits, rounding.part(i, j), divisor)
         if fit != "largest":
@@ -207,6 +204,16 @@ def encode_between(x: Tensor, codebook: str, bits: int, rounding: Stochastic, sc
     return lower.add_(upper)
 
 
+def encode_settling(x: Tensor, codebook: str, bits: int, rounding: Settling, scale: Tensor) -> Tensor:
+    """`encode`, but `encode_between` of what has ended; arguments as of that, (B, L)."""
+    code, ended = encode(x, codebook, bits), rounding.ended(x, scale)
+    if x.device.type != "cpu":
+        return torch.where(ended, encode_between(x, codebook, bits, rounding.stochastic(), scale), code)
+    at = ended.nonzero(as_tuple=True)  # few of them, and a CPU's host waits for nobody
+    code[at] = encode_between(x[at], codebook, bits, rounding.stochastic_at(*at), scale[at])
+    return code
+
+
 def decode(codes: Tensor, codebook: str, bits: int, length: int) -> Tensor:
     """Levels of packed codes: float32 (..., length)."""
     if bits == 8:
@@ -284,18 +291,6 @@ def padded(codebook: str, bits: int, device: torch.device) -> tuple[Tensor, Tens
     missing = 2**bits - len(table)  # dynamic0 leaves its last code unused
     pad = torch.nn.functional.pad
     return pad(table, (0, missing)), pad(thresholds, (0, missing), value=math.inf)
-
-
-def _settle(codes: Tensor, scales: Tensor, x: Tensor, codebook: str, block: int, settling: Settling) -> None:
-    """Round what has ended of (B, L) anew, in its 4-bit codes."""
-    for i, j in _pieces(x.shape[0], x.shape[1], block, x.device):
-        row, column = settling.ended(x[i, j], i, j)
-        scale = _divisor(scales[row, column // block])
-        new = encode_between(x[row, column] / scale, codebook, 4, settling.stochastic(row, column), scale)
-        for half, others, shift in ((0, 0x0F, 4), (1, 0xF0, 0)):
-            of_half = column % 2 == half
-            at = row[of_half], column[of_half] // 2
-            codes[at] = (codes[at] & others) | (new[of_half] << shift)
 
 
 def _pieces(rows: int, length: int, block: int, device: torch.device) -> Iterator[tuple[slice, slice]]:

@@ -5,7 +5,7 @@ ranks."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -106,19 +106,32 @@ class Settling:
     """Gradients of at most this times the moment count as ended; 0: those that are zero."""
     noise: Noise
     stream: int
+    start: int = 0
+    """Position of the first column in its block."""
 
-    def ended(self, x: Tensor, rows: slice, columns: slice) -> tuple[Tensor, Tensor]:
-        """Rows and columns of entries whose gradient has ended, int64 (n,) each, of this part x of (B, L)."""
-        gradient = self.gradient[rows, columns].abs()
-        row, column = (gradient <= x.abs().mul_(self.share)).nonzero(as_tuple=True)
-        return row + rows.start, column + columns.start
+    def part(self, rows: slice, columns: slice) -> Settling:
+        """As `Stochastic.part`."""
+        noise = replace(self.noise, seed_offsets=self.noise.seed_offsets[rows])
+        return replace(self, gradient=self.gradient[rows, columns], noise=noise, start=columns.start or 0)
 
-    def stochastic(self, row: Tensor, column: Tensor) -> Stochastic:
-        """The rounding of entries, as `ended` names them."""
-        noise, position = self.noise, column.to(torch.int32).unsqueeze(1)
-        return Stochastic(
-            _uniform(noise_at(noise.seed_offsets[row], noise.step, noise.seed, position, self.stream))[:, 0]
-        )
+    def ended(self, x: Tensor, scale: Tensor) -> Tensor:
+        """bool: whose gradient has ended, of the moments x times `scale`."""
+        return self.gradient.abs() <= (x * scale).abs_().mul_(self.share)
+
+    def stochastic(self) -> Stochastic:
+        """The rounding of what has ended, of all entries."""
+        end = self.start + self.gradient.shape[1]
+        position = torch.arange(self.start, end, dtype=torch.int32, device=self.gradient.device)
+        return Stochastic(_uniform(self._bits(self.noise.seed_offsets, position)))
+
+    def stochastic_at(self, rows: Tensor, columns: Tensor) -> Stochastic:
+        """The same of some entries, int64 (n,) each."""
+        position = (columns + self.start).to(torch.int32)
+        bits = self._bits(self.noise.seed_offsets[rows], position.unsqueeze(1))
+        return Stochastic(_uniform(bits.squeeze(1)))
+
+    def _bits(self, seed_offsets: Tensor, position: Tensor) -> Tensor:
+        return noise_at(seed_offsets, self.noise.step, self.noise.seed, position, self.stream)
 
 
 Rounding = Stochastic | Settling
