@@ -196,22 +196,32 @@ def encode_between(x: Tensor, codebook: str, bits: int, rounding: Stochastic, sc
     Args:
         scale: what x was divided by, of x's shape.
     """
-    lower = _count_below(x, _cells(codebook, bits, True, x.device))
-    table, index = _table(codebook, bits, x.device), lower.flatten().int()
-    a = torch.index_select(table, 0, index).view(x.shape)
-    b = torch.index_select(table, 0, index + 1).view(x.shape)
+    lower, a, b = _levels_around(x, codebook, bits)
     upper = (x > a) & (rounding.uniform >= rounding.odds_of_lower(x.clamp(a, b), a, b, scale))
-    return lower.add_(upper)
+    return lower.add_(upper).to(torch.uint8)
 
 
 def encode_settling(x: Tensor, codebook: str, bits: int, rounding: Settling, scale: Tensor) -> Tensor:
-    """`encode`, but `encode_between` of what has ended; arguments as of that, (B, L)."""
-    code, ended = encode(x, codebook, bits), rounding.ended(x, scale)
-    if x.device.type != "cpu":
-        return torch.where(ended, encode_between(x, codebook, bits, rounding.stochastic(), scale), code)
-    at = ended.nonzero(as_tuple=True)  # few of them, and a CPU's host waits for nobody
-    code[at] = encode_between(x[at], codebook, bits, rounding.stochastic_at(*at), scale[at])
-    return code
+    """As `encode`, but of what has ended one of the two levels around, which is right on average: uint8 (B, L).
+
+    Args:
+        scale: what x was divided by, of x's shape.
+    """
+    lower, a, b = _levels_around(x, codebook, bits)
+    middle = _looked_up(padded(codebook, bits, x.device)[1], lower)
+    # the upper one with odds of (x - a) / (b - a), or where x is beyond the middle
+    least = torch.addcmul(a, b.sub_(a), rounding.uniform())
+    return lower.add_(x > torch.where(rounding.ended(x, scale), least, middle)).to(torch.uint8)
+
+
+def _levels_around(x: Tensor, codebook: str, bits: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Index of the lower of the two levels around each normalised number, int32, and both levels, of x's shape."""
+    lower, table = _count_below(x, _cells(codebook, bits, True, x.device)).int(), _table(codebook, bits, x.device)
+    return lower, _looked_up(table, lower), _looked_up(table, lower + 1)
+
+
+def _looked_up(table: Tensor, index: Tensor) -> Tensor:
+    return torch.index_select(table, 0, index.flatten()).view(index.shape)
 
 
 def decode(codes: Tensor, codebook: str, bits: int, length: int) -> Tensor:

@@ -10,6 +10,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+GOLDEN = 0x9E3779B9  # 2^32 over the golden ratio
+
 
 def noise_bits(seed_offsets: Tensor, step: int, seed: int, count: int, stream: int = 0) -> Tensor:
     """Uniform 32-bit noise.
@@ -27,7 +29,7 @@ def noise_bits(seed_offsets: Tensor, step: int, seed: int, count: int, stream: i
 
 
 def noise_at(seed_offsets: Tensor, step: int, seed: int, position: Tensor, stream: int = 0) -> Tensor:
-    """`noise_bits` at some positions of each block only: int32 (count,), or of each block its own, (B, count)."""
+    """`noise_bits` at some positions of each block only: int32 (count,) -> int32 (B, count)."""
     start = _mix(seed_offsets.to(torch.int32) + _as_int32(seed * 0x9E3779B9))
     start = _mix(start + _as_int32(step * 0x85EBCA6B))
     start = _mix(start + _as_int32(stream * 0xC2B2AE35)) if stream else start
@@ -50,6 +52,11 @@ class Noise:
     def uniform(self, stream: int, count: int) -> Tensor:
         """float32 (B, count), uniform on 2^31 points inside (0, 1), which float32 tells apart near 0 (small odds)."""
         return _uniform(self.bits(stream, count))
+
+    def multiply_shift(self, stream: int) -> tuple[int, int]:
+        """An odd multiplier and an addend, int32, of a hash of positions that is the same for all blocks."""
+        x = _mixed(_mixed(_mixed(self.seed * GOLDEN) + self.step * GOLDEN) + stream * GOLDEN)
+        return _as_int32(x | 1), _as_int32(_mixed(x + GOLDEN))
 
 
 @dataclass(frozen=True)
@@ -98,40 +105,36 @@ class Settling:
 
     Of 16 levels the nearest one to 0.9 of a level is that level again, so that a moment would never fall while its
     block's scale is that of others.  What has a gradient moves from level to level by that.
+
+    All blocks of a step have the same noise, a hash of positions by one multiplication (Dietzfelbinger et al., 1997)
+    that is another one in each step: an entry's noise is uniform and independent from step to step, any two entries'
+    are nearly independent, and it costs next to nothing.
     """
 
     gradient: Tensor
     """(B, L), of what is rounded."""
     share: float
     """Gradients of at most this times the moment count as ended; 0: those that are zero."""
-    noise: Noise
-    stream: int
+    hashing: tuple[int, int]
+    """As `Noise.multiply_shift`."""
     start: int = 0
     """Position of the first column in its block."""
 
     def part(self, rows: slice, columns: slice) -> Settling:
         """As `Stochastic.part`."""
-        noise = replace(self.noise, seed_offsets=self.noise.seed_offsets[rows])
-        return replace(self, gradient=self.gradient[rows, columns], noise=noise, start=columns.start or 0)
+        return replace(self, gradient=self.gradient[rows, columns], start=columns.start)
 
     def ended(self, x: Tensor, scale: Tensor) -> Tensor:
         """bool: whose gradient has ended, of the moments x times `scale`."""
+        if self.share == 0:
+            return self.gradient == 0
         return self.gradient.abs() <= (x * scale).abs_().mul_(self.share)
 
-    def stochastic(self) -> Stochastic:
-        """The rounding of what has ended, of all entries."""
+    def uniform(self) -> Tensor:
+        """float32 (L,), inside (0, 1)."""
         end = self.start + self.gradient.shape[1]
         position = torch.arange(self.start, end, dtype=torch.int32, device=self.gradient.device)
-        return Stochastic(_uniform(self._bits(self.noise.seed_offsets, position)))
-
-    def stochastic_at(self, rows: Tensor, columns: Tensor) -> Stochastic:
-        """The same of some entries, int64 (n,) each."""
-        position = (columns + self.start).to(torch.int32)
-        bits = self._bits(self.noise.seed_offsets[rows], position.unsqueeze(1))
-        return Stochastic(_uniform(bits.squeeze(1)))
-
-    def _bits(self, seed_offsets: Tensor, position: Tensor) -> Tensor:
-        return noise_at(seed_offsets, self.noise.step, self.noise.seed, position, self.stream)
+        return _uniform(position.mul_(self.hashing[0]).add_(self.hashing[1]).bitwise_right_shift_(1))
 
 
 Rounding = Stochastic | Settling
@@ -151,6 +154,14 @@ def to_bfloat16(x: Tensor, noise: Tensor) -> Tensor:
 
 def _uniform(bits: Tensor) -> Tensor:
     return bits.bitwise_and_(0x7FFFFFFF).to(torch.float32).add_(0.5).mul_(2.0**-31)
+
+
+def _mixed(x: int) -> int:
+    """As `_mix`, of a number on the host: 32 bits."""
+    for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B), (16, 1)):
+        x &= 0xFFFFFFFF
+        x = (x ^ (x >> shift)) * factor
+    return x
 
 
 def _as_rows(x: Tensor) -> Tensor:

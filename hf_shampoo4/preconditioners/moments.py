@@ -134,7 +134,7 @@ class Adam:
         biases = (bias(at.betas[0], at.steps, 1), bias(at.betas[1], at.steps, 1))
         eden = isinstance(self.second, Blockwise) and self.second.fit == "eden"
         g, shape = g.flatten(1), g.shape
-        settling = None if at.noise is None else Settling(g, ENDED, at.noise, FIRST_STREAM)
+        settling = None if at.noise is None else Settling(g, ENDED, at.noise.multiply_shift(FIRST_STREAM))
         u = kernels().adamw(g, *moments, biases, at.betas, at.eps, 4, MOMENT_BLOCK, eden, settling).view(shape)
         if at.watch:
             at.watch(exact)
@@ -291,7 +291,7 @@ def write_first(storage: Storage, state: State, exact: Tensor, at: MomentStep, g
             rounding = Stochastic(at.noise.uniform(FIRST_STREAM, exact[0].numel()))
         # a CPU's host waits for nobody to know that no gradient is zero
         elif at.noise is not None and not (ended == 0 and g.device.type == "cpu" and bool(g.all())):
-            rounding = Settling(g.flatten(1), ended, at.noise, FIRST_STREAM)
+            rounding = Settling(g.flatten(1), ended, at.noise.multiply_shift(FIRST_STREAM))
         storage.write(state["first"], exact, rounding)
     else:
         storage.write(state["first"], exact)

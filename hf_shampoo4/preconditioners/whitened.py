@@ -117,7 +117,7 @@ class FusedMoment:
         u: Tensor = kernels("whitened").moment(
             self._g, self._stored(self._buffers), self._scales, scales, bias(at.betas[0], at.steps, 1), self._weight,
             LARGEST, self._carried,
-            None if at.noise is None else Settling(self._g.flatten(1), 0.0, at.noise, FIRST_STREAM),
+            None if at.noise is None else Settling(self._g, 0.0, at.noise.multiply_shift(FIRST_STREAM)),
         )  # fmt: skip
         return u
 

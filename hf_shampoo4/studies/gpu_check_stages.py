@@ -16,6 +16,7 @@ from hf_shampoo4.numerics import quantize
 from hf_shampoo4.numerics.linalg import safe_qr
 from hf_shampoo4.numerics.orthogonal import orthogonal_iteration
 from hf_shampoo4.numerics.precision import exact_float32
+from hf_shampoo4.numerics.rounding import Noise
 from hf_shampoo4.numerics.storage import allocate
 from hf_shampoo4.options import Options
 from hf_shampoo4.preconditioners.moments import MOMENT_BLOCK, MomentStep, make_base
@@ -89,7 +90,8 @@ def _passes(x: Tensor) -> dict[str, tuple[Callable[[], Any], int]]:
     codes, scales = quantize.quantize_block(rows, "nf4", 4, MOMENT_BLOCK)
     base = make_base(tuple(rows.shape[1:]), Options(algorithm="elementwise", moments="4bit"), quantise=True)
     state = {name: allocate(storage, len(rows), x.device) for name, storage in base.storages().items()}
-    step = MomentStep((0.9, 0.999), 1e-8, torch.full((len(rows),), 2.0, device=x.device))
+    noise = Noise(torch.zeros(len(rows), dtype=torch.int32, device=x.device), step=2, seed=0)
+    step = MomentStep((0.9, 0.999), 1e-8, torch.full((len(rows),), 2.0, device=x.device), noise)
     return {
         "encode": (lambda: quantize.quantize_block(rows, "nf4", 4, MOMENT_BLOCK), 9 * n // 2),
         "decode": (lambda: quantize.dequantize_block(codes, scales, "nf4", 4, MOMENT_BLOCK, rows.shape[1]), 9 * n // 2),

@@ -24,7 +24,7 @@ from hf_shampoo4.numerics.quantize import (
     quantize_block,
     quantize_rank1,
 )
-from hf_shampoo4.numerics.rounding import PreconditionerSpace, Stochastic
+from hf_shampoo4.numerics.rounding import Noise, PreconditionerSpace, Settling, Stochastic
 from tests.support.reference import PROPERTY, excess_error, nearest, scales_of_rank1, scales_of_rows
 
 SIGNED = [name for name in CODEBOOKS if levels(name, 4)[0] < 0]
@@ -155,6 +155,28 @@ def test_pieces_are_the_whole(name: str, bits: int, fit: Fit, monkeypatch: pytes
                 results.append((codes, scales, dequantize_block(codes, scales, name, bits, 5, shape[-1])))
             for result in results[:-1]:
                 assert all(torch.equal(a, b) for a, b in zip(result, results[-1], strict=True))
+
+
+@pytest.mark.parametrize("name", ["nf4", "dynamic", "linear2"])
+def test_what_has_ended_is_rounded_between_its_levels_in_any_pieces(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a noise that is a function of its position; all else to the nearest level."""
+    hashing = Noise(torch.zeros(1, dtype=torch.int32), step=3, seed=5).multiply_shift(1)
+    for shape in ((1, 97), (7, 13), (2, 24)):
+        x, g = numbers(shape, name, 0), torch.randn(shape) * (torch.rand(shape) < 0.5)
+        ended = g.abs() <= x.abs() / 8
+        assert 0.2 < ended.float().mean() < 0.9
+        noise = torch.tensor([(j * hashing[0] + hashing[1]) % 2**32 / 2**32 for j in range(shape[1])])
+        around = quantize_block(x, name, 4, 5, Stochastic(1 - noise.expand(shape)))  # the lower one first
+        between, nearest = (unpacked(codes, shape[1]) for codes in (around[0], quantize_block(x, name, 4, 5)[0]))
+        for piece in (1, 20, 1 << 18):
+            monkeypatch.setattr(quantize, "CPU_PIECE", piece)
+            codes, scales = quantize_block(x, name, 4, 5, Settling(g, 1 / 8, hashing))
+            assert torch.equal(unpacked(codes, shape[1]), torch.where(ended, between, nearest))
+            assert torch.equal(scales, around[1])
+
+
+def unpacked(codes: torch.Tensor, length: int) -> torch.Tensor:
+    return torch.stack([codes >> 4, codes & 15], -1).flatten(-2)[..., :length]
 
 
 @pytest.mark.parametrize("fit", ["largest", "least_squares"])

@@ -44,31 +44,16 @@ def _encode(value, scale, thresholds, BITS: tl.constexpr):
 
 
 @triton.jit
-def _mix(x):
-    """As rounding.py's, of uint32."""
-    x = (x ^ (x >> 16)) * 0x7FEB352D
-    x = (x ^ (x >> 15)) * 0x846CA68B
-    return x ^ (x >> 16)
-
-
-@triton.jit
-def _settled(
-    code, value, gradient, scale, table, ended, seed, seed_term, step_term, stream_term, j, BITS: tl.constexpr
-):  # fmt: skip
+def _settled(code, value, gradient, scale, table, ended, multiplier, addend, j, BITS: tl.constexpr):
     """As `quantize.encode_settling`, from the codes of the nearest levels."""
     normal = tl.div_rn(value, tl.where(scale > 0, scale, 1.0)[:, None] + tl.zeros_like(value))
-    is_above = normal > tl.load(table + code)
-    lower = tl.where(is_above, code, tl.maximum(code - 1, 0))
-    upper = tl.where(is_above, tl.minimum(code + 1, (1 << BITS) - 1), code)
-    a, b = tl.load(table + lower), tl.load(table + upper)
-    start = _mix(seed.to(tl.uint32, bitcast=True) + seed_term.to(tl.uint32))
-    start = _mix(_mix(start + step_term.to(tl.uint32)) + stream_term.to(tl.uint32))
-    bits = _mix(_mix(j.to(tl.uint32)) + start) & 0x7FFFFFFF
+    lower = tl.where(normal < tl.load(table + code), tl.maximum(code - 1, 0), tl.minimum(code, (1 << BITS) - 2))
+    a = tl.load(table + lower)
+    bits = (j.to(tl.uint32) * multiplier.to(tl.uint32) + addend.to(tl.uint32)) >> 1
     uniform = (bits.to(tl.float32) + 0.5) * 4.656612873077393e-10  # 2^-31
-    odds = tl.div_rn(b - normal, tl.where(b > a, b - a, 1.0))
-    between = tl.where((b > a) & (normal > a) & (uniform >= odds), upper, lower)
-    between = tl.where(normal == tl.load(table + code), code, between)
-    return tl.where(tl.abs(gradient) <= tl.abs(value) * ended, between, code)
+    least = a + (tl.load(table + lower + 1) - a) * uniform
+    has_ended = tl.abs(gradient) <= tl.abs(value) * ended
+    return tl.where(has_ended, lower + (normal > least).to(tl.int32), code)
 
 
 @triton.jit
@@ -96,9 +81,9 @@ def _load_levels(codes, table, row, j, length, BITS: tl.constexpr, TILE: tl.cons
     return levels
 
 
-@triton.jit(do_not_specialize=["seed_term", "step_term"])
+@triton.jit(do_not_specialize=["multiplier", "addend"])
 def _quantize(
-    x, g, codes, scales, table, thresholds, seeds, ended, seed_term, step_term, stream_term, length, blocks,
+    x, g, codes, scales, table, thresholds, ended, multiplier, addend, length, blocks,
     SETTLES: tl.constexpr, LEAST_SQUARES: tl.constexpr, BITS: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
@@ -109,10 +94,7 @@ def _quantize(
     code = _encode(value, scale, thresholds, BITS)
     if SETTLES:
         gradient = tl.load(g + row * length + j, mask=j < length, other=0.0)
-        seed = tl.load(seeds + row)
-        code = _settled(
-            code, value, gradient, scale, table, ended, seed, seed_term, step_term, stream_term, j, BITS
-        )  # fmt: skip
+        code = _settled(code, value, gradient, scale, table, ended, multiplier, addend, j, BITS)
     _store_codes(codes, code, row, j, length, BITS, TILE, BLOCK)
     if LEAST_SQUARES:
         # scale <- scale <x, Q(x)> / |Q(x)|^2, of the normalised x
@@ -139,10 +121,10 @@ def _dequantize(
     tl.store(x + row * length + j, levels * scale[:, None], mask=j < length)
 
 
-@triton.jit(do_not_specialize=["seed_term", "step_term"])
+@triton.jit(do_not_specialize=["multiplier", "addend"])
 def _adamw(
     g, u, codes1, scales1, codes2, scales2, table1, thresholds1, table2, thresholds2, bias1, bias2,
-    beta1, beta2, weight1, weight2, eps, seeds, ended, seed_term, step_term, stream_term, length, blocks,
+    beta1, beta2, weight1, weight2, eps, ended, multiplier, addend, length, blocks,
     SETTLES: tl.constexpr, EDEN: tl.constexpr, BITS: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
@@ -162,10 +144,7 @@ def _adamw(
     scale = _scale(m)
     code = _encode(m, scale, thresholds1, BITS)
     if SETTLES:
-        seed = tl.load(seeds + row)
-        code = _settled(
-            code, m, gradient, scale, table1, ended, seed, seed_term, step_term, stream_term, j, BITS
-        )  # fmt: skip
+        code = _settled(code, m, gradient, scale, table1, ended, multiplier, addend, j, BITS)
     _store_codes(codes1, code, row, j, length, BITS, TILE, BLOCK)
     tl.store(scales1 + place, scale, mask=whole)
     scale = _scale(v)
@@ -246,20 +225,9 @@ class Codes:
     """As `quantize`'s."""
 
 
-def terms_of(settling: Settling | None) -> tuple[Tensor | None, float, int, int, int]:
-    """What kernels are told of it beside the gradient: seed offsets, share, and the terms of seed, step and stream."""
-    if settling is None:
-        return None, 0.0, 0, 0, 0
-    noise = settling.noise
-    return (
-        noise.seed_offsets, settling.share, _as_int32(noise.seed * 0x9E3779B9), _as_int32(noise.step * 0x85EBCA6B),
-        _as_int32(settling.stream * 0xC2B2AE35),
-    )  # fmt: skip
-
-
-def _as_int32(n: int) -> int:
-    n &= 0xFFFFFFFF
-    return n - (1 << 32) if n >= 1 << 31 else n
+def terms_of(settling: Settling | None) -> tuple[float, int, int]:
+    """What kernels are told of it beside the gradient."""
+    return (0.0, 0, 0) if settling is None else (settling.share, *settling.hashing)
 
 
 def adamw(

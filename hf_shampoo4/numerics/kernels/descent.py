@@ -10,12 +10,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .blockwise import _as_int32, _mix
-
 NUMBERS = 1024  # that a program changes
 
 DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 """Of the tensors that are changed."""
+
+
+@triton.jit
+def _mix(x):
+    """As rounding.py's, of uint32."""
+    x = (x ^ (x >> 16)) * 0x7FEB352D
+    x = (x ^ (x >> 15)) * 0x846CA68B
+    return x ^ (x >> 16)
 
 
 @triton.jit(do_not_specialize=["seed_term", "step_term"])
@@ -80,3 +86,8 @@ def moved(operands: Mapping[str, Any]) -> int:
     itemsize: int = operands["DTYPE"].primitive_bitwidth // 8
     numbers = len(operands["targets"]) * operands["rows"] * operands["columns"]
     return numbers * (2 * itemsize + operands["updates"].element_size())
+
+
+def _as_int32(n: int) -> int:
+    n &= 0xFFFFFFFF
+    return n - (1 << 32) if n >= 1 << 31 else n

@@ -41,10 +41,10 @@ def _read(
     return m * tl.load(rows + i, mask=inside, other=1.0) * tl.load(columns + k, mask=inside, other=1.0)
 
 
-@triton.jit(do_not_specialize=["seed_term", "step_term"])
+@triton.jit(do_not_specialize=["multiplier", "addend"])
 def _moment(
     g, codes, scales, table, thresholds, rows, columns, new_rows, new_columns, carried, carried_at, bias, u,
-    weight, most, seeds, ended, seed_term, step_term, stream_term, length, width, blocks,
+    weight, most, ended, multiplier, addend, length, width, blocks,
     CARRIED: tl.constexpr, SETTLES: tl.constexpr,
     BITS: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -77,10 +77,7 @@ def _moment(
         code = _encode(m, scale, thresholds, BITS)
         if SETTLES:
             gradient = tl.load(g + row * length + j, mask=inside, other=0.0)
-            seed = tl.load(seeds + row)
-            code = _settled(
-                code, m, gradient, scale, table, ended, seed, seed_term, step_term, stream_term, j, BITS
-            )  # fmt: skip
+            code = _settled(code, m, gradient, scale, table, ended, multiplier, addend, j, BITS)
         _store_codes(codes, code, row, j, length, BITS, TILE, BLOCK)
         tl.store(scales + row * blocks + block, scale, mask=block < blocks)
 
