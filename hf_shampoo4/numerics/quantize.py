@@ -207,11 +207,13 @@ def encode_settling(x: Tensor, codebook: str, bits: int, rounding: Settling, sca
     Args:
         scale: what x was divided by, of x's shape.
     """
+    ended = rounding.ended(x, scale)
     lower, a, b = _levels_around(x, codebook, bits)
-    middle = _looked_up(padded(codebook, bits, x.device)[1], lower)
     # the upper one with odds of (x - a) / (b - a), or where x is beyond the middle
-    least = torch.addcmul(a, b.sub_(a), rounding.uniform())
-    return lower.add_(x > torch.where(rounding.ended(x, scale), least, middle)).to(torch.uint8)
+    least = a.addcmul_(b.sub_(a), rounding.uniform())
+    del a, b
+    middle = _looked_up(padded(codebook, bits, x.device)[1], lower)
+    return lower.add_(x > torch.where(ended, least, middle)).to(torch.uint8)
 
 
 def _levels_around(x: Tensor, codebook: str, bits: int) -> tuple[Tensor, Tensor, Tensor]:
