@@ -32,6 +32,7 @@ from ..integrations.trainer import head_options
 from ..numerics import quantize
 from ..optimizer import Shampoo4bit
 from ..options import Options, users_of
+from ..preconditioners import moments
 from ..preconditioners.algorithms import algorithm_class
 
 ALLOCATIONS = {
@@ -223,9 +224,21 @@ def steps_of(
         if algorithm in users_of("refresh_warmup"):
             given |= {"refresh_warmup": 0}
         auto = "tf32" if device == "cuda" else "float32"
-        with meta_has_memory(0) if device == "cpu" else nullcontext():  # whose waves are small
+        with _as_on_a_cpu() if device == "cpu" else nullcontext():
             found[name] = _counted(model, given, triton, auto, late if name == "late" else 1)
     return found
+
+
+@contextmanager
+def _as_on_a_cpu() -> Iterator[None]:
+    """Waves and pieces are small, codes are looked up, and no gradient is zero."""
+    with (
+        meta_has_memory(0),
+        mock.patch.object(quantize, "GPU_PIECE", quantize.CPU_PIECE),
+        mock.patch.object(quantize, "_has_whole_blocks", return_value=False),
+        mock.patch.object(moments, "has_no_zero", lambda g: g.all().dim() == 0),
+    ):
+        yield
 
 
 def _counted(model: nn.Module, options: Mapping[str, Any], triton: bool, auto: str, steps: int) -> Counted:

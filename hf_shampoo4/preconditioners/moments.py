@@ -289,14 +289,18 @@ def write_first(storage: Storage, state: State, exact: Tensor, at: MomentStep, g
         rounding: Rounding | None = None
         if at.stochastic_first and at.noise is not None:
             rounding = Stochastic(at.noise.uniform(FIRST_STREAM, exact[0].numel()))
-        # a CPU's host waits for nobody to know that no gradient is zero
-        elif at.noise is not None and not (ended == 0 and g.device.type == "cpu" and bool(g.all())):
+        elif at.noise is not None and not (ended == 0 and has_no_zero(g)):
             rounding = Settling(g.flatten(1), ended, at.noise.multiply_shift(FIRST_STREAM))
         storage.write(state["first"], exact, rounding)
     else:
         storage.write(state["first"], exact)
     if at.watch:
         at.watch(exact)
+
+
+def has_no_zero(g: Tensor) -> bool:
+    """Whether no gradient is zero, on a CPU; another device would be waited for to know it: False."""
+    return g.device.type == "cpu" and bool(g.all())
 
 
 def _required(noise: Noise | None) -> Noise:

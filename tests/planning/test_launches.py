@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from hf_shampoo4 import Shampoo4bit, param_groups
 from hf_shampoo4.execution.blocking import blocks_of
 from hf_shampoo4.options import Options
 from hf_shampoo4.planning.launches import Launch, LaunchCounter, steps_of
@@ -148,6 +149,22 @@ def test_a_late_step_of_llama_130m_takes_few_launches_and_twice_the_layers_hardl
     assert without <= 1200  # 96 of them are of first moments that settle, which the kernels have in them
     assert late_launches(24, True) <= 1.1 * with_kernels
     assert late_launches(24, False) <= 1.1 * without
+
+
+@pytest.mark.parametrize("options", [{"stagger": False, "refresh_warmup": 0}, {"algorithm": "elementwise"}])
+def test_what_a_cpu_does_is_what_is_counted_for_it(options: dict[str, Any]) -> None:
+    """Where no gradient is zero: to know that, or to round what has ended, is work too."""
+    said = steps_of(on_meta(), options, triton=False, device="cpu")["late"].summary()
+    model = on_meta().to_empty(device="cpu")
+    optimizer = Shampoo4bit(param_groups(model), **options)
+    for _ in range(4):
+        for p in model.parameters():
+            nn.init.normal_(p)
+            p.grad = torch.randn_like(p)
+        with LaunchCounter("cpu") as counter:
+            optimizer.step()
+    for name in ("launches", "bytes"):
+        assert counter.found.summary()[name] == pytest.approx(said[name], rel=0.1)
 
 
 def test_triton_kernels_count_once_and_nothing_is_run() -> None:
