@@ -32,6 +32,8 @@ from .sharding.local_parameter import in_deepspeed, in_fsdp1, note_purpose, note
 from .state_report import table
 from .utils.stopwatch import Stopwatch
 
+LEAST_EPS = 2.0**-75  # an eps of 0 would divide 0 by 0; directions of squares too small for float32 are below 100
+
 
 def _with_options(init: Callable[..., None]) -> Callable[..., None]:
     """Show the options in the signature, where command lines and editors look for them.
@@ -449,5 +451,6 @@ class Shampoo4bit(torch.optim.Optimizer):
         if probe:
             self._probes[unit.key] = probe
         counts = None if agreed.verdict is None else agreed.verdict.on_device
+        eps = max(eps, LEAST_EPS)
         context = Context(options, step, (betas[0], betas[1]), eps, self._stopwatch, coupled, probe, counts)
         return wave_steps(plan.waves, agreed, context, lr * options.rate, decoupled)

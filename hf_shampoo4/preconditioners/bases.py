@@ -31,7 +31,6 @@ from .operations import Work, bjorck_work, cholesky_qr_work, product, qr_work
 
 MIN_DECAY = 0.3  # least weight of the old factor in a new one; .3, .6 and .8 train alike (docs/experiments.md)
 TINY = torch.finfo(torch.float32).tiny
-TINIEST = 2.0**-149  # above 0, so that only 0 is divided by it
 LEAST = 1e-12  # of the largest eigenvalue, in a factor that is to be definite: QR cannot tell less from 0 either
 
 
@@ -122,7 +121,7 @@ class DecodedSide:
             bad: bool (B,), blocks that are to stay as they are: of some the sum of all squares alone is too large.
         """
         largest = diagonal.amax(-1, keepdim=True).masked_fill_(bad.unsqueeze(-1), 0.0)
-        tells = largest == largest.clamp(TINIEST, FLOAT32_MAX)  # > 0 and finite
+        tells = (largest > 0) & (largest <= FLOAT32_MAX)
         self.eigenvalues.lerp_(torch.where(tells, diagonal, self.eigenvalues), 1 - beta)
         self._largest = None
 
@@ -288,7 +287,7 @@ def _by_cholesky(a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     diagonal = a.diagonal(dim1=-2, dim2=-1)
     largest = diagonal.amax(-1, keepdim=True)
     # over the largest, so that gradients of no size underflow or overflow when they are squared again
-    a.div_(largest.clamp_min(TINIEST).unsqueeze(-1))
+    a.div_(torch.where(largest > 0, largest, 1.0).unsqueeze(-1))
     diagonal.clamp_min_(LEAST)
     q, eigenvalues, good = orthogonal_iteration(a)  # good ones are finite
     eigenvalues.mul_(largest)

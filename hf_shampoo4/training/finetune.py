@@ -17,7 +17,7 @@ from .arguments import ChatArguments, RunArguments
 from .config import parse_as
 from .documents import validation_source
 from .output_dir import prepare_output
-from .pretrain import Result
+from .pretrain import Result, data_seed
 from .pretrain import train_and_evaluate as finish
 from .sources import of_utf8, open_dataset
 
@@ -148,7 +148,7 @@ def run(
     training, model = config.training, config.model
     checkpoint = prepare_output(config.run, training)
     with training.main_process_first(desc="examples"):
-        train, held_out = load_examples(config.data, training.data_seed or training.seed)
+        train, held_out = load_examples(config.data, data_seed(training))
     _learn_from_answers_where_there_are(training, train)
     given: Any = training.model_init_kwargs or {}  # text or a mapping; TRL has made it a mapping by now
     ours = {"revision": model.model_revision, "attn_implementation": model.attn_implementation, "dtype": model.dtype}

@@ -121,6 +121,9 @@ def build_model(
     if not masked and type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(model.config, "is_decoder", False):
         raise ConfigError(f"model {arguments.model or arguments.model_type!r} is an encoder, which sees the token that "
                           "it is to predict: set mask_fraction=0.3, or model_overrides is_decoder=true")  # fmt: skip
+    if masked:
+        # most of them take a batch's mean whatever the Trainer tells them of other batches and ranks: it is to divide
+        model.accepts_loss_kwargs = False
     return model
 
 

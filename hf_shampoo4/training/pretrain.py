@@ -8,6 +8,7 @@ A configuration is flat: the fields of `ModelArguments`, `DataArguments`, `RunAr
 from __future__ import annotations
 
 import functools
+import json
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence, Sized
@@ -91,7 +92,7 @@ def run(
     load_model_config(config.model)  # refuse a bad one before the text is prepared
     with training.main_process_first(desc="text"), of_utf8(config.data.dataset):
         data = known_tokenizer(config.data, config.model, checkpoint)
-        text = load_text(data, training.data_seed or training.seed)
+        text = load_text(data, data_seed(training))
     set_seed(training.seed)
     fraction = config.data.mask_fraction
     model = build_model(config.model, len(text.tokenizer), text.tokenizer.eos_token_id, fraction > 0)
@@ -114,11 +115,18 @@ class TokenizerBeside(TrainerCallback):
 def train_and_evaluate(trainer: Trainer, checkpoint: str | None, progress: TrainerCallback | None = None) -> Result:
     """Train, evaluate where there is something to evaluate on, write model, state and metrics.
 
+    A checkpoint of the last step is left as it is: the Trainer, which looks at `max_steps` after a step only, would
+    train one more, and write its figures over those of the training.
+
     Raises:
         ConfigError: a checkpoint of weights of other shapes.
     """
     if trainer.is_world_process_zero():
         print(planned(trainer, checkpoint), flush=True)
+    if checkpoint is not None and already_trained(trainer, checkpoint):
+        print(f"already trained: {checkpoint} is the end of it, and nothing is done", flush=True)
+        written = Path(trainer.args.output_dir) / "all_results.json"
+        return Result(json.loads(written.read_text()) if written.is_file() else {}, trainer)
     if progress is not None:
         trainer.remove_callback(ProgressCallback)
         trainer.add_callback(progress)
@@ -152,16 +160,35 @@ def planned(trainer: Trainer, checkpoint: str | None = None) -> str:
 
 def length(trainer: Trainer) -> str:
     """Of a training, in steps; of epochs over a stream nobody knows how many those are."""
+    args, planned_steps = trainer.args, steps(trainer)
+    if args.max_steps > 0:
+        return f"{planned_steps:,} steps"
+    epochs = f"{args.num_train_epochs:g} epochs"
+    return epochs if planned_steps is None else f"{epochs} ({planned_steps:,} steps)"
+
+
+def steps(trainer: Trainer) -> int | None:
+    """Of a whole training; None of epochs over a stream."""
     args = trainer.args
     if args.max_steps > 0:
-        return f"{args.max_steps:,} steps"
-    epochs = f"{args.num_train_epochs:g} epochs"
+        return args.max_steps
     if not isinstance(trainer.train_dataset, Sized):
-        return epochs
+        return None
     batches = len(trainer.train_dataset) / (args.train_batch_size * args.world_size)
     batches = math.floor(batches) if args.dataloader_drop_last else math.ceil(batches)
-    steps = math.ceil(math.ceil(batches / args.gradient_accumulation_steps) * args.num_train_epochs)
-    return f"{epochs} ({steps:,} steps)"
+    return math.ceil(math.ceil(batches / args.gradient_accumulation_steps) * args.num_train_epochs)
+
+
+def already_trained(trainer: Trainer, checkpoint: str) -> bool:
+    """Whether a checkpoint is of the last step, or a later one."""
+    planned_steps = steps(trainer)
+    reached = TrainerState.load_from_json(str(Path(checkpoint) / "trainer_state.json")).global_step
+    return planned_steps is not None and reached >= planned_steps
+
+
+def data_seed(training: TrainingArguments) -> int:
+    """Of what is held out, and of a stream's order."""
+    return training.seed if training.data_seed is None else training.data_seed
 
 
 def _trainer(

@@ -69,10 +69,12 @@ def of_utf8(source: str) -> Iterator[None]:
 
 
 def has_splits(source: str) -> bool:
-    """Whether a source may have splits: local files and the texts that come in packages have none."""
+    """Whether a source may have splits: files, folders of texts and the texts that come in packages have none."""
     path = Path(source).expanduser()
+    if path.is_dir():
+        return not _texts_of(path)
     of_files = BUILDERS.get(_suffix(path)) is not None or source.startswith((".", "/", "~"))
-    return source not in PACKAGED and (path.is_dir() or not of_files)
+    return source not in PACKAGED and not of_files
 
 
 def check_split(source: str, split: str) -> None:
@@ -89,9 +91,8 @@ def _load_arguments(source: str, split: str, config: str | None) -> dict[str, An
     """Arguments of `datasets.load_dataset` for local files, a folder or a hub name."""
     path = Path(source).expanduser()
     if path.is_dir():
-        kinds = {str(file): BUILDERS.get(_suffix(file)) for file in sorted(path.rglob("*")) if file.is_file()}
-        if set(kinds.values()) - {None} == {"text"}:  # which `datasets` would read line by line
-            return _of_files("text", [file for file, kind in kinds.items() if kind])
+        if texts := _texts_of(path):
+            return _of_files("text", texts)
         return {"path": str(path), "name": config, "split": split}
     builder = BUILDERS.get(_suffix(path))
     if builder is None and (path.exists() or glob.has_magic(source)):
@@ -102,6 +103,12 @@ def _load_arguments(source: str, split: str, config: str | None) -> dict[str, An
             raise ConfigError(f"dataset file {source!r} does not exist (looked in {Path.cwd()}); {ALLOWED}")
         return _of_files(builder, files)
     return {"path": source, "name": config, "split": split}
+
+
+def _texts_of(folder: Path) -> list[str]:
+    """The files of a folder of texts, which `datasets` would read line by line; none of a folder of other files."""
+    kinds = {str(file): BUILDERS.get(_suffix(file)) for file in sorted(folder.rglob("*")) if file.is_file()}
+    return [file for file, kind in kinds.items() if kind] if set(kinds.values()) - {None} == {"text"} else []
 
 
 def _of_files(builder: str | None, files: list[str]) -> dict[str, Any]:

@@ -258,6 +258,20 @@ def test_a_split_that_files_do_not_have_is_held_out_and_said(cache, jsonl, capsy
     )
 
 
+def test_a_folder_of_texts_has_no_splits(cache, tmp_path, capsys):
+    """Whatever its folders are called: all of it is read."""
+    for split in ("train", "test"):
+        (tmp_path / "texts" / split).mkdir(parents=True)
+        for i in range(20):
+            (tmp_path / "texts" / split / f"{i}.txt").write_text(f"{split} number {i}")
+    folder = tmp_path / "texts"
+    train, validation = load_documents(arguments(folder, validation_split="test"))
+    assert not set(train["text"]) & set(validation["text"])
+    assert "has no split 'test': a share of it is held out instead" in capsys.readouterr().out
+    with pytest.raises(ConfigError, match=r"split 'test' of dataset .* does not exist: files have one split"):
+        load_documents(arguments(folder, train_split="test"))
+
+
 def test_packaged_text_has_no_splits_either(cache):
     train, validation = load_documents(DataArguments(validation_split="test"))
     assert not set(train["path"]) & set(validation["path"])

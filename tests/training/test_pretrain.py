@@ -3,6 +3,7 @@
 import json
 import os
 import subprocess
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -402,6 +403,36 @@ def test_overwriting_leaves_no_figure_of_the_run_before(tmp_path):
     config = parse({"output_dir": str(tmp_path)}, ["--overwrite_output_dir", "true"])
     assert prepare_output(config.run, config.training) is None
     assert not (tmp_path / "all_results.json").exists()
+
+
+def test_a_finished_training_that_is_resumed_stays_as_it_is(settings, capsys):
+    """A job that is queued again: the Trainer would train one step more, each time."""
+    first = run(parse({**settings, "eval_strategy": "no"}))
+    out = Path(settings["output_dir"])
+    before = {path.name: path.read_bytes() for path in out.iterdir() if path.is_file()}
+    for again in ({}, {"max_steps": 3}):
+        result = run(parse({**settings, **again, "resume_from_checkpoint": "auto", "eval_strategy": "no"}))
+        assert result.metrics == json.loads((out / "all_results.json").read_text())
+        assert "already trained: " in capsys.readouterr().out
+    assert {path.name: path.read_bytes() for path in out.iterdir() if path.is_file()} == before
+    assert first.trainer.state.global_step == 4
+    longer = run(parse({**settings, "max_steps": 6, "resume_from_checkpoint": "auto", "eval_strategy": "no"}))
+    assert longer.trainer.state.global_step == 6
+
+
+def test_a_masked_language_models_loss_is_a_mean_however_its_batch_is_made(settings):
+    """BERT takes the mean of its batch and is not told of the others, whatever its signature promises."""
+    bert = {"model": "bert_tiny", "mask_fraction": 0.3, "max_steps": 1, "save_strategy": "no"}
+    overrides = f"{settings['model_overrides']},hidden_dropout_prob=0,attention_probs_dropout_prob=0"
+    found = []
+    for batch, accumulated in ((8, 1), (2, 4)):
+        given = {**settings, **bert, "model_overrides": overrides, "overwrite_output_dir": True, "seed": 1}
+        given |= {"per_device_train_batch_size": batch, "gradient_accumulation_steps": accumulated}
+        log = run(parse(given)).trainer.state.log_history[0]
+        found.append((log["loss"], log["grad_norm"]))
+    (loss, norm), (as_loss, as_norm) = found
+    assert as_loss == pytest.approx(loss, rel=0.05)  # 4 times before
+    assert as_norm == pytest.approx(norm, rel=0.5)  # of other tokens that are hidden; 4 times before
 
 
 def test_a_masked_language_model_learns_what_is_hidden(settings):
