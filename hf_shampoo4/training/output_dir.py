@@ -27,7 +27,11 @@ def prepare_output(run: RunArguments, training: TrainingArguments) -> str | None
     checkpoint = _checkpoint(training)
     if training.process_index == 0:
         check_writable(folder)
-    if checkpoint or training.process_index != 0 or not folder.is_dir() or not any(folder.iterdir()):
+    if training.process_index != 0 or not folder.is_dir() or not any(folder.iterdir()):
+        return checkpoint
+    if checkpoint and Path(checkpoint).resolve().parent == folder.resolve():
+        if not _is(training.resume_from_checkpoint, "true", "auto"):
+            _leave_what_came_later(folder, checkpoint)
         return checkpoint
     began = _is(training.resume_from_checkpoint, "auto") and not any((folder / name).exists() for name in FINISHED)
     if not run.overwrite_output_dir and not began:
@@ -36,10 +40,10 @@ def prepare_output(run: RunArguments, training: TrainingArguments) -> str | None
         if run.overwrite_output_dir:
             shutil.rmtree(old)
         else:
-            _set_aside(old)
+            _set_aside(old, "incomplete")
     for name in LEFT if run.overwrite_output_dir else ():  # the Trainer merges its figures into those of the file
         (folder / name).unlink(missing_ok=True)
-    return None
+    return checkpoint
 
 
 def refuse_content(folder: Path) -> None:
@@ -49,9 +53,21 @@ def refuse_content(folder: Path) -> None:
                           "or continue with --resume_from_checkpoint auto")  # fmt: skip
 
 
-def _set_aside(checkpoint: Path) -> None:
-    """Rename what cannot be resumed from; it may hold weights that somebody wants."""
-    free = (f"incomplete-{checkpoint.name}{f'-{i}' * (i > 1)}" for i in itertools.count(1))
+def _leave_what_came_later(folder: Path, checkpoint: str) -> None:
+    """Who goes back to a checkpoint leaves a branch, which `auto` would take for this one's newest."""
+    later = [path for path in folder.glob("checkpoint-*") if _step(path) > _step(Path(checkpoint))]
+    for path in later:
+        _set_aside(path, "left")
+
+
+def _step(checkpoint: Path) -> int:
+    number = checkpoint.name.rpartition("-")[2]
+    return int(number) if number.isdecimal() else -1
+
+
+def _set_aside(checkpoint: Path, why: str) -> None:
+    """Rename what is not to be resumed from; it may hold weights that somebody wants."""
+    free = (f"{why}-{checkpoint.name}{f'-{i}' * (i > 1)}" for i in itertools.count(1))
     checkpoint.rename(next(path for path in map(checkpoint.with_name, free) if not path.exists()))
 
 

@@ -420,6 +420,21 @@ def test_a_finished_training_that_is_resumed_stays_as_it_is(settings, capsys):
     assert longer.trainer.state.global_step == 6
 
 
+def test_who_goes_back_to_a_checkpoint_leaves_what_came_after_it(settings, tmp_path):
+    """Or `auto` would take the branch that was left; nothing is lost."""
+    run(parse(settings))
+    out, named = Path(settings["output_dir"]), {"resume_from_checkpoint": f"{settings['output_dir']}/checkpoint-2"}
+    run(parse({**settings, **named, "max_steps": 3, "save_steps": 1}))
+    assert {path.name for path in out.glob("*checkpoint-*")} == {"checkpoint-2", "checkpoint-3", "left-checkpoint-4"}
+    again = run(parse({**settings, "resume_from_checkpoint": "auto", "max_steps": 5, "save_steps": 5}))
+    assert again.trainer.state.log_history[-2]["step"] == 5
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "all_results.json").write_text("{}")
+    with pytest.raises(ConfigError, match="is not empty: choose another"):
+        run(parse({**settings, **named, "output_dir": str(other)}))
+
+
 def test_a_masked_language_models_loss_is_a_mean_however_its_batch_is_made(settings):
     """BERT takes the mean of its batch and is not told of the others, whatever its signature promises."""
     bert = {"model": "bert_tiny", "mask_fraction": 0.3, "max_steps": 1, "save_strategy": "no"}
