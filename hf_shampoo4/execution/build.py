@@ -72,7 +72,7 @@ def _require_precision(options: Options, members: Sequence[LocalParameter]) -> N
 
 
 def _refuse_sharing(members: Sequence[LocalParameter]) -> None:
-    pair = overlapping(members)
+    pair = next(overlapping(members), None)
     if pair is not None:
         raise ValueError(
             f"parameters {pair[0]!r} and {pair[1]!r} share memory, and with several ranks each one's owner would "

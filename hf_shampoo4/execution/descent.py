@@ -62,9 +62,13 @@ class Descent:
         """Weights that are changed together, and whether they are a copy: it may lie in another one's memory."""
         views = {m: self.wave.members[m].local.flat_view() for m in members}
         flats = {m: view for m, view in views.items() if view is not None}
+        copied = [m for m in views if m not in flats]
+        if self.wave.sharing:  # what is changed together must not lie in the same memory
+            for m in [m for m in flats if self.wave.members[m].name in self.wave.sharing]:
+                yield {m: flats.pop(m)}, False
         if flats:
             yield flats, False
-        for m in [m for m in views if m not in flats]:
+        for m in copied:
             yield {m: self.wave.members[m].local.weights()}, True
 
     def descend(self, pieces: Sequence[Piece], targets: list[Tensor], updates: Sequence[Tensor]) -> None:

@@ -32,7 +32,7 @@ from ..options import Options
 from ..preconditioners.protocols import Algorithm, blocks_that_change
 from ..sharding.exchange import Ranks
 from ..sharding.geometry import MatrixView, Rect
-from ..sharding.local_parameter import LocalParameter
+from ..sharding.local_parameter import LocalParameter, overlapping
 from ..sharding.placement import Placement, whole
 from ..sharding.route import BlockedParameter, Route, route
 from .blocking import Block, in_parts
@@ -232,6 +232,13 @@ class Wave:
     def seed_offsets(self) -> list[int]:
         """A number that makes its noise its own, int32, of every block."""
         return [seed_offset for member in self.members for seed_offset in member.seed_offsets]
+
+    @cached_property
+    def sharing(self) -> set[str]:
+        """Names of parameters with numbers in the memory of another one: on one process both are trained, in turn."""
+        if self.ranks.world > 1:  # where they are refused
+            return set()
+        return {name for pair in overlapping([member.local for member in self.members]) for name in pair}
 
     @property
     def whole(self) -> bool:

@@ -12,7 +12,7 @@ only: `note_flat_ranges` notes it on the parameters.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -114,8 +114,8 @@ def _is_flat(local: Tensor) -> bool:
     return local.is_contiguous() and not local.is_neg()
 
 
-def overlapping(members: Sequence[LocalParameter]) -> tuple[str, str] | None:
-    """Two parameters with numbers of the same memory in both, such as a decoder's weight that is the encoder's, turned.
+def overlapping(members: Sequence[LocalParameter]) -> Iterator[tuple[str, str]]:
+    """Pairs of parameters with numbers of the same memory in both: a decoder's weight that is the encoder's, turned.
 
     Views that only lie between each other, as columns of one tensor do, are not meant.
     """
@@ -125,17 +125,17 @@ def overlapping(members: Sequence[LocalParameter]) -> tuple[str, str] | None:
         if one.range is None and local.numel():
             first = int(local.storage_offset())
             last = first + sum((n - 1) * int(step) for n, step in zip(local.shape, local.stride(), strict=True))
-            there = by_storage.setdefault(local.untyped_storage().data_ptr(), [])
+            there = by_storage.setdefault(local.untyped_storage()._cdata, [])
             there.append((first, last, one.name, local))
     for there in by_storage.values():
         there.sort(key=lambda found: found[:2])
         for i, (_, last, name, local) in enumerate(there):
-            for first, _, other, beside in there[i + 1 :]:
+            for j, (first, _, other, beside) in enumerate(there[i + 1 :], i + 1):
                 if first > last:
                     break
-                if torch.isin(_addresses(local), _addresses(beside)).any():
-                    return name, other
-    return None
+                are_dense = all(x.numel() == 1 + end - start for start, end, _, x in (there[i], there[j]))
+                if are_dense or torch.isin(_addresses(local), _addresses(beside)).any():
+                    yield name, other
 
 
 def _addresses(local: Tensor) -> Tensor:

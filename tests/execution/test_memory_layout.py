@@ -143,6 +143,18 @@ def test_two_parameters_in_the_same_memory_are_both_trained() -> None:
     torch.testing.assert_close(ours, trained_by(torch.optim.AdamW), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_two_parameters_of_one_shape_in_the_same_memory_are_both_trained(dtype: torch.dtype) -> None:
+    """As `nn.Parameter(encoder.weight)` is: what changes all of a shape at once would lose one of the changes."""
+    w = torch.ones(4, 6, dtype=dtype)
+    ps = [nn.Parameter(w), nn.Parameter(torch.ones(4, 6, dtype=dtype)), nn.Parameter(w)]
+    for p in ps:
+        p.grad = torch.ones_like(p)
+    Shampoo4bit(ps, lr=0.125, weight_decay=0.0, algorithm="elementwise").step()
+    assert (w == 0.75).all()
+    assert (ps[1] == 0.875).all()
+
+
 def test_an_expanded_parameter_is_refused() -> None:
     with pytest.raises(ValueError, match=r"\(4, 4\) has one number in several places \(expand\): clone\(\) it"):
         Shampoo4bit([nn.Parameter(torch.ones(4).expand(4, 4))])
@@ -150,7 +162,7 @@ def test_an_expanded_parameter_is_refused() -> None:
 
 def test_parameters_in_the_same_memory_are_found() -> None:
     def found(*views: Tensor) -> tuple[str, str] | None:
-        return overlapping([local_parameter(str(i), nn.Parameter(view)) for i, view in enumerate(views)])
+        return next(overlapping([local_parameter(str(i), nn.Parameter(view)) for i, view in enumerate(views)]), None)
 
     w = torch.zeros(8, 6)
     assert found(w, w.t()) == ("0", "1")
