@@ -123,10 +123,10 @@ def train_and_evaluate(trainer: Trainer, checkpoint: str | None, progress: Train
     """
     if trainer.is_world_process_zero():
         print(planned(trainer, checkpoint), flush=True)
-    if checkpoint is not None and already_trained(trainer, checkpoint):
+    results = Path(trainer.args.output_dir) / "all_results.json"
+    if checkpoint is not None and already_trained(trainer, Path(checkpoint), results):
         print(f"already trained: {checkpoint} is the end of it, and nothing is done", flush=True)
-        written = Path(trainer.args.output_dir) / "all_results.json"
-        return Result(json.loads(written.read_text()) if written.is_file() else {}, trainer)
+        return Result(json.loads(results.read_text()), trainer)
     if progress is not None:
         trainer.remove_callback(ProgressCallback)
         trainer.add_callback(progress)
@@ -179,11 +179,12 @@ def steps(trainer: Trainer) -> int | None:
     return math.ceil(math.ceil(batches / args.gradient_accumulation_steps) * args.num_train_epochs)
 
 
-def already_trained(trainer: Trainer, checkpoint: str) -> bool:
-    """Whether a checkpoint is of the last step, or a later one."""
-    planned_steps = steps(trainer)
-    reached = TrainerState.load_from_json(str(Path(checkpoint) / "trainer_state.json")).global_step
-    return planned_steps is not None and reached >= planned_steps
+def already_trained(trainer: Trainer, checkpoint: Path, results: Path) -> bool:
+    """Whether a checkpoint is of the last step, or a later one, and what a training leaves at its end came after it."""
+    state, planned_steps = checkpoint / "trainer_state.json", steps(trainer)
+    if planned_steps is None or not results.is_file() or results.stat().st_mtime < state.stat().st_mtime:
+        return False
+    return TrainerState.load_from_json(str(state)).global_step >= planned_steps
 
 
 def data_seed(training: TrainingArguments) -> int:

@@ -416,6 +416,9 @@ def test_a_finished_training_that_is_resumed_stays_as_it_is(settings, capsys):
         assert "already trained: " in capsys.readouterr().out
     assert {path.name: path.read_bytes() for path in out.iterdir() if path.is_file()} == before
     assert first.trainer.state.global_step == 4
+    os.utime(out / "checkpoint-4" / "trainer_state.json")  # as if it had been killed before its results were written
+    killed = run(parse({**settings, "resume_from_checkpoint": "auto", "eval_strategy": "no"}))
+    assert killed.metrics["train_loss"] > 0
     longer = run(parse({**settings, "max_steps": 6, "resume_from_checkpoint": "auto", "eval_strategy": "no"}))
     assert longer.trainer.state.global_step == 6
 
