@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Union
 
+from accelerate.utils import broadcast_object_list
 from transformers import (
     PreTrainedModel,
     Trainer,
@@ -123,10 +124,13 @@ def train_and_evaluate(trainer: Trainer, checkpoint: str | None, progress: Train
     """
     if trainer.is_world_process_zero():
         print(planned(trainer, checkpoint), flush=True)
-    results = Path(trainer.args.output_dir) / "all_results.json"
-    if checkpoint is not None and already_trained(trainer, Path(checkpoint), results):
-        print(f"already trained: {checkpoint} is the end of it, and nothing is done", flush=True)
-        return Result(json.loads(results.read_text()), trainer)
+    if checkpoint is not None:
+        results = [written_after(trainer, Path(checkpoint)) if trainer.is_world_process_zero() else None]
+        broadcast_object_list(results)
+        if results[0] is not None:
+            if trainer.is_world_process_zero():
+                print(f"already trained: {checkpoint} is the end of it, and nothing is done", flush=True)
+            return Result(results[0], trainer)
     if progress is not None:
         trainer.remove_callback(ProgressCallback)
         trainer.add_callback(progress)
@@ -179,12 +183,16 @@ def steps(trainer: Trainer) -> int | None:
     return math.ceil(math.ceil(batches / args.gradient_accumulation_steps) * args.num_train_epochs)
 
 
-def already_trained(trainer: Trainer, checkpoint: Path, results: Path) -> bool:
-    """Whether a checkpoint is of the last step, or a later one, and what a training leaves at its end came after it."""
-    state, planned_steps = checkpoint / "trainer_state.json", steps(trainer)
-    if planned_steps is None or not results.is_file() or results.stat().st_mtime < state.stat().st_mtime:
-        return False
-    return TrainerState.load_from_json(str(state)).global_step >= planned_steps
+def written_after(trainer: Trainer, checkpoint: Path) -> dict[str, Any] | None:
+    """The results that a training left when it ended with this checkpoint; None if it is to go on from it."""
+    results, state = Path(trainer.args.output_dir) / "all_results.json", checkpoint / "trainer_state.json"
+    planned_steps = steps(trainer)
+    if planned_steps is None or TrainerState.load_from_json(str(state)).global_step < planned_steps:
+        return None
+    if not results.is_file() or results.stat().st_mtime < state.stat().st_mtime:  # it was killed in between
+        return None
+    read: dict[str, Any] = json.loads(results.read_text())
+    return read
 
 
 def data_seed(training: TrainingArguments) -> int:

@@ -71,10 +71,12 @@ def of_utf8(source: str) -> Iterator[None]:
 def has_splits(source: str) -> bool:
     """Whether a source may have splits: files, folders of texts and the texts that come in packages have none."""
     path = Path(source).expanduser()
+    if source in PACKAGED:
+        return False
     if path.is_dir():
         return not _texts_of(path)
     of_files = BUILDERS.get(_suffix(path)) is not None or source.startswith((".", "/", "~"))
-    return source not in PACKAGED and not of_files
+    return not of_files
 
 
 def check_split(source: str, split: str) -> None:
