@@ -34,8 +34,8 @@ def incomplete(folder: Path) -> str:
 def last_complete(output_dir: Path) -> tuple[Path | None, dict[str, str]]:
     """The checkpoint with the most steps that is whole, and the reasons why the newer ones are not, by name."""
     reasons: dict[str, str] = {}
-    for folder in sorted(output_dir.glob("checkpoint-*"), key=lambda folder: -_step(folder)):
-        if _step(folder) < 0 or not folder.is_dir():
+    for folder in sorted(output_dir.glob("checkpoint-*"), key=lambda folder: -step_of(folder)):
+        if step_of(folder) < 0 or not folder.is_dir():
             continue
         reason = incomplete(folder)
         if not reason:
@@ -51,7 +51,8 @@ def noted(stateful_callbacks: Mapping[str, Any]) -> dict[str, Any]:
     return dict(last.get("attributes", {}))
 
 
-def _step(folder: Path) -> int:
+def step_of(folder: Path) -> int:
+    """By its name; -1 of a folder with another sort of name."""
     found = re.fullmatch(r"checkpoint-(\d+)", folder.name)
     return int(found[1]) if found else -1
 
@@ -66,7 +67,7 @@ def _problems(folder: Path) -> Iterator[str]:
     except (OSError, ValueError, TypeError, KeyError):
         yield f"{STATE} cannot be read"
         return
-    if _step(folder) not in (-1, step):
+    if step_of(folder) not in (-1, step):
         yield f"{STATE} is of step {step}"
     yield from _missing(folder)
     yield from _unfinished_ranks(folder, state)

@@ -30,7 +30,7 @@ def noise_bits(seed_offsets: Tensor, step: int, seed: int, count: int, stream: i
 
 def noise_at(seed_offsets: Tensor, step: int, seed: int, position: Tensor, stream: int = 0) -> Tensor:
     """`noise_bits` at some positions of each block only: int32 (count,) -> int32 (B, count)."""
-    start = _mix(seed_offsets.to(torch.int32) + _as_int32(seed * 0x9E3779B9))
+    start = _mix(seed_offsets.to(torch.int32) + _as_int32(seed * GOLDEN))
     start = _mix(start + _as_int32(step * 0x85EBCA6B))
     start = _mix(start + _as_int32(stream * 0xC2B2AE35)) if stream else start
     return _mix(_mix(position) + start.unsqueeze(1))

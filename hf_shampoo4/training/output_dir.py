@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import itertools
+import json
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..checkpointing.completeness import incomplete, last_complete
+from ..checkpointing.completeness import STATE, incomplete, last_complete, step_of
 from ..exceptions import ConfigError
 from ..utils.files import check_writable
 
@@ -55,14 +56,10 @@ def refuse_content(folder: Path) -> None:
 
 def _leave_what_came_later(folder: Path, checkpoint: str) -> None:
     """Who goes back to a checkpoint leaves a branch, which `auto` would take for this one's newest."""
-    later = [path for path in folder.glob("checkpoint-*") if _step(path) > _step(Path(checkpoint))]
+    step = json.loads((Path(checkpoint) / STATE).read_text(encoding="utf-8"))["global_step"]
+    later = [path for path in folder.glob("checkpoint-*") if step_of(path) > step]
     for path in later:
         _set_aside(path, "left")
-
-
-def _step(checkpoint: Path) -> int:
-    number = checkpoint.name.rpartition("-")[2]
-    return int(number) if number.isdecimal() else -1
 
 
 def _set_aside(checkpoint: Path, why: str) -> None:
