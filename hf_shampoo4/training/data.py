@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import inspect
+import math
 import os
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from itertools import count
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Union
+
+import torch
 
 from ..exceptions import ConfigError, reason
 from .arguments import DataArguments, ModelArguments
@@ -27,13 +32,14 @@ END_OF_TEXT, MASK = "<|endoftext|>", "<|mask|>"
 BPE = "bpe"  # as `DataArguments.tokenizer`: one of our own
 TOKENIZER_SAMPLE = 50_000_000  # characters of training text that a BPE is trained on: more hardly changes its merges
 STREAM_SHUFFLE = 10_000  # documents that a stream is shuffled within
+JOINED = 100  # sequences, at least, that documents are joined for: what is left at the end, less than one, is dropped
 
 
 @dataclass(frozen=True)
 class TextData:
     """Packed sequences (column `input_ids`, `seq_len` long) and the tokenizer that made them."""
 
-    train: Documents
+    train: Union[Dataset, Passes]
     validation: Dataset
     tokenizer: PreTrainedTokenizerBase
 
@@ -53,15 +59,16 @@ def load_text(data: DataArguments, seed: int = 0) -> TextData:
     """
     train, validation = load_documents(data)
     tokenizer = load_tokenizer(data, train)
-    if data.streaming:
-        train = train.shuffle(seed=seed, buffer_size=STREAM_SHUFFLE)
-    packed_train = pack(train, tokenizer, data)
-    packed_validation = _fixed_sample(pack(validation, tokenizer, data), data)
+    packed_train = pack(train, tokenizer, data, together(train, data.seq_len))
+    packed_validation = pack(validation, tokenizer, data, together(validation, data.seq_len))
+    packed_validation = _fixed_sample(packed_validation, data)
     for split, sequences in (("training", packed_train), ("validation", packed_validation)):
-        if hasattr(sequences, "__len__") and len(sequences) == 0:
+        if next(iter(sequences), None) is None:
             raise ConfigError(f"dataset {data.dataset!r}: its {split} split is shorter than one sequence "
                               f"of seq_len={data.seq_len} tokens")  # fmt: skip
-    if hasattr(packed_train, "__len__"):
+    if data.streaming:
+        packed_train = Passes(train, tokenizer, data, seed)
+    else:
         print(
             f"text: {len(packed_train):,} sequences of {data.seq_len} tokens to train on ({len(train):,} documents), "
             f"{len(packed_validation):,} to validate on ({len(validation):,} documents held out)",
@@ -216,28 +223,75 @@ def _publish(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
 # ---------------------------------------------------------------------------------------------------- packing
 
 
-def pack(documents: Documents, tokenizer: PreTrainedTokenizerBase, data: DataArguments) -> Documents:
-    """Documents joined by the end-of-text token and cut into sequences; a dataset on disk is cached by `datasets`."""
+def pack(documents: Documents, tokenizer: PreTrainedTokenizerBase, data: DataArguments, rows: int) -> Documents:
+    """Documents joined by the end-of-text token and cut into sequences; a dataset on disk is cached by `datasets`.
+
+    Args:
+        documents, tokenizer, data: what is packed, and how.
+        rows: documents that are joined at a time (`together`).
+    """
     settings = {
         "tokenizer_json": tokenizer.backend_tokenizer.to_str(),  # text, unlike a tokenizer, hashes the same every run
         "eos": tokenizer.eos_token_id,
         "seq_len": data.seq_len,
+        "code": inspect.getsource(pack_texts),  # of which `datasets` knows the name alone
     }
     columns = documents.column_names or ["text"]
-    batch = {"batched": True, "batch_size": 1000, "fn_kwargs": settings, "remove_columns": columns}
+    batch = {"batched": True, "batch_size": rows, "fn_kwargs": settings, "remove_columns": columns}
     if data.streaming:
         return documents.map(pack_texts, **batch)
     return documents.map(pack_texts, num_proc=data.preprocessing_workers, desc="Packing", **batch)
 
 
-def pack_texts(batch: dict[str, list[Any]], tokenizer_json: str, eos: int, seq_len: int) -> dict[str, Any]:
-    """One batch of documents as sequences of exactly `seq_len` tokens; what is left at its end is dropped."""
+def together(documents: Documents, seq_len: int) -> int:
+    """Documents to join at a time: 1,000, and of short ones so many that they fill `JOINED` sequences."""
+    lengths = [len(document["text"]) for document in documents.take(1000)]
+    characters = JOINED * seq_len * 4  # a token is 4 characters of English with a large vocabulary, elsewhere fewer
+    return max(1000, math.ceil(characters * len(lengths) / max(1, sum(lengths))))
+
+
+def pack_texts(
+    batch: dict[str, list[Any]], tokenizer_json: str, eos: int, seq_len: int, code: str = ""
+) -> dict[str, Any]:
+    """One batch of documents as sequences of exactly `seq_len` tokens; what is left at its end is dropped.
+
+    `code` is there to be part of the cache's key.
+    """
     import numpy as np
 
     encodings = _tokenizer(tokenizer_json).encode_batch_fast(batch["text"], add_special_tokens=False)
     stream = np.concatenate([np.asarray([*encoding.ids, eos], dtype=np.int32) for encoding in encodings])
     whole = len(stream) // seq_len
     return {"input_ids": list(stream[: whole * seq_len].reshape(whole, seq_len))}
+
+
+class Passes(torch.utils.data.IterableDataset[Any]):
+    """A stream that begins anew where it ends, in another order.
+
+    To the Trainer it is one pass, as long as `max_steps`.  Of passes that end it would leave the micro-batches of an
+    unfinished step in the next gradient, and it would resume at the beginning of a pass.
+
+    Args:
+        documents: a stream that gives one sequence at least.
+        tokenizer, data: as for `pack`.
+        seed: of the first pass's order; the next ones have the numbers after it.
+    """
+
+    def __init__(
+        self, documents: IterableDataset, tokenizer: PreTrainedTokenizerBase, data: DataArguments, seed: int
+    ) -> None:
+        self.documents, self.tokenizer, self.data, self.seed = documents, tokenizer, data, seed
+        self.rows = together(documents, data.seq_len)
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        for seed in count(self.seed):
+            shuffled = self.documents.shuffle(seed=seed, buffer_size=STREAM_SHUFFLE)
+            some = False
+            for sequence in pack(shuffled, self.tokenizer, self.data, self.rows):
+                some = True
+                yield sequence
+            if not some:  # of more workers than the stream has files, one has nothing to read
+                return
 
 
 @functools.lru_cache(maxsize=2)
@@ -263,7 +317,6 @@ def _fixed_sample(validation: Documents, data: DataArguments) -> Dataset:
 def collate(sequences: list[dict[str, Any]]) -> dict[str, Tensor]:
     """A batch for a causal language model: the labels are the tokens (the model shifts them)."""
     import numpy as np
-    import torch
 
     tokens = torch.from_numpy(np.asarray([row["input_ids"] for row in sequences], dtype=np.int64))
     return {"input_ids": tokens, "labels": tokens.clone()}
@@ -280,8 +333,6 @@ def masked(sequences: list[dict[str, Any]], mask: int, fraction: float) -> dict[
         mask: the token in place of a hidden one.
         fraction: of each sequence's tokens that are hidden; one at least.
     """
-    import torch
-
     tokens = collate(sequences)["input_ids"]
     if "labels" in sequences[0]:
         return {"input_ids": tokens, "labels": torch.tensor([row["labels"] for row in sequences])}
@@ -291,7 +342,6 @@ def masked(sequences: list[dict[str, Any]], mask: int, fraction: float) -> dict[
 
 def masked_once(validation: Dataset, mask: int, fraction: float) -> Dataset:
     """The sequences with their labels, hidden by their place among them: the same in every evaluation of every run."""
-    import torch
 
     def hide(row: dict[str, Any], index: int) -> dict[str, Any]:
         return {name: x.tolist() for name, x in _hide(torch.tensor(row["input_ids"]), mask, fraction, index).items()}
@@ -300,8 +350,6 @@ def masked_once(validation: Dataset, mask: int, fraction: float) -> Dataset:
 
 
 def _hide(tokens: Tensor, mask: int, fraction: float, seed: int) -> dict[str, Tensor]:
-    import torch
-
     count = max(1, round(fraction * tokens.shape[-1]))
     ranks = torch.rand(tokens.shape, generator=torch.Generator().manual_seed(seed)).argsort(-1).argsort(-1)
     hidden = ranks < count

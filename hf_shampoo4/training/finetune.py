@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -84,12 +85,29 @@ def load_examples(data: ChatArguments, seed: int = 0) -> tuple[Dataset, Dataset 
             raise ConfigError(f"dataset {data.dataset!r} has {len(train)} example(s), none to hold out: "
                               "give more, or validation_fraction=0")  # fmt: skip
         parts = train.train_test_split(data.validation_fraction, seed=seed)
-        train, held_out = parts["train"], parts["test"]
+        train, held_out = _without(parts["test"], parts["train"]), parts["test"]
+        if len(train) == 0:
+            raise ConfigError(f"dataset {data.dataset!r}: all examples equal ones that are held out: give others, or "
+                              "validation_fraction=0")  # fmt: skip
     else:
         held_out = None
     train = train.take(min(data.max_train_examples or len(train), len(train)))
     print(f"examples: {len(train):,} to train on, {len(held_out or ()):,} held out to validate on", flush=True)
     return train, held_out
+
+
+def _without(held_out: Dataset, train: Dataset) -> Dataset:
+    """The examples to train on that are not held out as well: an example may be there more than once."""
+    held = {_written(example) for example in held_out}
+    kept = [index for index, example in enumerate(train) if _written(example) not in held]
+    if again := len(train) - len(kept):
+        print(f"examples: {again:,} equal ones that are held out, and are left out", flush=True)
+        train = train.select(kept)
+    return train
+
+
+def _written(example: Mapping[str, Any]) -> str:
+    return json.dumps(example, sort_keys=True, default=str)
 
 
 def _with_known_columns(source: str, examples: Dataset) -> Dataset:

@@ -80,9 +80,10 @@ def _override(item: str, config: PreTrainedConfig) -> tuple[str, Any]:
         hint = f"; did you mean {' or '.join(close)}?" if close else ""
         raise ConfigError(f"model_overrides item {item!r} is not key=value with a key of {config.model_type}{hint}")
     try:
-        return key, json.loads(text)
+        value = json.loads(text)
     except json.JSONDecodeError:
         return key, text
+    return key, float(value) if type(value) is int and isinstance(known[key], float) else value
 
 
 def build_model(
@@ -121,8 +122,9 @@ def build_model(
     if not masked and type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(model.config, "is_decoder", False):
         raise ConfigError(f"model {arguments.model or arguments.model_type!r} is an encoder, which sees the token that "
                           "it is to predict: set mask_fraction=0.3, or model_overrides is_decoder=true")  # fmt: skip
-    if masked:
-        # most of them take a batch's mean whatever the Trainer tells them of other batches and ranks: it is to divide
+    if masked or getattr(config, "output_router_logits", False):
+        # most masked ones, and all routers' losses, are a batch's mean whatever the Trainer tells the model of other
+        # batches and ranks: it is to divide
         model.accepts_loss_kwargs = False
     return model
 

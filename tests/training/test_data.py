@@ -2,11 +2,13 @@
 
 import json
 import os
+from collections import Counter
+from itertools import islice
 from pathlib import Path
 
 import pytest
 import torch
-from datasets import Dataset, IterableDataset
+from datasets import Dataset
 from transformers import PreTrainedTokenizerFast
 
 from hf_shampoo4.exceptions import ConfigError
@@ -159,13 +161,35 @@ def test_the_same_arguments_give_the_same_sequences(jsonl, cache):
 def test_a_stream_has_the_same_split_and_reads_while_training(jsonl, cache):
     stored = load_text(arguments(jsonl))
     stream = load_text(arguments(jsonl, streaming=True, max_validation_sequences=8))
-    assert isinstance(stream.train, IterableDataset)
+    assert isinstance(stream.train, torch.utils.data.IterableDataset)
     assert len(stream.validation) == 8
     as_set = {tuple(row["input_ids"]) for row in stored.validation}
     assert {tuple(row["input_ids"]) for row in stream.validation} <= as_set
-    once, again = ([list(row["input_ids"]) for row in stream.train] for _ in range(2))
+    size = len(stored.train)
+    once, again = ([list(row["input_ids"]) for row in islice(stream.train, 2 * size)] for _ in range(2))
     assert once == again
-    assert len(once) == len(stored.train)
+    assert len(once) == 2 * size
+    first, second = (Counter(token for row in part for token in row) for part in (once[:size], once[size:]))
+    assert (first - second).total() < 16  # the tokens of one pass, but for its end, come again
+    assert once[:size] != once[size:]  # in another order
+
+
+def test_a_worker_without_a_file_of_the_stream_leaves_it_to_the_others(jsonl, cache):
+    stream = load_text(arguments(jsonl, streaming=True, max_validation_sequences=8)).train
+    batches = torch.utils.data.DataLoader(stream, batch_size=4, num_workers=2, collate_fn=collate)
+    assert len(list(islice(batches, 300))) == 300
+
+
+def test_of_short_documents_so_many_are_joined_that_little_is_dropped(tmp_path, cache):
+    path = tmp_path / "short.jsonl"
+    path.write_text("".join(json.dumps({"text": f"a {i % 10}"}) + "\n" for i in range(5000)))
+    text = load_text(arguments(path, seq_len=1024, max_validation_sequences=1))
+    assert len(text.train) == 4500 * 3 // 1024  # a tenth of the texts is held out; each has two tokens and its end
+
+
+def test_a_stream_of_less_than_one_sequence_is_refused(jsonl, cache):
+    with pytest.raises(ConfigError, match="its training split is shorter than one sequence of seq_len=100000 tokens"):
+        load_text(arguments(jsonl, streaming=True, seq_len=100_000))
 
 
 def test_stdlib_streams_too(cache):

@@ -154,6 +154,21 @@ def test_a_model_that_is_not_there(data: Path, tmp_path: Path) -> None:
         run(config)
 
 
+def test_what_is_held_out_is_not_learnt_from_where_examples_repeat(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [{"prompt": f"{i % 20}?", "completion": f"{i % 20}"} for i in range(100)]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    train, held_out = load_examples(ChatArguments(dataset=str(tmp_path / "a.jsonl"), validation_fraction=0.1))
+    assert held_out is not None
+    assert not set(train["prompt"]) & set(held_out["prompt"])
+    assert len(train) == 5 * (20 - len(set(held_out["prompt"])))
+    assert f"examples: {90 - len(train)} equal ones that are held out, and are left out" in capsys.readouterr().out
+    (tmp_path / "a.jsonl").write_text((json.dumps(rows[0]) + "\n") * 10)
+    with pytest.raises(ConfigError, match="all examples equal ones that are held out: give others"):
+        load_examples(ChatArguments(dataset=str(tmp_path / "a.jsonl")))
+
+
 def test_a_split_that_files_do_not_have_is_held_out(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
     train, held_out = load_examples(ChatArguments(dataset=str(data), validation_split="test"))
     assert held_out is not None

@@ -103,6 +103,28 @@ def test_a_resumed_run_equals_an_unbroken_one(streaming, settings, tmp_path, cap
         assert torch.equal(value, weights(tmp_path / "broken")[name]), name
 
 
+def test_a_stream_that_begins_anew_gives_whole_steps(settings, tmp_path):
+    """Of passes that end, the Trainer left the micro-batches of an unfinished step in the next gradient."""
+    same, held_out = tmp_path / "same.jsonl", tmp_path / "held_out.jsonl"
+    same.write_text((json.dumps({"text": "word " * 200}) + "\n") * 5)
+    held_out.write_text(same.read_text())
+    settings |= {"dataset": str(same), "validation_dataset": str(held_out), "streaming": True, "seq_len": 8}
+    settings |= {"gradient_accumulation_steps": 4, "learning_rate": 0.0, "max_steps": 60}
+    log = run(parse(settings)).trainer.state.log_history
+    norms = [entry["grad_norm"] for entry in log if "grad_norm" in entry]
+    assert len(norms) == 60
+    assert max(norms) < 1.2 * min(norms)
+
+
+def test_a_stream_resumes_in_its_second_pass(settings, tmp_path):
+    settings |= {"streaming": True, "per_device_train_batch_size": 64, "gradient_accumulation_steps": 3}
+    settings |= {"lr_scheduler_type": "constant", "save_steps": 3}
+    whole = run(parse(settings))
+    broken = {**settings, "output_dir": str(tmp_path / "broken")}
+    run(parse(broken, ["--max_steps", "3"]))
+    assert losses(run(parse(broken, ["--resume_from_checkpoint", "auto"]))) == losses(whole)
+
+
 def test_a_folder_with_content_is_not_overwritten(settings, tmp_path):
     old = tmp_path / "out" / "checkpoint-900"
     old.mkdir(parents=True)
@@ -451,6 +473,19 @@ def test_a_masked_language_models_loss_is_a_mean_however_its_batch_is_made(setti
     (loss, norm), (as_loss, as_norm) = found
     assert as_loss == pytest.approx(loss, rel=0.05)  # 4 times before
     assert as_norm == pytest.approx(norm, rel=0.5)  # of other tokens that are hidden; 4 times before
+
+
+def test_a_routers_loss_counts_once_however_a_batch_is_made(settings):
+    """That of a mixture of experts is a batch's mean too; here it is nearly all of the loss."""
+    found = []
+    for batch, accumulated in ((8, 1), (2, 4)):
+        given = {**settings, "model": "mixtral_tiny", "max_steps": 1, "save_strategy": "no", "seed": 1}
+        given["model_overrides"] += ",output_router_logits=true,router_aux_loss_coef=100"
+        given |= {"per_device_train_batch_size": batch, "gradient_accumulation_steps": accumulated}
+        log = run(parse({**given, "overwrite_output_dir": True})).trainer.state.log_history[0]
+        found.append(log["loss"])
+    assert found[1] == pytest.approx(found[0], rel=0.05)  # 4 times before
+    assert found[0] > 100
 
 
 def test_a_masked_language_model_learns_what_is_hidden(settings):
