@@ -10,7 +10,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-GOLDEN = 0x9E3779B9  # 2^32 over the golden ratio
+GOLDEN = 0x9E3779B9  # 2^32 over the golden ratio; a seed is multiplied by it, as a step and a stream by theirs
+OF_STEP, OF_STREAM = 0x85EBCA6B, 0xC2B2AE35
 
 
 def noise_bits(seed_offsets: Tensor, step: int, seed: int, count: int, stream: int = 0) -> Tensor:
@@ -30,9 +31,9 @@ def noise_bits(seed_offsets: Tensor, step: int, seed: int, count: int, stream: i
 
 def noise_at(seed_offsets: Tensor, step: int, seed: int, position: Tensor, stream: int = 0) -> Tensor:
     """`noise_bits` at some positions of each block only: int32 (count,) -> int32 (B, count)."""
-    start = _mix(seed_offsets.to(torch.int32) + _as_int32(seed * GOLDEN))
-    start = _mix(start + _as_int32(step * 0x85EBCA6B))
-    start = _mix(start + _as_int32(stream * 0xC2B2AE35)) if stream else start
+    start = _mix(seed_offsets.to(torch.int32) + as_int32(seed * GOLDEN))
+    start = _mix(start + as_int32(step * OF_STEP))
+    start = _mix(start + as_int32(stream * OF_STREAM)) if stream else start
     return _mix(_mix(position) + start.unsqueeze(1))
 
 
@@ -56,7 +57,7 @@ class Noise:
     def multiply_shift(self, stream: int) -> tuple[int, int]:
         """An odd multiplier and an addend, int32, of a hash of positions that is the same for all blocks."""
         x = _mixed(_mixed(_mixed(self.seed * GOLDEN) + self.step * GOLDEN) + stream * GOLDEN)
-        return _as_int32(x | 1), _as_int32(_mixed(x + GOLDEN))
+        return as_int32(x | 1), as_int32(_mixed(x + GOLDEN))
 
 
 @dataclass(frozen=True)
@@ -170,8 +171,8 @@ def _as_rows(x: Tensor) -> Tensor:
 
 def _mix(x: Tensor) -> Tensor:
     """A bijection of 32-bit integers with good avalanche (Wellons' lowbias32)."""
-    x = (x ^ _shift(x, 16)) * _as_int32(0x7FEB352D)
-    x = (x ^ _shift(x, 15)) * _as_int32(0x846CA68B)
+    x = (x ^ _shift(x, 16)) * as_int32(0x7FEB352D)
+    x = (x ^ _shift(x, 15)) * as_int32(0x846CA68B)
     return x ^ _shift(x, 16)
 
 
@@ -180,6 +181,7 @@ def _shift(x: Tensor, n: int) -> Tensor:
     return (x >> n) & ((1 << (32 - n)) - 1)
 
 
-def _as_int32(n: int) -> int:
+def as_int32(n: int) -> int:
+    """The int32 of n's lowest 32 bits."""
     n &= 0xFFFFFFFF
     return n - (1 << 32) if n >= 1 << 31 else n

@@ -10,6 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..rounding import GOLDEN, OF_STEP, as_int32
+
 NUMBERS = 1024  # that a program changes
 
 DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
@@ -75,8 +77,8 @@ def descend(
         with torch.cuda.device_of(updates):
             chunks = triton.cdiv(rows * columns, NUMBERS)
             _descend[(chunks * pieces,)](
-                chunks, targets, updates, offsets, seeds, counts, keep, lr, _as_int32(seed * 0x9E3779B9),
-                _as_int32(step * 0x85EBCA6B), rows, columns, *strides, *at, COUNTED=counts is not None,
+                chunks, targets, updates, offsets, seeds, counts, keep, lr, as_int32(seed * GOLDEN),
+                as_int32(step * OF_STEP), rows, columns, *strides, *at, COUNTED=counts is not None,
                 STOCHASTIC=noise is not None, DTYPE=DTYPES[dtype], NUMBERS=NUMBERS,
             )  # fmt: skip
 
@@ -86,8 +88,3 @@ def moved(operands: Mapping[str, Any]) -> int:
     itemsize: int = operands["DTYPE"].primitive_bitwidth // 8
     numbers = len(operands["targets"]) * operands["rows"] * operands["columns"]
     return numbers * (2 * itemsize + operands["updates"].element_size())
-
-
-def _as_int32(n: int) -> int:
-    n &= 0xFFFFFFFF
-    return n - (1 << 32) if n >= 1 << 31 else n
