@@ -10,13 +10,13 @@ import hashlib
 from typing import TYPE_CHECKING, Any
 
 from ..exceptions import ConfigError
-from .sources import PACKAGED, check_split, has_splits, of_utf8, open_dataset
+from .sources import PACKAGED, check_split, find_source, of_utf8, open_dataset
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
-    from .arguments import DataArguments
-    from .sources import Documents
+    from .arguments import ChatArguments, DataArguments
+    from .sources import Documents, Source
 
 
 def load_documents(data: DataArguments) -> tuple[Documents, Documents]:
@@ -26,10 +26,11 @@ def load_documents(data: DataArguments) -> tuple[Documents, Documents]:
         ConfigError: the source does not exist, cannot be read, or has no such column; or validation would be on the
             training documents.
     """
-    with of_utf8(data.dataset):
-        train = _read(data.dataset, data.train_split, data)
-    if validation := validation_source(data.dataset, data.train_split, data.validation_dataset, data.validation_split):
-        with of_utf8(validation[0]):
+    source = find_source(data.dataset)
+    with of_utf8(source.name):
+        train = _read(source, data.train_split, data)
+    if validation := validation_source(source, data):
+        with of_utf8(validation[0].name):
             held_out = _read(*validation, data)
     elif not data.streaming and len(train) < 2 / data.validation_fraction:
         train, held_out = _cut_each(train, data.validation_fraction)
@@ -42,33 +43,34 @@ def load_documents(data: DataArguments) -> tuple[Documents, Documents]:
     return train, held_out
 
 
-def validation_source(dataset: str, train_split: str, other: str | None, split: str | None) -> tuple[str, str] | None:
-    """Source and split to validate on; None: hold out a share of the training documents.
+def validation_source(source: Source, data: DataArguments | ChatArguments) -> tuple[Source, str] | None:
+    """Source and split to validate on; None: hold out a share of the training documents, which are of `source`.
 
     Raises:
         ConfigError: they are the training data themselves.
     """
-    if other is None and split is not None and not has_splits(dataset):
-        print(f"dataset {dataset!r} has no split {split!r}: a share of it is held out instead", flush=True)
-        return None
+    other, split = data.validation_dataset, data.validation_split
     if other is None and split is None:
         return None
-    source = other or dataset
-    found = source, split or (train_split if has_splits(source) else "train")
-    if found == (dataset, train_split):
+    if other is None and not source.has_splits:
+        print(f"dataset {source.name!r} has no split {split!r}: a share of it is held out instead", flush=True)
+        return None
+    found = find_source(other) if other else source
+    chosen = split or (data.train_split if found.has_splits else "train")
+    if (found, chosen) == (source, data.train_split):
         raise ConfigError(
             f"validation_dataset={other!r} with validation_split={split!r} is the training data itself: name another "
             "dataset or split, or leave both out (then a share of the documents is held out)"
         )
-    return found
+    return found, chosen
 
 
-def _read(source: str, split: str, data: DataArguments) -> Documents:
+def _read(source: Source, split: str, data: DataArguments) -> Documents:
     from datasets import Dataset
 
-    if source in PACKAGED:
+    if source.name in PACKAGED:
         check_split(source, split)
-        documents_of, version_of = PACKAGED[source]
+        documents_of, version_of = PACKAGED[source.name]
         documents = Dataset.from_generator(
             documents_of, gen_kwargs=version_of(), cache_dir=str(data.cache / "datasets")
         )
@@ -76,11 +78,11 @@ def _read(source: str, split: str, data: DataArguments) -> Documents:
     documents = open_dataset(source, split, data.dataset_config, data.streaming)
     columns = documents.column_names or list(next(iter(documents), {}))  # a stream may not know them before it is read
     if data.text_column not in columns:
-        raise ConfigError(f"dataset {source!r} has no column text_column={data.text_column!r}; "
+        raise ConfigError(f"dataset {source.name!r} has no column text_column={data.text_column!r}; "
                           f"its columns: {', '.join(columns)}")  # fmt: skip
     documents = documents.select_columns(data.text_column)
     documents = documents if data.text_column == "text" else documents.rename_column(data.text_column, "text")
-    return _of_text(source, data.text_column, documents)
+    return _of_text(source.name, data.text_column, documents)
 
 
 def _of_text(source: str, column: str, documents: Documents) -> Documents:
