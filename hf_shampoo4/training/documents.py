@@ -7,6 +7,7 @@ machine, and equal texts never lie on both sides.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from ..exceptions import ConfigError
@@ -29,7 +30,7 @@ def load_documents(data: DataArguments) -> tuple[Documents, Documents]:
     source = find_source(data.dataset)
     with of_utf8(source.name):
         train = _read(source, data.train_split, data)
-    if validation := validation_source(source, data):
+    if validation := validation_source(source, train, data):
         with of_utf8(validation[0].name):
             held_out = _read(*validation, data)
     elif not data.streaming and len(train) < 2 / data.validation_fraction:
@@ -43,11 +44,18 @@ def load_documents(data: DataArguments) -> tuple[Documents, Documents]:
     return train, held_out
 
 
-def validation_source(source: Source, data: DataArguments | ChatArguments) -> tuple[Source, str] | None:
-    """Source and split to validate on; None: hold out a share of the training documents, which are of `source`.
+def validation_source(
+    source: Source, train: Documents, data: DataArguments | ChatArguments
+) -> tuple[Source, str] | None:
+    """Source and split to validate on; None: hold out a share of the training documents.
+
+    Args:
+        source: of the training documents.
+        train: these, which know how many rows each split has.
+        data: the settings.
 
     Raises:
-        ConfigError: they are the training data themselves.
+        ConfigError: they are training data, or a part of these.
     """
     other, split = data.validation_dataset, data.validation_split
     if other is None and split is None:
@@ -57,12 +65,41 @@ def validation_source(source: Source, data: DataArguments | ChatArguments) -> tu
         return None
     found = find_source(other) if other else source
     chosen = split or (data.train_split if found.has_splits else "train")
-    if (found, chosen) == (source, data.train_split):
+    if shared := _shared(source, data.train_split, found, chosen, train):
         raise ConfigError(
-            f"validation_dataset={other!r} with validation_split={split!r} is the training data itself: name another "
-            "dataset or split, or leave both out (then a share of the documents is held out)"
+            f"validation_dataset={other!r} with validation_split={split!r} {shared}: name another dataset or split, "
+            "or leave both out (then a share of the documents is held out)"
         )
     return found, chosen
+
+
+def _shared(source: Source, train_split: str, found: Source, split: str, train: Documents) -> str:
+    """What validation would have of the training data, in words; '': nothing that can be known from names."""
+    if (found, split) == (source, train_split):
+        return "is the training data itself"
+    if found == source:
+        rows = {name: of_split.num_examples for name, of_split in (train.info.splits or {}).items()}
+        return f"has rows of train_split={train_split!r}" if _overlap(train_split, split, rows) else ""
+    files = source.files_of(train_split) & found.files_of(split)
+    return f"has a file that is trained on, {min(files)!r}" if files else ""
+
+
+def _overlap(one: str, other: str, rows: Mapping[str, int]) -> bool:
+    """Whether two of a dataset's splits, slices ('train[:90%]') or sums of them have rows in common.
+
+    Args:
+        one: the first.
+        other: the second.
+        rows: how many each split has.
+    """
+    from datasets import ReadInstruction
+
+    specs = ("+".join(rows) if spec == "all" else spec for spec in (one, other))
+    try:
+        first, second = (ReadInstruction.from_spec(spec).to_absolute(rows) for spec in specs)
+    except ValueError:  # no such split: who opens it says so
+        return False
+    return any(a.splitname == b.splitname and max(a.from_, b.from_) < min(a.to, b.to) for a in first for b in second)
 
 
 def _read(source: Source, split: str, data: DataArguments) -> Documents:

@@ -77,7 +77,7 @@ def load_examples(data: ChatArguments, seed: int = 0) -> tuple[Dataset, Dataset 
     """
     source = find_source(data.dataset)
     train = _with_known_columns(source.name, open_dataset(source, data.train_split, data.dataset_config))
-    if validation := validation_source(source, data):
+    if validation := validation_source(source, train, data):
         held_out = _with_known_columns(validation[0].name, open_dataset(*validation, data.dataset_config))
     elif data.validation_fraction:
         if len(train) < 2:

@@ -48,6 +48,12 @@ class Source:
     has_splits: bool = False  # whether another split than `train`, or a slice of one, may be asked for
     whole: bool = False  # texts, each file a document: `datasets` would cut them into lines
 
+    def files_of(self, split: str) -> set[str]:
+        """The files behind a split or a sum of slices ('train[:90%]+test'), links resolved; empty: not known."""
+        asked = {part.partition("[")[0].strip() for part in split.split("+")}
+        found = (files for name, files in (self.files or {}).items() if asked & {name, "all"})
+        return {str(Path(file).resolve()) for files in found for file in files}
+
 
 def find_source(name: str) -> Source:
     """What a name stands for; a folder is walked through here, and only here.

@@ -1,4 +1,4 @@
-"""What a name of data stands for, folders above all."""
+"""What a name of data stands for, folders above all, and validation that is training data under another name."""
 
 import json
 import os
@@ -8,8 +8,9 @@ import pytest
 from datasets import Dataset, DatasetDict, load_from_disk
 
 from hf_shampoo4.exceptions import ConfigError
-from hf_shampoo4.training.arguments import DataArguments
+from hf_shampoo4.training.arguments import ChatArguments, DataArguments
 from hf_shampoo4.training.documents import load_documents
+from hf_shampoo4.training.finetune import load_examples
 from hf_shampoo4.training.sources import find_source, open_dataset
 
 CARD = """---
@@ -143,3 +144,98 @@ def test_a_folder_is_walked_through_once(tmp_path, monkeypatch):
     monkeypatch.setattr(Path, "rglob", lambda path, pattern: walks.append(path) or rglob(path, pattern))
     load_documents(DataArguments(str(write(tmp_path, "a.txt", "b.txt")), validation_split="test"))
     assert len([path for path in walks if path == tmp_path.resolve()]) == 1
+
+
+# ---------------------------------------------------------------------------------------------------- validation
+
+
+def load(kind: type, dataset: str, other: str | None, **splits: str):
+    settings = kind(dataset=dataset, validation_dataset=other, **splits)
+    return load_documents(settings) if kind is DataArguments else load_examples(settings)
+
+
+KINDS = pytest.mark.parametrize("kind", [DataArguments, ChatArguments])
+
+
+@KINDS
+@pytest.mark.parametrize(
+    ("dataset", "other"),
+    [
+        ("rows/a.jsonl", "./rows/a.jsonl"),
+        ("rows/a.jsonl", "texts/../rows/a.jsonl"),
+        ("rows/a.jsonl", "~/rows/a.jsonl"),
+        ("rows/a.jsonl", "rows/*.jsonl"),
+        ("rows/a.jsonl", "link.jsonl"),
+        ("rows/a.jsonl", "rows"),
+        ("rows", "rows/a.jsonl"),
+        ("texts/*.txt", "texts"),
+        ("splits", "splits/train.jsonl"),
+    ],
+)
+def test_files_that_are_trained_on_are_not_validated_on(kind, dataset, other, tmp_path, monkeypatch):
+    write(tmp_path, "rows/a.jsonl", "texts/b.txt", "splits/train.jsonl", "splits/test.jsonl")
+    (tmp_path / "link.jsonl").symlink_to("rows/a.jsonl")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match=r"is the training data itself: |has a file that is trained on, '/.*': name"):
+        load(kind, dataset, other)
+
+
+@KINDS
+def test_a_folder_under_another_name_is_the_same(kind, tmp_path, monkeypatch):
+    monkeypatch.chdir(write(tmp_path, "data/train.jsonl", "data/test.jsonl"))
+    (tmp_path / "link").symlink_to("data")
+    with pytest.raises(ConfigError, match="validation_split=None is the training data itself: name another"):
+        load(kind, "data", "./link/")
+    train, held_out = load(kind, "data", "link", validation_split="test")
+    assert (len(train), len(held_out)) == (50, 50)
+    assert len(load(kind, "data/train.jsonl", "data/test.jsonl")[1]) == 50
+    assert len(load(kind, "data", "data/test.jsonl")[1]) == 50
+
+
+@pytest.mark.parametrize(
+    ("trained", "validated"),
+    [
+        ("train", "train[:5%]"),
+        ("train[:5%]", "train"),
+        ("train+test", "test"),
+        ("all", "test"),
+        ("train[:90%]", "train[80%:]"),
+        ("train[:30]", "train[-21:]"),
+        ("train[:10%]", "train[4:]"),
+    ],
+)
+def test_slices_with_rows_in_common_are_refused(trained, validated, tmp_path):
+    folder = str(write(tmp_path, "train.jsonl", "test.jsonl"))
+    with pytest.raises(ConfigError, match=r"has rows of train_split='.*': name another dataset or split"):
+        load(DataArguments, folder, None, train_split=trained, validation_split=validated)
+
+
+@KINDS
+@pytest.mark.parametrize(
+    ("trained", "validated"),
+    [
+        ("train[:90%]", "train[90%:]"),
+        ("train[:30]", "train[-20:]"),
+        ("train[:10%]", "train[5:]"),
+        ("train", "test[:10%]"),
+    ],
+)
+def test_slices_without_rows_in_common_are_read(kind, trained, validated, tmp_path):
+    folder = str(write(tmp_path, "train.jsonl", "test.jsonl"))
+    train, held_out = load(kind, folder, None, train_split=trained, validation_split=validated)
+    assert not set(train["text"]) & set(held_out["text"])
+    with pytest.raises(ConfigError, match="has rows of train_split"):
+        load(kind, folder, None, train_split=trained, validation_split="all")
+
+
+def test_a_split_that_is_not_there_is_named_by_who_opens_it(tmp_path):
+    folder = str(write(tmp_path, "train.jsonl", "test.jsonl"))
+    for split, said in (("dev", 'Unknown split "dev"'), ("train[:5", "Unrecognized instruction format")):
+        with pytest.raises(ConfigError, match=said):
+            load(DataArguments, folder, None, validation_split=split)
+
+
+def test_a_packaged_text_is_not_its_own_validation():
+    with pytest.raises(ConfigError, match="is the training data itself"):
+        load_documents(DataArguments("stdlib", validation_dataset="stdlib"))
