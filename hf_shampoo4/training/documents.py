@@ -7,16 +7,17 @@ machine, and equal texts never lie on both sides.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from ..exceptions import ConfigError
-from .sources import PACKAGED, check_split, has_splits, of_utf8, open_dataset
+from .sources import PACKAGED, check_split, find_source, of_utf8, open_dataset
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
-    from .arguments import DataArguments
-    from .sources import Documents
+    from .arguments import ChatArguments, DataArguments
+    from .sources import Documents, Source
 
 
 def load_documents(data: DataArguments) -> tuple[Documents, Documents]:
@@ -26,10 +27,11 @@ def load_documents(data: DataArguments) -> tuple[Documents, Documents]:
         ConfigError: the source does not exist, cannot be read, or has no such column; or validation would be on the
             training documents.
     """
-    with of_utf8(data.dataset):
-        train = _read(data.dataset, data.train_split, data)
-    if validation := validation_source(data.dataset, data.train_split, data.validation_dataset, data.validation_split):
-        with of_utf8(validation[0]):
+    source = find_source(data.dataset)
+    with of_utf8(source.name):
+        train = _read(source, data.train_split, data)
+    if validation := validation_source(source, train, data):
+        with of_utf8(validation[0].name):
             held_out = _read(*validation, data)
     elif not data.streaming and len(train) < 2 / data.validation_fraction:
         train, held_out = _cut_each(train, data.validation_fraction)
@@ -42,33 +44,70 @@ def load_documents(data: DataArguments) -> tuple[Documents, Documents]:
     return train, held_out
 
 
-def validation_source(dataset: str, train_split: str, other: str | None, split: str | None) -> tuple[str, str] | None:
+def validation_source(
+    source: Source, train: Documents, data: DataArguments | ChatArguments
+) -> tuple[Source, str] | None:
     """Source and split to validate on; None: hold out a share of the training documents.
 
+    Args:
+        source: of the training documents.
+        train: these, which know how many rows each split has.
+        data: the settings.
+
     Raises:
-        ConfigError: they are the training data themselves.
+        ConfigError: they are training data, or a part of these.
     """
-    if other is None and split is not None and not has_splits(dataset):
-        print(f"dataset {dataset!r} has no split {split!r}: a share of it is held out instead", flush=True)
-        return None
+    other, split = data.validation_dataset, data.validation_split
     if other is None and split is None:
         return None
-    source = other or dataset
-    found = source, split or (train_split if has_splits(source) else "train")
-    if found == (dataset, train_split):
+    if other is None and not source.has_splits:
+        print(f"dataset {source.name!r} has no split {split!r}: a share of it is held out instead", flush=True)
+        return None
+    found = find_source(other) if other else source
+    chosen = split or (data.train_split if found.has_splits else "train")
+    if shared := _shared(source, data.train_split, found, chosen, train):
         raise ConfigError(
-            f"validation_dataset={other!r} with validation_split={split!r} is the training data itself: name another "
-            "dataset or split, or leave both out (then a share of the documents is held out)"
+            f"validation_dataset={other!r} with validation_split={split!r} {shared}: name another dataset or split, "
+            "or leave both out (then a share of the documents is held out)"
         )
-    return found
+    return found, chosen
 
 
-def _read(source: str, split: str, data: DataArguments) -> Documents:
+def _shared(source: Source, train_split: str, found: Source, split: str, train: Documents) -> str:
+    """What validation would have of the training data, in words; '': nothing that can be known from names."""
+    if (found, split) == (source, train_split):
+        return "is the training data itself"
+    if found == source:
+        rows = {name: of_split.num_examples for name, of_split in (train.info.splits or {}).items()}
+        return f"has rows of train_split={train_split!r}" if _overlap(train_split, split, rows) else ""
+    files = source.files_of(train_split) & found.files_of(split)
+    return f"has a file that is trained on, {min(files)!r}" if files else ""
+
+
+def _overlap(one: str, other: str, rows: Mapping[str, int]) -> bool:
+    """Whether two of a dataset's splits, slices ('train[:90%]') or sums of them have rows in common.
+
+    Args:
+        one: the first.
+        other: the second.
+        rows: how many each split has.
+    """
+    from datasets import ReadInstruction
+
+    specs = ("+".join(rows) if spec == "all" else spec for spec in (one, other))
+    try:
+        first, second = (ReadInstruction.from_spec(spec).to_absolute(rows) for spec in specs)
+    except ValueError:  # no such split: who opens it says so
+        return False
+    return any(a.splitname == b.splitname and max(a.from_, b.from_) < min(a.to, b.to) for a in first for b in second)
+
+
+def _read(source: Source, split: str, data: DataArguments) -> Documents:
     from datasets import Dataset
 
-    if source in PACKAGED:
+    if source.name in PACKAGED:
         check_split(source, split)
-        documents_of, version_of = PACKAGED[source]
+        documents_of, version_of = PACKAGED[source.name]
         documents = Dataset.from_generator(
             documents_of, gen_kwargs=version_of(), cache_dir=str(data.cache / "datasets")
         )
@@ -76,11 +115,11 @@ def _read(source: str, split: str, data: DataArguments) -> Documents:
     documents = open_dataset(source, split, data.dataset_config, data.streaming)
     columns = documents.column_names or list(next(iter(documents), {}))  # a stream may not know them before it is read
     if data.text_column not in columns:
-        raise ConfigError(f"dataset {source!r} has no column text_column={data.text_column!r}; "
+        raise ConfigError(f"dataset {source.name!r} has no column text_column={data.text_column!r}; "
                           f"its columns: {', '.join(columns)}")  # fmt: skip
     documents = documents.select_columns(data.text_column)
     documents = documents if data.text_column == "text" else documents.rename_column(data.text_column, "text")
-    return _of_text(source, data.text_column, documents)
+    return _of_text(source.name, data.text_column, documents)
 
 
 def _of_text(source: str, column: str, documents: Documents) -> Documents:

@@ -20,7 +20,7 @@ from .documents import validation_source
 from .output_dir import prepare_output
 from .pretrain import Result, data_seed
 from .pretrain import train_and_evaluate as finish
-from .sources import of_utf8, open_dataset
+from .sources import find_source, of_utf8, open_dataset
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -76,10 +76,10 @@ def load_examples(data: ChatArguments, seed: int = 0) -> tuple[Dataset, Dataset 
     Raises:
         ConfigError: a dataset that is not there, or has none of these columns; or too few examples to hold some out.
     """
-    train = _with_known_columns(data.dataset, open_dataset(data.dataset, data.train_split, data.dataset_config))
-    validation = validation_source(data.dataset, data.train_split, data.validation_dataset, data.validation_split)
-    if validation:
-        held_out = _with_known_columns(validation[0], open_dataset(validation[0], validation[1], data.dataset_config))
+    source = find_source(data.dataset)
+    train = _with_known_columns(source.name, open_dataset(source, data.train_split, data.dataset_config))
+    if validation := validation_source(source, train, data):
+        held_out = _with_known_columns(validation[0].name, open_dataset(*validation, data.dataset_config))
     elif data.validation_fraction:
         if len(train) < 2:
             raise ConfigError(f"dataset {data.dataset!r} has {len(train)} example(s), none to hold out: "
