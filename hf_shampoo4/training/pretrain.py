@@ -30,6 +30,7 @@ from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..exceptions import ConfigError
+from ..integrations.saving import save_whole_model
 from .arguments import DataArguments, ModelArguments, RunArguments
 from .config import parse_as
 from .data import TextData, collate, known_tokenizer, load_text, masked
@@ -141,7 +142,7 @@ def train_and_evaluate(trainer: Trainer, checkpoint: str | None, progress: Train
             raise
         raise ConfigError(f"the weights of {checkpoint!r} do not fit the model ({found[1]}): give the settings that "
                           "they were trained with, or begin a new training") from error  # fmt: skip
-    trainer.save_model()
+    save_whole_model(trainer)
     trainer.save_state()
     trainer.save_metrics("train", metrics)
     if trainer.eval_dataset is not None:
