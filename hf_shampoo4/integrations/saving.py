@@ -1,5 +1,5 @@
 """The Trainer's checkpoints: what every rank must do before rank 0 alone asks the optimizer for its state, and whether
-one is whole before it is loaded.
+one is whole before it is loaded; and the model that a training of ours leaves at its end.
 
 A save may be asked for at any time, by the Trainer, a callback or a signal, and a folder to resume from be named to
 `Trainer.train` alone, so neither is foreseen but met where every rank passes: in the methods of `transformers.Trainer`
@@ -19,6 +19,8 @@ from ..utils.wrappers import without_wrappers
 from .hooks import after_import, wrap_once
 
 if TYPE_CHECKING:
+    from transformers import Trainer
+
     from ..optimizer import Shampoo4bit
 
 
@@ -37,6 +39,35 @@ def shampoo_in(optimizer: Any) -> Shampoo4bit | None:
 
     optimizer = without_wrappers(optimizer)
     return optimizer if isinstance(optimizer, Shampoo4bit) else None
+
+
+def save_whole_model(trainer: Trainer) -> None:
+    """`trainer.save_model()` at the end of a training, on every rank: the first one writes all weights, of all ranks.
+
+    Where FSDP's checkpoints are sharded the Trainer would write nothing, and not say so: for this one save they are
+    whole.  DeepSpeed's stage 3 writes parts if its configuration wants it so, and a line says what joins them.
+    """
+    if not trainer.is_fsdp_enabled:
+        trainer.save_model()
+        _say_what_joins_parts(trainer)
+        return
+    from torch.distributed.fsdp import StateDictType
+
+    plugin = trainer.accelerator.state.fsdp_plugin
+    of_checkpoints, plugin.state_dict_type = plugin.state_dict_type, StateDictType.FULL_STATE_DICT
+    try:
+        trainer.save_model()
+    finally:
+        plugin.state_dict_type = of_checkpoints
+
+
+def _say_what_joins_parts(trainer: Trainer) -> None:
+    folder = trainer.args.output_dir
+    whole = any(Path(folder).glob("*model*.safetensors"))  # an adapter always is
+    if trainer.is_deepspeed_enabled and trainer.args.should_save and not whole:
+        join = f"python {folder}/zero_to_fp32.py {folder} {folder} --safe_serialization"
+        reason = "stage3_gather_16bit_weights_on_model_save is false"
+        print(f"the weights in {folder} are in DeepSpeed's parts ({reason}): `{join}` joins them", flush=True)
 
 
 def _wrap_saves(module: ModuleType) -> None:

@@ -30,6 +30,7 @@ from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..exceptions import ConfigError
+from ..integrations.saving import save_whole_model
 from .arguments import DataArguments, ModelArguments, RunArguments
 from .config import parse_as
 from .data import TextData, collate, known_tokenizer, load_text, masked
@@ -131,6 +132,7 @@ def train_and_evaluate(trainer: Trainer, checkpoint: str | None, progress: Train
             if trainer.is_world_process_zero():
                 print(f"already trained: {checkpoint} is the end of it, and nothing is done", flush=True)
             return Result(results[0], trainer)
+    trainer.add_callback(TokenizerBeside())
     if progress is not None:
         trainer.remove_callback(ProgressCallback)
         trainer.add_callback(progress)
@@ -141,7 +143,7 @@ def train_and_evaluate(trainer: Trainer, checkpoint: str | None, progress: Train
             raise
         raise ConfigError(f"the weights of {checkpoint!r} do not fit the model ({found[1]}): give the settings that "
                           "they were trained with, or begin a new training") from error  # fmt: skip
-    trainer.save_model()
+    save_whole_model(trainer)
     trainer.save_state()
     trainer.save_metrics("train", metrics)
     if trainer.eval_dataset is not None:
@@ -215,7 +217,7 @@ def _trainer(
         eval_dataset=text.validation,
         data_collator=collator,
         processing_class=text.tokenizer,
-        callbacks=[TokenizerBeside(), *callbacks],
+        callbacks=callbacks,
         optimizer_cls_and_kwargs=optimizer,
     )
 

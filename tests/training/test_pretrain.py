@@ -14,7 +14,7 @@ from transformers import LlamaForCausalLM
 from hf_shampoo4.exceptions import ConfigError, OptionError
 from hf_shampoo4.training.arguments import ModelArguments
 from hf_shampoo4.training.commands import train as main
-from hf_shampoo4.training.config import read_config
+from hf_shampoo4.training.config import config_root, read_config
 from hf_shampoo4.training.model import build_model, load_model_config
 from hf_shampoo4.training.output_dir import prepare_output
 from hf_shampoo4.training.pretrain import length, parse, run
@@ -406,6 +406,27 @@ def test_torchrun_gives_the_losses_of_one_process(settings, tmp_path):
     two = json.loads((tmp_path / "out" / "all_results.json").read_text())
     one = run(parse({**settings, "output_dir": str(tmp_path / "one")}))
     assert two["eval_loss"] == pytest.approx(one.metrics["eval_loss"], rel=1e-4)
+
+
+@pytest.mark.slow
+def test_sharded_weights_are_one_model_at_the_end(settings, tmp_path, capsys):
+    """By fsdp2.yaml, whose checkpoints are sharded; the evaluation leaves some weights in bfloat16 on all ranks."""
+    settings |= {"optim": "shampoo4bit", "eval_strategy": "steps", "eval_steps": 2}
+    settings["model_overrides"] += ",tie_word_embeddings=true"
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump({**settings, "use_cpu": False}))
+    launch = ["-m", "accelerate.commands.launch", "--config_file", config_root() / "accelerate" / "fsdp2.yaml"]
+    launch += ["--num_processes", "2", "--main_process_port", "0", "-m", "tests.support.trained"]
+    done = python(*launch, tmp_path / "run.yaml", tmp_path / "trained.pt")
+    assert done.returncode == 0, done.stderr[-3000:]
+    trained, written = torch.load(tmp_path / "trained.pt"), weights(tmp_path / "out")
+    assert {weight.dtype for weight in written.values()} == {torch.float32}
+    assert trained.keys() == written.keys()
+    assert all(torch.equal(trained[name], written[name]) for name in trained)
+    checkpoint = tmp_path / "out" / "checkpoint-4"
+    assert (checkpoint / "pytorch_model_fsdp_0").is_dir()
+    assert not (checkpoint / "model.safetensors").exists()
+    run(parse({**settings, "resume_from_checkpoint": "auto"}))
+    assert "already trained: " in capsys.readouterr().out
 
 
 def test_help_lists_our_settings(capsys):
