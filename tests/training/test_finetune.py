@@ -14,6 +14,7 @@ from hf_shampoo4.exceptions import ConfigError
 from hf_shampoo4.training.arguments import ChatArguments
 from hf_shampoo4.training.config import config_root
 from hf_shampoo4.training.finetune import load_examples, parse, run
+from hf_shampoo4.training.pretrain import TokenizerBeside
 from tests.support.tiny import chat_model, conversations, often
 
 CONFIGS = sorted((config_root() / "finetune").glob("*.yaml"), key=lambda path: path.stem)
@@ -56,6 +57,8 @@ def test_full_fine_tuning_and_its_resume_are_one_run(model: Path, data: Path, tm
     losses = [entry["loss"] for entry in whole.trainer.state.log_history if "loss" in entry]
     assert losses[-1] < losses[0]
     assert whole.metrics["perplexity"] > 1
+    callbacks = whole.trainer.callback_handler.callbacks  # sharded checkpoints get their tokenizer by this one
+    assert [type(callback) for callback in callbacks].count(TokenizerBeside) == 1
     shutil.copytree(tmp_path / "a" / "checkpoint-2", tmp_path / "b" / "checkpoint-2")
     resumed = run(parse(settings(model, data, tmp_path / "b"), ["--resume_from_checkpoint", "auto"]))
     assert [entry["loss"] for entry in resumed.trainer.state.log_history if "loss" in entry] == losses
@@ -110,11 +113,11 @@ def test_examples_without_a_known_column_are_refused(tmp_path: Path) -> None:
 
 
 def test_tools_stay_beside_the_messages_and_pictures_are_refused(tmp_path: Path) -> None:
-    messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]
+    messages = [[{"role": "user", "content": f"{i}?"}, {"role": "assistant", "content": "!"}] for i in range(30)]
     path = tmp_path / "tools.jsonl"
-    path.write_text("".join(json.dumps({"messages": messages, "tools": "[]", "id": i}) + "\n" for i in range(30)))
+    path.write_text("".join(json.dumps({"messages": m, "tools": "[]", "id": i}) + "\n" for i, m in enumerate(messages)))
     assert load_examples(ChatArguments(dataset=str(path)))[0].column_names == ["messages", "tools"]
-    path.write_text("".join(json.dumps({"messages": messages, "image": "a.png"}) + "\n" for i in range(30)))
+    path.write_text("".join(json.dumps({"messages": m, "image": "a.png"}) + "\n" for m in messages))
     with pytest.raises(ConfigError, match=r"has pictures \(column 'image'\)"):
         load_examples(ChatArguments(dataset=str(path)))
 
