@@ -74,13 +74,15 @@ def agree(plans: Plans, units: Sequence[Unit], mine: View) -> View:
 def check_replicas(plans: Plans, units: Sequence[Unit], agreed: View) -> None:
     """Compare what is taken for replicas: after planning, when first there are gradients, and ever more rarely.
 
+    Also where ranks have gradients of other parameters: what one has and another has not must be zero.
+
     Raises:
         RuntimeError: parameters or gradients that should be the same on all ranks are not.
     """
     if plans.ranks.world == 1 or not agreed.present:
         return
     again = [unit for unit in units if (unit.group["step"] + 1).bit_count() == 1]
-    plans.replica_checks.again(plans.replicas(again))
-    if again or agreed.stale or agreed.fresh:
+    plans.replica_checks.again(plans.replicas(again if agreed.alike else units))
+    if again or agreed.stale or agreed.fresh or not agreed.alike:
         here = [local for local in plans.replicas(units) if local.name in agreed.present]
         plans.replica_checks.compare(plans.ranks, here)

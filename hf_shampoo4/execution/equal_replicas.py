@@ -21,6 +21,7 @@ from torch import Tensor
 from ..numerics.digest import digest
 from ..sharding.agreement import gather_or_raise
 from ..sharding.exchange import Ranks
+from .state_layout import Entry
 from .waves import Wave, WaveParameter
 
 CHECK_EVERY = 97
@@ -94,6 +95,40 @@ class EqualReplicas:
             wave.all_apply = False
 
 
+def require_equal_state(ranks: Ranks, taken: Sequence[tuple[Wave, Sequence[Entry]]]) -> None:
+    """Make sure that all ranks go on from the same state of what each of them has whole; every rank must call it.
+
+    Owners would take each block's from their own, and nothing else would show that it is another training's.
+
+    Args:
+        taken: waves, and what there is of their members' state.
+
+    Raises:
+        RuntimeError: they do not; the message says of which parameter and on which ranks.
+    """
+    found = [(wave, entries) for wave, entries in taken if ranks.world > 1 and wave.whole]
+    if not found:
+        return
+    of_all = gather_or_raise(ranks, lambda: [bits for wave in found for bits in _bits_of_whole(*wave)])
+    members = [member for wave, _ in found for member in wave.members]
+    compared = [m for m, of_one in enumerate(zip(*of_all, strict=True)) if None not in of_one]
+    by_rank = [[bits for m in compared if (bits := of_rank[m]) is not None] for of_rank in of_all]
+    if said := _difference(by_rank, [members[m] for m in compared]):
+        raise RuntimeError(
+            f"{said}.  It was loaded so: load the same checkpoint on every rank, from a disk that all share or from "
+            "copies that are the same"
+        )
+
+
+def _bits_of_whole(wave: Wave, entries: Sequence[Entry]) -> list[tuple[float, float] | None]:
+    """Of each member's state a number, if all of it is there."""
+    whole = wave.state.whole_here(entries)
+    return [
+        (0.0, digest([entry[key] for key in sorted(entry)]).item()) if is_whole else None
+        for entry, is_whole in zip(entries, whole, strict=True)
+    ]
+
+
 def _on_their_own(waves: Sequence[Wave]) -> list[Wave]:
     """Whose weights every rank has, and changes itself."""
     return [
@@ -118,7 +153,9 @@ def _bits(wave: Wave) -> list[tuple[float, float]]:
 
 def _difference(by_rank: Sequence[Sequence[tuple[float, float]]], members: Sequence[WaveParameter]) -> str:
     """What differs, and where; "" if nothing does."""
-    differing = [m for m, of_one in enumerate(zip(*by_rank, strict=True)) if len(set(of_one)) > 1]
+    differing = [
+        m for m, of_one in enumerate(zip(*by_rank, strict=True)) if None not in of_one and len(set(of_one)) > 1
+    ]
     if not differing:
         return ""
     first = [of_rank[differing[0]] for of_rank in by_rank]

@@ -23,7 +23,7 @@ from ..sharding.local_parameter import LocalParameter, check_trainable, full_sha
 from ..sharding.rendezvous import announced
 from ..sharding.replicas import ReplicaChecks
 from .build import build
-from .equal_replicas import EqualReplicas
+from .equal_replicas import EqualReplicas, require_equal_state
 from .model_groups import ModelGroups
 from .state_layout import Entry, foreign_state, own_state
 from .units import Key, Lent, Standing, Unit, UnitPlan, is_lost, units_of, warn_of_fresh
@@ -162,6 +162,8 @@ class Plans:
         for p in dropped:
             state[p] = foreign_state(state[p])
         planned = self._built(units, state)
+        new = [wave for waves, old in zip(planned, before, strict=True) if old is None for wave in waves]
+        require_equal_state(ranks, [(wave, entries_of(wave, state)) for wave in new])
         for wave in [wave for waves in planned for wave in waves]:
             wave.state.load(entries_of(wave, state))
             _put(wave, wave.state.lent(), state)

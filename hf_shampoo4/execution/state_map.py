@@ -14,6 +14,7 @@ from ..sharding.agreement import all_or_none
 from ..sharding.dtensor import sharded
 from ..sharding.exchange import Form, packed
 from ..sharding.geometry import MatrixView, Rect
+from ..sharding.local_parameter import local_tensor
 from ..sharding.placement import Placement, whole
 from ..sharding.route import BlockedParameter, Piece, Route, Transfer, route
 from .state_layout import Entry, StateKey
@@ -135,6 +136,18 @@ class StateMap:
             any(hasattr(saved[m].get(key), "to_local") for key in self.layout(g))
             for g, (m, _) in enumerate(self.groups)
         ]
+
+    def lies_as_saved(self, group: int, saved: Mapping[str, Any]) -> bool:
+        """Whether a member's saved DTensors, if they are some, have on this rank the rows that full state has here."""
+        member, rank = self.wave.members[self.groups[group][0]], self.wave.ranks.rank
+        here = self.parameters[group].placement.shard_of[rank].region.numel
+        there: list[Any] = [saved.get(key) for key in self.layout(group)]
+        spread = [t for t in there if hasattr(t, "to_local")]
+        if not all(len(local_tensor(t)) == here for t in spread):
+            return False
+        if self.wave.replicated or not hasattr(member.parameter, "placements"):
+            return True
+        return all(tuple(t.placements) == _by_block(member.parameter) for t in spread)
 
     def rows_of(self, groups: Sequence[bool]) -> set[int]:
         """The rows, as the route counts them, of some groups."""

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..exceptions import CheckpointError
 from ..sharding.agreement import all_or_none
+from ..sharding.local_parameter import local_tensor
 from .state_layout import Entry, StateKey, is_partial, state_layout
 from .state_map import StateMap
 
@@ -125,7 +126,7 @@ class WaveState:
         """Make sure that `load` can take the members' state over.
 
         Raises:
-            CheckpointError: partial state of other blocks than are this rank's here.
+            CheckpointError: partial state of other blocks than are this rank's here; DTensors that are cut otherwise.
             ValueError: state of a parameter of another shape.
         """
         for entry, member in zip(saved, self.wave.members, strict=True):
@@ -144,6 +145,21 @@ class WaveState:
                     "Make one file of it that fits any: hf-shampoo4 checkpoint convert DIR, and give that to "
                     "optimizer.load_state_dict"
                 )
+            if not self.map.lies_as_saved(g, saved[m]):
+                raise CheckpointError(
+                    f"the state of {self.wave.members[m].name!r} is DTensors, cut over ranks otherwise than the "
+                    "parameter is now: save and load by torch.distributed.checkpoint (dcp.load into "
+                    "optimizer.state_dict()), which fits any layout, or call full_tensor() on each before it is saved"
+                )
+
+    def whole_here(self, saved: Sequence[Mapping[str, Any]]) -> list[bool]:
+        """Whether this rank has all blocks of each member's saved state, as plain tensors."""
+        found = [bool(entry) and not is_partial(entry) for entry in saved]
+        for g, (m, _) in enumerate(self.map.groups):
+            there = [saved[m].get(key) for key in self.map.layout(g)]
+            count = len(self.map.parameters[g].rects)
+            found[m] &= all(t is not None and not hasattr(t, "to_local") and len(t) == count for t in there)
+        return found
 
     def load(self, saved: Sequence[Mapping[str, Any]]) -> None:
         """Take over what there is of the members' state, full or local; every rank must call it.
@@ -152,6 +168,8 @@ class WaveState:
             ValueError: a tensor with neither all blocks nor those of this rank.
         """
         with all_or_none(self.wave.ranks):
+            if self.wave.replicated:  # each rank keeps all rows, and has them all
+                saved = [{key: local_tensor(t) for key, t in entry.items()} for entry in saved]
             are_dtensors = self.map.are_dtensors(saved)
             rows = self.map.dtensor_rows(saved) if any(are_dtensors) else []
             self.copy_whole(saved, are_dtensors)

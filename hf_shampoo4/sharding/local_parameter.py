@@ -68,13 +68,24 @@ class LocalParameter(NamedTuple):
         return _is_flat(local_tensor(self.buffer))
 
     def gradient(self) -> Tensor | None:
-        """Its gradient as this rank has it: flat, in the order of `weights` and of any dtype; None if there is none."""
+        """Its gradient as this rank has it: flat, in the order of `weights` and of any dtype; None if there is none.
+
+        Raises:
+            TypeError: a plain tensor of all of what the ranks have cut.
+        """
         grad: Any = self.buffer.grad
         if grad is None:
             return None
         mine: Any = self.buffer
-        if type(grad) is not Tensor and hasattr(grad, "placements") and grad.placements != mine.placements:
-            grad = grad.redistribute(placements=mine.placements)
+        if type(grad) is not Tensor and hasattr(grad, "placements"):
+            if grad.placements != mine.placements:
+                grad = grad.redistribute(placements=mine.placements)
+        elif hasattr(mine, "placements") and grad.numel() != local_tensor(mine).numel():
+            raise TypeError(
+                f"the gradient of {self.name!r} is a plain tensor of all of it, {tuple(grad.shape)}, but the parameter "
+                "is a DTensor, cut over ranks: set a DTensor, such as p.grad * scale, or "
+                "distribute_tensor(gradient, p.device_mesh, p.placements)"
+            )
         return self._range_of(_flat(grad))
 
     def digest(self) -> list[tuple[float, ...]]:

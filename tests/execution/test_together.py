@@ -83,12 +83,42 @@ def test_ranks_that_update_all_themselves_on_unlike_processors_are_refused(resul
 
 
 def test_owners_update_all_where_auto_finds_ranks_apart_or_one_has_no_gradient(results: list) -> None:
-    """They send weights and state, so ranks are equal again."""
+    """They send weights and state, so ranks are equal again.  A gradient that is missing on one rank must be zero."""
     for rank in of(results, "apart"):
         assert rank["auto"] == [True, True]
         assert len(rank["warned"]) == 2
         assert all("each block's owner updates it from here on" in warned for warned in rank["warned"])
         assert rank["no gradient"]
+        for refused in rank["missing gradient"]:
+            assert "parameter '1.bias' is no replica: its gradients differ between rank 0 and ranks [1]" in refused
+
+
+def test_state_of_other_trainings_is_refused(results: list) -> None:
+    """Whoever owns a block would take it from what it has loaded itself, and nothing would show that."""
+    for rank in of(results, "loaded"):
+        for refused in rank["others"]:
+            assert (
+                "ranks are no longer equal: the state of parameter '0.weight' have other bits on ranks [1, 2]"
+                in refused
+            )
+            assert "It was loaded so: load the same checkpoint on every rank" in refused
+
+
+def test_dtensors_of_whole_parameters_are_taken_over_by_every_rank(results: list) -> None:
+    """State that was spread over ranks (shard_state), and is not any more; cut otherwise than the parameter, none."""
+    for rank in of(results, "loaded"):
+        assert rank["spread, then kept"]
+        said = (
+            "CheckpointError: the state of '0.weight' is DTensors, cut over ranks otherwise than the parameter is now"
+        )
+        assert said in rank["cut, then kept"]
+
+
+def test_a_plain_gradient_of_a_cut_parameter_is_refused(results: list) -> None:
+    """Every rank but the first would train on the first one's rows."""
+    for rank in of(results, "loaded"):
+        said = "TypeError: the gradient of '0.weight' is a plain tensor of all of it, (64, 64), but the parameter is a "
+        assert said in rank["plain gradient"]
 
 
 @pytest.mark.parametrize(

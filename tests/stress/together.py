@@ -39,6 +39,7 @@ from hf_shampoo4.utils.files import write_json
 
 SIZE = 64
 OPTIONS: dict[str, Any] = {"lr": 1e-2, "block_size": 32, "refresh_warmup": 0, "stats_every": 3}
+OWNERS: dict[str, Any] = {"apply": "owners"}
 SHAMPOO: dict[str, Any] = {"lr": 1e-2, "block_size": 32, "algorithm": "shampoo", "stats_every": 3, "roots_every": 3}
 
 
@@ -189,7 +190,11 @@ def apart() -> dict[str, Any]:
     found: dict[str, Any] = {}
 
     def gone(t: int, m: nn.Module) -> None:
-        if rank() == 1 and t == 2:  # a step in which gradients are not compared
+        if t == 2:  # a step in which gradients are not compared
+            m[1].bias.grad = None if rank() == 1 else torch.zeros_like(m[1].bias)
+
+    def missing(t: int, m: nn.Module) -> None:
+        if rank() == 1 and t == 2:
             m[1].bias.grad = None
 
     def moved(t: int, m: nn.Module) -> None:
@@ -206,6 +211,7 @@ def apart() -> dict[str, Any]:
         found["processors"] = said(lambda: train_alone(steps=6, **OPTIONS))
         found["gradients"] = said(lambda: train_alone(last_bits_of_gradients, **plain))
         found["no gradient"] = train_alone(gone, **plain)
+        found["missing gradient"] = [said(lambda o=o: train_alone(missing, **plain, **o)) for o in ({}, OWNERS)]
         found["rates"] = [train_alone(rates=True, **plain, **o) for o in ({}, {"apply": "owners", "wire": "bf16"})]
         half: dict[str, Any] = {"apply": "owners", "wire": "bf16"}
         found["half a wire's weights"] = said(lambda: train_alone(moved, **half, **plain))
@@ -450,6 +456,59 @@ def join() -> dict[str, Any]:
     return found
 
 
+def loaded() -> dict[str, Any]:
+    """State of other trainings on each rank; and DTensors of whole parameters, spread and then kept by every rank."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    def trained(steps: int, m: nn.Module, o: Shampoo4bit) -> Shampoo4bit:
+        for t in range(steps):
+            backward(m, 10 * t, average=False)  # of the same data on all ranks
+            o.step()
+        return o
+
+    def cut(shape: tuple[int, ...]) -> nn.Module:
+        m = model()
+        if shape:
+            fully_shard(m, mesh=init_device_mesh("cpu", shape, mesh_dim_names=("replicate", "shard")[-len(shape) :]))
+        return m
+
+    def goes_on(state: dict[str, Any], m: nn.Module | None = None, **options: Any) -> Shampoo4bit:
+        m = m or cut(())
+        o = Shampoo4bit(m.named_parameters(), **OPTIONS, **options)
+        o.load_state_dict(state)
+        return trained(1, m, o)
+
+    def spread(shape: tuple[int, ...]) -> tuple[dict[str, Any], nn.Module, Shampoo4bit]:
+        m = cut(shape)
+        o = trained(4, m, Shampoo4bit(m.named_parameters(), **OPTIONS, shard_state=True))
+        return copy.deepcopy(o.state_dict()), m, o
+
+    def plain_gradient() -> None:
+        m = model()
+        fully_shard(m)
+        backward(m, 0, average=False)
+        m[0].weight.grad = m[0].weight.grad.full_tensor() * 0.5
+        Shampoo4bit(m.named_parameters(), **OPTIONS).step()
+
+    m = model(rank())
+    mine = trained(3, m, Shampoo4bit(m.named_parameters(), **OPTIONS, communicate=False)).state_dict()
+    saved, m, o = spread((3, 1))
+    same = cut((3, 1))
+    for p, q in zip(same.parameters(), m.parameters(), strict=True):
+        p.to_local().detach().copy_(q.to_local())
+    expected, kept = (one.state_dict()["state"] for one in (trained(1, m, o), goes_on(saved, same)))
+    settings: tuple[dict[str, Any], ...] = ({}, {"apply": "all"}, {"shard_state": True})
+    return {
+        "others": [said(lambda o=o: goes_on(copy.deepcopy(mine), **o)) for o in settings],
+        "spread, then kept": all(
+            torch.equal(t.to_local(), kept[i][key]) for i, entry in expected.items() for key, t in entry.items()
+        ),
+        "cut, then kept": said(lambda: goes_on(spread((3,))[0])),
+        "plain gradient": said(plain_gradient),
+    }  # fmt: skip
+
+
 def groups() -> dict[str, Any]:
     """Ranks that are others than before, and a group that is gone.  The last case: it takes the group away."""
     m = model()
@@ -471,7 +530,7 @@ def groups() -> dict[str, Any]:
 CASES: dict[str, Callable[[], dict[str, Any]]] = {
     "drift": drift, "apart": apart, "mixing": mixing, "subgroups": subgroups, "meshes": meshes, "missing": missing,
     **{f"{mode}: {place}": failing(place, mode) for place, (*_, modes) in PLACES.items() for mode in modes},
-    "closure": closure, "frozen": frozen, "join": join, "groups": groups,
+    "closure": closure, "frozen": frozen, "loaded": loaded, "join": join, "groups": groups,
 }  # fmt: skip
 
 
