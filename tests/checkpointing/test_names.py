@@ -202,6 +202,22 @@ def test_a_position_is_told_from_a_name_that_looks_like_it(tmp_path: Path) -> No
     assert all(map(torch.equal, trained, fresh))
 
 
+@pytest.mark.parametrize(("name", "now"), [("1.0", ".1.0"), ("w", "0.0")])
+def test_state_is_not_lost_where_a_group_that_is_added_changes_the_names(name: str, now: str, tmp_path: Path) -> None:
+    def made() -> Shampoo4bit:
+        optimizer = Shampoo4bit([("w", nn.Parameter(torch.ones(8, 6)))])
+        optimizer.add_param_group({"params": nn.Parameter(torch.ones(8, 6))})
+        return optimizer
+
+    first, second = made(), made()
+    uneven_step(first, 0)
+    save_optimizer(first, tmp_path / "saved")
+    load_optimizer(second, tmp_path / "saved")
+    second.add_param_group({"params": [(name, nn.Parameter(torch.ones(8, 6)))]})
+    with pytest.raises(CheckpointError, match=rf"other names than when .* was loaded \('{now}'\).*after the next step"):
+        uneven_step(second, 1)
+
+
 def test_a_position_stays_as_it_was_where_no_name_looks_like_it() -> None:
     """So that earlier versions' folders can be read; two models' "1.0" are no name of either."""
     lists = [nn.ModuleList(nn.ParameterList([torch.ones(8, 6)]) for _ in range(2)) for _ in range(2)]
