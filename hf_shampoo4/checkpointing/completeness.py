@@ -20,10 +20,14 @@ STATE = "trainer_state.json"
 CALLBACK = "Shampoo4bitCallback"  # under this name the Trainer keeps what the callback says of the ranks
 
 # files of torch.save, which are zip archives: their table of contents comes last
-ARCHIVES = ("*.pth", "*.pt", "pytorch_model*.bin", "adapter_model.bin", "optimizer*.bin", "global_step*/*.pt")
+ARCHIVES = ("*.pth", "*.pt", "pytorch_model*.bin", "adapter_model.bin", "*/adapter_model.bin", "optimizer*.bin",
+            "global_step*/*.pt")  # fmt: skip
+TENSORS = ("*.safetensors", "*/adapter_model.safetensors")
 OPTIMIZERS = ("optimizer.pt", "optimizer.bin", "optimizer_*/.metadata", "global_step*/*.pt")
-WEIGHTS = ("*.safetensors", "pytorch_model*.bin", "adapter_model.bin", "pytorch_model_fsdp_*/.metadata",
-           "global_step*/*.pt")  # fmt: skip
+WEIGHTS = (*TENSORS, "pytorch_model*.bin", "adapter_model.bin", "*/adapter_model.bin",
+           "pytorch_model_fsdp_*/.metadata", "global_step*/*.pt")  # fmt: skip
+# PEFT writes the adapter "default" beside the other files, each other one into a folder of its name
+ADAPTERS = ("adapter_config.json", "*/adapter_config.json")
 
 
 def incomplete(folder: Path) -> str:
@@ -72,9 +76,9 @@ def _problems(folder: Path) -> Iterator[str]:
     yield from _missing(folder)
     yield from _unfinished_ranks(folder, state)
     yield from (f"{path.relative_to(folder)} is cut off" for path in sorted(_files(folder, ARCHIVES)) if _torn(path))
-    for path in sorted(folder.glob("*.safetensors")):
+    for path in sorted(_files(folder, TENSORS)):
         if _safetensors_bytes(path) != path.stat().st_size:
-            yield f"{path.name} is cut off"
+            yield f"{path.relative_to(folder)} is cut off"
 
 
 def _missing(folder: Path) -> Iterator[str]:
@@ -85,6 +89,9 @@ def _missing(folder: Path) -> Iterator[str]:
     for kind, patterns in (("optimizer", OPTIMIZERS), ("weights", WEIGHTS)):
         if not any(_files(folder, patterns)):
             yield f"its {kind} is missing" if kind == "optimizer" else "its weights are missing"
+    for config in sorted(_files(folder, ADAPTERS)):  # the Trainer passes over an adapter without weights
+        if not any(_files(config.parent, ("adapter_model.safetensors", "adapter_model.bin"))):
+            yield f"the weights of {config.relative_to(folder)} are missing"
     for directory in (*folder.glob("optimizer_*/"), *folder.glob("pytorch_model_fsdp_*/")):
         if directory.is_dir() and not (directory / ".metadata").is_file():
             yield f"{directory.name}/.metadata, which is written last, is missing"

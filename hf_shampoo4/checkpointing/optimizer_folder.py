@@ -129,7 +129,8 @@ def load_optimizer(optimizer: Shampoo4bit, folder: str | Path) -> None:
     Raises:
         FileNotFoundError: there is none, or it was not completed.
         CheckpointError: another model or other structural options.  Nothing is changed then.  At the next step also:
-            a block is missing, or not what was written; the step is not made then.
+            a block is missing, or not what was written, or a group added since has changed the names; the step is not
+            made then.
     """
     optimizer, folder = without_wrappers(optimizer), Path(folder)
     groups, sums = read_groups(folder)
@@ -143,6 +144,11 @@ def load_optimizer(optimizer: Shampoo4bit, folder: str | Path) -> None:
     def read(rows: dict[str, Tensor]) -> None:
         check_metadata(folder)
         of_whom = {name: parse_row_name(name)[0] for name in rows}
+        if unknown := sorted(set(of_whom.values()) - there.keys()):
+            raise CheckpointError(
+                f"parameters have other names than when {folder} was loaded ({', '.join(map(repr, unknown[:3]))}), for "
+                "those of a group added since are called as they were: add it after the next step"
+            )
         rows = {there[p] + name.removeprefix(p): rows[name] for name, p in of_whom.items() if p in saved}
         missing = sorted(rows.keys() - sums.keys())
         if missing:

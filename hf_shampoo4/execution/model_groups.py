@@ -41,7 +41,7 @@ class ModelGroups:
         self.groups: list[Group] = []
         self._models: list[list[Tensor]] = []
         self._purposes: list[list[str]] = []
-        self._shared_names: set[str] = set()
+        self._uses: Counter[str] = Counter()  # own name -> how many parameters have it
         self._digest = ""
         self.were_edited = False
         """Whether groups have other places than plans were made for; who plans takes it back."""
@@ -57,13 +57,13 @@ class ModelGroups:
         self._models.append(group["params"])  # accelerate empties this very list before FSDP2 cuts the model
         # only `param_groups` says of which kind a group is
         self._purposes.append([noted_purpose(p) if group["kind"] != "any" else "" for p in group["params"]])
-        self._shared_names = _shared_names(self.groups)
+        self._uses = _uses(self.groups)
 
     def drop_last(self) -> None:
         """Take back the group that was added last."""
         for of_groups in (self.groups, self._models, self._purposes):
             of_groups.pop()
-        self._shared_names = _shared_names(self.groups)
+        self._uses = _uses(self.groups)
 
     def follow(self, groups: Sequence[Group], in_part: bool = False) -> None:
         """The optimizer's groups now: frameworks put other dicts in their place, and users edit the list.
@@ -89,7 +89,7 @@ class ModelGroups:
                 self.add(group)
         elif len(groups) == len(self.groups):
             self.groups = list(groups)
-            self._shared_names = _shared_names(self.groups)
+            self._uses = _uses(self.groups)
 
     def is_replaced(self, index: int) -> bool:
         """Whether DeepSpeed has put its own tensors in the place of the parameters of group `index`."""
@@ -121,8 +121,16 @@ class ModelGroups:
         parameters = self.parameters(index)
         own = own_names(self.groups[index])
         own = own if len(own) == len(parameters) else [""] * len(parameters)
-        names = [name if name and name not in self._shared_names else f"{index}.{i}" for i, name in enumerate(own)]
+        names = [name if name and self._uses[name] == 1 else self._position(index, i) for i, name in enumerate(own)]
         return list(zip(names, parameters, strict=True))
+
+    def _position(self, index: int, i: int) -> str:
+        """A name that no other parameter has: one in a ParameterList may be called "1.0" too, but no path begins with a
+        dot."""
+        name = f"{index}.{i}"
+        while self._uses[name] == 1:
+            name = f".{name}"
+        return name
 
     def names(self, index: int) -> list[str]:
         """Of the parameters of group `index`, see `named`."""
@@ -219,9 +227,8 @@ def own_names(group: Mapping[str, Any]) -> list[str]:
     return [clean_name(name) for name in group.get("param_names") or []]
 
 
-def _shared_names(groups: Sequence[Mapping[str, Any]]) -> set[str]:
-    counts = Counter(name for group in groups for name in own_names(group))
-    return {name for name, count in counts.items() if count > 1}
+def _uses(groups: Sequence[Mapping[str, Any]]) -> Counter[str]:
+    return Counter(name for group in groups for name in own_names(group))
 
 
 def with_names(group: Mapping[str, Any], named: bool) -> Group:

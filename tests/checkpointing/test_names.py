@@ -166,3 +166,60 @@ def test_what_is_frozen_since_is_left_out_by_torchs_loading_by_names(flat: bool)
     first.step()
     assert all(map(torch.equal, weights(model), weights(other)))
     assert second.names(0) == ["2.weight"]
+
+
+def lists_and_one_more(steps: int = 0) -> tuple[list[nn.Parameter], Shampoo4bit]:
+    """Parameters called "0.0" and "1.0", and one without a name, whose position is 1.0."""
+    torch.manual_seed(0)
+    lists = nn.ModuleList(nn.ParameterList([torch.randn(24, 16)]) for _ in range(2))
+    optimizer = Shampoo4bit(list(lists.named_parameters()), lr=1e-2)
+    more = nn.Parameter(torch.randn(24, 16))
+    optimizer.add_param_group({"params": [more]})
+    for t in range(steps):
+        uneven_step(optimizer, t)
+    return [*lists.parameters(), more], optimizer
+
+
+def uneven_step(optimizer: Shampoo4bit, t: int) -> None:
+    """With another gradient for each parameter, also for those of one shape."""
+    generator = torch.Generator().manual_seed(t)
+    for p in [p for group in optimizer.param_groups for p in group["params"]]:
+        p.grad = torch.randn(p.shape, generator=generator)
+    optimizer.step()
+
+
+def test_a_position_is_told_from_a_name_that_looks_like_it(tmp_path: Path) -> None:
+    trained, first = lists_and_one_more(steps=4)
+    fresh, second = lists_and_one_more()
+    assert [second.names(0), second.names(1)] == [["0.0", "1.0"], [".1.0"]]
+    save_optimizer(first, tmp_path / "saved")
+    load_optimizer(second, tmp_path / "saved")
+    with torch.no_grad():
+        for p, q in zip(fresh, trained, strict=True):
+            p.copy_(q)
+    for optimizer in (first, second):
+        uneven_step(optimizer, 4)
+    assert all(map(torch.equal, trained, fresh))
+
+
+@pytest.mark.parametrize(("name", "now"), [("1.0", ".1.0"), ("w", "0.0")])
+def test_state_is_not_lost_where_a_group_that_is_added_changes_the_names(name: str, now: str, tmp_path: Path) -> None:
+    def made() -> Shampoo4bit:
+        optimizer = Shampoo4bit([("w", nn.Parameter(torch.ones(8, 6)))])
+        optimizer.add_param_group({"params": nn.Parameter(torch.ones(8, 6))})
+        return optimizer
+
+    first, second = made(), made()
+    uneven_step(first, 0)
+    save_optimizer(first, tmp_path / "saved")
+    load_optimizer(second, tmp_path / "saved")
+    second.add_param_group({"params": [(name, nn.Parameter(torch.ones(8, 6)))]})
+    with pytest.raises(CheckpointError, match=rf"other names than when .* was loaded \('{now}'\).*after the next step"):
+        uneven_step(second, 1)
+
+
+def test_a_position_stays_as_it_was_where_no_name_looks_like_it() -> None:
+    """So that earlier versions' folders can be read; two models' "1.0" are no name of either."""
+    lists = [nn.ModuleList(nn.ParameterList([torch.ones(8, 6)]) for _ in range(2)) for _ in range(2)]
+    optimizer = Shampoo4bit([{"params": list(one.named_parameters())} for one in lists])
+    assert [optimizer.names(0), optimizer.names(1)] == [["0.0", "0.1"], ["1.0", "1.1"]]

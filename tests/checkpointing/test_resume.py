@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch import nn
 from transformers import Trainer, TrainerState
 
 from hf_shampoo4 import Shampoo4bit
@@ -166,6 +167,38 @@ def test_a_missing_shard_of_the_model_is_noticed(run: Path) -> None:
     index = run / "checkpoint-2" / "model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": {"a": "model.safetensors", "b": "model-2.safetensors"}}))
     assert incomplete(run / "checkpoint-2") == "model-2.safetensors is missing"
+
+
+def adapted(*names: str) -> nn.Module:
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=4, target_modules="all-linear")
+    model = peft.get_peft_model(llama(), config, adapter_name=names[0])
+    for name in names[1:]:
+        model.add_adapter(name, config)
+    return model
+
+
+@pytest.mark.parametrize("names", [("style",), ("default", "style"), ("style", "tone")])
+def test_adapters_are_whole_by_whatever_name_and_resumed_from(tmp_path: Path, names: tuple[str, ...]) -> None:
+    """PEFT writes each but "default" into a folder of its name."""
+    Trainer(adapted(*names), arguments(tmp_path, **SAVED), train_dataset=Tokens()).train()
+    folder = tmp_path / "checkpoint-2"
+    assert last_complete(tmp_path) == (folder, {})
+    trainer = Trainer(adapted(*names), arguments(tmp_path, **{**SAVED, "max_steps": 3}), train_dataset=Tokens())
+    trainer.train(resume_from_checkpoint=str(folder))
+    assert trainer.state.global_step == 3
+    for name in names:
+        weights = ("" if name == "default" else f"{name}/") + "adapter_model.safetensors"
+        content = (folder / weights).read_bytes()
+        (folder / weights).write_bytes(content[:-100])
+        assert incomplete(folder) == f"{weights} is cut off"
+        (folder / weights).unlink()
+        assert "weights" in incomplete(folder)
+        old = (folder / weights).with_suffix(".bin")  # of an earlier PEFT
+        old.write_bytes(content)
+        assert incomplete(folder) == f"{old.relative_to(folder)} is cut off"
+        torch.save({}, old)
+        assert incomplete(folder) == ""
 
 
 # ---------------------------------------------------------------------------------------------- who resumes from them
