@@ -41,7 +41,9 @@ class ModelGroups:
         self.groups: list[Group] = []
         self._models: list[list[Tensor]] = []
         self._purposes: list[list[str]] = []
-        self._uses: Counter[str] = Counter()  # own name -> how many parameters have it
+        self._names: set[str] = set()  # own ones, that one parameter alone has
+        self._like_positions = False
+        """Whether any of them may be one, as "1.0" in a ParameterList is."""
         self._digest = ""
         self.were_edited = False
         """Whether groups have other places than plans were made for; who plans takes it back."""
@@ -57,13 +59,13 @@ class ModelGroups:
         self._models.append(group["params"])  # accelerate empties this very list before FSDP2 cuts the model
         # only `param_groups` says of which kind a group is
         self._purposes.append([noted_purpose(p) if group["kind"] != "any" else "" for p in group["params"]])
-        self._uses = _uses(self.groups)
+        self._note_names()
 
     def drop_last(self) -> None:
         """Take back the group that was added last."""
         for of_groups in (self.groups, self._models, self._purposes):
             of_groups.pop()
-        self._uses = _uses(self.groups)
+        self._note_names()
 
     def follow(self, groups: Sequence[Group], in_part: bool = False) -> None:
         """The optimizer's groups now: frameworks put other dicts in their place, and users edit the list.
@@ -89,7 +91,7 @@ class ModelGroups:
                 self.add(group)
         elif len(groups) == len(self.groups):
             self.groups = list(groups)
-            self._uses = _uses(self.groups)
+            self._note_names()
 
     def is_replaced(self, index: int) -> bool:
         """Whether DeepSpeed has put its own tensors in the place of the parameters of group `index`."""
@@ -121,16 +123,21 @@ class ModelGroups:
         parameters = self.parameters(index)
         own = own_names(self.groups[index])
         own = own if len(own) == len(parameters) else [""] * len(parameters)
-        names = [name if name and self._uses[name] == 1 else self._position(index, i) for i, name in enumerate(own)]
+        names = [name if name in self._names else f"{index}.{i}" for i, name in enumerate(own)]
+        if self._like_positions:
+            names = [name if name == mine else self._clear(name) for name, mine in zip(names, own, strict=True)]
         return list(zip(names, parameters, strict=True))
 
-    def _position(self, index: int, i: int) -> str:
-        """A name that no other parameter has: one in a ParameterList may be called "1.0" too, but no path begins with a
-        dot."""
-        name = f"{index}.{i}"
-        while self._uses[name] == 1:
-            name = f".{name}"
-        return name
+    def _clear(self, position: str) -> str:
+        """A position that is no parameter's name: none begins with a dot."""
+        while position in self._names:
+            position = f".{position}"
+        return position
+
+    def _note_names(self) -> None:
+        uses = Counter(name for group in self.groups for name in own_names(group))
+        self._names = {name for name, count in uses.items() if name and count == 1}
+        self._like_positions = any(name[0].isdigit() for name in self._names)
 
     def names(self, index: int) -> list[str]:
         """Of the parameters of group `index`, see `named`."""
@@ -225,10 +232,6 @@ def _require_options(index: int, group: Group) -> None:
 def own_names(group: Mapping[str, Any]) -> list[str]:
     """The names that a group has for its parameters; none if it has no names."""
     return [clean_name(name) for name in group.get("param_names") or []]
-
-
-def _uses(groups: Sequence[Mapping[str, Any]]) -> Counter[str]:
-    return Counter(name for group in groups for name in own_names(group))
 
 
 def with_names(group: Mapping[str, Any], named: bool) -> Group:
