@@ -38,7 +38,8 @@ def draw_curves(grid: Grid, rows: Sequence[Row], path: Path) -> None:
             by_time.plot([seconds / 60 for seconds in row.seconds], losses, **look)
         if ends := [row.mean for row in shown if math.isfinite(row.mean)]:  # all may have diverged
             by_step.set_ylim(min(ends) - 0.05, max(ends) + 4 * (max(ends) - min(ends)) + 0.2)
-        by_step.set(title=f"{grid.title}: by steps", xlabel="step", ylabel="validation loss, nats a token")
+        figure.suptitle(grid.title)  # too long for one of the panels
+        by_step.set(title="by steps", xlabel="step", ylabel="validation loss, nats a token")
         by_step.set_xlim(right=1.3 * by_step.get_xlim()[1])  # room for the names
         label_ends(by_step, labels)
         by_time.set(title="by time", xlabel="training time, minutes")
