@@ -61,6 +61,11 @@ def step_of(folder: Path) -> int:
     return int(found[1]) if found else -1
 
 
+def steps_made(folder: Path) -> int:
+    """Of the training that has written a checkpoint, by its state."""
+    return int(json.loads((folder / STATE).read_text(encoding="utf-8"))["global_step"])
+
+
 def _problems(folder: Path) -> Iterator[str]:
     try:
         state = json.loads((folder / STATE).read_text(encoding="utf-8"))

@@ -81,8 +81,8 @@ def check_replicas(plans: Plans, units: Sequence[Unit], agreed: View) -> None:
     """
     if plans.ranks.world == 1 or not agreed.present:
         return
-    again = [unit for unit in units if (unit.group["step"] + 1).bit_count() == 1]
-    plans.replica_checks.again(plans.replicas(again if agreed.alike else units))
-    if again or agreed.stale or agreed.fresh or not agreed.alike:
+    again = [unit for unit in units if not agreed.alike or (unit.group["step"] + 1).bit_count() == 1]
+    plans.replica_checks.again(plans.replicas(again))
+    if again or agreed.stale or agreed.fresh:
         here = [local for local in plans.replicas(units) if local.name in agreed.present]
         plans.replica_checks.compare(plans.ranks, here)

@@ -153,9 +153,7 @@ def _bits(wave: Wave) -> list[tuple[float, float]]:
 
 def _difference(by_rank: Sequence[Sequence[tuple[float, float]]], members: Sequence[WaveParameter]) -> str:
     """What differs, and where; "" if nothing does."""
-    differing = [
-        m for m, of_one in enumerate(zip(*by_rank, strict=True)) if None not in of_one and len(set(of_one)) > 1
-    ]
+    differing = [m for m, of_one in enumerate(zip(*by_rank, strict=True)) if len(set(of_one)) > 1]
     if not differing:
         return ""
     first = [of_rank[differing[0]] for of_rank in by_rank]

@@ -9,7 +9,7 @@ import math
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import count
 from pathlib import Path
@@ -59,7 +59,8 @@ def load_text(data: DataArguments, seed: int = 0) -> TextData:
     """
     train, validation = load_documents(data)
     tokenizer = load_tokenizer(data, train)
-    packed_train = pack(train, tokenizer, data, together(train, data.seq_len))
+    packed = functools.partial(pack, tokenizer=tokenizer, data=data, rows=together(train, data.seq_len))
+    packed_train = packed(train)
     packed_validation = pack(validation, tokenizer, data, together(validation, data.seq_len))
     packed_validation = _fixed_sample(packed_validation, data)
     for split, sequences in (("training", packed_train), ("validation", packed_validation)):
@@ -67,7 +68,7 @@ def load_text(data: DataArguments, seed: int = 0) -> TextData:
             raise ConfigError(f"dataset {data.dataset!r}: its {split} split is shorter than one sequence "
                               f"of seq_len={data.seq_len} tokens")  # fmt: skip
     if data.streaming:
-        packed_train = Passes(train, tokenizer, data, seed)
+        packed_train = Passes(train, packed, seed)
     else:
         print(
             f"text: {len(packed_train):,} sequences of {data.seq_len} tokens to train on ({len(train):,} documents), "
@@ -273,21 +274,20 @@ class Passes(torch.utils.data.IterableDataset[Any]):
 
     Args:
         documents: a stream that gives one sequence at least.
-        tokenizer, data: as for `pack`.
+        packed: documents -> sequences, of a pass.
         seed: of the first pass's order; the next ones have the numbers after it.
     """
 
     def __init__(
-        self, documents: IterableDataset, tokenizer: PreTrainedTokenizerBase, data: DataArguments, seed: int
+        self, documents: IterableDataset, packed: Callable[[IterableDataset], IterableDataset], seed: int
     ) -> None:
-        self.documents, self.tokenizer, self.data, self.seed = documents, tokenizer, data, seed
-        self.rows = together(documents, data.seq_len)
+        self.documents, self.packed, self.seed = documents, packed, seed
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         for seed in count(self.seed):
             shuffled = self.documents.shuffle(seed=seed, buffer_size=STREAM_SHUFFLE)
             some = False
-            for sequence in pack(shuffled, self.tokenizer, self.data, self.rows):
+            for sequence in self.packed(shuffled):
                 some = True
                 yield sequence
             if not some:  # of more workers than the stream has files, one has nothing to read

@@ -98,12 +98,17 @@ def load_examples(data: ChatArguments, seed: int = 0) -> tuple[Dataset, Dataset 
 
 def _without(held_out: Dataset, train: Dataset) -> Dataset:
     """The examples to train on that are not held out as well: an example may be there more than once."""
-    held = {_written(example) for example in held_out}
-    kept = [index for index, example in enumerate(train) if _written(example) not in held]
+    held = dict.fromkeys(
+        sorted(_written(example) for example in held_out)
+    )  # unlike a set, of one hash in every process
+    kept = train.filter(_is_not_among, fn_kwargs={"held": held})
     if again := len(train) - len(kept):
         print(f"examples: {again:,} equal ones that are held out, and are left out", flush=True)
-        train = train.select(kept)
-    return train
+    return kept
+
+
+def _is_not_among(example: Mapping[str, Any], held: Mapping[str, None]) -> bool:
+    return _written(example) not in held
 
 
 def _written(example: Mapping[str, Any]) -> str:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import itertools
-import json
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..checkpointing.completeness import STATE, incomplete, last_complete, step_of
+from ..checkpointing.completeness import incomplete, last_complete, step_of, steps_made
 from ..exceptions import ConfigError
 from ..utils.files import check_writable
 
@@ -56,7 +55,7 @@ def refuse_content(folder: Path) -> None:
 
 def _leave_what_came_later(folder: Path, checkpoint: str) -> None:
     """Who goes back to a checkpoint leaves a branch, which `auto` would take for this one's newest."""
-    step = json.loads((Path(checkpoint) / STATE).read_text(encoding="utf-8"))["global_step"]
+    step = steps_made(Path(checkpoint))
     later = [path for path in folder.glob("checkpoint-*") if step_of(path) > step]
     for path in later:
         _set_aside(path, "left")

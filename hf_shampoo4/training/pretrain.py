@@ -29,6 +29,7 @@ from transformers import (
 from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from ..checkpointing.completeness import STATE, steps_made
 from ..exceptions import ConfigError
 from ..integrations.saving import save_whole_model
 from .arguments import DataArguments, ModelArguments, RunArguments
@@ -187,11 +188,11 @@ def steps(trainer: Trainer) -> int | None:
 
 def written_after(trainer: Trainer, checkpoint: Path) -> dict[str, Any] | None:
     """The results that a training left when it ended with this checkpoint; None if it is to go on from it."""
-    results, state = Path(trainer.args.output_dir) / "all_results.json", checkpoint / "trainer_state.json"
-    planned_steps = steps(trainer)
-    if planned_steps is None or TrainerState.load_from_json(str(state)).global_step < planned_steps:
+    results, planned_steps = Path(trainer.args.output_dir) / "all_results.json", steps(trainer)
+    if planned_steps is None or steps_made(checkpoint) < planned_steps:
         return None
-    if not results.is_file() or results.stat().st_mtime < state.stat().st_mtime:  # it was killed in between
+    ended = (checkpoint / STATE).stat().st_mtime
+    if not results.is_file() or results.stat().st_mtime < ended:  # it was killed in between
         return None
     read: dict[str, Any] = json.loads(results.read_text())
     return read

@@ -469,12 +469,11 @@ def loaded() -> dict[str, Any]:
 
     def cut(shape: tuple[int, ...]) -> nn.Module:
         m = model()
-        if shape:
-            fully_shard(m, mesh=init_device_mesh("cpu", shape, mesh_dim_names=("replicate", "shard")[-len(shape) :]))
+        fully_shard(m, mesh=init_device_mesh("cpu", shape, mesh_dim_names=("replicate", "shard")[-len(shape) :]))
         return m
 
     def goes_on(state: dict[str, Any], m: nn.Module | None = None, **options: Any) -> Shampoo4bit:
-        m = m or cut(())
+        m = m or model()
         o = Shampoo4bit(m.named_parameters(), **OPTIONS, **options)
         o.load_state_dict(state)
         return trained(1, m, o)
