@@ -280,7 +280,7 @@ class Shampoo4bit(torch.optim.Optimizer):
             told = ", ".join(f"{name}={there!r}, not {here!r}" for name, (there, here) in found.unlike.items())
             warnings.warn(
                 f"options come from the checkpoint, as the learning rate does: {told}.  To change one, set it in "
-                "optimizer.param_groups after loading",
+                "optimizer.param_groups after loading (under the Trainer: in a callback's on_train_begin)",
                 stacklevel=3,
             )
         stateless = [name for name in found.stateless if name not in awaited]

@@ -83,12 +83,22 @@ def accepted(state_dict: Any, groups: ModelGroups, ours: Sequence[Group]) -> Acc
 
 def _unlike(theirs: Sequence[Group], ours: Sequence[Group]) -> dict[str, tuple[Any, Any]]:
     told = {*STRUCTURAL, *OF_THE_RUN, "stochastic_from"}  # the last is made of the length of the training
+    compared = (*NAMES, "weight_decay", "betas", "eps")  # schedules set lr, and those of momentum the first beta
     return {
         name: (there[name], here[name])
         for there, here in zip(theirs, ours, strict=True)
-        for name in NAMES
-        if name not in told and name in there and there[name] != here[name]
+        for name in compared
+        if name not in told
+        and name in there
+        and not _same(there[name], here[name])
+        and not (name == "betas" and "max_momentum" in there)
     }
+
+
+def _same(there: Any, here: Any) -> bool:
+    """Betas may be a tuple or a list, as JSON has made of it."""
+    both = [tuple(x) if isinstance(x, (list, tuple)) else x for x in (there, here)]
+    return bool(both[0] == both[1])
 
 
 def without_state(groups: Sequence[Group], ours: ModelGroups) -> dict[str, Any]:

@@ -115,15 +115,23 @@ def _exchange(model: nn.Module) -> None:
 
 
 def build(config: PreTrainedConfig, dtype: torch.dtype, lora: int) -> Any:
-    """The model of a configuration, on torch's current device, with adapters of rank `lora` unless it is 0."""
+    """The model of a configuration, on torch's current device, with adapters of rank `lora` unless it is 0.
+
+    Raises:
+        OptionError: a configuration that names no architecture, and is none of a causal language model.
+    """
     with named():
         import transformers
 
     architecture = getattr(transformers, (config.architectures or [""])[0], None)
     if architecture is not None:
         model = architecture._from_config(config, dtype=dtype)
-    else:
+    elif type(config) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
         model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
+    else:
+        raise OptionError(f"a configuration of type {config.model_type} without architectures is of no causal language "
+                          'model: name the class in its config.json ("architectures": ["..."], as a model\'s '
+                          "save_pretrained does), or give hf_shampoo4.plan the module")  # fmt: skip
     if not lora:
         return model
     with named():

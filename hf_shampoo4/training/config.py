@@ -224,6 +224,10 @@ def _set_accumulation(run: RunArguments, training: TrainingArguments) -> None:
         raise ConfigError(f"total_batch_size={total} is not a multiple of per_device_train_batch_size * devices "
                           f"= {training.per_device_train_batch_size} * "
                           f"{at_once // training.per_device_train_batch_size}")  # fmt: skip
+    if training.auto_find_batch_size:
+        raise ConfigError(f"total_batch_size={total} would not be kept by auto_find_batch_size, which makes the batch "
+                          "of a device smaller and leaves the accumulation: turn it off, and give a "
+                          "per_device_train_batch_size that fits")  # fmt: skip
     training.gradient_accumulation_steps = total // at_once
 
 

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from torch import nn
     from transformers import TrainerCallback, TrainingArguments
-    from trl import ModelConfig, SFTConfig
+    from trl import ModelConfig, SFTConfig, SFTTrainer
 
 # What TRL reads: the columns of an example, the first kind that is there, and what belongs to any of them.
 KINDS: tuple[tuple[str, ...], ...] = (("messages",), ("prompt", "completion"), ("text",))
@@ -186,8 +186,9 @@ def run(
             quantization_config=get_quantization_config(model),
             peft_config=get_peft_config(model),
         )
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, RuntimeError, ValueError, TypeError) as error:
         raise _explained(error, config) from error
+    _tell_what_is_left(trainer, train, held_out)
     if optimizer is not None:  # its groups are of the model as TRL has adapted it
         trainer.optimizer_cls_and_kwargs = optimizer(trainer.model, training)
     return finish(trainer, checkpoint, progress)
@@ -203,6 +204,28 @@ def _learn_from_answers_where_there_are(training: SFTConfig, examples: Dataset) 
         training.assistant_only_loss = False
 
 
+def _tell_what_is_left(trainer: SFTTrainer, train: Dataset, held_out: Dataset | None) -> None:
+    """Say how many examples TRL has left out since nothing of what is learnt from is within `max_length`.
+
+    Raises:
+        ConfigError: all to train on, or all to validate on.
+    """
+    args, left = (
+        trainer.args,
+        {"train on": (trainer.train_dataset, train), "validate on": (trainer.eval_dataset, held_out)},
+    )
+    for purpose, (kept, given) in left.items():
+        if given is None:
+            continue
+        if len(kept) == 0:
+            raise ConfigError(f"none of {len(given):,} examples to {purpose} has anything to learn within "
+                              f"max_length={args.max_length} tokens: raise it, or give shorter prompts")  # fmt: skip
+        packed = args.packing if purpose == "train on" or args.eval_packing is None else args.eval_packing
+        if not packed and len(kept) < len(given) and trainer.is_world_process_zero():
+            print(f"examples: {len(given) - len(kept):,} of {len(given):,} to {purpose} have nothing to learn within "
+                  f"max_length={args.max_length} tokens, and are left out", flush=True)  # fmt: skip
+
+
 def _explained(error: Exception, config: FinetuneConfig) -> Exception:
     """What a user can do about an error of TRL or transformers while they load; the error itself if it is another."""
     name, said = config.model.model_name_or_path, reason(error)
@@ -213,6 +236,13 @@ def _explained(error: Exception, config: FinetuneConfig) -> Exception:
             f"{name!r} has no chat template, so it cannot learn from `messages`: give one with chat_template_path "
             "(a .jinja file, or a model that has one), or examples with `prompt` and `completion`"
         )
+    if "no assistant tokens" in said:
+        return ConfigError(
+            "a conversation has no turn of the assistant to learn from, or the chat template does not mark it "
+            "({% generation %}): leave such conversations out, or set assistant_only_loss=false to learn from all turns"
+        )
+    if "Target modules" in said:
+        return ConfigError(f"lora_target_modules names no layer of {name!r} ({said})")
     if "chat template" in said or "chat_template" in said:
         return ConfigError(
             f"the chat template of {name!r} cannot be trained with ({said}): "

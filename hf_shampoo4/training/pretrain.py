@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping, Sequence, Sized
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Union
+from unittest import mock
 
 from accelerate.utils import broadcast_object_list
 from transformers import (
@@ -118,32 +119,34 @@ class TokenizerBeside(TrainerCallback):
 def train_and_evaluate(trainer: Trainer, checkpoint: str | None, progress: TrainerCallback | None = None) -> Result:
     """Train, evaluate where there is something to evaluate on, write model, state and metrics.
 
-    A checkpoint of the last step is left as it is: the Trainer, which looks at `max_steps` after a step only, would
-    train one more, and write its figures over those of the training.
+    A checkpoint of the last step is left as it is, and what was not written after it any more is written now: the
+    Trainer, which looks at `max_steps` after a step only, would train one more.
 
     Raises:
-        ConfigError: a checkpoint of weights of other shapes.
+        ConfigError: a checkpoint of weights of other shapes, or of another optimizer.
     """
     if trainer.is_world_process_zero():
         print(planned(trainer, checkpoint), flush=True)
+    ended = False
     if checkpoint is not None:
         results = [written_after(trainer, Path(checkpoint)) if trainer.is_world_process_zero() else None]
         broadcast_object_list(results)
-        if results[0] is not None:
-            if trainer.is_world_process_zero():
-                print(f"already trained: {checkpoint} is the end of it, and nothing is done", flush=True)
+        ended = results[0] is not None
+        if ended and trainer.is_world_process_zero():
+            what = "nothing is done" if results[0] else "only what comes after the last step is done"
+            print(f"already trained: {checkpoint} is the end of it, and {what}", flush=True)
+        if results[0]:
             return Result(results[0], trainer)
     trainer.add_callback(TokenizerBeside())
     if progress is not None:
         trainer.remove_callback(ProgressCallback)
         trainer.add_callback(progress)
     try:
-        metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
-    except RuntimeError as error:
-        if checkpoint is None or not (found := re.search(r"size mismatch for (.*)\.", str(error))):
+        metrics = _end_of(trainer, checkpoint) if ended else trainer.train(resume_from_checkpoint=checkpoint).metrics
+    except (RuntimeError, ValueError) as error:
+        if checkpoint is None or not (said := _unfit(str(error), checkpoint, trainer)):
             raise
-        raise ConfigError(f"the weights of {checkpoint!r} do not fit the model ({found[1]}): give the settings that "
-                          "they were trained with, or begin a new training") from error  # fmt: skip
+        raise ConfigError(f"{said}: give the settings that it was trained with, or begin a new training") from error
     save_whole_model(trainer)
     trainer.save_state()
     trainer.save_metrics("train", metrics)
@@ -153,6 +156,30 @@ def train_and_evaluate(trainer: Trainer, checkpoint: str | None, progress: Train
         trainer.save_metrics("eval", evaluated)
         metrics = {**metrics, **evaluated}
     return Result(metrics, trainer)
+
+
+def _end_of(trainer: Trainer, checkpoint: str | None) -> dict[str, float]:
+    """Load the checkpoint of the last step, by a training of no epochs, which would log a loss of 0."""
+    initial, epochs = trainer.set_initial_training_values, [0]
+
+    def of_no_epoch(*arguments: Any, **settings: Any) -> tuple[Any, ...]:
+        epochs[0], *others = initial(*arguments, **settings)
+        return 0, *others
+
+    with mock.patch.object(trainer, "set_initial_training_values", of_no_epoch), mock.patch.object(trainer, "log"):
+        trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.state.num_train_epochs = epochs[0]
+    return {"total_flos": trainer.state.total_flos}
+
+
+def _unfit(error: str, checkpoint: str, trainer: Trainer) -> str | None:
+    """What does not fit of a checkpoint, by torch's error."""
+    if found := re.search(r"size mismatch for (.*)\.", error):
+        return f"the weights of {checkpoint!r} do not fit the model ({found[1]})"
+    if "loaded state dict" in error:  # by torch's optimizers; ours says it itself
+        optim = getattr(trainer.args.optim, "value", trainer.args.optim)
+        return f"the optimizer state of {checkpoint!r} is none of optim={optim} for this model"
+    return None
 
 
 def planned(trainer: Trainer, checkpoint: str | None = None) -> str:
@@ -187,13 +214,15 @@ def steps(trainer: Trainer) -> int | None:
 
 
 def written_after(trainer: Trainer, checkpoint: Path) -> dict[str, Any] | None:
-    """The results that a training left when it ended with this checkpoint; None if it is to go on from it."""
+    """The results that a training left when it ended with this checkpoint, empty if it was killed before it wrote them;
+    None if it is to go on from it.
+    """
     results, planned_steps = Path(trainer.args.output_dir) / "all_results.json", steps(trainer)
     if planned_steps is None or steps_made(checkpoint) < planned_steps:
         return None
     ended = (checkpoint / STATE).stat().st_mtime
-    if not results.is_file() or results.stat().st_mtime < ended:  # it was killed in between
-        return None
+    if not results.is_file() or results.stat().st_mtime < ended:
+        return {}
     read: dict[str, Any] = json.loads(results.read_text())
     return read
 

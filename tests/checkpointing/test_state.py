@@ -517,11 +517,15 @@ def test_what_is_saved_of_a_group_that_was_edited_can_be_loaded(change: str, for
 
 
 def test_options_that_are_not_structural_come_from_the_checkpoint() -> None:
-    first = Shampoo4bit(parameters(), algorithm="shampoo", lr=0.5, stats_every=3, roots_every=7, damping=1e-3)
+    theirs = {"stats_every": 3, "roots_every": 7, "damping": 1e-3, "weight_decay": 0.3, "betas": (0.8, 0.9)}
+    first = Shampoo4bit(parameters(), algorithm="shampoo", lr=0.5, **theirs)
     run(first, range(1))
     second = Shampoo4bit(parameters(), algorithm="shampoo", lr=0.1, stats_every=1, roots_every=1)
-    with pytest.warns(UserWarning, match=r"from the checkpoint.*: stats_every=3, not 1, damping=0.001, not 1e-06"):
+    with pytest.warns(
+        UserWarning, match=r"from the checkpoint.*: stats_every=3, not 1, damping=0.001, not 1e-06"
+    ) as it:
         second.load_state_dict(saved(first))
+    assert "weight_decay=0.3, not 0.0, betas=(0.8, 0.9), not (0.9, 0.9" in str(it[0].message)
     group = second.param_groups[0]
     assert (group["lr"], group["stats_every"], group["roots_every"], group["damping"]) == (0.5, 3, 7, 1e-3)
 

@@ -9,6 +9,7 @@ from typing import Any
 import bitsandbytes
 import pytest
 import torch
+import transformers
 
 import hf_shampoo4 as s4
 from hf_shampoo4.cli import main
@@ -256,6 +257,7 @@ def test_the_command_writes_table_json_and_picture(tmp_path, capsys) -> None:
         ({"block_sizes": 3}, "did you mean 'block_size'"),
         ({"model_or_config": "no_such_model"}, "no_such_model"),
         ({"model_or_config": torch.nn.Linear(1, 5)}, "nothing to precondition"),
+        ({"model_or_config": transformers.T5Config()}, "type t5 without architectures is of no causal language model"),
     ],
 )
 def test_errors_name_what_is_allowed(arguments: dict[str, Any], message: str) -> None:

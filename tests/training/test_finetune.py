@@ -188,6 +188,39 @@ def test_whole_texts_are_learnt_where_there_are_no_answers(
     assert "learning from the whole texts (assistant_only_loss=false)" in capsys.readouterr().out
 
 
+def chats(path: Path, questions: list[str], answer: bool = True) -> Path:
+    turns = [[{"role": "user", "content": question}] for question in questions]
+    for messages in turns if answer else ():
+        messages.append({"role": "assistant", "content": "word"})
+    path.write_text("".join(json.dumps({"messages": messages}) + "\n" for messages in turns))
+    return path
+
+
+def test_examples_without_an_answer_within_max_length_are_told(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    short, long = [f"word {i}" for i in range(9)], [f"word {i} " * 90 for i in range(6)]
+    mixed = chats(tmp_path / "mixed.jsonl", short + long)
+    some = {"max_length": 64, "max_steps": 1}
+    run(parse(settings(model, mixed, tmp_path / "out", validation_fraction=0, **some)))
+    assert "examples: 6 of 15 to train on have nothing to learn within max_length=64" in capsys.readouterr().out
+    none = chats(tmp_path / "none.jsonl", long)
+    with pytest.raises(ConfigError, match="none of 6 examples to train on has anything to learn within max_length=64"):
+        run(parse(settings(model, none, tmp_path / "none", validation_fraction=0, **some)))
+    held_out = {"dataset": str(chats(tmp_path / "short.jsonl", short)), "validation_dataset": str(none)}
+    with pytest.raises(ConfigError, match="none of 6 examples to validate on has anything to learn"):
+        run(parse({**settings(model, none, tmp_path / "held", **some), **held_out}))
+
+
+def test_errors_of_examples_and_layers_are_told_in_a_line(model: Path, data: Path, tmp_path: Path) -> None:
+    lora = {"use_peft": True, "lora_target_modules": ["nosuch"]}
+    with pytest.raises(ConfigError, match=r"lora_target_modules names no layer of .*nosuch"):
+        run(parse(settings(model, data, tmp_path / "lora", **lora)))
+    unanswered = chats(tmp_path / "unanswered.jsonl", [f"word {i}" for i in range(9)], answer=False)
+    with pytest.raises(ConfigError, match="a conversation has no turn of the assistant"):
+        run(parse(settings(model, unanswered, tmp_path / "unanswered")))
+
+
 def test_a_template_that_marks_no_answers_is_refused(model: Path, data: Path, tmp_path: Path) -> None:
     folder = tmp_path / "model"
     shutil.copytree(model, folder)

@@ -249,6 +249,8 @@ def test_total_batch_size_sets_accumulation(settings):
     assert parse({**settings, "total_batch_size": 12}).training.gradient_accumulation_steps == 6
     with pytest.raises(ConfigError, match="total_batch_size=13 is not a multiple of per_device_train_batch_size"):
         parse({**settings, "total_batch_size": 13})
+    with pytest.raises(ConfigError, match="total_batch_size=12 would not be kept by auto_find_batch_size"):
+        parse({**settings, "total_batch_size": 12, "auto_find_batch_size": True})
 
 
 @pytest.mark.parametrize(
@@ -459,11 +461,41 @@ def test_a_finished_training_that_is_resumed_stays_as_it_is(settings, capsys):
         assert "already trained: " in capsys.readouterr().out
     assert {path.name: path.read_bytes() for path in out.iterdir() if path.is_file()} == before
     assert first.trainer.state.global_step == 4
-    os.utime(out / "checkpoint-4" / "trainer_state.json")  # as if it had been killed before its results were written
-    killed = run(parse({**settings, "resume_from_checkpoint": "auto", "eval_strategy": "no"}))
-    assert killed.metrics["train_loss"] > 0
     longer = run(parse({**settings, "max_steps": 6, "resume_from_checkpoint": "auto", "eval_strategy": "no"}))
     assert longer.trainer.state.global_step == 6
+
+
+@pytest.mark.parametrize("max_steps", [4, 3])
+def test_a_training_that_was_killed_after_its_last_step_is_brought_to_its_end(settings, capsys, max_steps):
+    settings["lr_scheduler_type"] = "constant"
+    whole = run(parse(settings))
+    out = Path(settings["output_dir"])
+    end = weights(out)
+    for name in ("model.safetensors", *ENDS, "trainer_state.json"):
+        (out / name).unlink()
+    again = {**settings, "resume_from_checkpoint": "auto", "max_steps": max_steps}
+    ended = run(parse(again))
+    assert "only what comes after the last step is done" in capsys.readouterr().out
+    assert ended.metrics["eval_loss"] == whole.metrics["eval_loss"]
+    assert "train_loss" not in ended.metrics
+    state, before = ended.trainer.state, whole.trainer.state
+    assert (state.global_step, state.num_train_epochs) == (4, before.num_train_epochs)
+    assert [log for log in state.log_history if "eval_loss" not in log] == before.log_history[:4]
+    assert weights(out).keys() == end.keys()
+    assert all(torch.equal(weight, end[name]) for name, weight in weights(out).items())
+    assert sorted(path.name for path in out.glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-4"]
+    run(parse(again))
+    assert "and nothing is done" in capsys.readouterr().out
+
+
+ENDS = ("all_results.json", "train_results.json", "eval_results.json")
+
+
+def test_another_optimizers_checkpoint_is_refused_in_a_line(settings):
+    run(parse({**settings, "optim": "shampoo4bit"}))
+    again = {**settings, "optim": "adamw_torch", "resume_from_checkpoint": "auto", "max_steps": 6}
+    with pytest.raises(ConfigError, match=r"optimizer state of .*checkpoint-4' is none of optim=adamw_torch"):
+        run(parse(again))
 
 
 def test_who_goes_back_to_a_checkpoint_leaves_what_came_after_it(settings, tmp_path):
