@@ -85,7 +85,8 @@ def wrappers(parameters: Sequence[Tensor]) -> list[weakref.ref[Any]]:
 
 
 def _and_subclasses(kind: type) -> set[type]:
-    return {kind}.union(*(_and_subclasses(sub) for sub in kind.__subclasses__()))
+    below: list[type] = kind.__subclasses__()
+    return {kind}.union(*map(_and_subclasses, below))
 
 
 def refuse_join(modules: Sequence[weakref.ref[Any]]) -> None:
