@@ -15,7 +15,7 @@ from ..options import pairs_as_text
 from ..state_report import metrics
 from ..utils.wrappers import without_wrappers
 from .saving import follow_saves, shampoo_in
-from .trainer import OPTIMS, check_args, optim_name
+from .trainer import OPTIMS, asked_optim, check_args, optim_name
 
 REFRESH = "optim/refresh_seconds"
 WITHOUT_GRADIENTS = 3
@@ -128,7 +128,7 @@ def _are_of_training(logs: Mapping[str, Any]) -> bool:
 
 def _name(args: Any, model: Any, optimizer: Any) -> str:
     """What trains, as `--optim` and `--optim_args` say it; an optimizer that these do not make, by its class."""
-    asked = str(getattr(args.optim, "value", args.optim))
+    asked = asked_optim(args)
     ours = shampoo_in(optimizer)
     if ours is not None:
         return optim_name(ours, asked if asked in OPTIMS else "shampoo4bit")

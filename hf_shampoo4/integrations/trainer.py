@@ -112,6 +112,11 @@ def _model_of(groups: list[dict[str, Any]], model: nn.Module | None) -> nn.Modul
     return model
 
 
+def asked_optim(args: Any) -> str:
+    """`args.optim` as users write it: a member of transformers' enumeration, or text."""
+    return str(getattr(args.optim, "value", args.optim))
+
+
 def check_args(args: Any) -> None:
     """Refuse TrainingArguments that ask for one of our optimizers in a way that cannot work.
 

@@ -210,17 +210,14 @@ def _tell_what_is_left(trainer: SFTTrainer, train: Dataset, held_out: Dataset | 
     Raises:
         ConfigError: all to train on, or all to validate on.
     """
-    args, left = (
-        trainer.args,
-        {"train on": (trainer.train_dataset, train), "validate on": (trainer.eval_dataset, held_out)},
-    )
-    for purpose, (kept, given) in left.items():
-        if given is None:
-            continue
+    args = trainer.args
+    packed = args.packing if args.eval_packing is None else args.eval_packing
+    parts = [("train on", train, trainer.train_dataset, args.packing)]
+    parts += [("validate on", held_out, trainer.eval_dataset, packed)] if held_out is not None else []
+    for purpose, given, kept, packed in parts:
         if len(kept) == 0:
             raise ConfigError(f"none of {len(given):,} examples to {purpose} has anything to learn within "
                               f"max_length={args.max_length} tokens: raise it, or give shorter prompts")  # fmt: skip
-        packed = args.packing if purpose == "train on" or args.eval_packing is None else args.eval_packing
         if not packed and len(kept) < len(given) and trainer.is_world_process_zero():
             print(f"examples: {len(given) - len(kept):,} of {len(given):,} to {purpose} have nothing to learn within "
                   f"max_length={args.max_length} tokens, and are left out", flush=True)  # fmt: skip

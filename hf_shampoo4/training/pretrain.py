@@ -33,6 +33,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from ..checkpointing.completeness import STATE, steps_made
 from ..exceptions import ConfigError
 from ..integrations.saving import save_whole_model
+from ..integrations.trainer import asked_optim
 from .arguments import DataArguments, ModelArguments, RunArguments
 from .config import parse_as
 from .data import TextData, collate, known_tokenizer, load_text, masked
@@ -177,8 +178,7 @@ def _unfit(error: str, checkpoint: str, trainer: Trainer) -> str | None:
     if found := re.search(r"size mismatch for (.*)\.", error):
         return f"the weights of {checkpoint!r} do not fit the model ({found[1]})"
     if "loaded state dict" in error:  # by torch's optimizers; ours says it itself
-        optim = getattr(trainer.args.optim, "value", trainer.args.optim)
-        return f"the optimizer state of {checkpoint!r} is none of optim={optim} for this model"
+        return f"the optimizer state of {checkpoint!r} is none of optim={asked_optim(trainer.args)} for this model"
     return None
 
 
@@ -187,8 +187,7 @@ def planned(trainer: Trainer, checkpoint: str | None = None) -> str:
     args, model = trainer.args, trainer.model
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     batch = args.train_batch_size * args.world_size * args.gradient_accumulation_steps
-    optim = getattr(args.optim, "value", args.optim)
-    what = f"{trained:,} parameters by {optim}, {length(trainer)} of {batch:,} sequences"
+    what = f"{trained:,} parameters by {asked_optim(args)}, {length(trainer)} of {batch:,} sequences"
     return f"training: {what}, into {args.output_dir}" + (f", resumed from {checkpoint}" if checkpoint else "")
 
 
@@ -217,13 +216,14 @@ def written_after(trainer: Trainer, checkpoint: Path) -> dict[str, Any] | None:
     """The results that a training left when it ended with this checkpoint, empty if it was killed before it wrote them;
     None if it is to go on from it.
     """
-    results, planned_steps = Path(trainer.args.output_dir) / "all_results.json", steps(trainer)
+    out, planned_steps = Path(trainer.args.output_dir), steps(trainer)
     if planned_steps is None or steps_made(checkpoint) < planned_steps:
         return None
     ended = (checkpoint / STATE).stat().st_mtime
-    if not results.is_file() or results.stat().st_mtime < ended:
+    last = out / ("all_results.json" if trainer.eval_dataset is None else "eval_results.json")  # that is written
+    if not last.is_file() or last.stat().st_mtime < ended:
         return {}
-    read: dict[str, Any] = json.loads(results.read_text())
+    read: dict[str, Any] = json.loads((out / "all_results.json").read_text())
     return read
 
 

@@ -24,8 +24,7 @@ class Again(Wrapper):
 
 @pytest.mark.parametrize("kind", [Wrapper, Again])
 def test_wrappers_of_any_class_are_found_by_their_parameters(kind: type[Wrapper]) -> None:
-    mine, other = kind(nn.Linear(2, 2)), kind(nn.Linear(2, 2))
+    mine, _other = kind(nn.Linear(2, 2)), kind(nn.Linear(2, 2))
     found = [wrapper() for wrapper in wrappers(list(mine.parameters())[:1])]
     assert found == [mine]
     assert wrappers([torch.zeros(2)]) == []
-    del other

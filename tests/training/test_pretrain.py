@@ -486,6 +486,12 @@ def test_a_training_that_was_killed_after_its_last_step_is_brought_to_its_end(se
     assert sorted(path.name for path in out.glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-4"]
     run(parse(again))
     assert "and nothing is done" in capsys.readouterr().out
+    (out / "eval_results.json").unlink()  # as if it had been killed in its evaluation
+    assert run(parse(again)).metrics["eval_loss"] == whole.metrics["eval_loss"]
+    assert "only what comes after" in capsys.readouterr().out
+    os.utime(out / "checkpoint-4" / "trainer_state.json")  # as if those results were of an earlier end
+    run(parse(again))
+    assert "only what comes after" in capsys.readouterr().out
 
 
 ENDS = ("all_results.json", "train_results.json", "eval_results.json")
