@@ -293,12 +293,15 @@ class Factored:
         return {"rows": ((m,), torch.float32), "columns": ((n,), torch.float32)}
 
     def write(self, buffers: Buffers, x: Tensor) -> None:
-        buffers["rows"].copy_(x.mean(-1))
-        buffers["columns"].copy_(x.mean(-2))
+        m, n = self.shape
+        # divided first: the sum of squares that are finite may not be
+        buffers["rows"].copy_((x / n).sum(-1))
+        buffers["columns"].copy_((x / m).sum(-2))
 
     def read(self, buffers: Buffers) -> Tensor:
         rows, columns = buffers["rows"], buffers["columns"]
-        share = rows / rows.mean(-1, keepdim=True).clamp_(min=torch.finfo(torch.float32).tiny)
+        mean = (rows / self.shape[0]).sum(-1, keepdim=True)
+        share = rows / mean.clamp_(min=torch.finfo(torch.float32).tiny)
         return share.unsqueeze(-1) * columns.unsqueeze(-2)
 
 

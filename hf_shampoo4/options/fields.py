@@ -122,7 +122,8 @@ class Options:
     forgotten no faster than the first moment that they divide: by the larger of this and betas[0]."""
     damping: float = 1e-6
     """Added to a factor before its root, times its largest eigenvalue; for SOAP and KL-Shampoo to the eigenvalues that
-    their first moment is divided by when it is stored (1e-7 if it is less)."""
+    their first moment is divided by when it is stored (1e-7 if it is less).  What a moment was stored with is not kept:
+    after a change it is misread for a few steps, in directions with next to no gradient."""
     rectify_stats: int = 1
     """t1: Bjorck steps on the decoded eigenvectors before a factor update."""
 

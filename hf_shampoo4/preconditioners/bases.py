@@ -31,6 +31,7 @@ from .operations import Work, bjorck_work, cholesky_qr_work, product, qr_work
 
 MIN_DECAY = 0.3  # least weight of the old factor in a new one; .3, .6 and .8 train alike (docs/experiments.md)
 TINY = torch.finfo(torch.float32).tiny
+MOST_EXCESS = 1e36  # of a jump, so that neither it nor its reciprocal leaves float32
 LEAST = 1e-12  # of the largest eigenvalue, in a factor that is to be definite: QR cannot tell less from 0 either
 
 
@@ -220,6 +221,53 @@ def _side(order: int, has_basis: bool, options: Options) -> Side:
         shape, options.factor_codebook, options.bits, options.factor_block, columns=True, fit="least_squares"
     )
     return Side(order, DoubleQuantized(columns), options.rectify_stats, options.orthogonalise)
+
+
+class Jump(NamedTuple):
+    """How much of a sample is more than eigenvalues can have grown by, and on which side; `of` measures it.
+
+    Each side's sample is whitened by what the other side was, so where gradients grow by r, both samples grow by r^2.
+    Taken in by both, (1 - beta)^2 r^4 would come into lambda_L lambda_R^T, and the step would stand still for as long
+    as eigenvalues take to forget that.  Where columns come back that had no gradient for long, and so next to no
+    eigenvalue, every row's sample is as large, and no row has changed.
+    """
+
+    excess: Tensor
+    """(B, 1), at least 1: (1 - beta) times the mean of G'^2 / lambda_L lambda_R^T; 1 as good as always."""
+    ratio: Tensor
+    """(B, 1), of the columns' typical growth to the rows', within 1 / excess and excess."""
+
+    @classmethod
+    def of(cls, rows: Tensor, columns: Tensor, weight: float) -> Jump:
+        """
+        Args:
+            rows: (B, m) float32, samples over their eigenvalues: around 1 where nothing has changed.
+            columns: (B, n), the same.
+            weight: 1 - beta.
+        """
+        excess = excess_of(rows, weight)
+        return cls(excess, (_typical(columns) / _typical(rows)).clamp(1 / excess, excess))
+
+    def shares(self) -> tuple[Tensor, Tensor]:
+        """What both sides take in of their samples, (B, 1): their product grows by (1 - beta), as a second moment."""
+        root, excess = self.ratio.sqrt(), self.excess.sqrt()
+        return root / excess, 1 / (root * excess)
+
+    def of_rows_alone(self) -> Tensor:
+        """What the rows take in, (B, 1), if the columns follow after them: all but the columns' growth."""
+        return self.ratio.clamp_max(1.0)
+
+
+def excess_of(rows: Tensor, weight: float) -> Tensor:
+    """`Jump.excess`."""
+    return rows.mean(-1, keepdim=True).mul_(weight).clamp_(1.0, MOST_EXCESS)
+
+
+def _typical(x: Tensor) -> Tensor:
+    """The geometric mean of what is above 0, (B, 1), 1 if nothing is."""
+    some = x > 0
+    logs = torch.where(some, x.clamp(TINY, FLOAT32_MAX).log_(), 0.0)
+    return logs.sum(-1, keepdim=True).div_(some.sum(-1, keepdim=True).clamp_min_(1)).exp_()
 
 
 def statistic(g: Tensor, whitening: Tensor) -> Tensor:

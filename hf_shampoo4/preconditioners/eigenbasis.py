@@ -6,7 +6,7 @@ import functools
 import math
 from collections.abc import Generator, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,7 +17,19 @@ from ..numerics.precision import rotate, rotation_precision
 from ..numerics.quantize import DENSE_BLOCK, has_kernels, kernels
 from ..numerics.storage import Blockwise, Dense
 from ..options import ALGORITHMS, Options
-from .bases import MIN_DECAY, TINY, BasisStep, DecodedSide, Side, make_sides, rotated_sides, statistic
+from .bases import (
+    MIN_DECAY,
+    MOST_EXCESS,
+    TINY,
+    BasisStep,
+    DecodedSide,
+    Jump,
+    Side,
+    excess_of,
+    make_sides,
+    rotated_sides,
+    statistic,
+)
 from .moments import Adam, Momentum, make_moments
 from .operations import Work, coding_workspace, product, total
 from .protocols import Context, Stack, strip
@@ -200,43 +212,58 @@ class Eigenbasis(TwoSided):
         left.start_eigenvalues(level)
         right.start_eigenvalues(level)
         if self.is_two_sided:
-            of_right = (self._whitening(left).reciprocal() / self.left.order).unsqueeze(-2) @ squares
-            of_left = squares.div_(self._whitening(right).unsqueeze(-2)).mean(-1)
-            left.update_eigenvalues(of_left, decays.rotated, bad)
-            right.update_eigenvalues(of_right.squeeze(-2), decays.rotated, bad)
-            return bad
-        diagonal, rotated, squares = (left, right, squares) if right.has_basis else (right, left, squares.mT)
-        # from the left: a matrix times a column is summed otherwise on a CPU in a stack of one than in one of several
-        of_diagonal = (self._whitening(rotated).reciprocal() / squares.shape[-1]).unsqueeze(-2) @ squares.mT
-        diagonal.update_eigenvalues(of_diagonal.squeeze(-2), decays.diagonal, bad)
-        of_rotated = (self._whitening(diagonal).reciprocal() / squares.shape[-2]).unsqueeze(-2) @ squares
-        rotated.update_eigenvalues(of_rotated.squeeze(-2), decays.rotated, bad)
+            self._follow_both(left, right, squares, decays, bad)
+        elif right.has_basis:
+            self._follow_in_turn(left, right, squares, decays, bad)
+        else:
+            self._follow_in_turn(right, left, squares.mT, decays, bad)
         return bad
+
+    def _follow_both(self, left: DecodedSide, right: DecodedSide, squares: Tensor, decays: Decays, bad: Tensor) -> None:
+        """Two sides with bases; `squares` (B, m, n) are lost."""
+        rows, columns, weight = self._whitening(left), self._whitening(right), 1 - decays.rotated
+        of_right = _weighted_mean(squares, rows)
+        of_left = squares.div_(columns.unsqueeze(-2)).mean(-1)
+        if self.whitened and _may_exceed(excess := of_left / rows, weight):
+            of_left_share, of_right_share = Jump.of(excess, of_right / columns, weight).shares()
+            of_left, of_right = of_left.mul_(of_left_share), of_right.mul_(of_right_share)
+        left.update_eigenvalues(of_left, decays.rotated, bad)
+        right.update_eigenvalues(of_right, decays.rotated, bad)
+
+    def _follow_in_turn(
+        self, diagonal: DecodedSide, rotated: DecodedSide, squares: Tensor, decays: Decays, bad: Tensor
+    ) -> None:
+        """One basis: `squares` (B, k, n), k of the side without it."""
+        rows, columns, weight = self._whitening(diagonal), self._whitening(rotated), 1 - decays.diagonal
+        of_diagonal = _weighted_mean(squares.mT, columns)
+        if self.whitened and _may_exceed(excess := of_diagonal / rows, weight):
+            of_rotated = _weighted_mean(squares, rows)
+            of_diagonal = of_diagonal.mul_(Jump.of(excess, of_rotated / columns, weight).of_rows_alone())
+        diagonal.update_eigenvalues(of_diagonal, decays.diagonal, bad)
+        rotated.update_eigenvalues(_weighted_mean(squares, self._whitening(diagonal)), decays.rotated, bad)
 
     def _update_eigenvalues_in_passes(self, left: DecodedSide, right: DecodedSide, g: Tensor, decays: Decays) -> Tensor:
         """As `_update_eigenvalues`, by kernels that sum squares and keep none: one pass over g, or two."""
-        passes, vectors, floors = kernels("whitened"), kernels("eigenvalues"), self._floors
+        passes, vectors = kernels("whitened"), kernels("eigenvalues")
+        bounds = vectors.Bounds(FLOOR, TINY, MOST_EXCESS)
         sides, (m, n) = (left.eigenvalues, right.eigenvalues), self.shape
         flip = not right.has_basis  # of one basis: the left one
-        rows, columns = (True, True) if self.is_two_sided else (not flip, flip)
+        follows = (True, True) if self.is_two_sided else (not flip, flip)
         beta = decays.rotated if self.is_two_sided else decays.diagonal
         # blocks without eigenvalues as yet are summed with weights of 1, which `follow` knows
-        weights = vectors.weights(*sides, floors, self.whitened)
+        weights = vectors.weights(*sides, bounds, self.whitened)
+        rows, columns = (True, True) if self.whitened else follows  # both tell of a jump
         sums = passes.square_sums(g, *weights, rows=rows, columns=columns, whole=True)
-        good = vectors.follow(*sides, sums.rows, sums.columns, sums.all, 1 - beta, floors, self.whitened)
+        good = vectors.follow(sides, weights, sums, follows, 1 - beta, bounds, self.whitened)
         passes.clear(g, good)
         if not self.is_two_sided:
-            weights = vectors.weights(*sides, floors, self.whitened)
+            weights = vectors.weights(*sides, bounds, self.whitened)
             sums = passes.square_sums(g, *weights, rows=flip, columns=not flip)
             of_rotated = (sides[0], sums.rows, n) if flip else (sides[1], sums.columns, m)
             vectors.follow_alone(*of_rotated, 1 - decays.rotated)
         left.changed()
         right.changed()
         return good.logical_not_()
-
-    @property
-    def _floors(self) -> Any:
-        return kernels("eigenvalues").Floors(FLOOR, TINY)
 
     def _update_bases(
         self, stack: Stack, left: DecodedSide, right: DecodedSide, g: Tensor, context: Context
@@ -312,6 +339,19 @@ class Eigenbasis(TwoSided):
         # (1 - beta) mean_j G'_ij^2 / lambda_Rj is a part of lambda_Li: what bounds a gradient's rows bounds a mean's
         most = (1 - decays.rotated) ** -0.5
         return clamp_rms_(u, most, rows=self.left.basis is not None, columns=self.right.basis is not None)
+
+
+def _weighted_mean(squares: Tensor, whitening: Tensor) -> Tensor:
+    """mean_i squares_ij / whitening_i, (B, n).
+
+    From the left: a matrix times a column is summed otherwise on a CPU in a stack of one than in one of several.
+    """
+    return ((whitening.reciprocal() / squares.shape[-2]).unsqueeze(-2) @ squares).squeeze(-2)
+
+
+def _may_exceed(rows: Tensor, weight: float) -> bool:
+    """Whether a `Jump` may have an excess: a CPU looks, and another device is not waited for."""
+    return rows.device.type != "cpu" or bool((excess_of(rows, weight) > 1).any())
 
 
 class Decays(NamedTuple):

@@ -203,7 +203,10 @@ class Cholesky:
         a = torch.baddbmm(gram, old, old.mT, beta=1 - self.beta, alpha=self.beta)
         # C = chol(A + eps I)
         good = finite_blocks(a)
-        c = safe_cholesky(replace_bad_blocks(a, good), self.damping)
+        a = replace_bad_blocks(a, good)
+        c = safe_cholesky(a, self.damping)
+        # no gradient yet: no factor, whose root is the identity; that of the least eps would be 1e9 times as large
+        c.masked_fill_((a.diagonal(dim1=-2, dim2=-1).amax(-1) <= 0)[:, None, None], 0.0)
         good &= finite_blocks(c)
         if self.error_beta is not None:
             # C' = Q(C + E);  E <- be E + (1 - be) (C + E - D(C'))

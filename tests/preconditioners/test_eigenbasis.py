@@ -81,11 +81,16 @@ class Literal:
             self.eigenvalues = [np.full(k, level**0.5 if kl else level) for k in g.shape]
         if all(self.rotated):
             new = [self.variances(inside, side, kl) for side in (0, 1)]
+            shares = self.shares(new, 1 - self.beta[0]) if kl else (1.0, 1.0)
             for side in (0, 1):
-                self.follow(side, new[side])
+                self.follow(side, shares[side] * new[side])
         else:  # the side without a basis first: the other one is whitened by what it then has
-            for side in (0, 1) if self.rotated[1] else (1, 0):
-                self.follow(side, self.variances(inside, side, kl))
+            first = 0 if self.rotated[1] else 1
+            new = [self.variances(inside, side, kl) for side in (0, 1)]
+            grown = [of_side / old for of_side, old in zip(new, self.eigenvalues, strict=True)]
+            ratio = self.jump(grown[first], grown[1 - first], 1 - self.beta[first])[1] if kl else 1.0
+            self.follow(first, min(1.0, ratio) * new[first])
+            self.follow(1 - first, self.variances(inside, 1 - first, kl))
         if refresh_memory is not None:
             self.refresh(g, refresh_memory, kl)
         inside = self.u[0].T @ g @ self.u[1]
@@ -104,6 +109,16 @@ class Literal:
         rows = inside if side == 0 else inside.T
         other = self.eigenvalues[1 - side] if kl else np.ones(rows.shape[1])
         return np.array([np.mean(row**2 / other) for row in rows])
+
+    def jump(self, rows: Array, columns: Array, weight: float) -> tuple[float, float]:
+        """The growth of the squares beyond what the eigenvalues' product can take in, and on which side it is."""
+        excess = max(1.0, weight * rows.mean())
+        ratio = np.exp(np.log(columns[columns > 0]).mean() - np.log(rows[rows > 0]).mean())
+        return excess, min(max(ratio, 1 / excess), excess)
+
+    def shares(self, new: list[Array], weight: float) -> tuple[float, float]:
+        excess, ratio = self.jump(*[of_side / old for of_side, old in zip(new, self.eigenvalues, strict=True)], weight)
+        return (ratio / excess) ** 0.5, (ratio * excess) ** -0.5
 
     def follow(self, side: int, new: Array) -> None:
         beta = self.beta[side]
@@ -149,6 +164,35 @@ def test_32_bit_whole_run_agrees_with_the_literal_one(
     p, _ = train(
         shape, 8, algorithm=algorithm, bits=32, moments="fp32", stats_every=every, refresh_warmup=warmup, **options
     )
+    np.testing.assert_allclose(p.detach().numpy(), literal.w, rtol=0, atol=3e-4)
+
+
+@pytest.mark.parametrize("vocabulary", [False, True])
+@pytest.mark.parametrize("shape", [(12, 12), (7, 16), (24, 4), (3, 16)])
+@pytest.mark.parametrize("grows", ["all", "row", "column"])
+def test_where_gradients_grow_the_run_agrees_with_the_literal_one(
+    grows: str, shape: tuple[int, int], vocabulary: bool
+) -> None:
+    if vocabulary and shape != (24, 4):
+        pytest.skip("too few rows for a vocabulary: the base alone")
+
+    def grown(t: int) -> Tensor:
+        g = gradient(shape, t)
+        at: object = {"all": ..., "row": (2,), "column": (slice(None), 1)}[grows]
+        g[at] *= 1.0 if t < 5 else 1e3
+        return g
+
+    torch.manual_seed(0)
+    p = nn.Parameter(torch.randn(shape))
+    literal = Literal(p.detach().double().numpy(), "kl_shampoo", 0.9, 1e-4, vocabulary)
+    optimizer = Shampoo4bit(
+        [{"params": [p], "vocabulary": vocabulary}], lr=0.05, betas=(0.9, 0.98), weight_decay=0.1, bits=32,
+        moments="fp32", stats_every=100, refresh_warmup=0, factor_beta=0.9, vocabulary_beta=0.98, damping=1e-4,
+    )  # fmt: skip
+    for t in range(8):
+        literal.step(grown(t).double().numpy(), 0.05, 0.1, None)
+        p.grad = grown(t)
+        optimizer.step()
     np.testing.assert_allclose(p.detach().numpy(), literal.w, rtol=0, atol=3e-4)
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 
 from hf_shampoo4.exceptions import OptionError
 from hf_shampoo4.numerics.blocks import Buffers
@@ -188,6 +188,17 @@ def test_a_bad_block_keeps_its_last_good_state(factor: str) -> None:
         assert torch.equal(state[tensor][buffer][0], old[0])
         if tensor != "root" and buffer == "codes":
             assert not torch.equal(state[tensor][buffer][1], old[1])
+
+
+@pytest.mark.parametrize("factor", FACTORS)
+def test_no_gradient_before_the_first_root_is_no_reason_to_stand(factor: str) -> None:
+    p = nn.Parameter(torch.zeros(12, 8))
+    options = {"algorithm": "shampoo", "factor": factor, "graft": "none", "stats_every": 1, "roots_every": 5}
+    optimizer = Shampoo4bit([p], lr=1e-2, bits=32, moments="fp32", stagger=False, **options)
+    for t in range(12):
+        p.grad = torch.zeros_like(p) if t < 6 else torch.ones_like(p)
+        optimizer.step()
+    assert (p < -2e-2).all()
 
 
 @pytest.mark.parametrize("factor", FACTORS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -20,6 +21,7 @@ from hf_shampoo4.preconditioners.moments import Momentum
 
 pytest.importorskip("triton", reason="Triton is not installed (the extra `triton`): its kernels are not tested")
 
+Gradient = Callable[[tuple[int, ...], int, int], Tensor]
 SHAPES = [(12, 12), (12, 12), (20, 5), (5, 20), (5,)]
 
 
@@ -38,8 +40,17 @@ def gradient(shape: tuple[int, ...], i: int, t: int) -> Tensor:
     return g.sign() * 1.2e19 if i == 1 and t == 2 else g  # each square is finite, their sum is not
 
 
+def grown(shape: tuple[int, ...], i: int, t: int) -> Tensor:
+    """After some steps a row, a column, or all of it are a thousand times as large."""
+    g = torch.randn(shape, generator=torch.Generator().manual_seed(100 * t + i))
+    if t >= 3:
+        at: Any = [..., (0,), (slice(None), 0)][(i + len(shape) // 2) % 3 if len(shape) > 1 else 0]
+        g[at] *= 1e3
+    return g
+
+
 def trained(
-    steps: int, kernels: bool, dtype: torch.dtype = torch.float32, **options: Any
+    steps: int, kernels: bool, dtype: torch.dtype = torch.float32, gradient: Gradient = gradient, **options: Any
 ) -> tuple[list[Tensor], Shampoo4bit]:
     torch.manual_seed(0)
     parameters = [nn.Parameter(torch.randn(shape).to(dtype)) for shape in SHAPES]
@@ -72,6 +83,17 @@ def test_steps_with_kernels_are_those_without(algorithm: str, sides: str) -> Non
             assert torch.equal(q[key], p[key])
             failed += int(p[key].sum())
     assert failed > 0
+
+
+@pytest.mark.parametrize("sides", ["auto", "both", "short"])
+def test_steps_with_kernels_are_those_without_where_gradients_grow(sides: str) -> None:
+    options = {"sides": sides, "bits": 32, "moments": "fp32", "stats_every": 2, "factor_beta": 0.95}
+    (plain, one), (fused, other) = (trained(5, kernels, gradient=grown, **options) for kernels in (False, True))
+    for p, q in zip(plain, fused, strict=True):
+        torch.testing.assert_close(q, p, rtol=2e-4, atol=2e-4)
+    for p, q in zip(one.state.values(), other.state.values(), strict=True):
+        for key in (key for key in p if isinstance(p[key], Tensor) and "eigenvalues" in key):
+            torch.testing.assert_close(q[key], p[key], rtol=1e-3, atol=0)
 
 
 def test_quantised_steps_with_kernels_train_alike() -> None:

@@ -287,6 +287,14 @@ def test_factored_second_moment_of_zeros_and_of_a_single_entry() -> None:
     torch.testing.assert_close(storage.read(buffers), x, rtol=1e-5, atol=0)
 
 
+def test_factored_second_moment_of_squares_whose_sum_is_no_float32() -> None:
+    storage = Factored((3, 5))
+    buffers = allocate(storage, 1, "cpu")
+    x = torch.full((1, 3, 5), 3e38)
+    storage.write(buffers, x)
+    torch.testing.assert_close(storage.read(buffers), x, rtol=1e-5, atol=0)
+
+
 # -------------------------------------------------------------------------------------------------------- properties
 
 GRID = 4096

@@ -13,6 +13,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .whitened import Sums
+
+Pair = tuple[Tensor, Tensor]
 NUMBERS = 1024  # of a vector that are worked on at a time
 
 
@@ -90,8 +93,24 @@ def _start_one(x, at, length, start_at, NUMBERS: tl.constexpr):
 
 
 @triton.jit
+def _growth(sums, weights, at, length, factor, most, NUMBERS: tl.constexpr):
+    """Samples over eigenvalues, sums weights factor: their mean, and the geometric one of those above 0."""
+    total = tl.zeros((NUMBERS,), tl.float32)
+    logs = tl.zeros((NUMBERS,), tl.float32)
+    some = tl.zeros((NUMBERS,), tl.float32)
+    for start in range(0, length, NUMBERS):
+        k = start + tl.arange(0, NUMBERS)
+        sample = tl.load(sums + at * length + k, mask=k < length, other=0.0) * factor
+        sample = sample * tl.load(weights + at * length + k, mask=k < length, other=0.0)
+        total += sample
+        logs += tl.where(sample > 0, tl.log(tl.minimum(tl.maximum(sample, 1 / most), most)), 0.0)
+        some += tl.where(sample > 0, 1.0, 0.0)
+    return tl.sum(total, axis=0) / length, tl.exp(tl.sum(logs, axis=0) / tl.maximum(tl.sum(some, axis=0), 1.0))
+
+
+@triton.jit
 def _follow(
-    left, right, rows, columns, all, good, height, width, weight, floor, tiny,
+    left, right, left_weights, right_weights, rows, columns, all, good, height, width, weight, floor, tiny, most,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, WHITENED: tl.constexpr, NUMBERS: tl.constexpr,
 ):  # fmt: skip
     at = tl.program_id(0).to(tl.int64)
@@ -104,17 +123,32 @@ def _follow(
     # blocks without eigenvalues as yet were summed with weights of 1
     left_start = tl.where(_largest(left, at, height, NUMBERS) <= 0, level, -1.0)
     right_start = tl.where(_largest(right, at, width, NUMBERS) <= 0, level, -1.0)
-    of_level = 1.0
+    of_left = 1.0
+    of_right = 1.0
     if WHITENED:
         of_level = 1.0 / tl.maximum(level, tl.maximum(floor * level, tiny))
+        of_left = tl.where(right_start >= 0, of_level, 1.0)
+        of_right = tl.where(left_start >= 0, of_level, 1.0)
+        # preconditioners/bases.py, Jump
+        both = of_left * of_right
+        mean, typical = _growth(rows, left_weights, at, height, both / width, most, NUMBERS)
+        _, typical_column = _growth(columns, right_weights, at, width, both / height, most, NUMBERS)
+        excess = tl.minimum(tl.maximum(weight * mean, 1.0), most)
+        ratio = tl.minimum(tl.maximum(typical_column / typical, 1.0 / excess), excess)
+        if ROWS and COLUMNS:
+            root = tl.sqrt_rn(ratio)
+            of_left *= root / tl.sqrt_rn(excess)
+            of_right *= 1.0 / (root * tl.sqrt_rn(excess))
+        elif ROWS:
+            of_left *= tl.minimum(ratio, 1.0)
+        else:
+            of_right *= tl.minimum(1.0 / ratio, 1.0)
     if ROWS:
-        factor = tl.where(right_start >= 0, of_level, 1.0)
-        _follow_one(left, rows, at, height, left_start, factor, width, weight, is_good, NUMBERS)
+        _follow_one(left, rows, at, height, left_start, of_left, width, weight, is_good, NUMBERS)
     else:
         _start_one(left, at, height, left_start, NUMBERS)
     if COLUMNS:
-        factor = tl.where(left_start >= 0, of_level, 1.0)
-        _follow_one(right, columns, at, width, right_start, factor, height, weight, is_good, NUMBERS)
+        _follow_one(right, columns, at, width, right_start, of_right, height, weight, is_good, NUMBERS)
     else:
         _start_one(right, at, width, right_start, NUMBERS)
 
@@ -125,12 +159,15 @@ def _follow_alone(x, sums, length, count, weight, NUMBERS: tl.constexpr):
 
 
 @dataclass(frozen=True)
-class Floors:
-    """What eigenvalues are bounded by from below."""
+class Bounds:
+    """Of eigenvalues."""
 
     share: float
-    """Of a side's largest one."""
+    """The least, of a side's largest one."""
     tiny: float
+    """The least."""
+    most: float
+    """By how much a gradient's squares are taken to have grown at most."""
 
 
 def roots(left: Tensor, right: Tensor, damping: float, tiny: float) -> tuple[Tensor, Tensor]:
@@ -149,7 +186,7 @@ def roots(left: Tensor, right: Tensor, damping: float, tiny: float) -> tuple[Ten
     return found
 
 
-def weights(left: Tensor, right: Tensor, floors: Floors, whitened: bool) -> tuple[Tensor, Tensor]:
+def weights(left: Tensor, right: Tensor, bounds: Bounds, whitened: bool) -> tuple[Tensor, Tensor]:
     """1 / max(lambda, share max(lambda), tiny) of two sides; ones where there are none yet, or not `whitened`.
 
     Args, Returns: as `roots`.
@@ -157,34 +194,35 @@ def weights(left: Tensor, right: Tensor, floors: Floors, whitened: bool) -> tupl
     found = torch.empty_like(left), torch.empty_like(right)
     with torch.cuda.device_of(left):
         _weights[len(left), 2](
-            left, right, *found, left.shape[1], right.shape[1], floors.share, floors.tiny,
+            left, right, *found, left.shape[1], right.shape[1], bounds.share, bounds.tiny,
             WHITENED=whitened, NUMBERS=NUMBERS,
         )  # fmt: skip
     return found
 
 
 def follow(
-    left: Tensor, right: Tensor, rows: Tensor | None, columns: Tensor | None, whole: Tensor, weight: float,
-    floors: Floors, whitened: bool,
-) -> Tensor:  # fmt: skip
+    sides: Pair, weights: Pair, sums: Sums, follows: tuple[bool, bool], weight: float, bounds: Bounds, whitened: bool
+) -> Tensor:
     """Start eigenvalues of blocks that had none at their gradient's level, and let them follow its squares.
 
     Args:
-        left: float32 (B, m), contiguous; changed in place.
-        right: float32 (B, n), the same.
-        rows: float32 (B, m), sums over a row of squares times the right's `weights`; None: the left is started only.
-        columns: float32 (B, n), the same for the right one.
-        whole: float32 (B,), the sum of all squares.
+        sides: eigenvalues, float32 (B, m) and (B, n), contiguous; changed in place.
+        weights: `weights` of them.
+        sums: of squares times the weights, and of all without; of a side that neither follows nor, `whitened`, tells of
+            a jump: None.
+        follows: which sides follow; the others are started only.
         weight: of the new ones.
 
     Returns:
-        bool (B,): whether that sum is finite; eigenvalues of other blocks stay as they are.
+        bool (B,): whether the sum of all is finite; eigenvalues of other blocks stay as they are.
     """
+    left, right = sides
     good = torch.empty(len(left), dtype=torch.bool, device=left.device)
     with torch.cuda.device_of(left):
         _follow[(len(left),)](
-            left, right, rows, columns, whole, good, left.shape[1], right.shape[1], weight, floors.share, floors.tiny,
-            ROWS=rows is not None, COLUMNS=columns is not None, WHITENED=whitened, NUMBERS=NUMBERS,
+            left, right, *weights, sums.rows, sums.columns, sums.all, good, left.shape[1], right.shape[1],
+            weight, bounds.share, bounds.tiny, bounds.most,
+            ROWS=follows[0], COLUMNS=follows[1], WHITENED=whitened, NUMBERS=NUMBERS,
         )  # fmt: skip
     return good
 

@@ -1,0 +1,88 @@
+"""KL-Shampoo where gradients grow at once: steps go on at their usual length, as with a second moment."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from hf_shampoo4 import Shampoo4bit
+from hf_shampoo4.preconditioners.bases import Jump
+
+START = 150
+SHAPES = [(64, 96), (128, 32), (24, 96)]  # two bases, one on the right, one on the left
+
+
+def lengths(
+    shape: tuple[int, int], change: Callable[[int, Tensor], None], steps: int, **options: object
+) -> list[Tensor]:
+    """Of steps from `START`, over those of the twenty before: (rows, columns) each, a root mean square at an entry."""
+    p = nn.Parameter(torch.zeros(shape))
+    optimizer = Shampoo4bit([p], lr=1.0, weight_decay=0.0, **options)
+    squares = []
+    for t in range(START + steps):
+        p.grad = torch.randn(shape, generator=torch.Generator().manual_seed(t))
+        change(t, p.grad)
+        before = p.detach().clone()
+        optimizer.step()
+        squares.append((p.detach() - before).square())
+    usual = torch.stack(squares[START - 20 : START]).mean()
+    return [square / usual for square in squares[START:]]
+
+
+@pytest.mark.parametrize("bits", [4, 32])
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("by", [3.0, 1e2, 1e4, 1e8, 1e17])
+def test_gradients_that_grow_move_as_before(shape: tuple[int, int], by: float, bits: int) -> None:
+    options = {"bits": bits, **({"moments": "fp32"} if bits == 32 else {})}
+    scale = min(1.0, 1e8 / by)
+    found = lengths(shape, lambda t, g: g.mul_(scale * (1.0 if t < START else by)), 12, **options)
+    assert all(0.6 < square.mean().sqrt() < 1.6 for square in found), [float(x.mean().sqrt()) for x in found]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_after_a_spike_steps_are_as_long_as_usual(shape: tuple[int, int]) -> None:
+    found = lengths(shape, lambda t, g: g.mul_(100.0 if t == START else 1.0), 100)
+    assert all(0.6 < square.mean().sqrt() < 2.0 for square in found), [float(x.mean().sqrt()) for x in found]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("dim", [0, 1])
+def test_a_row_or_a_column_that_comes_back_leaves_the_others_their_steps(shape: tuple[int, int], dim: int) -> None:
+    found = lengths(shape, lambda t, g: g.select(dim, 0).mul_(0.0 if t < START else 1.0), 12)
+    others = [square.narrow(dim, 1, shape[dim] - 1).mean().sqrt() for square in found]
+    assert all(0.7 < other < 1.3 for other in others), others
+
+
+def test_a_fit_goes_on_to_other_targets() -> None:
+    """To a loss of 1e-8, and from there, with gradients 10,000 times as large, in as many steps again."""
+    torch.manual_seed(0)
+    x, first, second = torch.randn(512, 48), torch.randn(48, 64), torch.randn(48, 64)
+    w = nn.Parameter(torch.zeros(48, 64))
+    optimizer = Shampoo4bit([w], lr=0.3, weight_decay=0.0)
+    losses = []
+    for target in (first, second):
+        for t in range(300):
+            optimizer.param_groups[0]["lr"] = 0.3 * 0.97**t
+            loss = (x @ (w - target)).square().mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+    assert losses[299] < 1e-7 * losses[0]
+    assert losses[599] < 1e-7 * losses[300]
+
+
+@pytest.mark.parametrize("weight", [0.02, 0.1])
+def test_the_product_takes_in_what_a_second_moment_does(weight: float) -> None:
+    rows, columns = torch.rand(3, 40).double() + 0.5, torch.rand(3, 50).double() + 0.5
+    growth = torch.tensor([[1.0], [1e3], [1e9]]).double()
+    jump = Jump.of(
+        growth * rows / rows.mean(-1, keepdim=True), growth * columns / columns.mean(-1, keepdim=True), weight
+    )
+    left, right = jump.shares()
+    assert left[0] == right[0] == jump.of_rows_alone()[0] == 1
+    taken_in = weight * left * growth * weight * right * growth
+    torch.testing.assert_close(taken_in[1:], weight * growth[1:])
