@@ -246,7 +246,14 @@ class Jump(NamedTuple):
             weight: 1 - beta.
         """
         excess = excess_of(rows, weight)
-        return cls(excess, (_typical(columns) / _typical(rows)).clamp(1 / excess, excess))
+        # a side's typical growth is mean((1 + x)^-1/4)^-4: a few that have grown out of all measure do not move it
+        of_sides = torch._foreach_add([rows, columns], 1.0)
+        torch._foreach_clamp_max_(of_sides, MOST_EXCESS)
+        torch._foreach_sqrt_(of_sides)
+        torch._foreach_sqrt_(of_sides)
+        torch._foreach_reciprocal_(of_sides)
+        of_rows, of_columns = (x.mean(-1, keepdim=True) for x in of_sides)
+        return cls(excess, (of_rows / of_columns).square_().square_().clamp_(1 / excess, excess))
 
     def shares(self) -> tuple[Tensor, Tensor]:
         """What both sides take in of their samples, (B, 1): their product grows by (1 - beta), as a second moment."""
@@ -261,13 +268,6 @@ class Jump(NamedTuple):
 def excess_of(rows: Tensor, weight: float) -> Tensor:
     """`Jump.excess`."""
     return rows.mean(-1, keepdim=True).mul_(weight).clamp_(1.0, MOST_EXCESS)
-
-
-def _typical(x: Tensor) -> Tensor:
-    """The geometric mean of what is above 0, (B, 1), 1 if nothing is."""
-    some = x > 0
-    logs = torch.where(some, x.clamp(TINY, FLOAT32_MAX).log_(), 0.0)
-    return logs.sum(-1, keepdim=True).div_(some.sum(-1, keepdim=True).clamp_min_(1)).exp_()
 
 
 def statistic(g: Tensor, whitening: Tensor) -> Tensor:

@@ -113,7 +113,7 @@ class Literal:
     def jump(self, rows: Array, columns: Array, weight: float) -> tuple[float, float]:
         """The growth of the squares beyond what the eigenvalues' product can take in, and on which side it is."""
         excess = max(1.0, weight * rows.mean())
-        ratio = np.exp(np.log(columns[columns > 0]).mean() - np.log(rows[rows > 0]).mean())
+        ratio = (((1 + rows) ** -0.25).mean() / ((1 + columns) ** -0.25).mean()) ** 4
         return excess, min(max(ratio, 1 / excess), excess)
 
     def shares(self, new: list[Array], weight: float) -> tuple[float, float]:

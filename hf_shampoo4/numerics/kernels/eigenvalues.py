@@ -94,18 +94,17 @@ def _start_one(x, at, length, start_at, NUMBERS: tl.constexpr):
 
 @triton.jit
 def _growth(sums, weights, at, length, factor, most, NUMBERS: tl.constexpr):
-    """Samples over eigenvalues, sums weights factor: their mean, and the geometric one of those above 0."""
+    """Of samples over eigenvalues, sums weights factor: the mean, and the mean of (1 + x)^-1/4."""
     total = tl.zeros((NUMBERS,), tl.float32)
-    logs = tl.zeros((NUMBERS,), tl.float32)
-    some = tl.zeros((NUMBERS,), tl.float32)
+    roots = tl.zeros((NUMBERS,), tl.float32)
     for start in range(0, length, NUMBERS):
         k = start + tl.arange(0, NUMBERS)
         sample = tl.load(sums + at * length + k, mask=k < length, other=0.0) * factor
         sample = sample * tl.load(weights + at * length + k, mask=k < length, other=0.0)
         total += sample
-        logs += tl.where(sample > 0, tl.log(tl.minimum(tl.maximum(sample, 1 / most), most)), 0.0)
-        some += tl.where(sample > 0, 1.0, 0.0)
-    return tl.sum(total, axis=0) / length, tl.exp(tl.sum(logs, axis=0) / tl.maximum(tl.sum(some, axis=0), 1.0))
+        root = tl.sqrt_rn(tl.sqrt_rn(tl.minimum(1.0 + sample, most)))
+        roots += tl.where(k < length, 1.0 / root, 0.0)
+    return tl.sum(total, axis=0) / length, tl.sum(roots, axis=0) / length
 
 
 @triton.jit
@@ -131,10 +130,11 @@ def _follow(
         of_right = tl.where(left_start >= 0, of_level, 1.0)
         # preconditioners/bases.py, Jump
         both = of_left * of_right
-        mean, typical = _growth(rows, left_weights, at, height, both / width, most, NUMBERS)
-        _, typical_column = _growth(columns, right_weights, at, width, both / height, most, NUMBERS)
+        mean, of_rows = _growth(rows, left_weights, at, height, both / width, most, NUMBERS)
+        _, of_columns = _growth(columns, right_weights, at, width, both / height, most, NUMBERS)
         excess = tl.minimum(tl.maximum(weight * mean, 1.0), most)
-        ratio = tl.minimum(tl.maximum(typical_column / typical, 1.0 / excess), excess)
+        root = of_rows / of_columns * (of_rows / of_columns)
+        ratio = tl.minimum(tl.maximum(root * root, 1.0 / excess), excess)
         if ROWS and COLUMNS:
             root = tl.sqrt_rn(ratio)
             of_left *= root / tl.sqrt_rn(excess)
