@@ -106,9 +106,10 @@ class DecodedSide:
 
     def start_eigenvalues(self, level: Tensor) -> None:
         """Give eigenvalues to the blocks that had no gradient before: `level` (B,), all alike."""
-        fresh, level = self.largest <= 0, level.unsqueeze(-1)
+        largest, level = self.largest, level.unsqueeze(-1)
+        fresh = largest <= 0
         torch.where(fresh, level, self.eigenvalues, out=self.eigenvalues)
-        self._largest = torch.where(fresh, level, self.largest)
+        self._largest = torch.where(fresh, level, largest)
 
     def update_eigenvalues(self, diagonal: Tensor, beta: float, bad: Tensor) -> None:
         """lambda <- beta lambda + (1 - beta) diagonal, but for blocks whose gradient is zero, or too large to square.
