@@ -246,7 +246,7 @@ class Jump(NamedTuple):
             columns: (B, n), the same.
             weight: 1 - beta.
         """
-        excess = excess_of(rows, weight)
+        excess = rows.mean(-1, keepdim=True).mul_(weight).clamp_(1.0, MOST_EXCESS)
         # a side's typical growth is mean((1 + x)^-1/4)^-4: a few that have grown out of all measure do not move it
         of_sides = torch._foreach_add([rows, columns], 1.0)
         torch._foreach_clamp_max_(of_sides, MOST_EXCESS)
@@ -264,11 +264,6 @@ class Jump(NamedTuple):
     def of_rows_alone(self) -> Tensor:
         """What the rows take in, (B, 1), if the columns follow after them: all but the columns' growth."""
         return self.ratio.clamp_max(1.0)
-
-
-def excess_of(rows: Tensor, weight: float) -> Tensor:
-    """`Jump.excess`."""
-    return rows.mean(-1, keepdim=True).mul_(weight).clamp_(1.0, MOST_EXCESS)
 
 
 def statistic(g: Tensor, whitening: Tensor) -> Tensor:
