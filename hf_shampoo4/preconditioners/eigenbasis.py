@@ -25,7 +25,6 @@ from .bases import (
     DecodedSide,
     Jump,
     Side,
-    excess_of,
     make_sides,
     rotated_sides,
     statistic,
