@@ -210,12 +210,12 @@ class Eigenbasis(TwoSided):
         level = level.sqrt() if self.whitened else level  # KL: lambda_L lambda_R^T is the mean square
         left.start_eigenvalues(level)
         right.start_eigenvalues(level)
-        if self.is_two_sided:
-            self._follow_both(left, right, squares, decays, bad)
-        elif right.has_basis:
+        if left.vectors is None:
             self._follow_in_turn(left, right, squares, decays, bad)
-        else:
+        elif right.vectors is None:
             self._follow_in_turn(right, left, squares.mT, decays, bad)
+        else:
+            self._follow_both(left, right, squares, decays, bad)
         return bad
 
     def _follow_both(self, left: DecodedSide, right: DecodedSide, squares: Tensor, decays: Decays, bad: Tensor) -> None:
