@@ -222,6 +222,11 @@ HARMLESS = {
 }  # fmt: skip
 
 
+def _blocks(keys: Sequence[str]) -> str:
+    """The shapes of the blocks that keys of states are of."""
+    return ", ".join(sorted({key.split("/")[0] for key in keys if "/" in key}))
+
+
 def check_entry(name: str, entry: dict[str, Any], layout: dict[str, tuple[tuple[int, ...], torch.dtype]]) -> None:
     """Compare what is saved of a parameter with `layout`, shape and dtype of each tensor of the whole.
 
@@ -234,7 +239,11 @@ def check_entry(name: str, entry: dict[str, Any], layout: dict[str, tuple[tuple[
     known = {key for key in own_state(entry) if not names_blocks(key)}
     missing, strange = sorted(layout.keys() - known), sorted(known - layout.keys())
     if missing or strange:
-        raise CheckpointError(f"state of {name!r} does not fit: missing {missing[:3]}, not known {strange[:3]}")
+        there, here = _blocks(strange), _blocks(missing)
+        said = (
+            f"saved of blocks of {there}, here {here}: has a vocabulary or a width changed?  " if there and here else ""
+        )
+        raise CheckpointError(f"state of {name!r} does not fit: {said}missing {missing[:3]}, not known {strange[:3]}")
     for key, (shape, dtype) in layout.items():
         there = entry[key]
         if not isinstance(there, Tensor) or tuple(there.shape) != shape or there.dtype != dtype:
