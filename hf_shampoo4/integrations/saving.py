@@ -116,8 +116,8 @@ def _refuse_half(trainer: Any, checkpoint: Any = None) -> None:
     folder = Path(checkpoint)
     if reason := incomplete(folder):
         raise CheckpointError(
-            f"checkpoint {str(folder)!r} is not complete: {reason}.  A training was stopped while it wrote, or ran with "
-            f"save_only_model; `hf-shampoo4 checkpoint last {folder.parent}` finds the last one that is."
+            f"checkpoint {str(folder)!r} is not complete: {reason}.  "
+            f"`hf-shampoo4 checkpoint last {folder.parent}` finds the last one that is."
         )
     for name in ("optimizer.pt", "optimizer.bin"):
         check_archive(folder / name)
