@@ -32,6 +32,7 @@ from .operations import Work, bjorck_work, cholesky_qr_work, product, qr_work
 MIN_DECAY = 0.3  # least weight of the old factor in a new one; .3, .6 and .8 train alike (docs/experiments.md)
 TINY = torch.finfo(torch.float32).tiny
 MOST_EXCESS = 1e36  # of a jump, so that neither it nor its reciprocal leaves float32
+FAR = 65536.0  # between the sides' largest eigenvalues: 4.8 decades of the 38 that float32 has each way
 LEAST = 1e-12  # of the largest eigenvalue, in a factor that is to be definite: QR cannot tell less from 0 either
 
 
@@ -247,14 +248,17 @@ class Jump(NamedTuple):
             weight: 1 - beta.
         """
         excess = rows.mean(-1, keepdim=True).mul_(weight).clamp_(1.0, MOST_EXCESS)
-        # a side's typical growth is mean((1 + x)^-1/4)^-4: a few that have grown out of all measure do not move it
-        of_sides = torch._foreach_add([rows, columns], 1.0)
+        # a side's typical growth is mean((1 + x)^-1/4)^-4 of what has a gradient at all: a few that have grown out of
+        # all measure do not move it
+        of_sides, some = torch._foreach_add([rows, columns], 1.0), torch._foreach_sign([rows, columns])
         torch._foreach_clamp_max_(of_sides, MOST_EXCESS)
         torch._foreach_sqrt_(of_sides)
         torch._foreach_sqrt_(of_sides)
         torch._foreach_reciprocal_(of_sides)
-        of_rows, of_columns = (x.mean(-1, keepdim=True) for x in of_sides)
-        return cls(excess, (of_rows / of_columns).square_().square_().clamp_(1 / excess, excess))
+        torch._foreach_mul_(of_sides, some)
+        of_rows, of_columns, some_rows, some_columns = (x.sum(-1, keepdim=True) for x in (*of_sides, *some))
+        ratio = (of_rows * some_columns).div_(of_columns * some_rows)
+        return cls(excess, ratio.square_().square_().clamp_(1 / excess, excess))
 
     def shares(self) -> tuple[Tensor, Tensor]:
         """What both sides take in of their samples, (B, 1): their product grows by (1 - beta), as a second moment."""
@@ -264,6 +268,26 @@ class Jump(NamedTuple):
     def of_rows_alone(self) -> Tensor:
         """What the rows take in, (B, 1), if the columns follow after them: all but the columns' growth."""
         return self.ratio.clamp_max(1.0)
+
+
+def balance(left: DecodedSide, right: DecodedSide) -> None:
+    """Move powers of two from one side's eigenvalues to the other's, where their largest are 2^16 apart.
+
+    Gradients tell of lambda_L lambda_R^T alone.  What share of it is on which side drifts, by tens of decades in some
+    thousand steps, and would leave float32.  Even powers, so that roots, and so every step, are the same to the bit.
+    """
+    of_left, of_right = left.largest, right.largest
+    least = torch.minimum(of_left, of_right)
+    far = (least > 0) & (torch.maximum(of_left, of_right) > FAR * least)
+    if far.device.type == "cpu" and not far.any():
+        return
+    apart = torch.frexp(of_left).exponent - torch.frexp(of_right).exponent  # at most 276
+    moved = torch.where(far, torch.div(apart, 4, rounding_mode="floor") * 2, 0)
+    for side, by in ((left, -moved), (right, moved)):
+        half = torch.div(by, 2, rounding_mode="trunc")  # 2^by itself may be no float32
+        for power in (half, by - half):
+            side.eigenvalues.mul_(((power + 127) << 23).view(torch.float32))
+        side.changed()
 
 
 def statistic(g: Tensor, whitening: Tensor) -> Tensor:

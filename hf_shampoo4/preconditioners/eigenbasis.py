@@ -25,6 +25,7 @@ from .bases import (
     DecodedSide,
     Jump,
     Side,
+    balance,
     make_sides,
     rotated_sides,
     statistic,
@@ -39,6 +40,7 @@ from .whitened import BasisUpdate, FusedMoment, WhitenedMoment, can_fuse, carrie
 FLOOR = 1e-7  # of a side's largest eigenvalue, about float32's epsilon: the least that is divided by
 TALL, SHORTEST = 8, 2  # how long a strip is, in orders of its basis (that takes 1/14 byte an entry), and at least
 LONGEST = 1 << 24  # entries of a strip, unless it has to have more: what a wave holds (execution/blocking.py)
+BALANCED_EVERY = 64  # steps, in which the sides drift apart by three decades at the most
 LIMIT = 32.0  # of an entry of SOAP's direction: Adam's own is at most 1 / sqrt(1 - b2), which is this with b2 = 0.999
 
 
@@ -154,6 +156,8 @@ class Eigenbasis(TwoSided):
         g = rotate(left.vectors, g, right.vectors, precision)
         # lambda_L <- beta lambda_L + (1 - beta) mean_j G'_ij^2 / lambda_Rj, lambda_R likewise (SOAP: / 1)
         state["failures"]["dense"] += self._update_eigenvalues(left, right, g, decays)
+        if self.whitened and context.step % BALANCED_EVERY == 0:
+            balance(left, right)
         # m' <- b1 m' + (1 - b1) G', before the basis update if nothing but m' sees G': both are rotated as one sum
         if kl_shampoo:
             m.add(g, 1 - b1)

@@ -146,8 +146,8 @@ def test_a_late_step_of_llama_130m_takes_few_launches_and_twice_the_layers_hardl
     pytest.importorskip("triton")
     with_kernels, without = (late_launches(12, triton) for triton in (True, False))
     assert with_kernels <= 600
-    # 96 of them are of first moments that settle, 202 of gradients that may have grown: the kernels have both in them
-    assert without <= 1400
+    # 96 of them are of first moments that settle, 244 of gradients that may have grown: the kernels have both in them
+    assert without <= 1450
     assert late_launches(24, True) <= 1.1 * with_kernels
     assert late_launches(24, False) <= 1.1 * without
 

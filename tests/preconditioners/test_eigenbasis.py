@@ -113,7 +113,8 @@ class Literal:
     def jump(self, rows: Array, columns: Array, weight: float) -> tuple[float, float]:
         """The growth of the squares beyond what the eigenvalues' product can take in, and on which side it is."""
         excess = max(1.0, weight * rows.mean())
-        ratio = (((1 + rows) ** -0.25).mean() / ((1 + columns) ** -0.25).mean()) ** 4
+        of_rows, of_columns = (((1 + x[x > 0]) ** -0.25).mean() for x in (rows, columns))
+        ratio = (of_rows / of_columns) ** 4
         return excess, min(max(ratio, 1 / excess), excess)
 
     def shares(self, new: list[Array], weight: float) -> tuple[float, float]:

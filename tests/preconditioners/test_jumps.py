@@ -56,6 +56,25 @@ def test_a_row_or_a_column_that_comes_back_leaves_the_others_their_steps(shape: 
     assert all(0.7 < other < 1.3 for other in others), others
 
 
+@pytest.mark.parametrize("columns", [1, 8])
+def test_a_column_of_a_vocabulary_that_comes_back_leaves_the_others_their_steps(columns: int) -> None:
+    """Of 300 rows ten have a gradient at every step, and most have none at any one."""
+    p = nn.Parameter(torch.zeros(300, 16))
+    optimizer = Shampoo4bit([{"params": [p], "vocabulary": True}], lr=1.0, weight_decay=0.0)
+    squares = []
+    for t in range(START + 12):
+        generator = torch.Generator().manual_seed(t)
+        p.grad = torch.randn(300, 16, generator=generator)
+        p.grad[10:] *= torch.rand(290, 1, generator=generator) < 0.03
+        p.grad[:, :columns] *= t >= START
+        before = p.detach().clone()
+        optimizer.step()
+        squares.append((p.detach() - before)[:10, 8:].square().mean())
+    usual = torch.stack(squares[START - 20 : START]).mean()
+    found = [(square / usual).sqrt() for square in squares[START:]]
+    assert all(0.5 < length < 2 for length in found), found
+
+
 def test_a_fit_goes_on_to_other_targets() -> None:
     """To a loss of 1e-8, and from there, with gradients 10,000 times as large, in as many steps again."""
     torch.manual_seed(0)

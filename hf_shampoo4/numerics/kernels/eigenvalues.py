@@ -94,17 +94,19 @@ def _start_one(x, at, length, start_at, NUMBERS: tl.constexpr):
 
 @triton.jit
 def _growth(sums, weights, at, length, factor, most, NUMBERS: tl.constexpr):
-    """Of samples over eigenvalues, sums weights factor: the mean, and the mean of (1 + x)^-1/4."""
+    """Of samples over eigenvalues, sums weights factor: the mean, and that of (1 + x)^-1/4 of those above 0."""
     total = tl.zeros((NUMBERS,), tl.float32)
     roots = tl.zeros((NUMBERS,), tl.float32)
+    some = tl.zeros((NUMBERS,), tl.float32)
     for start in range(0, length, NUMBERS):
         k = start + tl.arange(0, NUMBERS)
         sample = tl.load(sums + at * length + k, mask=k < length, other=0.0) * factor
         sample = sample * tl.load(weights + at * length + k, mask=k < length, other=0.0)
         total += sample
         root = tl.sqrt_rn(tl.sqrt_rn(tl.minimum(1.0 + sample, most)))
-        roots += tl.where(k < length, 1.0 / root, 0.0)
-    return tl.sum(total, axis=0) / length, tl.sum(roots, axis=0) / length
+        roots += tl.where(sample > 0, 1.0 / root, 0.0)
+        some += tl.where(sample > 0, 1.0, 0.0)
+    return tl.sum(total, axis=0) / length, tl.sum(roots, axis=0) / tl.sum(some, axis=0)
 
 
 @triton.jit
