@@ -78,10 +78,11 @@ class Options:
     apply: Literal["auto", "owners", "all"] = "auto"
     """Who updates a block where every rank has all weights and all state (DDP): its owner, who sends what has changed,
     or every rank for itself, and only the blocks that are refreshed in a step are their owners'.  On CPUs the bits
-    are the same where the wire is exact; on GPUs a product's may depend on how many blocks are in a batch.  auto: what
-    late steps should be shorter with, by a table of GPUs and their links; owners on all others.  Where every rank
-    updates all, gradients must be the same on all of them, to the last bit: bits of weights and state are compared now
-    and then, and with all a difference is an error; with auto owners update all from there on."""
+    are the same where the wire is exact (of matrices whose bytes are no multiple of 64 if MKL_CBWR=COMPATIBLE is set);
+    on GPUs a product's may depend on how many blocks are in a batch.  auto: what late steps should be shorter with, by
+    a table of GPUs and their links; owners on all others.  Where every rank updates all, gradients must be the same on
+    all of them, to the last bit: bits of weights and state are compared now and then, and with all a difference is an
+    error; with auto owners update all from there on."""
     wire: Literal["exact", "bf16"] = "exact"
     """What gradients and updates are sent as between ranks: their own dtype and float32, or bfloat16."""
     communicate: bool = True
