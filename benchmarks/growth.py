@@ -20,19 +20,20 @@ RECORDED = Path(__file__).resolve().parents[1] / "docs" / "results" / "growth.js
 SHAPE = (64, 96)
 START, STEPS = 150, 120
 
-Change = Callable[[int, Tensor], None]
+Change = Callable[[int, Tensor], Tensor]
+"""Of the gradient of a step, in place."""
 
 
 def _all(by: float) -> Change:
-    return lambda t, g: g.mul_(by if t >= START else 1.0) and None
+    return lambda t, g: g.mul_(by if t >= START else 1.0)
 
 
 def _silent(dim: int, count: int) -> Change:
-    return lambda t, g: g.narrow(dim, 0, count).mul_(0.0 if t < START else 1.0) and None
+    return lambda t, g: g.narrow(dim, 0, count).mul_(0.0 if t < START else 1.0)
 
 
-def _spike(t: int, g: Tensor) -> None:
-    g.mul_(100.0 if t == START else 1.0)
+def _spike(t: int, g: Tensor) -> Tensor:
+    return g.mul_(100.0 if t == START else 1.0)
 
 
 CHANGES: dict[str, Change] = {
@@ -62,14 +63,10 @@ def lengths(change: Change, **options: object) -> list[float]:
 
 
 def told(found: list[float]) -> dict[str, float]:
-    """The first step, the shortest and the longest of the first 60, and after how many steps half is reached for good."""
+    """The first step, the least and the most of the first 60, and after how many steps half is reached for good."""
+    first, least, most = (round(x, 2) for x in (found[0], min(found[:60]), max(found[:60])))
     back = 1 + max((t for t, length in enumerate(found) if length < 0.5), default=-1)
-    return {
-        "first": round(found[0], 2),
-        "least": round(min(found[:60]), 2),
-        "most": round(max(found[:60]), 2),
-        "back": back,
-    }
+    return {"first": first, "least": least, "most": most, "back": back}
 
 
 def main() -> None:
