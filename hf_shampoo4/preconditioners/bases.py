@@ -32,6 +32,7 @@ from .operations import Work, bjorck_work, cholesky_qr_work, product, qr_work
 MIN_DECAY = 0.3  # least weight of the old factor in a new one; .3, .6 and .8 train alike (docs/experiments.md)
 TINY = torch.finfo(torch.float32).tiny
 MOST_EXCESS = 1e36  # of a jump, so that neither it nor its reciprocal leaves float32
+MAGNIFIED = 100.0  # a sample, at most, when it is scaled to the eigenvalues; ordinary training does not reach it
 FAR = 65536.0  # between the sides' largest eigenvalues: 4.8 decades of the 38 that float32 has each way
 LEAST = 1e-12  # of the largest eigenvalue, in a factor that is to be definite: QR cannot tell less from 0 either
 
@@ -307,7 +308,9 @@ def factor_in_basis(eigenvalues: Tensor, sample: Tensor, decay: float) -> Tensor
     """U^T A U from its diagonal, updated at every step, and the correlations of a sample, all there is of the rest.
 
     A' = D (decay I + (1 - decay) C) D, D = diag(lambda)^1/2, C the sample scaled to a unit diagonal: positive
-    semidefinite, and lambda remains its diagonal.
+    semidefinite, and lambda remains its diagonal.  A sample far below lambda, as after a spike or where gradients have
+    shrunk, is scaled by `MAGNIFIED` at the most: it is noise beside what lambda remembers, and would turn the basis
+    away from what the first moment is made of.
 
     Args:
         eigenvalues: (B, k) float32, lambda.
@@ -318,7 +321,7 @@ def factor_in_basis(eigenvalues: Tensor, sample: Tensor, decay: float) -> Tensor
         (B, k, k).
     """
     diagonal = sample.diagonal(dim1=-2, dim2=-1)
-    scale = torch.where(diagonal > 0, (eigenvalues / diagonal).sqrt(), 0.0)
+    scale = torch.where(diagonal > 0, (eigenvalues / diagonal).clamp_(max=MAGNIFIED).sqrt_(), 0.0)
     a = (sample * ((1 - decay) * scale.unsqueeze(-1))).mul_(scale.unsqueeze(-2))
     a.diagonal(dim1=-2, dim2=-1).copy_(eigenvalues)
     return a

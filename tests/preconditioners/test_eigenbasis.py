@@ -135,10 +135,9 @@ class Literal:
             x = bases[0].T @ g @ bases[1]
             x = x if side == 0 else x.T
             sample = x @ np.diag(1 / other) @ x.T / x.shape[1]
-            correlations = sample / np.sqrt(np.outer(np.diag(sample), np.diag(sample)))
-            mixed = decay * np.eye(len(sample)) + (1 - decay) * correlations
-            root = np.diag(np.sqrt(before[side]))
-            a = root @ mixed @ root
+            scale = np.sqrt(np.minimum(before[side] / np.diag(sample), 100))
+            a = (1 - decay) * np.outer(scale, scale) * sample
+            np.fill_diagonal(a, before[side])
             q, r = np.linalg.qr(a)
             q = q * np.where(np.diag(r) < 0, -1.0, 1.0)
             self.u[side] = bases[side] @ q

@@ -48,6 +48,18 @@ def test_after_a_spike_steps_are_as_long_as_usual(shape: tuple[int, int]) -> Non
     assert all(0.6 < square.mean().sqrt() < 2.0 for square in found), [float(x.mean().sqrt()) for x in found]
 
 
+@pytest.mark.parametrize("by", [1e-4, 1e-2, 1e2, 1e4])
+def test_where_bases_are_updated_rarely_they_do_not_turn_to_what_is_faint(by: float) -> None:
+    """After a spike, and where gradients shrink, steps were up to 7.5 times as long, in a direction of long ago."""
+    options = {"refresh_warmup": 0, "stats_every": 10}
+
+    def change(t: int, g: Tensor) -> None:
+        g.mul_(by if t == START or (by < 1 and t > START) else 1.0)
+
+    found = lengths((64, 96), change, 120, **options)
+    assert max(square.mean().sqrt() for square in found) < 2.6
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("dim", [0, 1])
 def test_a_row_or_a_column_that_comes_back_leaves_the_others_their_steps(shape: tuple[int, int], dim: int) -> None:
