@@ -226,8 +226,8 @@ class Eigenbasis(TwoSided):
         rows, columns, weight = self._whitening(left), self._whitening(right), 1 - decays.rotated
         of_right = _weighted_mean(squares, rows)
         of_left = squares.div_(columns.unsqueeze(-2)).mean(-1)
-        if self.whitened and may_exceed(excess := of_left / rows, weight):
-            of_left_share, of_right_share = Jump.of(excess, of_right / columns, weight).shares()
+        if self.whitened and may_exceed(grown := of_left / rows, weight):
+            of_left_share, of_right_share = Jump.of(grown, of_right / columns, weight).shares()
             of_left, of_right = of_left.mul_(of_left_share), of_right.mul_(of_right_share)
         left.update_eigenvalues(of_left, decays.rotated, bad)
         right.update_eigenvalues(of_right, decays.rotated, bad)
@@ -238,9 +238,9 @@ class Eigenbasis(TwoSided):
         """One basis: `squares` (B, k, n), k of the side without it."""
         rows, columns, weight = self._whitening(diagonal), self._whitening(rotated), 1 - decays.diagonal
         of_diagonal = _weighted_mean(squares.mT, columns)
-        if self.whitened and may_exceed(excess := of_diagonal / rows, weight):
+        if self.whitened and may_exceed(grown := of_diagonal / rows, weight):
             of_rotated = _weighted_mean(squares, rows)
-            of_diagonal = of_diagonal.mul_(Jump.of(excess, of_rotated / columns, weight).of_rows_alone())
+            of_diagonal = of_diagonal.mul_(Jump.of(grown, of_rotated / columns, weight).of_rows_alone())
         diagonal.update_eigenvalues(of_diagonal, decays.diagonal, bad)
         rotated.update_eigenvalues(_weighted_mean(squares, self._whitening(diagonal)), decays.rotated, bad)
 
