@@ -18,7 +18,7 @@ from hf_shampoo4.utils.files import write_json
 
 RECORDED = Path(__file__).resolve().parents[1] / "docs" / "results" / "growth.json"
 SHAPE = (64, 96)
-START, STEPS = 150, 120
+START, STEPS, USUAL = 150, 120, 20
 
 Change = Callable[[int, Tensor], Tensor]
 """Of the gradient of a step, in place."""
@@ -47,19 +47,32 @@ CHANGES: dict[str, Change] = {
 }
 
 
-def lengths(change: Change, **options: object) -> list[float]:
-    """Of the steps from `START` on, over the twenty before: root mean squares."""
-    p = nn.Parameter(torch.zeros(SHAPE))
+def squared_moves(shape: tuple[int, int], change: Change, steps: int, **options: object) -> Tensor:
+    """Of a matrix whose gradients are Gaussian until `change`d: the squares of its moves, by entries.
+
+    Args:
+        steps: from `START` on.
+        options: of the optimizer.
+
+    Returns:
+        (USUAL + steps, *shape), the last `USUAL` steps before `START` first.
+    """
+    p = nn.Parameter(torch.zeros(shape))
     optimizer = Shampoo4bit([p], lr=1.0, weight_decay=0.0, **options)
     found = []
-    for t in range(START + STEPS):
-        p.grad = torch.randn(SHAPE, generator=torch.Generator().manual_seed(t))
+    for t in range(START + steps):
+        p.grad = torch.randn(shape, generator=torch.Generator().manual_seed(t))
         change(t, p.grad)
         before = p.detach().clone()
         optimizer.step()
-        found.append((p.detach() - before).square().mean().sqrt().item())
-    usual = sum(found[START - 20 : START]) / 20
-    return [length / usual for length in found[START:]]
+        found.append((p.detach() - before).square())
+    return torch.stack(found[START - USUAL :])
+
+
+def lengths(squares: Tensor) -> list[float]:
+    """Root mean squares of the steps from `START` on, over the usual one of those before."""
+    means = squares.flatten(1).mean(1)
+    return (means[USUAL:] / means[:USUAL].mean()).sqrt().tolist()
 
 
 def told(found: list[float]) -> dict[str, float]:
@@ -73,7 +86,10 @@ def main() -> None:
     torch.set_num_threads(1)
     recorded = json.loads(RECORDED.read_text()) if RECORDED.exists() else {}
     of_this = {
-        algorithm: {name: told(lengths(change, algorithm=algorithm)) for name, change in CHANGES.items()}
+        algorithm: {
+            name: told(lengths(squared_moves(SHAPE, change, STEPS, algorithm=algorithm)))
+            for name, change in CHANGES.items()
+        }
         for algorithm in ("kl_shampoo", "soap", "elementwise")
     }
     write_json(RECORDED, {**recorded, commit(): of_this})

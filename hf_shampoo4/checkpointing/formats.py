@@ -224,7 +224,7 @@ HARMLESS = {
 
 def _blocks(keys: Sequence[str]) -> str:
     """The shapes of the blocks that keys of states are of."""
-    return ", ".join(sorted({key.split("/")[0] for key in keys if "/" in key}))
+    return ", ".join(sorted({StateKey.parse(key).shape for key in keys}))
 
 
 def check_entry(name: str, entry: dict[str, Any], layout: dict[str, tuple[tuple[int, ...], torch.dtype]]) -> None:

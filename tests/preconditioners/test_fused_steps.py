@@ -67,18 +67,24 @@ def trained(
     return [p.detach() for p in (*parameters, table)], optimizer
 
 
+def assert_alike(plain: list[Tensor], fused: list[Tensor], one: Shampoo4bit, other: Shampoo4bit) -> None:
+    """Weights and eigenvalues of two trainings."""
+    for p, q in zip(plain, fused, strict=True):
+        torch.testing.assert_close(q, p, rtol=2e-4, atol=2e-4)
+    for p, q in zip(one.state.values(), other.state.values(), strict=True):
+        for key in (key for key in p if isinstance(p[key], Tensor) and "eigenvalues" in key):
+            torch.testing.assert_close(q[key], p[key], rtol=1e-3, atol=0)
+
+
 @pytest.mark.parametrize(
     ("algorithm", "sides"), [("kl_shampoo", "auto"), ("kl_shampoo", "both"), ("soap", "auto"), ("kl_soap", "both")]
 )
 def test_steps_with_kernels_are_those_without(algorithm: str, sides: str) -> None:
     options = {"algorithm": algorithm, "sides": sides, "bits": 32, "moments": "fp32", "stats_every": 2}
     (plain, one), (fused, other) = (trained(4, kernels, **options) for kernels in (False, True))
-    for p, q in zip(plain, fused, strict=True):
-        torch.testing.assert_close(q, p, rtol=2e-4, atol=2e-4)
+    assert_alike(plain, fused, one, other)
     failed = 0
     for p, q in zip(one.state.values(), other.state.values(), strict=True):
-        for key in (key for key in p if isinstance(p[key], Tensor) and "eigenvalues" in key):
-            torch.testing.assert_close(q[key], p[key], rtol=1e-3, atol=0)
         for key in (key for key in p if "failures" in key):
             assert torch.equal(q[key], p[key])
             failed += int(p[key].sum())
@@ -89,11 +95,7 @@ def test_steps_with_kernels_are_those_without(algorithm: str, sides: str) -> Non
 def test_steps_with_kernels_are_those_without_where_gradients_grow(sides: str) -> None:
     options = {"sides": sides, "bits": 32, "moments": "fp32", "stats_every": 2, "factor_beta": 0.95}
     (plain, one), (fused, other) = (trained(5, kernels, gradient=grown, **options) for kernels in (False, True))
-    for p, q in zip(plain, fused, strict=True):
-        torch.testing.assert_close(q, p, rtol=2e-4, atol=2e-4)
-    for p, q in zip(one.state.values(), other.state.values(), strict=True):
-        for key in (key for key in p if isinstance(p[key], Tensor) and "eigenvalues" in key):
-            torch.testing.assert_close(q[key], p[key], rtol=1e-3, atol=0)
+    assert_alike(plain, fused, one, other)
 
 
 def test_quantised_steps_with_kernels_train_alike() -> None:

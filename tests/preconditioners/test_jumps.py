@@ -2,34 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import pytest
 import torch
 from torch import Tensor, nn
 
+from benchmarks.growth import START, lengths, squared_moves
 from hf_shampoo4 import Shampoo4bit
 from hf_shampoo4.preconditioners.bases import Jump
 
-START = 150
 SHAPES = [(64, 96), (128, 32), (24, 96)]  # two bases, one on the right, one on the left
-
-
-def lengths(
-    shape: tuple[int, int], change: Callable[[int, Tensor], None], steps: int, **options: object
-) -> list[Tensor]:
-    """Of steps from `START`, over those of the twenty before: (rows, columns) each, a root mean square at an entry."""
-    p = nn.Parameter(torch.zeros(shape))
-    optimizer = Shampoo4bit([p], lr=1.0, weight_decay=0.0, **options)
-    squares = []
-    for t in range(START + steps):
-        p.grad = torch.randn(shape, generator=torch.Generator().manual_seed(t))
-        change(t, p.grad)
-        before = p.detach().clone()
-        optimizer.step()
-        squares.append((p.detach() - before).square())
-    usual = torch.stack(squares[START - 20 : START]).mean()
-    return [square / usual for square in squares[START:]]
 
 
 @pytest.mark.parametrize("bits", [4, 32])
@@ -38,14 +19,14 @@ def lengths(
 def test_gradients_that_grow_move_as_before(shape: tuple[int, int], by: float, bits: int) -> None:
     options = {"bits": bits, **({"moments": "fp32"} if bits == 32 else {})}
     scale = min(1.0, 1e8 / by)
-    found = lengths(shape, lambda t, g: g.mul_(scale * (1.0 if t < START else by)), 12, **options)
-    assert all(0.6 < square.mean().sqrt() < 1.6 for square in found), [float(x.mean().sqrt()) for x in found]
+    found = lengths(squared_moves(shape, lambda t, g: g.mul_(scale * (1.0 if t < START else by)), 12, **options))
+    assert all(0.6 < length < 1.6 for length in found), found
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_after_a_spike_steps_are_as_long_as_usual(shape: tuple[int, int]) -> None:
-    found = lengths(shape, lambda t, g: g.mul_(100.0 if t == START else 1.0), 100)
-    assert all(0.6 < square.mean().sqrt() < 2.0 for square in found), [float(x.mean().sqrt()) for x in found]
+    found = lengths(squared_moves(shape, lambda t, g: g.mul_(100.0 if t == START else 1.0), 100))
+    assert all(0.6 < length < 2.0 for length in found), found
 
 
 @pytest.mark.parametrize("by", [1e-4, 1e-2, 1e2, 1e4])
@@ -53,37 +34,29 @@ def test_where_bases_are_updated_rarely_they_do_not_turn_to_what_is_faint(by: fl
     """After a spike, and where gradients shrink, steps were up to 7.5 times as long, in a direction of long ago."""
     options = {"refresh_warmup": 0, "stats_every": 10}
 
-    def change(t: int, g: Tensor) -> None:
-        g.mul_(by if t == START or (by < 1 and t > START) else 1.0)
+    def change(t: int, g: Tensor) -> Tensor:
+        return g.mul_(by if t == START or (by < 1 and t > START) else 1.0)
 
-    found = lengths((64, 96), change, 120, **options)
-    assert max(square.mean().sqrt() for square in found) < 2.6
+    assert max(lengths(squared_moves((64, 96), change, 120, **options))) < 2.6
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("dim", [0, 1])
 def test_a_row_or_a_column_that_comes_back_leaves_the_others_their_steps(shape: tuple[int, int], dim: int) -> None:
-    found = lengths(shape, lambda t, g: g.select(dim, 0).mul_(0.0 if t < START else 1.0), 12)
-    others = [square.narrow(dim, 1, shape[dim] - 1).mean().sqrt() for square in found]
+    squares = squared_moves(shape, lambda t, g: g.select(dim, 0).mul_(0.0 if t < START else 1.0), 12)
+    others = lengths(squares.narrow(1 + dim, 1, shape[dim] - 1))
     assert all(0.7 < other < 1.3 for other in others), others
 
 
 @pytest.mark.parametrize("columns", [1, 8])
 def test_a_column_of_a_vocabulary_that_comes_back_leaves_the_others_their_steps(columns: int) -> None:
     """Of 300 rows ten have a gradient at every step, and most have none at any one."""
-    p = nn.Parameter(torch.zeros(300, 16))
-    optimizer = Shampoo4bit([{"params": [p], "vocabulary": True}], lr=1.0, weight_decay=0.0)
-    squares = []
-    for t in range(START + 12):
-        generator = torch.Generator().manual_seed(t)
-        p.grad = torch.randn(300, 16, generator=generator)
-        p.grad[10:] *= torch.rand(290, 1, generator=generator) < 0.03
-        p.grad[:, :columns] *= t >= START
-        before = p.detach().clone()
-        optimizer.step()
-        squares.append((p.detach() - before)[:10, 8:].square().mean())
-    usual = torch.stack(squares[START - 20 : START]).mean()
-    found = [(square / usual).sqrt() for square in squares[START:]]
+
+    def change(t: int, g: Tensor) -> Tensor:
+        g[10:] *= torch.rand(290, 1, generator=torch.Generator().manual_seed(10_000 + t)) < 0.03
+        return g[:, :columns].mul_(0.0 if t < START else 1.0)
+
+    found = lengths(squared_moves((300, 16), change, 12, vocabulary=True)[:, :10, 8:])
     assert all(0.5 < length < 2 for length in found), found
 
 
